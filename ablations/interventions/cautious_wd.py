@@ -1,0 +1,47 @@
+"""Cautious weight decay: decay only the coordinates that the update already moves towards zero.
+
+    x <- x - lr (u + rate * 1[u x >= 0] * x),   u the final direction after momentum, orthogonalisation and scaling
+
+The control is the very Decay that stands in the chain, with the same rate and schedule; about half of the coordinates
+decay, so compare with half the rate too.  Mid-run losses are worse until the cooldown: never stop this arm early.
+"""
+
+from dataclasses import replace
+
+from ablab.core.edit import edit
+from ablab.core.errors import UserError
+from ablab.core.intervention import register
+from ablab.core.part import part
+from ablab.core.transforms import Decay
+
+
+@part("cautious_decay")
+class CautiousDecay(Decay):
+    """Decay under a sign mask.  ties: coordinates whose update or weight is exactly 0 decay too (paper), or not (modded Adam)."""
+
+    ties: bool = True
+
+    def update(self, update, weight, state, bank, now):
+        agreement = update * weight
+        mask = agreement >= 0 if self.ties else agreement > 0
+        return update + self.strength(bank, now) * (weight * mask), {}
+
+
+@register(
+    "cautious_wd", order=50, slots=("optim.chains",), crosses_late=True,
+    off="ordinary decoupled decay with the same rate and schedule",
+    source="Chen et al., arXiv:2510.12402, algorithm 1; mask before the step, base learning rate, as Dion",
+)  # fmt: skip
+class CautiousWD:
+    """Mask every weight decay by the sign of the update."""
+
+    ties: bool = True
+
+    def apply(self, recipe):
+        if not any(isinstance(step, Decay) for chain in recipe.optim.chains.values() for step in chain.steps):
+            raise UserError("cautious_wd needs a weight decay to act on; give a chain a decay step, or drop cautious_wd")
+        return edit(recipe, "optim.chains", lambda chains: {role: self._masked(chain) for role, chain in chains.items()})
+
+    def _masked(self, chain):
+        steps = (CautiousDecay(step.rate, step.schedule, self.ties) if isinstance(step, Decay) else step for step in chain.steps)
+        return replace(chain, steps=tuple(steps))

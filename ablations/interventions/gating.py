@@ -1,0 +1,56 @@
+"""Attention output gate: each head's output is scaled by a function of the block's normed input.
+
+    y_h <- f * sigmoid(W_g x)_h * y_h,   f = 2 (`2sigmoid`) or 1 (`sigmoid`)
+
+per `head` (one number a head), `elementwise` (one a channel) or `first_channels` (one a head, read from the first
+`channels` channels of x; 0 means head_dim, 12 is modded-nanogpt's sparse gate).  With W_g = 0 and 2 sigmoid the gate
+is exactly 1 at the start.  W_g has the role `gate`: AdamW without decay, never Muon, whose row rule would
+normalise a [heads, width] gate per input channel.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from ablab.core.declare import Stage, Where, linear
+from ablab.core.edit import append, edit
+from ablab.core.errors import UserError
+from ablab.core.intervention import register
+from ablab.core.part import Part
+
+Natural = Annotated[int, Meta(ge=0)]
+
+
+@register(
+    "gating", order=20, neutral_at_init=True, slots=("model.attention.on_heads",),
+    off="head outputs go to the output projection unscaled",
+    source="Qiu et al., arXiv:2505.06708, position G1; 2 sigmoid and zero init as IMU-1 (arXiv:2602.02522, eq. 3) and modded-nanogpt",
+)  # fmt: skip
+class Gating(Part):
+    """Scale each head's output by a sigmoid of the block's input."""
+
+    per: Literal["head", "elementwise", "first_channels"] = "head"
+    activation: Literal["sigmoid", "2sigmoid"] = "2sigmoid"
+    init: Literal["zero", "normal"] = "zero"
+    channels: Natural = 0
+
+    def apply(self, recipe):
+        return edit(recipe, "model.attention.on_heads", append(self))
+
+    def build(self, where: Where) -> Stage:
+        read = (self.channels or where.head_dim) if self.per == "first_channels" else where.width
+        if read > where.width:
+            raise UserError(f"gating.channels={read} exceeds the width of {where.width}; use at most {where.width}")
+        gates = where.heads * (where.head_dim if self.per == "elementwise" else 1)
+        return Stage(
+            gate,
+            project=linear(read, gates, role="gate", fill=0.0 if self.init == "zero" else None),
+            factor={"sigmoid": 1.0, "2sigmoid": 2.0}[self.activation],
+            channels=read,
+        )
+
+
+def gate(y, x, *, project, factor, channels):
+    """y: [B,T,H,D], x: [B,T,W] -> [B,T,H,D]."""
+    strength = project(x[..., :channels]).sigmoid() * factor
+    return y * strength.unflatten(-1, (y.shape[2], -1))

@@ -1,0 +1,28 @@
+"""LayerNorm scaling: the output of both norms of block l is divided by sqrt(l), blocks counted from 1.
+
+The final norm is not scaled.  Not the same as starting the gain at 1/sqrt(l): that changes the gain's update size.
+The authors advise against adding depth-scaled init.  Under QK-norm the scale survives only on values and MLP.
+"""
+
+from ablab.core.blocks import multiply
+from ablab.core.declare import Stage, Where
+from ablab.core.edit import append, edit
+from ablab.core.intervention import register
+from ablab.core.part import Part
+
+
+@register(
+    "ln_scaling", order=10, slots=("model.on_norm",),
+    off="the norms of every block feed their branch at full scale",
+    source="Sun et al., arXiv:2502.05795 (github.com/lmsdss/LayerNorm-Scaling, modeling_llama.py)",
+)  # fmt: skip
+class LayerNormScaling(Part):
+    """Scale the pre-norms of block l by l^-power."""
+
+    power: float = 0.5
+
+    def apply(self, recipe):
+        return edit(recipe, "model.on_norm", append(self))
+
+    def build(self, where: Where) -> Stage | None:
+        return Stage(multiply, factor=(where.layer + 1) ** -self.power) if where.layer else None

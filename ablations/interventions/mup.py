@@ -1,0 +1,84 @@
+"""Maximal update parametrization: one tuned learning rate for every width.
+
+With m = width / base_width and L = layers / base_layers, every factor is 1 at the base:
+
+    tensor      init std     Adam LR    rms-Muon LR   spectral/Keller Muon LR   decay rate      forward
+    embedding   unchanged    1          -             -                         1               alpha_in
+    hidden      1/sqrt(fan)  1/m        1/sqrt(m)     1                         1 / LR factor   branch L^-a
+    readout     1/m          1/m        -             -                         m               alpha_out
+    vectors     unchanged    1          -             -                         -               -
+
+Heads grow in number, not in size, so attention keeps 1/sqrt(head_dim).  A decay of 1/LR keeps lr * decay constant;
+`decay_width` e makes it fall as m^-e (nanochat fits 2).  Readout `multiplier` keeps init and LR of the base and divides
+the logits by m; tied heads always do.  depth: `sqrt` a = 1/2, `complete` a = 1 (CompleteP), hidden LR times L^(a-1).
+"""
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from ablab.core.edit import edit, put
+from ablab.core.errors import UserError
+from ablab.core.intervention import register
+from ablab.core.parametrize import Multipliers, Scales
+from ablab.core.part import Part
+
+Positive = Annotated[float, Meta(gt=0)]
+Whole = Annotated[int, Meta(ge=1)]
+
+
+@register(
+    "mup", order=40, slots=("parametrization",),
+    off="the standard parametrization: fan-in init and one learning rate for every width",
+    source="Yang et al., arXiv:2203.03466; EleutherAI/nanoGPT-mup model.py; CompleteP arXiv:2505.01618; Muon rows after Dion",
+)  # fmt: skip
+class MuP(Part):
+    """Scale init, learning rate, decay and logits so that the best learning rate does not move with width."""
+
+    base_width: Whole = 256
+    base_layers: Whole = 8
+    alpha_in: Positive = 1.0
+    alpha_out: Positive = 1.0
+    readout: Literal["init", "multiplier"] = "init"
+    adam_lr: float = 1.0  # hidden Adam LR falls as m^-adam_lr
+    rms_lr: float = 0.5  # Muon LR under the rms scale falls as m^-rms_lr (1.0: arXiv:2505.02222)
+    decay_width: float = 0.0
+    depth: Literal["none", "sqrt", "complete"] = "none"
+    base: Part | None = None  # the parametrization that holds at the base width; filled in by apply
+
+    def apply(self, recipe):
+        return edit(recipe, "parametrization", put(replace(self, base=self.base or recipe.parametrization)))
+
+    def scales(self, param, model, rule) -> Scales:
+        std, m = self.base.scales(param, model, rule).std, model.width / self.base_width
+        if param.role in ("embedding", "vector"):
+            return Scales(std)
+        if param.role == "readout" and self.readout == "multiplier":
+            return Scales(std * m**0.5)
+        lr = self._lr(m, "adam" if param.role == "readout" else rule)
+        decay = m**-self.decay_width / lr
+        if param.role == "readout":
+            return Scales(std * m**-0.5, lr, decay)
+        return Scales(std, lr * self._depth(model) ** (self._alpha - 1 if self.depth != "none" else 0), decay)
+
+    def _lr(self, m: float, rule: str) -> float:
+        exponents = {"adam": self.adam_lr, "rms": self.rms_lr, "spectral": 0.0}
+        if rule not in exponents:
+            raise UserError(f"mup has no learning-rate rule for a chain without {', '.join(exponents)} scaling; use adam, lion or muon, or drop mup")
+        return m ** -exponents[rule]
+
+    @property
+    def _alpha(self) -> float:
+        return {"none": 0.0, "sqrt": 0.5, "complete": 1.0}[self.depth]
+
+    def _depth(self, model) -> float:
+        return model.layers / self.base_layers
+
+    def multipliers(self, model) -> Multipliers:
+        shrinks = model.tied or self.readout == "multiplier"
+        return Multipliers(
+            embedding=self.alpha_in,
+            branch=self._depth(model) ** -self._alpha,
+            logits=self.alpha_out * (self.base_width / model.width if shrinks else 1.0),
+        )

@@ -1,0 +1,51 @@
+"""QK-norm: queries and keys are scaled to unit RMS per head before they meet.
+
+    q <- rms(q) * g_q * scale,   k <- rms(k) * g_k,   over the D channels of a head, before the positions are applied
+
+gain `channel` (Qwen3: a vector each for q and k, shared by the heads), `scalar` (one learned number on q) or `none`
+(modded-nanogpt, nanochat).  The last two commute with rotary positions, the first does not.  `scale` multiplies the
+logits on top of 1/sqrt(D): nanochat 1.44, modded-nanogpt 1.358 at D = 128.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from ablab.core.declare import Param, Stage, Where
+from ablab.core.edit import append, edit
+from ablab.core.intervention import register
+from ablab.core.part import Part
+
+Positive = Annotated[float, Meta(gt=0)]
+
+
+@register(
+    "qk_norm", order=10, slots=("model.attention.on_qk",),
+    off="queries and keys meet as projected, logits scaled by 1/sqrt(head_dim)",
+    source="Henry et al., arXiv:2010.04245; per-channel form of Qwen3 (github.com/qiuzh20/gated_attention, modeling_qwen3.py)",
+)  # fmt: skip
+class QKNorm(Part):
+    """Normalise queries and keys per head, with a learned gain."""
+
+    gain: Literal["channel", "scalar", "none"] = "channel"
+    scale: Positive = 1.0
+    eps: Positive = 1e-6
+
+    def apply(self, recipe):
+        return edit(recipe, "model.attention.on_qk", append(self))
+
+    def build(self, where: Where) -> Stage:
+        shape = {"channel": (where.head_dim,), "scalar": (1,)}.get(self.gain)
+        q_gain = Param(shape, "vector", fill=1.0) if shape else 1.0
+        k_gain = Param(shape, "vector", fill=1.0) if self.gain == "channel" else 1.0
+        return Stage(normalise, q_gain=q_gain, k_gain=k_gain, scale=self.scale, eps=self.eps)
+
+
+def normalise(q, k, *, q_gain, k_gain, scale, eps):
+    """q: [B,T,H,D], k: [B,T,KV,D]; gains: [D], [1] or a number.  fp32 inside."""
+    return _unit(q, eps, q_gain * scale), _unit(k, eps, k_gain)
+
+
+def _unit(x, eps, gain):
+    wide = x.float()
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * gain).to(x.dtype)

@@ -1,0 +1,41 @@
+"""Soft cap: logits are squashed into (-cap, cap).
+
+    tanh: cap * tanh(z / cap)      rational: cap * z / sqrt(z^2 + cap^2)
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from ablab.core.declare import Stage, Where
+from ablab.core.edit import append, edit
+from ablab.core.intervention import register
+from ablab.core.part import Part
+
+Positive = Annotated[float, Meta(gt=0)]
+
+
+@register(
+    "soft_cap", order=20, slots=("model.on_logits",),
+    off="unbounded logits",
+    source="Gemma 2, arXiv:2408.00118; cap 15 as modded-nanogpt (30, then 15), rational form from modded-nanogpt",
+)  # fmt: skip
+class SoftCap(Part):
+    """Bound the logits smoothly."""
+
+    cap: Positive = 15.0
+    form: Literal["tanh", "rational"] = "tanh"
+
+    def apply(self, recipe):
+        return edit(recipe, "model.on_logits", append(self))
+
+    def build(self, where: Where) -> Stage:
+        return Stage({"tanh": tanh, "rational": rational}[self.form], cap=self.cap)
+
+
+def tanh(logits, *, cap):
+    return cap * (logits / cap).tanh()
+
+
+def rational(logits, *, cap):
+    return cap * logits * (logits.square() + cap * cap).rsqrt()

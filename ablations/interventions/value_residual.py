@@ -1,0 +1,63 @@
+"""Value residual: later layers mix in the first layer's raw values.
+
+    normalised  V_l <- s (a V_l + b V_1) / sqrt(a^2 + b^2)   s, a, b learned, start (1, 1, 0): a no-op (IMU-1, eq. 4)
+    learnable   V_l <- a V_l + b V_1                         a, b learned, start (0.5, 0.5)
+    identity    the same, fixed at (0.5, 0.5)
+    constant    the same, fixed at (1, 2)
+    sparse      the same, fixed at (1, 5), in the last third of the layers only
+
+Layer 1 keeps its own values, untouched by any weight of the mix.  Mixed per key-value head, before the attention.
+"""
+
+from typing import Literal
+
+from ablab.core.declare import Param, Stage, Where
+from ablab.core.edit import append, edit
+from ablab.core.intervention import register
+from ablab.core.part import Part
+
+START = {"normalised": (1.0, 0.0), "learnable": (0.5, 0.5), "identity": (0.5, 0.5), "constant": (1.0, 2.0), "sparse": (1.0, 5.0)}
+
+
+@register(
+    "value_residual", order=20, neutral_at_init=True, slots=("model.attention.on_values",),
+    off="each layer attends with its own values only",
+    source="Zhou et al., arXiv:2410.17897 (github.com/Zcchill/Value-Residual-Learning); normalised form of IMU-1, arXiv:2602.02522 eq. 4",
+)  # fmt: skip
+class ValueResidual(Part):
+    """Mix the first layer's values into every later layer's."""
+
+    form: Literal["normalised", "learnable", "identity", "constant", "sparse"] = "normalised"
+    own: float | None = None  # start of a; null: as the form says
+    first: float | None = None  # start of b
+
+    def apply(self, recipe):
+        return edit(recipe, "model.attention.on_values", append(self))
+
+    def build(self, where: Where) -> Stage | None:
+        if where.layer == 0:
+            return Stage(remember)
+        if self.form == "sparse" and where.layer < where.layers - where.layers // 3:
+            return None
+        own, first = (start if given is None else given for given, start in zip((self.own, self.first), START[self.form], strict=True))
+        if self.form in ("identity", "constant", "sparse"):
+            return Stage(mix, own=own, first=first)
+        learned = {"own": Param((1,), "vector", fill=own), "first": Param((1,), "vector", fill=first)}
+        if self.form == "learnable":
+            return Stage(mix, **learned)
+        return Stage(mix_normalised, scale=Param((1,), "vector", fill=1.0), **learned)
+
+
+def remember(v, carry):
+    """v: [B,T,KV,D] of the first layer."""
+    return v, {**carry, "first_values": v}
+
+
+def mix(v, carry, *, own, first):
+    """fp32 weights on values of any dtype; the result keeps the values' dtype (a [1] fp32 tensor would promote bf16)."""
+    return (own * v + first * carry["first_values"]).to(v.dtype), carry
+
+
+def mix_normalised(v, carry, *, scale, own, first):
+    unit = scale * (own.square() + first.square()).rsqrt()
+    return mix(v, carry, own=unit * own, first=unit * first)

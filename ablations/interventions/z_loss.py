@@ -1,0 +1,34 @@
+"""z-loss: keep the softmax normaliser near 1.
+
+    loss = cross-entropy + weight * mean(logsumexp(logits)^2)
+
+Reported losses stay plain cross-entropy.  Redundant with a soft cap.
+"""
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from ablab.core.edit import append, edit
+from ablab.core.intervention import register
+from ablab.core.part import Part
+
+NonNegative = Annotated[float, Meta(ge=0)]
+
+
+@register(
+    "z_loss", order=20, neutral_at_init=True, slots=("objective",),
+    off="cross-entropy alone",
+    source="PaLM, arXiv:2204.02311, section 5; weight 1e-4",
+)  # fmt: skip
+class ZLoss(Part):
+    """Penalise the squared log-normaliser of the logits."""
+
+    weight: NonNegative = 1e-4
+
+    def apply(self, recipe):
+        return edit(recipe, "objective", append(self))
+
+    def penalty(self, lse):
+        """lse: fp32 [...] -> nats [...]."""
+        return self.weight * lse.square()

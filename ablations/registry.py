@@ -1,0 +1,37 @@
+"""Finding interventions: every file in ablations/interventions, and every file in a user's own folders."""
+
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from ablab.ablations import interventions
+from ablab.core.errors import UserError
+from ablab.core.intervention import REGISTRY, Intervention
+
+
+def discover(plugins: Iterable[str | Path] = ()) -> dict[str, type[Intervention]]:
+    """Import all of them; returns name -> class.  Raises UserError naming a plugin file that cannot be imported."""
+    for module in pkgutil.iter_modules(interventions.__path__):
+        importlib.import_module(f"{interventions.__name__}.{module.name}")
+    for folder in map(Path, plugins):
+        if not folder.is_dir():
+            raise UserError(f"--plugins {folder} is not a folder; name the folder that holds your intervention files")
+        for path in sorted(folder.glob("*.py")):
+            _import_file(path.resolve())
+    return REGISTRY
+
+
+def _import_file(path: Path) -> None:
+    name = f"ablab_plugins.{path.parent.name}.{path.stem}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as flaw:
+        del sys.modules[name]
+        raise UserError(f"plugin {path} cannot be imported: {type(flaw).__name__}: {flaw}") from flaw

@@ -1,0 +1,92 @@
+"""What a part may ask for: parameters, linear maps, tables, and a pure function over them.  No torch here.
+
+A part's `build(where)` returns a `Stage`.  core/plan.py gathers the stages of a whole model, from which parameters
+are counted, initialised and given learning rates; core/layers.py turns each stage into a module.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Where:
+    """The place a stage is built for.  `layer` counts from 0; sizes in channels, heads, tokens."""
+
+    layer: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    eps: float
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter, described where it is born: every other rule (init, LR, bank, FLOPs) reads this.
+
+    role: embedding, hidden, readout, vector (gains and scalars) or gate.
+    fill: constant start; None draws from a normal whose std the parametrization chooses.
+    blocks: row counts of separate matrices fused into one, e.g. (q, k, v); empty: one matrix.
+    head: rows of one attention head, 0 where the rows are not heads.
+    """
+
+    shape: tuple[int, ...]
+    role: str
+    fill: float | None = None
+    blocks: tuple[int, ...] = ()
+    head: int = 0
+
+    @property
+    def size(self) -> int:
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x W^T, W [fan_out, fan_in], no bias."""
+
+    weight: Param
+
+    @property
+    def fan_in(self) -> int:
+        return self.weight.shape[1]
+
+
+def linear(fan_in: int, fan_out: int, role: str = "hidden", **more: Any) -> Linear:
+    return Linear(Param((fan_out, fan_in), role, **more))
+
+
+@dataclass(frozen=True)
+class Table:
+    """A constant tensor, made once on the CPU by `make()`; not a parameter, not saved."""
+
+    make: Callable[[], Any]
+
+
+class Stage:
+    """`function(*inputs, **bound)`, where bound values are Params, Linears, Tables or plain numbers."""
+
+    def __init__(self, function: Callable[..., Any], **bound: Any):
+        self.function, self.bound = function, bound
+
+
+def params(tree: Any, path: str = "") -> Iterator[tuple[str, Param]]:
+    """Every declared parameter below `tree` with its dotted name; the same name the built module gives it."""
+    match tree:
+        case Param():
+            yield path, tree
+        case Stage():
+            yield from params(tree.bound, path)
+        case dict():
+            for key, value in tree.items():
+                yield from params(value, f"{path}.{key}" if path else str(key))
+        case tuple():
+            yield from params(dict(enumerate(tree)), path)
+        case _ if is_dataclass(tree):
+            yield from params({field.name: getattr(tree, field.name) for field in fields(tree)}, path)

@@ -1,0 +1,13 @@
+"""The two exceptions that ablab raises on purpose."""
+
+
+class UserError(Exception):
+    """A mistake the user can mend.  One line: the thing, the rule, the value, the cure.  Exit code 2."""
+
+
+class Diverged(Exception):
+    """The training loss stopped being finite.  The run ends as a record, the grid goes on."""
+
+    def __init__(self, step: int, last_good: float):
+        super().__init__(f"the loss was not finite at step {step}; the last good loss was {last_good:.4f} nats/token")
+        self.step, self.last_good = step, last_good

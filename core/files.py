@@ -1,0 +1,33 @@
+"""Writing files so that a kill, a full disk or a read-only folder leaves nothing half-written."""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from ablab.core.errors import UserError
+
+
+@contextmanager
+def writing(path: Path):
+    """Turn an OS refusal while `path` is written into one line that names it."""
+    try:
+        yield
+    except OSError as refusal:
+        raise UserError(
+            f"cannot write {path}: {refusal.strerror}; free space or permission there, or choose another folder with --store"
+        ) from refusal
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path` in one step: a reader sees the old file or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,41 @@
+"""Cross-entropy in nats, bits per byte, and the penalties that a recipe adds.  fp32 throughout."""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ablab.core.part import Part
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [..., V], targets int [...] -> nats [...] and logsumexp [...], both fp32."""
+    logits = logits.float()
+    lse = logits.logsumexp(-1)
+    return lse - logits.gather(-1, targets[..., None]).squeeze(-1), lse
+
+
+def objective_of(penalties: tuple[Part, ...]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(logits, targets) -> (loss to descend, cross-entropy to report), sums over tokens in nats.
+
+    The report never contains a penalty: an arm with z-loss and one without are compared on the same number.
+    """
+
+    def objective(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        nats, lse = token_losses(logits, targets)
+        total = nats.sum()
+        loss = total
+        for penalty in penalties:
+            loss = loss + penalty.penalty(lse).sum()
+        return loss, total.detach()
+
+    return objective
+
+
+def bits_per_byte(nats: Tensor, targets: Tensor, token_bytes: Tensor) -> float:
+    """Sum of nats over (ln 2 * sum of bytes); tokens of no bytes (special ones) count in neither.
+
+    nats, targets: [...]; token_bytes: int [V], UTF-8 bytes of each token.
+    """
+    weight = token_bytes[targets]
+    return (nats.double() * (weight > 0)).sum().item() / (math.log(2) * weight.sum().item())

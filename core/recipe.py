@@ -1,0 +1,170 @@
+"""The recipe: everything that decides what a run computes, and nothing about how it is run.
+
+`run_id(recipe)` hashes the whole tree, so editing a default renames runs.  Units stand in the names or
+docstrings; `Runtime` (core/runtime.py) holds device, kernels and cadence, which are recorded, never hashed.
+"""
+
+import dataclasses
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from ablab.core import blocks, parametrize, schedule, transforms
+from ablab.core.errors import UserError
+from ablab.core.part import Part
+
+SCHEMA = 1  # part of every identity: raise it when the meaning of a field changes
+
+Whole = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+
+ROLES = ("embedding", "hidden", "readout", "vector", "gate")
+Role = Literal["embedding", "hidden", "readout", "vector", "gate"]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Causal self-attention.  Heads number width / head_dim; each key-value head serves `group` query heads."""
+
+    head_dim: Whole = 64
+    group: Whole = 1
+    position: Part = field(default_factory=blocks.Rope)
+    on_qk: tuple[Part, ...] = ()  # q [B,T,H,D], k [B,T,KV,D] -> q, k; before the position is applied
+    on_values: tuple[Part, ...] = ()  # v [B,T,KV,D], carry -> v, carry
+    on_heads: tuple[Part, ...] = ()  # y [B,T,H,D], x [B,T,W] -> y; before the output projection
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder-only transformer, pre-norm.  Widths in channels; the vocabulary comes with the data."""
+
+    width: Whole = 768
+    layers: Whole = 8
+    tied: bool = False  # one matrix for embedding and readout
+    norm_eps: Positive = 1e-6
+    attention: Attention = field(default_factory=Attention)
+    ffn: Part = field(default_factory=blocks.SwiGLU)
+    on_norm: tuple[Part, ...] = ()  # x [B,T,W] -> x; after both norms of every block, not after the final norm
+    on_logits: tuple[Part, ...] = ()  # logits [B,T,V] -> logits
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.attention.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads // self.attention.group
+
+
+@dataclass(frozen=True)
+class Chain:
+    """How the parameters of one role move:  w <- w - lr * optim.lr * schedule * lr_scale * steps(gradient)."""
+
+    steps: tuple[Part, ...]
+    lr: Positive = 1.0  # relative to optim.lr
+
+
+def _adamw() -> dict[Role, Chain]:
+    """AdamW; decoupled decay on hidden matrices alone, as in the IMU-1 recipe (wd 0.1 on 2-D hidden weights)."""
+    adam = transforms.Adam()
+    return {role: Chain((adam, transforms.Decay(0.1)) if role == "hidden" else (adam,)) for role in ROLES}
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: Positive = 3e-3  # peak, per optimizer step
+    clip: Positive | None = 1.0  # global gradient norm; null: no clipping
+    chains: dict[Role, Chain] = field(default_factory=_adamw)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which tokens, in which batches.  `digest` names the exact token files and tokenizer."""
+
+    name: str
+    digest: str | None = None  # null in a config: filled from the token folder when the recipe is loaded
+    vocab: Whole = 32_000
+    context: Whole = 384  # tokens a row
+    batch: Whole = 192  # rows an optimizer step
+    held_out: Whole = 1_000_000  # validation tokens, always the first ones; fewer if the file is shorter
+
+
+@dataclass(frozen=True)
+class Budget:
+    tokens: Whole = 100_000_000  # training tokens, rounded down to whole optimizer steps
+
+
+@dataclass(frozen=True)
+class Recipe:
+    data: Data
+    model: Model = field(default_factory=Model)
+    parametrization: Part = field(default_factory=parametrize.Standard)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Part = field(default_factory=schedule.Cosine)
+    objective: tuple[Part, ...] = ()  # penalties added to the cross-entropy
+    after_step: tuple[Part, ...] = ()
+    budget: Budget = field(default_factory=Budget)
+    seed: Natural = 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.data.batch * self.data.context
+
+    @property
+    def steps(self) -> int:
+        return self.budget.tokens // self.tokens_per_step
+
+
+def check(recipe: Recipe) -> Recipe:
+    """Refuse shapes and budgets that cannot be built; returns the recipe.  Raises UserError."""
+    model, attention = recipe.model, recipe.model.attention
+    unit = attention.head_dim * attention.group
+    if model.width % unit:
+        low = max(model.width // unit, 1) * unit
+        raise UserError(
+            f"model.width={model.width} is {model.width / attention.head_dim:.1f} heads of {attention.head_dim}; "
+            f"use a multiple of head_dim*group={unit}; nearest: {low}, {low + unit}"
+        )
+    if attention.head_dim % 2:
+        raise UserError(f"model.attention.head_dim={attention.head_dim} must be even for rotary positions; nearest: {attention.head_dim + 1}")
+    if recipe.steps < 1:
+        raise UserError(f"budget.tokens={recipe.budget.tokens} is less than one step of batch*context={recipe.tokens_per_step} tokens; raise it")
+    warmup = getattr(recipe.schedule, "warmup_steps", 0)
+    if warmup > recipe.steps:
+        raise UserError(f"schedule.warmup_steps={warmup} exceeds the run's {recipe.steps} steps; lower it or raise budget.tokens")
+    if missing := [role for role in ROLES if role not in recipe.optim.chains]:
+        raise UserError(f"optim.chains has no chain for {missing[0]!r} parameters; add one")
+    return recipe
+
+
+def plain(recipe: Any) -> Any:
+    """The tree as dicts, lists, numbers and words: what recipe.yaml holds.  Refuses anything else."""
+    tree = msgspec.to_builtins(recipe)
+    _refuse_exotic(recipe, "recipe")
+    return tree
+
+
+def _refuse_exotic(value: Any, path: str) -> None:
+    if dataclasses.is_dataclass(value):
+        for name in value.__dataclass_fields__:
+            _refuse_exotic(getattr(value, name), f"{path}.{name}")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_exotic(item, f"{path}.{key}")
+    elif isinstance(value, (tuple, list)):
+        for i, item in enumerate(value):
+            _refuse_exotic(item, f"{path}[{i}]")
+    elif not (value is None or type(value) in (str, int, bool) or (type(value) is float and math.isfinite(value))):
+        raise UserError(f"{path}={value!r} is not plain data; use finite numbers, words, true/false or null")
+
+
+def run_id(recipe: Recipe) -> str:
+    """sha256 of the canonical full recipe and the schema number, 16 hex digits."""
+    _refuse_exotic(recipe, "recipe")
+    canonical = msgspec.json.encode({"schema": SCHEMA, "recipe": recipe}, order="deterministic")
+    return hashlib.sha256(canonical).hexdigest()[:16]

@@ -1,0 +1,168 @@
+"""The run folder: what a run leaves behind, and how it is read again.  No torch here.
+
+    STORE/runs/ID/recipe.yaml     the resolved recipe; ID is its hash
+                  run.json        who started it, how (Runtime), with which code and packages
+                  metrics.jsonl   {"step", "tokens", "train/loss", ...}: the same bits whether or not the run was killed
+                  pace.jsonl      {"step", "seconds", "tokens_per_second"}: what depends on the clock
+                  result.json     status and final numbers; written once, in one step, at the end
+    STORE/experiments/NAME.json   the plan: which cells an experiment wants, and which run answers each
+"""
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ablab.core.errors import UserError
+from ablab.core.files import write_atomically, writing
+
+FINISHED, DIVERGED, OUT_OF_MEMORY, FAILED, PRUNED = "finished", "diverged", "out_of_memory", "failed", "pruned"
+STATUSES = (FINISHED, DIVERGED, OUT_OF_MEMORY, FAILED, PRUNED)  # a run with no result is missing or interrupted
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.  `metrics` are final values; losses in nats/token, times in seconds."""
+
+    run: str
+    status: str
+    step: int
+    tokens: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0  # training time, summed over resumes; start-up and evaluation excluded
+    tokens_per_second: float = 0.0
+    peak_bytes: int = 0
+    error: str = ""
+    code: str = ""  # fingerprint of the code that ran
+    runtime: dict[str, Any] = field(default_factory=dict)
+    weights: str = ""  # digest of the final weights' bits
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run that an experiment wants."""
+
+    cell: str
+    pair: int
+    seed: int
+    run: str
+    reference: str | None = None  # the cell that this one is measured against
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment as it was last asked for: the desired state that the runner works towards."""
+
+    name: str
+    question: str
+    metric: str
+    better: str  # "lower" or "higher"
+    design: str
+    rows: list[Planned]
+    treatments: dict[str, dict[str, Any]] = field(default_factory=dict)  # cell -> intervention -> dose
+    off: dict[str, str] = field(default_factory=dict)  # intervention -> the sentence naming its control
+
+
+class Store:
+    """The folder that holds everything ablab writes."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+
+    def run(self, run_id: str) -> "Record":
+        return Record(self.root / "runs" / run_id)
+
+    def plan_path(self, experiment: str) -> Path:
+        return self.root / "experiments" / f"{experiment}.json"
+
+    def write_plan(self, plan: Plan) -> None:
+        write_atomically(self.plan_path(plan.name), msgspec.json.format(msgspec.json.encode(plan), indent=1))
+
+    def read_plan(self, experiment: str) -> Plan:
+        path = self.plan_path(experiment)
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=Plan)
+        except FileNotFoundError:
+            raise UserError(f"experiment {experiment!r} has no runs in {self.root}; start it with: ablab run {experiment}") from None
+        except msgspec.MsgspecError as flaw:
+            raise UserError(f"{path} is damaged ({flaw}); write it again with: ablab run {experiment}") from None
+
+    def experiments(self) -> list[str]:
+        return sorted(path.stem for path in (self.root / "experiments").glob("*.json"))
+
+
+class Record:
+    """One run folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.metrics_path, self.pace_path = folder / "metrics.jsonl", folder / "pace.jsonl"
+        self.result_path = folder / "result.json"
+
+    def result(self) -> Result | None:
+        """The final result; None while there is none.  A damaged one is named and refused."""
+        try:
+            return msgspec.json.decode(self.result_path.read_bytes(), type=Result)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except msgspec.MsgspecError as flaw:
+            raise UserError(f"{self.result_path} is damaged ({flaw}); delete it and run again: the run resumes from its last checkpoint") from None
+
+    def begin(self, recipe: str, about: Mapping[str, Any]) -> None:
+        """Open the folder for a new or resumed run: recipe.yaml and run.json (`about`, "started": unix seconds of the first start)."""
+        first = self.about().get("started", time.time())
+        write_atomically(self.folder / "recipe.yaml", recipe.encode())
+        write_atomically(self.folder / "run.json", msgspec.json.format(msgspec.json.encode({**about, "started": first}), indent=1))
+
+    def about(self) -> dict[str, Any]:
+        """What run.json says; empty while there is none."""
+        try:
+            return msgspec.json.decode((self.folder / "run.json").read_bytes())
+        except (OSError, msgspec.MsgspecError):
+            return {}
+
+    def finish(self, result: Result) -> None:
+        write_atomically(self.result_path, msgspec.json.format(msgspec.json.encode(result), indent=1))
+
+    def log(self, step: int, scalars: Mapping[str, float], pace: Mapping[str, float]) -> None:
+        """Append one line to each log; flushed, so that a reader beside us sees it."""
+        for path, values in ((self.metrics_path, scalars), (self.pace_path, pace)):
+            with writing(path), open(path, "ab") as file:
+                file.write(msgspec.json.encode({"step": step, **values}) + b"\n")
+
+    def rewind(self, step: int) -> None:
+        """Forget every logged line after `step`, and a torn last line: the state as of that checkpoint."""
+        for path in (self.metrics_path, self.pace_path):
+            if not path.exists():
+                continue
+            kept = b"".join(msgspec.json.encode(line) + b"\n" for line in _lines(path) if line["step"] <= step)
+            if kept != path.read_bytes():
+                write_atomically(path, kept)
+
+    def metrics(self) -> Iterator[dict[str, float]]:
+        return _lines(self.metrics_path)
+
+    def pace(self) -> Iterator[dict[str, float]]:
+        return _lines(self.pace_path)
+
+
+def _lines(path: Path) -> Iterator[dict[str, float]]:
+    """Each whole JSON line; stops at a line torn by a kill."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                yield msgspec.json.decode(line)
+            except msgspec.DecodeError:
+                return
+
+
+def store_root(flag: str | None = None) -> Path:
+    """Where ablab writes: the flag, else $ABLAB_STORE, else ./ablab-store."""
+    return Path(flag or os.environ.get("ABLAB_STORE") or "ablab-store")

@@ -1,0 +1,75 @@
+"""How a run is executed: recorded with the run, never part of its identity."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from ablab.core.errors import UserError
+
+Natural = Annotated[int, Meta(ge=0)]
+Whole = Annotated[int, Meta(ge=1)]
+NonNegative = Annotated[float, Meta(ge=0)]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of activations; weights and optimizer state are always fp32
+    compile: bool | None = None  # null: on CUDA only
+    micro_batch: Whole | None = None  # rows a forward pass; null: the whole batch
+    recompute: Natural = 0  # first blocks that keep no activations
+    threads: Whole = 1  # of the CPU; fixed, because the number changes the order of sums and so the bits
+    log_every: Whole = 10  # optimizer steps; the log is the only host sync
+    evaluations: Whole = 10  # on held-out tokens, evenly spaced; the last one after the last step
+    save_seconds: NonNegative = 60.0  # a kill loses at most this much work
+    keep_weights: bool = False  # leave weights.safetensors behind
+
+
+def settle(runtime: Runtime, rows: int) -> dict[str, Any]:
+    """Replace every `auto` by what this machine has.  rows: the recipe's batch.  Raises UserError."""
+    import torch
+
+    settled = asdict(runtime)
+    if runtime.device == "auto":
+        settled["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if settled["device"] == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no GPU here; use device=cpu or install a CUDA build of torch")
+    if runtime.dtype == "auto":
+        settled["dtype"] = "bf16" if settled["device"] == "cuda" else "fp32"
+    if runtime.compile is None:
+        settled["compile"] = settled["device"] == "cuda"
+    settled["micro_batch"] = min(runtime.micro_batch or rows, rows)
+    if rows % settled["micro_batch"]:
+        good = [n for n in range(1, rows + 1) if rows % n == 0]
+        near = sorted(good, key=lambda n: abs(n - settled["micro_batch"]))[:2]
+        raise UserError(f"micro_batch={settled['micro_batch']} does not divide data.batch={rows}; nearest: {near[0]}, {near[-1]}")
+    return settled
+
+
+@cache
+def code_fingerprint() -> str:
+    """sha256 over every source file that can change a number, 12 hex digits."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for folder in ("core", "kernels", "ablations"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def environment() -> dict[str, str]:
+    """Package and hardware versions, for run.json."""
+    import platform
+
+    import numpy
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "python": platform.python_version(), "torch": str(torch.__version__), "numpy": numpy.__version__,
+        "machine": platform.machine(), "gpu": gpu, "cuda": str(torch.version.cuda),
+    }  # fmt: skip

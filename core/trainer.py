@@ -1,0 +1,211 @@
+"""One run, from recipe to result.  No toggle in sight: what is off was never built."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+import torch
+from torch import Tensor
+
+from ablab.core import checkpoint
+from ablab.core.data import Tokens
+from ablab.core.errors import Diverged
+from ablab.core.evaluate import held_out_loss
+from ablab.core.files import write_atomically
+from ablab.core.init import initialise
+from ablab.core.load import dump
+from ablab.core.loss import objective_of
+from ablab.core.model import Transformer
+from ablab.core.optimizer import Optimizer
+from ablab.core.recipe import Recipe, plain, run_id
+from ablab.core.record import DIVERGED, FINISHED, OUT_OF_MEMORY, Record, Result
+from ablab.core.runtime import Runtime, code_fingerprint, environment, settle
+from ablab.core.tracker import NullTracker, Tracker
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Trainer:
+    """Model, optimizer, data and counters of one run."""
+
+    def __init__(self, recipe: Recipe, runtime: Runtime, data_folder: Path):
+        self.recipe, self.runtime = recipe, settle(runtime, recipe.data.batch)
+        torch.set_num_threads(runtime.threads)
+        self.device = torch.device(self.runtime["device"])
+        self.tokens = Tokens(recipe, data_folder)
+        self.model = Transformer(recipe, DTYPES[self.runtime["dtype"]], runtime.recompute)
+        initialise(self.model, recipe)
+        self.model.to(self.device)
+        self.optimizer = Optimizer(self.model, recipe, self.runtime["compile"])
+        self.weights = [bank.weight for bank in self.optimizer.banks]
+        self.after = [(part, part.begin(self.weights)) for part in recipe.after_step]
+        objective = objective_of(recipe.objective)
+        compiled = torch.compile if self.runtime["compile"] else lambda function: function
+        self.forward = compiled(self.model)
+        self.loss = compiled(lambda block: objective(self.model(block[:, :-1]), block[:, 1:]))
+        self.step, self.seconds = 0, 0.0
+        self.window = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats and tokens since the last log
+
+    # -- one step --------------------------------------------------------------------------------------------------
+    def advance(self) -> Tensor:
+        """One optimizer step.  Returns the gradient norm before clipping, 0-D; nothing waits for the device."""
+        rows = self.runtime["micro_batch"]
+        for first in range(0, self.recipe.data.batch, rows):
+            block = self._to_device(self.tokens.rows(self.step, first, rows))
+            loss, nats = self.loss(block)
+            (loss / self.recipe.tokens_per_step).backward()
+            self.window[0] += nats
+        self.window[1] += self.recipe.tokens_per_step
+        self.step += 1
+        norm = self.optimizer.step(self.step)
+        for part, state in self.after:
+            part.advance(state, self.weights, self.step, self.recipe.steps)
+        return norm
+
+    def _to_device(self, block: Tensor) -> Tensor:
+        return block.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else block
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+    def evaluate(self) -> dict[str, float]:
+        """Held-out metrics; where a readout such as EMA replaces the weights, also those of the raw weights."""
+        scores = {f"val/{name}": value for name, value in self._held_out().items()}
+        for part, state in self.after:
+            scores = {f"raw/{name}": value for name, value in scores.items() if name.startswith("val/")} | scores
+            with self._weights_of(part.readout(state, self.weights)):
+                scores |= {f"val/{name}": value for name, value in self._held_out().items()}
+        return scores
+
+    def _held_out(self) -> dict[str, float]:
+        return held_out_loss(self.forward, self.tokens, self.runtime["micro_batch"], self.device)
+
+    @contextmanager
+    def _weights_of(self, readout: list[Tensor]):
+        kept = [weight.clone() for weight in self.weights]
+        for weight, value in zip(self.weights, readout, strict=True):
+            weight.copy_(value)
+        yield
+        for weight, value in zip(self.weights, kept, strict=True):
+            weight.copy_(value)
+
+    def close_window(self) -> float:
+        """Mean training loss since the last log, nats/token.  Waits for the device."""
+        nats, tokens = self.window.tolist()
+        self.window.zero_()
+        return nats / tokens
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, by name."""
+        state = {f"model/{name}": value for name, value in self.model.named_parameters()}
+        state |= {f"optimizer/{name}": value for name, value in self.optimizer.tensors().items()}
+        for part, values in self.after:
+            state |= {f"after/{part.kind}/{name}": value for name, value in values.items()}
+        return state | {"window": self.window}
+
+    def save(self, folder: Path) -> None:
+        seconds = torch.tensor(self.seconds, dtype=torch.float64)
+        checkpoint.write(folder, self.step, self.tensors() | {"seconds": seconds})
+
+    @torch.no_grad()
+    def restore(self, folder: Path, warn: Callable[[str], None]) -> None:
+        """Continue from the newest whole checkpoint, if there is one."""
+        if found := checkpoint.newest(folder, warn):
+            self.step, saved = found
+            self.seconds = saved.pop("seconds").item()
+            for name, value in self.tensors().items():
+                value.copy_(saved[name])
+
+    def digest(self) -> str:
+        """sha256 of the weights' bits, 16 hex digits."""
+        total = hashlib.sha256()
+        for name, value in self.model.named_parameters():
+            total.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        return total.hexdigest()[:16]
+
+
+def run(
+    recipe: Recipe, runtime: Runtime, data_folder: Path, record: Record,
+    tracker: Tracker = NullTracker(), about: Mapping[str, Any] = {}, warn: Callable[[str], None] = print,
+) -> Result:  # fmt: skip
+    """Train to the end, from the last checkpoint if there is one, and leave a result.
+
+    Divergence and lack of memory are results too.  about: what run.json should say besides the runtime and the versions.
+    Raises UserError for data that does not fit the recipe and for a folder that cannot be written.
+    """
+    status, error, trainer, metrics = FINISHED, "", None, {}
+    record.begin(dump(plain(recipe)), {**about, "runtime": settle(runtime, recipe.data.batch), "environment": environment()})
+    try:
+        trainer = Trainer(recipe, runtime, data_folder)
+        trainer.restore(record.folder / "checkpoints", warn)
+        record.rewind(trainer.step)
+        metrics = _loop(trainer, record, tracker)
+    except Diverged as end:
+        status, error = DIVERGED, str(end)
+    except torch.OutOfMemoryError:
+        status, error = OUT_OF_MEMORY, _memory_advice(recipe, runtime)
+    result = _result(recipe, trainer, status, error, metrics)
+    if status == FINISHED and runtime.keep_weights:
+        _keep_weights(trainer, record.folder)
+    record.finish(result)
+    for path in checkpoint.listed(record.folder / "checkpoints"):
+        path.unlink()
+    return result
+
+
+def _loop(trainer: Trainer, record: Record, tracker: Tracker) -> dict[str, float]:
+    """Train, log, evaluate and save until the last step; returns the last metrics.  Raises Diverged."""
+    recipe, runtime, steps = trainer.recipe, trainer.runtime, trainer.recipe.steps
+    evaluations = {math.ceil(steps * (i + 1) / runtime["evaluations"]) for i in range(runtime["evaluations"])}
+    folder, last_good, scalars = record.folder / "checkpoints", math.log(recipe.data.vocab), {}
+    clock = saved = time.perf_counter()
+    while trainer.step < steps:
+        norm = trainer.advance()
+        t = trainer.step
+        if t % runtime["log_every"] == 0 or t in evaluations:
+            scalars = {"tokens": t * recipe.tokens_per_step, "train/loss": trainer.close_window(), "train/grad_norm": norm.item()}
+            scalars["optim/lr"] = recipe.optim.lr * recipe.schedule.multiplier(t, steps)
+            trainer.seconds += time.perf_counter() - clock
+            if not math.isfinite(scalars["train/loss"]):
+                raise Diverged(t, last_good)
+            last_good = scalars["train/loss"]
+            scalars |= trainer.evaluate() if t in evaluations else {}
+            pace = {"seconds": trainer.seconds, "tokens_per_second": t * recipe.tokens_per_step / trainer.seconds}
+            record.log(t, scalars, pace)
+            tracker.log(t, scalars | {"tokens_per_second": pace["tokens_per_second"]}, trainer.seconds)
+            clock = time.perf_counter()
+        if t < steps and time.perf_counter() - saved >= runtime["save_seconds"] and trainer.window.isfinite().all():
+            trainer.seconds += time.perf_counter() - clock
+            trainer.save(folder)
+            clock = saved = time.perf_counter()
+    return {name: value for name, value in scalars.items() if name != "tokens"}
+
+
+def _result(recipe: Recipe, trainer: Trainer | None, status: str, error: str, metrics: dict[str, float]) -> Result:
+    step = trainer.step if trainer else 0
+    tokens, seconds = step * recipe.tokens_per_step, trainer.seconds if trainer else 0.0
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return Result(
+        run_id(recipe), status, step, tokens, metrics, seconds, tokens / seconds if seconds else 0.0, peak, error,
+        code_fingerprint(), trainer.runtime if trainer else {}, trainer.digest() if status == FINISHED else "",
+    )  # fmt: skip
+
+
+def _memory_advice(recipe: Recipe, runtime: Runtime) -> str:
+    rows = runtime.micro_batch or recipe.data.batch
+    peak, total = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.get_device_properties(0).total_memory / 2**30
+    half = max((n for n in range(1, rows // 2 + 1) if recipe.data.batch % n == 0), default=1)
+    return f"out of memory: {peak:.1f} GiB of {total:.1f} in use at data.batch={recipe.data.batch} in micro-batches of {rows}; try micro_batch={half}"
+
+
+def _keep_weights(trainer: Trainer, folder: Path) -> None:
+    from safetensors.torch import save
+
+    weights = {name: value.detach().cpu().contiguous() for name, value in trainer.model.named_parameters()}
+    write_atomically(folder / "weights.safetensors", save(weights))
+
+
