@@ -68,8 +68,11 @@ def load_meta(folder: Path) -> Meta:
     except (OSError, msgspec.DecodeError) as flaw:
         raise UserError(f"cannot read {folder / 'meta.json'}: {flaw}; {cure}") from None
     width = 2 if meta.dtype == "uint16" else 4
-    header = 128  # bytes before the data of a .npy of one small dimension
-    sizes = {"train.bin": meta.train_tokens * width, "val.bin": meta.val_tokens * width, "token_bytes.npy": header + meta.vocab * 4}
+    sizes = {
+        "train.bin": meta.train_tokens * width,
+        "val.bin": meta.val_tokens * width,
+        "token_bytes.npy": 128 + meta.vocab * 4,  # numpy pads the header of a one-dimensional array to 128 bytes
+    }
     for file, expected in sizes.items():
         size = (folder / file).stat().st_size if (folder / file).is_file() else 0
         if size != expected:
@@ -85,9 +88,10 @@ def tokenize(
 
     Held out are `val_paths`, or without them the documents whose hash falls below `val_fraction` (default 0.01).
     The hash is of the text alone: a document keeps its side when files are reordered or added, and exact
-    duplicates fall on the same side.  Given `val_paths` are taken as they are: no file may stand on both sides, documents are not compared.
-    Memory is set by BATCH and by the longest document (about 60 bytes a byte), not by the corpus.
-    Raises UserError: `out` exists, both or neither kind of held-out text, an empty side, whatever `documents` and
+    duplicates fall on the same side.  Given `val_paths` are taken as they are: a file on both sides is refused, but
+    documents are not compared.
+    Memory is set by BATCH and by the longest document (160 bytes a byte), not by the corpus.
+    Raises UserError: `out` exists, both kinds of held-out text, an empty side, whatever `documents` and
     `Codec` refuse, a full disk.
     """
     train_paths, val_paths, out = list(train_paths), list(val_paths or ()), Path(out)
@@ -190,9 +194,7 @@ def _fill(out: Path, labelled, codec: Codec, progress: Progress | None, pinned: 
             )
         numpy.save(partial / "token_bytes.npy", codec.token_bytes)
         shutil.copyfile(codec.path, partial / "tokenizer.json")
-        meta = Meta(
-            1, out.name, codec.vocab, codec.dtype, codec.end, train.tokens, val.tokens, train.bytes, val.bytes, digest
-        )
+        meta = Meta(1, out.name, codec.vocab, codec.dtype, codec.end, train.tokens, val.tokens, train.bytes, val.bytes, digest)
         (partial / "meta.json").write_text(json.dumps(asdict(meta), indent=1) + "\n")
         partial.rename(out)
         return meta

@@ -59,18 +59,24 @@ def _read(path: Path, field: str) -> Iterator[str]:
     try:
         with _unpacked(path) as file:
             for count, (place, text) in enumerate(reader(file, path, field), 1):
-                if not isinstance(text, str):
-                    raise UserError(f"{place}: {field!r} must be text, not {text!r:.40}; drop it or choose another --field")
-                text.encode()  # a lone surrogate, "\ud800", is legal JSON and no text
-                if text:
+                if _checked(text, place, field):
                     yield text
-    except UnicodeError as flaw:
-        where = place if count else path
-        raise UserError(f"{where} is not UTF-8 text ({flaw.reason} at {flaw.start}); convert or drop it") from None
+    except UnicodeDecodeError as flaw:
+        raise UserError(f"{path} is not UTF-8 text ({flaw.reason} at byte {flaw.start}); convert it") from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as flaw:
         raise UserError(f"cannot read {path}: {flaw}; check the file, or fetch it again") from None
     if not count:
         raise UserError(f"{path} is empty; drop it or fetch it again")
+
+
+def _checked(text, place, field: str) -> str:
+    if not isinstance(text, str):
+        raise UserError(f"{place}: {field!r} must be text, not {text!r:.40}; drop it or choose another --field")
+    try:
+        text.encode()
+    except UnicodeEncodeError as flaw:  # a lone surrogate, "\ud800", is legal JSON and no text
+        raise UserError(f"{place} is not UTF-8 text ({flaw.reason} at character {flaw.start}); drop it") from None
+    return text
 
 
 def _unpacked(path: Path):
@@ -113,7 +119,8 @@ def _parquet(file, path: Path, field: str):
     try:
         table = ParquetFile(file)
         if field not in table.schema_arrow.names:
-            raise UserError(f"{path} has no column {field!r}, only: {', '.join(table.schema_arrow.names)}; choose one with --field")
+            columns = ", ".join(table.schema_arrow.names)
+            raise UserError(f"{path} has no column {field!r}, only: {columns}; choose one with --field")
         row = 0
         for batch in table.iter_batches(batch_size=1024, columns=[field]):
             for row, text in enumerate(batch.column(0).to_pylist(), row + 1):

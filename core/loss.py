@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from ablab.core.part import Part
 
@@ -11,8 +12,8 @@ from ablab.core.part import Part
 def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """logits [..., V], targets int [...] -> nats [...] and logsumexp [...], both fp32."""
     logits = logits.float()
-    lse = logits.logsumexp(-1)
-    return lse - logits.gather(-1, targets[..., None]).squeeze(-1), lse
+    nats = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+    return nats, nats + logits.gather(-1, targets[..., None]).squeeze(-1)  # its backward is one fused pass; logsumexp's is three
 
 
 def objective_of(penalties: tuple[Part, ...]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

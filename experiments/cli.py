@@ -1,0 +1,276 @@
+"""The command line.
+
+Exit codes: 0 done; 1 something in ablab broke, or runs failed; 2 the request cannot be met as asked; 130 interrupted.
+Heavy imports stay inside the commands: `ablab --help` and `ablab list` load neither torch nor mlflow.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ablab.core.errors import UserError
+from ablab.core.record import Store, store_root
+from ablab.experiments import data_cli
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Ablations for people who pre-train small language models.")
+app.add_typer(data_cli.app, name="data")
+new = typer.Typer(no_args_is_help=True, help="Write a new file from a template.")
+app.add_typer(new, name="new")
+
+Name = Annotated[str, typer.Argument(help="a catalog entry, or a path to an experiment's .yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="path=value: a recipe path, with.NAME.DOSE, runtime.X, seeds, design")]
+Plugins = Annotated[list[Path] | None, typer.Option("--plugins", help="a folder with interventions of your own; repeat for more")]
+Where = Annotated[Path | None, typer.Option("--store", help="where ablab writes [$ABLAB_STORE or ./ablab-store]")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+@app.command("list")
+def list_(plugins: Plugins = None, as_json: Json = False) -> None:
+    """Interventions and experiments, a line each."""
+    from ablab.ablations.registry import discover
+    from ablab.core.load import read_yaml
+    from ablab.experiments.experiment import catalog
+
+    interventions = [{"name": name, "summary": one.about.summary, "off": one.about.off} for name, one in sorted(discover(plugins or ()).items())]
+    experiments = [{"name": name, "question": read_yaml(path).get("question", "")} for name, path in catalog().items()]
+    if as_json:
+        return typer.echo(json.dumps({"interventions": interventions, "experiments": experiments}, indent=1))
+    typer.echo("Interventions")
+    for one in interventions:
+        typer.echo(f"  {one['name']:<15} {one['summary']}\n  {'':<15} off: {one['off']}")
+    typer.echo("\nExperiments")
+    for one in experiments:
+        typer.echo(f"  {one['name']:<15} {one['question']}")
+
+
+@app.command()
+def show(
+    name: Name, overrides: Overrides = None, cell: Annotated[str | None, typer.Option(help="one arm of the experiment [the first]")] = None,
+    diff: Annotated[str | None, typer.Option(help="another cell, or `base`: print only what differs from it")] = None,
+    plugins: Plugins = None, store: Where = None,
+) -> None:  # fmt: skip
+    """The resolved recipe of an arm, its identity and cost; or what differs between two arms."""
+    from ablab.core.edit import diff as difference
+    from ablab.core.load import dump
+    from ablab.core.plan import cost_of
+    from ablab.core.recipe import plain
+
+    experiment, runs = _prepare(name, overrides, plugins, _store(store))
+    run = _one(runs, cell or runs[0].cell)
+    cost = cost_of(run.recipe)
+    typer.echo(f"# {experiment.name}, cell {run.cell!r}, seed {run.recipe.seed}: run {run.id}")
+    typer.echo(f"# {cost.parameters / 1e6:.1f} M parameters, {cost.matmul_parameters / 1e6:.1f} M in matrix products, "
+               f"{cost.flops_per_token / 1e6:.1f} MFLOP a token, {run.recipe.steps:,} steps of {run.recipe.tokens_per_step:,} tokens")  # fmt: skip
+    if diff is None:
+        return typer.echo(dump(plain(run.recipe)), nl=False)
+    other = experiment.base if diff == "base" else _one(runs, diff).recipe
+    for path, (old, now) in difference(plain(other), plain(run.recipe)).items():
+        typer.echo(f"{path}: {_absent(old)} -> {_absent(now)}")
+
+
+@app.command()
+def run(
+    name: Name, overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="cells, identities, what is missing and what it would cost")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="cells to run: a name, a pattern, or !pattern; repeat for more")] = None,
+    seeds: Annotated[str | None, typer.Option(help="such as 0-4 or 0,3,7 [the experiment's]")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time [one a GPU, or cores/threads]")] = None,
+    mlflow: Annotated[bool, typer.Option(help="show the runs in MLflow")] = True,
+    run_inert: Annotated[bool, typer.Option("--run-inert", help="also train arms that compute the same bits as their reference")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")] = False,
+    plugins: Plugins = None, store: Where = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Train what is missing of an experiment, then print the verdicts.  Ask twice, run once."""
+    where = _store(store)
+    experiment, runs = _prepare(name, overrides, plugins, where, seeds)
+    from ablab.experiments.experiment import chosen
+
+    picked = chosen(runs, only or [])
+    if dry_run:
+        from ablab.experiments.forecast import forecast, show_forecast
+
+        found = forecast(experiment, picked, where, jobs)
+        return typer.echo(json.dumps(found, indent=1)) if as_json else show_forecast(found)
+    from ablab.experiments.progress import watcher
+    from ablab.experiments.runner import execute
+
+    watching = watcher(experiment.sheet.metric.name, quiet or as_json)
+    try:
+        outcome = execute(experiment, where, runs, watching, jobs, _folders(plugins), mlflow, run_inert, picked)
+    finally:
+        watching.close()
+    _report(where, experiment.name, as_json)
+    if outcome.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(name: Name, overrides: Overrides = None, plugins: Plugins = None, store: Where = None, as_json: Json = False) -> None:
+    """The verdict table; writes report.md, a forest plot and the loss curves into STORE/reports/NAME."""
+    where = _store(store)
+    _report(where, name if name in where.experiments() else _prepare(name, overrides, plugins, where)[0].name, as_json)
+
+
+@app.command()
+def sync(names: Annotated[list[str] | None, typer.Argument(help="experiments [all in the store]")] = None, store: Where = None, as_json: Json = False) -> None:
+    """Rebuild the MLflow view from the run folders; sends only what it lacks."""
+    from ablab.experiments.mlflow_tracker import sync as send
+
+    counts = send(_store(store), names or None)
+    typer.echo(json.dumps(counts) if as_json else ", ".join(f"{count} {word}" for word, count in counts.items()))
+
+
+@app.command()
+def ui(
+    host: Annotated[str, typer.Option()] = "127.0.0.1", port: Annotated[int, typer.Option(min=1, max=65535)] = 5000, store: Where = None
+) -> None:
+    """The MLflow UI over the local store."""
+    from ablab.experiments.ui import serve
+
+    serve(_store(store).root, host, port, typer.echo)
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="overhead")] = "overhead", out: Annotated[Path | None, typer.Option(help="also write JSON here")] = None
+) -> None:
+    """Measure ablab itself against its targets, on this machine."""
+    from ablab.core.part import near
+    from ablab.experiments.bench import BENCHES, show_bench
+
+    if what not in BENCHES:
+        raise UserError(f"unknown benchmark {what!r}. {near(what, BENCHES)}Known: {', '.join(BENCHES)}")
+    show_bench(BENCHES[what](), out)
+
+
+@new.command("intervention")
+def new_intervention(
+    name: Annotated[str, typer.Argument(help="a word such as my_idea")],
+    folder: Annotated[Path, typer.Option(help="where to write; name it to --plugins")] = Path("plugins"),
+) -> None:
+    """Write FOLDER/NAME.py: a neutral intervention that passes the contract tests; change it into yours."""
+    from ablab.ablations.registry import discover
+    from ablab.ablations.template import write
+
+    discover()
+    path = write(name, folder)
+    typer.echo(f"wrote {path}\nsee it:  ablab list --plugins {folder}\ntest it: pytest --pyargs ablab.tests.contracts --plugins {folder}")
+
+
+# -- what the commands share -------------------------------------------------------------------------------------------
+def _store(flag: Path | None) -> Store:
+    return Store(store_root(str(flag) if flag else None).absolute())
+
+
+def _folders(plugins: list[Path] | None) -> list[str]:
+    return [str(folder.absolute()) for folder in plugins or ()]
+
+
+def _prepare(name: str, overrides: list[str] | None, plugins: list[Path] | None, store: Store, seeds: str | None = None) -> tuple[Any, list[Any]]:
+    """Load an experiment and its runs.  The data digest is read from the store where the config leaves it open."""
+    from ablab.ablations.registry import discover
+    from ablab.core.load import overrides_from
+    from ablab.experiments.experiment import load
+
+    discover(_folders(plugins))
+    experiment = load(name, overrides_from(overrides or []), lambda data: _digest(store, data))
+    return experiment, experiment.runs(_seeds(seeds))
+
+
+def _digest(store: Store, data: str) -> str | None:
+    """None while the tokens are not there: a recipe can be shown before its data exists, but not run."""
+    from ablab.core.corpus import load_meta
+
+    return load_meta(store.root / "data" / data).digest if (store.root / "data" / data).exists() else None
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        spans = [part.split("-") for part in text.split(",")]
+        return [seed for span in spans for seed in range(int(span[0]), int(span[-1]) + 1)]
+    except ValueError:
+        raise UserError(f"--seeds {text!r} must look like 0-4 or 0,3,7") from None
+
+
+def _one(runs: list[Any], cell: str) -> Any:
+    from ablab.core.part import near
+
+    found = next((run for run in runs if run.cell == cell), None)
+    if found is None:
+        cells = list(dict.fromkeys(run.cell for run in runs))
+        raise UserError(f"no cell {cell!r}. {near(cell, cells)}Cells: {', '.join(cells)}")
+    return found
+
+
+def _absent(value: Any) -> str:
+    return "absent" if value is None or value == [] else str(value)
+
+
+def _report(store: Store, name: str, as_json: bool) -> None:
+    from ablab.analysis import report as reports
+
+    found = reports.read(store, name)
+    folder = store.root / "reports" / name
+    if as_json:
+        return typer.echo(json.dumps(reports.as_json(found), indent=1))
+    path = reports.write(store, name, folder)
+    typer.echo(f"\n{found.plan.question}")
+    _table(reports.table(found.effects))
+    for effect in found.effects:
+        if effect.sentence:
+            typer.echo(f"  {effect.sentence}")
+    for warning in found.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    typer.echo(f"\nreport: {path}\nplots:  {folder / 'forest.png'}, {folder / 'curves.png'}\nMLflow: ablab ui --store {store.root}")
+
+
+def _table(rows: list[dict[str, str]]) -> None:
+    """A rich table on a terminal, aligned columns elsewhere."""
+    heads = list(rows[0])
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*heads, header_style="bold", box=None)
+        for row in rows:
+            table.add_row(*(row[head].replace("[", "\\[") for head in heads))
+        return Console().print(table)
+    widths = [max(len(head), *(len(row[head]) for row in rows)) for head in heads]
+    for line in (dict(zip(heads, heads, strict=True)), *rows):
+        typer.echo("  ".join(line[head].ljust(width) for head, width in zip(heads, widths, strict=True)).rstrip())
+
+
+def main() -> None:
+    debug = "--debug" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--debug"]
+    try:
+        app(standalone_mode=False)
+    except UserError as mistake:
+        if debug:
+            raise
+        sys.exit(_said(f"error: {mistake}", 2))
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(_said("interrupted; the same command goes on from here", 130))
+    except Exception as fault:
+        if debug or not hasattr(fault, "format_message"):
+            if debug or os.environ.get("ABLAB_DEBUG"):
+                raise
+            sys.exit(_said(f"error: {type(fault).__name__}: {fault} (--debug shows where)", 1))
+        sys.exit(_said(f"error: {fault.format_message()}", 2))  # click's own complaint about the words given
+
+
+def _said(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

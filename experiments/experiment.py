@@ -1,0 +1,178 @@
+"""An experiment file, read: base recipe, treatment, design, seeds, metric -> the runs that it wants."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from ablab.ablations.design import Cell, cells_of
+from ablab.core.edit import diff
+from ablab.core.errors import UserError
+from ablab.core.intervention import REGISTRY, resolve, treatment_of
+from ablab.core.load import assign, read_yaml, recipe_from
+from ablab.core.part import near, parse
+from ablab.core.recipe import Recipe, plain, run_id
+from ablab.core.record import Plan, Planned, Store
+from ablab.core.runtime import Runtime
+
+CATALOG = Path(str(files("ablab.experiments"))) / "catalog"
+
+
+@dataclass(frozen=True)
+class Metric:
+    name: str = "val/bits_per_byte"
+    better: Literal["lower", "higher"] = "lower"
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The keys of an experiment file."""
+
+    question: str
+    base: list[str]
+    treatment: list[Any] = field(default_factory=list)  # `with` in the file
+    design: str = "leave_one_out"
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    metric: Metric = field(default_factory=Metric)
+    set: dict[str, Any] = field(default_factory=dict)  # dotted recipe path -> value, after the base configs
+    runtime: Runtime = field(default_factory=Runtime)
+    command: str = ""  # how it is started, with the time and the result once measured
+    time: str = ""
+    result: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recipe of one cell; `id` is its content hash."""
+
+    cell: str
+    pair: int
+    recipe: Recipe
+    id: str
+
+
+@dataclass(frozen=True)
+class Experiment:
+    name: str
+    sheet: Sheet
+    base: Recipe
+    cells: list[Cell]
+
+    def runs(self, seeds: Iterable[int] | None = None) -> list[Run]:
+        """Every run, the first seed of all cells before the second.  Raises UserError where a cell cannot be built."""
+        seeds = list(self.sheet.seeds if seeds is None else seeds)
+        resolved = [(cell, self._resolve(cell)) for cell in self.cells]
+        return [self.run(cell, recipe, seed) for seed in seeds for cell, recipe in resolved]
+
+    def run(self, cell: Cell, recipe: Recipe, pair: int) -> Run:
+        """Replica k of an A/A arm takes seeds 1000 k + pair, so that its seeds are its own."""
+        seeded = replace(recipe, seed=pair + 1000 * cell.replica)
+        return Run(cell.name, pair, seeded, run_id(seeded))
+
+    def _resolve(self, cell: Cell) -> Recipe:
+        try:
+            return resolve(self.base, cell.treatment)
+        except UserError as flaw:
+            raise UserError(f"cell {cell.name!r} of {self.name} cannot be built: {flaw}") from None
+
+    def plan(self, runs: Iterable[Run]) -> Plan:
+        cells = {cell.name: cell for cell in self.cells}
+        rows = [Planned(run.cell, run.pair, run.recipe.seed, run.id, cells[run.cell].reference) for run in runs]
+        treatments = {cell.name: {name: _dose(dose) for name, dose in cell.treatment.items()} for cell in self.cells}
+        off = {name: REGISTRY[name].about.off for cell in self.cells for name in cell.treatment}
+        sheet = self.sheet
+        return Plan(self.name, sheet.question, sheet.metric.name, sheet.metric.better, sheet.design, rows, treatments, off)
+
+    def params(self, run: Run) -> dict[str, Any]:
+        """What a tracker shows of a run: the dials that people compare, each toggle, and every leaf that differs from the base."""
+        recipe = run.recipe
+        dials = {"optim.lr": recipe.optim.lr, "model.width": recipe.model.width, "model.layers": recipe.model.layers, "seed": recipe.seed,
+                 "budget.tokens": recipe.budget.tokens, "data.name": recipe.data.name}  # fmt: skip
+        cells = {cell.name: cell.treatment for cell in self.cells}
+        toggles = {f"with.{name}": name in cells[run.cell] for treatment in cells.values() for name in treatment}
+        changed = {path: str(new) for path, (_, new) in diff(plain(self.base), plain(recipe)).items() if new is not None}
+        return changed | dials | toggles
+
+
+def _dose(intervention: Any) -> dict[str, Any]:
+    return {name: value for name, value in plain(intervention).items() if name != "kind"}
+
+
+def catalog() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(CATALOG.glob("*.yaml"))}
+
+
+def load(name: str, overrides: Mapping[str, Any] = {}, digest_of: Callable[[str], str | None] = lambda data: None) -> Experiment:
+    """Read a catalog entry, or a file of the user's own (a path ending in .yaml).
+
+    overrides: `with.NAME.DOSE`, `runtime.X` and `seeds`, `design` belong to the experiment; all other paths to the
+    recipe.  Overridden recipes are another experiment with the override in its name, so no result is overwritten.
+    digest_of: data name -> digest of its token folder, asked only when the config leaves it open.
+    """
+    path = _find(name)
+    content = read_yaml(path)
+    content["treatment"] = content.pop("with", [])
+    sheet_overrides = {p: v for p, v in overrides.items() if p.split(".")[0] in ("runtime", "seeds", "design")}
+    sheet = parse(Sheet, content, "")
+    for key, value in sheet_overrides.items():
+        sheet = assign(sheet, key, value)
+    doses = {p: v for p, v in overrides.items() if p.startswith("with.")}
+    paths = {p: v for p, v in overrides.items() if p not in sheet_overrides and p not in doses}
+    base = recipe_from(sheet.base, sheet.set | paths, beside=path.parent)
+    if base.data.digest is None:
+        base = replace(base, data=replace(base.data, digest=digest_of(base.data.name)))
+    treatment = _dosed(treatment_of(sheet.treatment), doses)
+    title = path.stem + "".join(f"@{key}={value}" for key, value in sorted((doses | paths).items())).replace("/", "_")
+    return Experiment(title, sheet, base, cells_of(sheet.design, treatment))
+
+
+def _find(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    if name not in catalog():
+        raise UserError(f"unknown experiment {name!r}. {near(name, catalog())}Catalog: {', '.join(catalog())}; or give a path to a .yaml file")
+    return catalog()[name]
+
+
+def _dosed(treatment: dict, doses: Mapping[str, Any]) -> dict:
+    for path, value in doses.items():
+        _, name, *dose = path.split(".")
+        if name not in treatment or len(dose) != 1:
+            known = [f"with.{one}.<dose>" for one in treatment]
+            raise UserError(f"unknown path {path!r}. {near(path, known)}This experiment has: {', '.join(known)}")
+        treatment[name] = assign(treatment[name], dose[0], value)
+    return treatment
+
+
+def chosen(runs: Iterable[Run], patterns: Iterable[str]) -> list[Run]:
+    """Runs whose cell matches a pattern (`*gating*`) and none of the `!` patterns.  A pattern that fits nothing is an error."""
+    runs, patterns = list(runs), list(patterns)
+    cells = list(dict.fromkeys(run.cell for run in runs))
+    for pattern in patterns:
+        if not any(_fits(cell, pattern.removeprefix("!")) for cell in cells):
+            raise UserError(f"--only {pattern!r} fits no cell. {near(pattern, cells)}Cells: {', '.join(cells)}")
+    wanted = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
+    barred = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+    return [run for run in runs if any(_fits(run.cell, p) for p in wanted) and not any(_fits(run.cell, p) for p in barred)]
+
+
+def _fits(cell: str, pattern: str) -> bool:
+    """A shell pattern, or a bare word that stands in the cell's name."""
+    return fnmatchcase(cell, pattern) or (pattern.isidentifier() and pattern in cell.replace("(", " ").replace(")", " ").replace(",", " ").split())
+
+
+def merged_plan(experiment: Experiment, runs: list[Run], store: Store) -> Plan:
+    """The plan of these runs, and of earlier seeds of the same cells whose recipes are still the same."""
+    plan = experiment.plan(runs)
+    if not store.plan_path(experiment.name).exists():
+        return plan
+    have = {(row.cell, row.pair) for row in plan.rows}
+    kept = []
+    for row in store.read_plan(experiment.name).rows:
+        cell = next((cell for cell in experiment.cells if cell.name == row.cell), None)
+        if cell and (row.cell, row.pair) not in have:
+            again = experiment.run(cell, resolve(experiment.base, cell.treatment), row.pair)
+            kept += experiment.plan([again]).rows if again.id == row.run else []
+    return replace(plan, rows=plan.rows + kept)

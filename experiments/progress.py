@@ -1,0 +1,99 @@
+"""What a person sees while a grid runs: a live table on a terminal, plain lines elsewhere, nothing when quiet."""
+
+import sys
+import time
+
+from ablab.core.record import FINISHED, Result
+from ablab.experiments.experiment import Run
+
+
+class Quiet:
+    """Says only what must not be missed, on stderr."""
+
+    def planned(self, total: int, done: int, jobs: int) -> None: ...
+    def started(self, run: Run) -> None: ...
+    def logged(self, run: Run, step: int, scalars: dict[str, float]) -> None: ...
+    def finished(self, run: Run, result: Result) -> None: ...
+    def close(self) -> None: ...
+
+    def say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+
+class Lines(Quiet):
+    """One plain line for every run that ends: for logs and pipes."""
+
+    def __init__(self, metric: str):
+        self.metric, self.began, self.total, self.done = metric, time.monotonic(), 0, 0
+
+    def planned(self, total: int, done: int, jobs: int) -> None:
+        self.total, self.done = total, done
+        self.say(f"{total} runs: {done} done already, {total - done} to train, {jobs} at a time")
+
+    def finished(self, run: Run, result: Result) -> None:
+        self.done += 1
+        self.say(f"[{self.done}/{self.total}] {line_of(run, result, self.metric)}")
+
+    def say(self, line: str) -> None:
+        print(f"{time.monotonic() - self.began:6.0f}s  {line}", file=sys.stderr, flush=True)
+
+
+def line_of(run: Run, result: Result, metric: str) -> str:
+    head = f"{run.cell}, seed {run.recipe.seed}"
+    if result.status != FINISHED:
+        return f"{head}: {result.status.upper()}: {result.error}"
+    return f"{head}: {metric} {result.metrics.get(metric, float('nan')):.4f}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:.0f} s"
+
+
+class Live(Lines):
+    """A bar for the grid and one for each run in hand, with rates and the time left."""
+
+    def __init__(self, metric: str):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        super().__init__(metric)
+        self.bars = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+        )  # fmt: skip
+        self.grid = self.bars.add_task("grid", total=None, note="steps")
+        self.tasks: dict[str, int] = {}
+        self.bars.start()
+
+    def planned(self, total: int, done: int, jobs: int) -> None:
+        super().planned(total, done, jobs)
+        self.left, self.steps = total - done, 0
+
+    def started(self, run: Run) -> None:
+        steps = run.recipe.steps
+        if not self.steps:
+            self.steps = steps
+            self.bars.update(self.grid, total=self.left * steps)
+        self.tasks[run.id] = self.bars.add_task(f"{run.cell} · seed {run.recipe.seed}", total=steps, note="")
+
+    def logged(self, run: Run, step: int, scalars: dict[str, float]) -> None:
+        task = self.tasks[run.id]
+        before = self.bars.tasks[self.bars.task_ids.index(task)].completed
+        rate = scalars.get("tokens_per_second", 0.0)
+        self.bars.update(task, completed=step, note=f"loss {scalars['train/loss']:.3f}  {rate:,.0f} tokens/s")
+        self.bars.update(self.grid, advance=step - before)
+
+    def finished(self, run: Run, result: Result) -> None:
+        if (task := self.tasks.pop(run.id, None)) is not None:
+            before = self.bars.tasks[self.bars.task_ids.index(task)].completed
+            self.bars.update(self.grid, advance=run.recipe.steps - before)
+            self.bars.remove_task(task)
+        super().finished(run, result)
+
+    def say(self, line: str) -> None:
+        self.bars.console.print(f"[dim]{time.monotonic() - self.began:5.0f}s[/] ", line.replace("[", "\\["), highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self.bars.stop()
+
+
+def watcher(metric: str, quiet: bool) -> Quiet:
+    if quiet:
+        return Quiet()
+    return Live(metric) if sys.stderr.isatty() else Lines(metric)

@@ -1,0 +1,138 @@
+"""What every test may ask for: a recipe of a few thousand parameters, its model, a batch, and a folder of tokens.
+
+`tiny`, `build` and `batch` are fixtures that hold functions, session-wide, so that hypothesis may use them too.
+"""
+
+import json
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the order of sums, and so the bits, depends on it
+
+import numpy as np
+import pytest
+
+from ablab.ablations.registry import discover
+
+VOCAB, SPECIAL = 64, 0
+discover()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return tiny_recipe
+
+
+@pytest.fixture(scope="session")
+def build():
+    return build_model
+
+
+@pytest.fixture(scope="session")
+def batch():
+    return make_batch
+
+
+@pytest.fixture(scope="session")
+def drive():
+    return drive_parameters
+
+
+@pytest.fixture(scope="session")
+def token_folder(tmp_path_factory):
+    """1,000 training tokens with nothing to learn but frequencies; id 0 is special and has no bytes.  Read-only by agreement."""
+    return write_tokens(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def write_token_folder():
+    return write_tokens
+
+
+def tiny_recipe(treatment=(), **paths):
+    """Width 32, 3 layers, 4 heads of 8, vocabulary 64, 12 steps of 4 rows of 16 tokens, 3 of them warm-up.
+
+    tiny(["qk_norm", {"gating": {"per": "head"}}], optim__lr=0.01): base paths with `__` for `.`, then the treatment.
+    """
+    from ablab.core.intervention import resolve, treatment_of
+    from ablab.core.load import assign
+    from ablab.core.recipe import Attention, Budget, Data, Model, Recipe
+    from ablab.core.schedule import Cosine
+
+    recipe = Recipe(
+        data=Data("tiny", vocab=VOCAB, context=16, batch=4, held_out=320),
+        model=Model(width=32, layers=3, attention=Attention(head_dim=8)),
+        schedule=Cosine(warmup_steps=3),
+        budget=Budget(tokens=12 * 64),
+    )
+    for path, value in paths.items():
+        recipe = assign(recipe, path.replace("__", "."), value)
+    return resolve(recipe, treatment_of(treatment))
+
+
+def build_model(recipe, dtype=None, stirred=0.0, **more):
+    """The recipe's Transformer with its initial weights.  dtype: of activations; default fp32.
+
+    stirred: std of noise added to every parameter, so that nothing sits at a special start such as 0 or 1.
+    """
+    import torch
+
+    from ablab.core.init import initialise
+    from ablab.core.model import Transformer
+
+    model = Transformer(recipe, dtype or torch.float32, **more)
+    initialise(model, recipe)
+    draw = torch.Generator().manual_seed(7)
+    for value in model.parameters() if stirred else ():
+        value.data += stirred * torch.randn(value.shape, generator=draw)
+    return model
+
+
+def drive_parameters(recipe, start, gradients):
+    """Move free-standing parameters by the recipe's chains.
+
+    start: name -> (Param, first value); gradients: for each step, name -> gradient.
+    Returns the weights before and after each step, name -> tensor, and the optimizer.
+    """
+    import torch
+
+    from ablab.core.layers import parameter
+    from ablab.core.optimizer import Optimizer
+
+    model = torch.nn.Module()
+    for name, (declared, value) in start.items():
+        model.register_parameter(name, parameter(declared))
+        getattr(model, name).data.copy_(value)
+    optimizer = Optimizer(model, recipe)
+    seen = [{name: value.detach().clone() for name, value in model.named_parameters()}]
+    for t, gradient in enumerate(gradients, 1):
+        for name, value in model.named_parameters():
+            value.grad.copy_(gradient[name])
+        optimizer.step(t)
+        seen.append({name: value.detach().clone() for name, value in model.named_parameters()})
+    return seen, optimizer
+
+
+def make_batch(recipe, rows=None, seed=0):
+    """Random tokens, int64 [rows or batch, context + 1]."""
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(recipe.data.vocab, (rows or recipe.data.batch, recipe.data.context + 1), generator=draw)
+
+
+def write_tokens(folder, train=1000, val=400, vocab=VOCAB, top=None, digest="00000000deadbeef", seed=0):
+    """A token folder as core/corpus.py leaves it: uint16 ids below `top`, drawn with falling frequency."""
+    draw, top = np.random.default_rng(seed), top or vocab
+    odds = 1 / np.arange(1, top + 1)
+    folder.mkdir(parents=True)
+    for name, size in (("train", train), ("val", val)):
+        draw.choice(top, size, p=odds / odds.sum()).astype("<u2").tofile(folder / f"{name}.bin")
+    token_bytes = draw.integers(1, 6, vocab).astype(np.int32)
+    token_bytes[SPECIAL] = 0
+    np.save(folder / "token_bytes.npy", token_bytes)
+    meta = {
+        "schema": 1, "name": folder.name, "vocab": vocab, "dtype": "uint16", "end_of_text": SPECIAL,
+        "train_tokens": train, "val_tokens": val, "train_bytes": 3 * train, "val_bytes": 3 * val, "digest": digest,
+    }  # fmt: skip
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
