@@ -20,7 +20,7 @@ def held_out_loss(forward, tokens: Tokens, rows: int, device: torch.device) -> d
         count = min(rows, total - first)
         block = tokens.held_out_batch(first, count)
         block = block[torch.arange(rows) % count].to(device, non_blocking=True)
-        losses = token_losses(forward(block[:, :-1]), block[:, 1:])[0][:count].double()
+        losses = token_losses(forward(block[:, :-1]), block[:, 1:])[:count].double()
         weight = table[block[:count, 1:]]
         nats += losses.sum()
         counted += (losses * (weight > 0)).sum()

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +23,54 @@ from ablab.core.load import dump
 from ablab.core.loss import objective_of
 from ablab.core.model import Transformer
 from ablab.core.optimizer import Optimizer
-from ablab.core.recipe import Recipe, plain, run_id
+from ablab.core.parametrize import Standard
+from ablab.core.recipe import Budget, Recipe, plain, run_id
 from ablab.core.record import DIVERGED, FINISHED, OUT_OF_MEMORY, Record, Result
 from ablab.core.runtime import Runtime, code_fingerprint, environment, settle
+from ablab.core.schedule import Constant
 from ablab.core.tracker import NullTracker, Tracker
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def structure(recipe: Recipe, runtime: Runtime) -> str:
+    """Equal for recipes whose runs can share one Trainer: what the compiled graphs see, and nothing else."""
+    same = replace(
+        recipe, seed=0, budget=Budget(recipe.tokens_per_step), data=replace(recipe.data, name="", digest=None, held_out=1),
+        optim=replace(recipe.optim, lr=1.0), schedule=Constant(), parametrization=Standard(), after_step=(),
+    )  # fmt: skip
+    return f"{run_id(same)} {recipe.parametrization.multipliers(recipe.model)} {runtime}"
+
+
 class Trainer:
-    """Model, optimizer, data and counters of one run."""
+    """Model, optimizer, data and counters of one run.
+
+    A trainer can `restart` with another recipe of the same structure (`structure` says which): another seed, learning
+    rate, schedule, budget or parametrization.  Compiled graphs survive, and nothing else does.
+    """
 
     def __init__(self, recipe: Recipe, runtime: Runtime, data_folder: Path):
-        self.recipe, self.runtime = recipe, settle(runtime, recipe.data.batch)
+        self.runtime = settle(runtime, recipe.data.batch)
         torch.set_num_threads(runtime.threads)
         self.device = torch.device(self.runtime["device"])
-        self.tokens = Tokens(recipe, data_folder)
-        self.model = Transformer(recipe, DTYPES[self.runtime["dtype"]], runtime.recompute)
-        initialise(self.model, recipe)
-        self.model.to(self.device)
+        self.model = Transformer(recipe, DTYPES[self.runtime["dtype"]], runtime.recompute).to(self.device)
         self.optimizer = Optimizer(self.model, recipe, self.runtime["compile"])
         self.weights = [bank.weight for bank in self.optimizer.banks]
-        self.after = [(part, part.begin(self.weights)) for part in recipe.after_step]
         objective = objective_of(recipe.objective)
         compiled = torch.compile if self.runtime["compile"] else lambda function: function
         self.forward = compiled(self.model)
         self.loss = compiled(lambda block: objective(self.model(block[:, :-1]), block[:, 1:]))
-        self.step, self.seconds = 0, 0.0
         self.window = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats and tokens since the last log
+        self.restart(recipe, data_folder)
+
+    def restart(self, recipe: Recipe, data_folder: Path) -> None:
+        """Step 0 of a run: fresh weights, optimizer state, data order and counters."""
+        self.recipe, self.tokens = recipe, Tokens(recipe, data_folder)
+        self.step, self.seconds = 0, 0.0
+        initialise(self.model, recipe)
+        self.optimizer.restart(recipe)
+        self.after = [(part, part.begin(self.weights)) for part in recipe.after_step]
+        self.window.zero_()
 
     # -- one step --------------------------------------------------------------------------------------------------
     def advance(self) -> Tensor:
@@ -128,19 +149,37 @@ class Trainer:
         return total.hexdigest()[:16]
 
 
+class Warm:
+    """Keeps the last trainer, and gives it to the next run of the same structure."""
+
+    def __init__(self) -> None:
+        self.key, self.trainer = "", None
+
+    def trainer_for(self, recipe: Recipe, runtime: Runtime, data_folder: Path) -> Trainer:
+        if self.key == (key := structure(recipe, runtime)):
+            self.trainer.restart(recipe, data_folder)
+        else:
+            self.key, self.trainer = "", None  # its memory goes before the next one's comes
+            torch.compiler.reset()  # graphs of another structure would fill dynamo's cache, 8 deep, and then run eagerly
+            self.trainer = Trainer(recipe, runtime, data_folder)
+            self.key = key
+        return self.trainer
+
+
 def run(
     recipe: Recipe, runtime: Runtime, data_folder: Path, record: Record,
-    tracker: Tracker = NullTracker(), about: Mapping[str, Any] = {}, warn: Callable[[str], None] = print,
+    tracker: Tracker = NullTracker(), about: Mapping[str, Any] = {}, warn: Callable[[str], None] = print, warm: Warm | None = None,
 ) -> Result:  # fmt: skip
     """Train to the end, from the last checkpoint if there is one, and leave a result.
 
-    Divergence and lack of memory are results too.  about: what run.json should say besides the runtime and the versions.
+    Divergence and lack of memory are results too.  warm: shared by the runs of one process.  about: what run.json
+    should say besides the runtime and the versions.
     Raises UserError for data that does not fit the recipe and for a folder that cannot be written.
     """
     status, error, trainer, metrics = FINISHED, "", None, {}
     record.begin(dump(plain(recipe)), {**about, "runtime": settle(runtime, recipe.data.batch), "environment": environment()})
     try:
-        trainer = Trainer(recipe, runtime, data_folder)
+        trainer = (warm or Warm()).trainer_for(recipe, runtime, data_folder)
         trainer.restore(record.folder / "checkpoints", warn)
         record.rewind(trainer.step)
         metrics = _loop(trainer, record, tracker)
@@ -170,10 +209,11 @@ def _loop(trainer: Trainer, record: Record, tracker: Tracker) -> dict[str, float
             scalars = {"tokens": t * recipe.tokens_per_step, "train/loss": trainer.close_window(), "train/grad_norm": norm.item()}
             scalars["optim/lr"] = recipe.optim.lr * recipe.schedule.multiplier(t, steps)
             trainer.seconds += time.perf_counter() - clock
-            if not math.isfinite(scalars["train/loss"]):
+            if math.isfinite(scalars["train/loss"]):
+                last_good = scalars["train/loss"]
+                scalars |= trainer.evaluate() if t in evaluations else {}
+            if not all(map(math.isfinite, scalars.values())):  # this very step may have broken the weights: its own loss is older
                 raise Diverged(t, last_good)
-            last_good = scalars["train/loss"]
-            scalars |= trainer.evaluate() if t in evaluations else {}
             pace = {"seconds": trainer.seconds, "tokens_per_second": t * recipe.tokens_per_step / trainer.seconds}
             record.log(t, scalars, pace)
             tracker.log(t, scalars | {"tokens_per_second": pace["tokens_per_second"]}, trainer.seconds)

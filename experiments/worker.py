@@ -36,13 +36,15 @@ def serve(pipe: Connection, plugins: list[str], environment: Mapping[str, str]) 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's to handle
     os.environ.update(environment)
     from ablab.ablations.registry import discover
+    from ablab.core.trainer import Warm
 
     discover(plugins)
+    warm = Warm()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the runner is gone, so are we
         pipe.send(("ready", "", None))
         while job := pipe.recv():
             try:
-                pipe.send(_train(job, pipe) if job.kind == "train" else ("traced", job.run, _trace(job)))
+                pipe.send(_train(job, pipe, warm) if job.kind == "train" else ("traced", job.run, _trace(job)))
             except UserError as refusal:
                 pipe.send(("refused", job.run, str(refusal)))
 
@@ -55,7 +57,7 @@ def _trace(job: Job) -> str:
     return trace(recipe, settle(parse(Runtime, job.runtime, "runtime"), recipe.data.batch)["device"])
 
 
-def _train(job: Job, pipe: Connection) -> tuple[str, str, Any]:
+def _train(job: Job, pipe: Connection, warm: Any) -> tuple[str, str, Any]:
     """Execute one run under its lock: no two processes, here or elsewhere, ever train the same one."""
     from filelock import FileLock, Timeout
 
@@ -72,7 +74,7 @@ def _train(job: Job, pipe: Connection) -> tuple[str, str, Any]:
             warn = lambda line: pipe.send(("warning", job.run, line))  # noqa: E731
             try:
                 recipe, runtime = parse(Recipe, job.recipe, ""), parse(Runtime, job.runtime, "runtime")
-                return "done", job.run, run(recipe, runtime, job.data, record, _PipeTracker(pipe, job.run), job.about, warn)
+                return "done", job.run, run(recipe, runtime, job.data, record, _PipeTracker(pipe, job.run), job.about, warn, warm)
             except (UserError, BrokenPipeError, ConnectionResetError):
                 raise
             except Exception as fault:

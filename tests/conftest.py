@@ -136,3 +136,17 @@ def write_tokens(folder, train=1000, val=400, vocab=VOCAB, top=None, digest="000
     }  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
+
+
+def pytest_addoption(parser):
+    parser.addoption("--plugins", action="append", default=[], metavar="DIR", help="also test the interventions in this folder; repeat for more")
+
+
+def pytest_configure(config):
+    """Before collection: tests are parametrized over the registry."""
+    from ablab.core.errors import UserError
+
+    try:
+        discover(config.getoption("plugins"))
+    except UserError as mistake:
+        raise pytest.UsageError(str(mistake)) from None

@@ -24,10 +24,8 @@ from ablab.experiments.mlflow_view import MlflowView, database
 STARTED = 1.76e9  # unix seconds
 RECIPE = "data: {name: web, digest: 0123abcd}\nseed: 0\n"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars --window-size=1600,950 --virtual-time-budget=60000"
-).split()
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync", "--hide-scrollbars", "--window-size=1600,950", "--virtual-time-budget=60000"]
 
 
 # -- a store, a plan, and two ways of showing it -----------------------------------------------------------------------
@@ -155,9 +153,7 @@ def test_a_live_run_reads_back_through_mlflow(store):
     assert (data.dataset.name, data.dataset.digest) == ("web", "0123abcd")
 
 
-@pytest.mark.parametrize(
-    ("status", "shown"), [(FINISHED, "FINISHED"), (DIVERGED, "FAILED"), (FAILED, "FAILED"), (OUT_OF_MEMORY, "FAILED"), (PRUNED, "KILLED")]
-)
+@pytest.mark.parametrize(("status", "shown"), [(FINISHED, "FINISHED"), (DIVERGED, "FAILED"), (FAILED, "FAILED"), (OUT_OF_MEMORY, "FAILED"), (PRUNED, "KILLED")])
 def test_each_status_has_its_mlflow_word_and_a_failure_its_reason(store, status, shown):
     plan = planned(store, cells=("base",), seeds=1)
     train(store, plan, plan.rows[0], range(10, 31, 10), MlflowTracker(MlflowView(store)), status)
