@@ -24,8 +24,9 @@ from ablab.core.codec import Codec, train_tokenizer
 from ablab.core.documents import documents, expand
 from ablab.core.errors import UserError
 from ablab.core.files import writing
+from ablab.core.recipe import Recipe
 
-__all__ = ["Meta", "documents", "ensure_embedded", "load_meta", "tokenize", "train_tokenizer"]
+__all__ = ["Meta", "check_meta", "documents", "ensure_embedded", "load_meta", "tokenize", "train_tokenizer"]
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "data"
 BATCH = 4_000_000  # characters encoded at once: 0.5 GB at the peak, whatever the corpus (measured on 520 MB of text)
@@ -77,6 +78,20 @@ def load_meta(folder: Path) -> Meta:
         size = (folder / file).stat().st_size if (folder / file).is_file() else 0
         if size != expected:
             raise UserError(f"{folder / file} has {size:,} bytes, but meta.json says {expected:,}; {cure}")
+    return meta
+
+
+def check_meta(recipe: Recipe, meta: Meta, folder: Path) -> Meta:
+    """Raises UserError where a token folder is not what the recipe asks for: other text, another vocabulary, too little."""
+    data = recipe.data
+    if data.digest and data.digest != meta.digest:
+        raise UserError(f"{folder} holds data {meta.digest}, but the recipe names {data.digest}; restore that text, or load the recipe anew")
+    if data.vocab != meta.vocab:
+        raise UserError(f"data.vocab={data.vocab}, but {folder} was tokenized with {meta.vocab} ids; set data.vocab={meta.vocab}")
+    held_out = min(meta.val_tokens, data.held_out + 1)
+    for name, have, need in (("train", meta.train_tokens, 2 * data.context), ("val", held_out, data.context + 1)):
+        if have < need:
+            raise UserError(f"{folder / name}.bin holds {have} tokens, but context={data.context} needs at least {need}; tokenize more text")
     return meta
 
 

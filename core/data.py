@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ablab.core.corpus import Meta, load_meta
+from ablab.core.corpus import check_meta, load_meta
 from ablab.core.errors import UserError
 from ablab.core.recipe import Recipe
 
@@ -27,9 +27,6 @@ class Tokens:
         self.held_out = np.memmap(folder / "val.bin", dtype=self.meta.dtype, mode="r")[: data.held_out + 1]
         self.token_bytes = torch.from_numpy(np.load(folder / "token_bytes.npy").astype(np.int64))
         self.windows = (len(self.train) - self.context) // self.context  # rows an epoch
-        for name, have, need in (("train", len(self.train), 2 * self.context), ("val", len(self.held_out), self.context + 1)):
-            if have < need:
-                raise UserError(f"{folder / name}.bin holds {have} tokens, but context={self.context} needs at least {need}; tokenize more text")
 
     def rows(self, step: int, first: int, count: int) -> Tensor:
         """Rows `first`..`first+count-1` of optimizer step `step` (from 0): int64 [count, context + 1]."""
@@ -61,11 +58,3 @@ def _epoch(seed: int, epoch: int, windows: int, context: int) -> tuple[np.ndarra
     key = hashlib.sha256(f"{seed}/data/{epoch}".encode()).digest()
     draw = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "big")))
     return draw.permutation(windows), int(draw.integers(context))
-
-
-def check_meta(recipe: Recipe, meta: Meta, folder: Path) -> Meta:
-    if recipe.data.digest and recipe.data.digest != meta.digest:
-        raise UserError(f"{folder} holds data {meta.digest}, but the recipe names {recipe.data.digest}; restore that text, or load the recipe anew")
-    if recipe.data.vocab != meta.vocab:
-        raise UserError(f"data.vocab={recipe.data.vocab}, but {folder} was tokenized with {meta.vocab} ids; set data.vocab={meta.vocab}")
-    return meta

@@ -80,7 +80,7 @@ def leaves(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def diff(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """Dotted path -> (old, new) for every leaf that differs; None where a side has no such leaf."""
-    before, behind = leaves(old), leaves(new)
+    """Dotted path -> (old, new) for every leaf that differs; None where a side has no such leaf, or an empty slot there."""
+    before, behind = ({path: value for path, value in leaves(tree).items() if value != []} for tree in (old, new))
     paths = dict.fromkeys([*before, *behind])
     return {path: (before.get(path), behind.get(path)) for path in paths if before.get(path) != behind.get(path)}

@@ -1,8 +1,12 @@
-"""The two exceptions that ablab raises on purpose."""
+"""The exceptions that ablab raises on purpose."""
 
 
 class UserError(Exception):
     """A mistake the user can mend.  One line: the thing, the rule, the value, the cure.  Exit code 2."""
+
+
+class Pruned(Exception):
+    """Raised by a tracker to end a run early: the study has seen enough.  A result, and one that can be taken up again."""
 
 
 class Diverged(Exception):

@@ -1,7 +1,7 @@
 """Writing files so that a kill, a full disk or a read-only folder leaves nothing half-written."""
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ablab.core.errors import UserError
@@ -14,7 +14,7 @@ def writing(path: Path):
         yield
     except OSError as refusal:
         raise UserError(
-            f"cannot write {path}: {refusal.strerror}; free space or permission there, or choose another folder with --store"
+            f"cannot write {path}: {refusal.strerror or refusal}; free space or permission there, or choose another folder with --store"
         ) from refusal
 
 
@@ -31,3 +31,11 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file to NAME.damaged, where nobody reads it; another process may have done so already."""
+    aside = path.with_name(f"{path.name}.damaged")
+    with suppress(FileNotFoundError):
+        path.replace(aside)
+    return aside

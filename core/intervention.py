@@ -52,7 +52,9 @@ def register(
     requires: tuple[str, ...] = (), excludes: tuple[str, ...] = (), crosses_late: bool = False,
 ):  # fmt: skip
     def decorate(cls):
-        summary = (cls.__doc__ or "").strip().splitlines()[0]
+        if (taken := REGISTRY.get(name)) and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise UserError(f"two interventions are called {name!r}: {taken.__module__} and {cls.__module__}; rename one")
+        summary = (cls.__doc__ or "no description").strip().splitlines()[0]
         cls = part(name)(cls)
         cls.about = About(name, off, source, slots, order, neutral_at_init, requires, excludes, crosses_late, summary)
         REGISTRY[name] = cls
@@ -70,7 +72,7 @@ def treatment_of(listed: Iterable[str | Mapping[str, Any]], path: str = "with") 
     for item in listed:
         name, dose = next(iter(item.items())) if isinstance(item, Mapping) and len(item) == 1 else (item, {})
         if not isinstance(name, str) or name not in REGISTRY:
-            raise UserError(f"unknown intervention {name!r}. {near(name, REGISTRY)}Registered: {', '.join(sorted(REGISTRY))}")
+            raise UserError(f"unknown intervention {name!r}. {near(name, REGISTRY)}Registered: {', '.join(sorted(REGISTRY))}; one of your own needs --plugins FOLDER")
         if name in treatment:
             raise UserError(f"{path} names {name!r} twice; keep one")
         treatment[name] = parse(REGISTRY[name], dose or {}, f"{path}.{name}")

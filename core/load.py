@@ -1,6 +1,7 @@
 """YAML files and dotted overrides -> a typed recipe.  Strict: unknown keys are errors with the near miss named."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,37 @@ from ablab.core.recipe import Data, Recipe, check, plain
 CONFIGS = Path(str(files("ablab.configs")))
 
 
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """Refuses a key that is given twice; YAML keeps the last one in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands there twice; keep one", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
+    """A file that holds a mapping.  Raises UserError: cannot be read, or not YAML (with the line)."""
     try:
-        content = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        content = yaml.load(path.read_text(), Loader=_Loader)
     except OSError as refusal:
         raise UserError(f"cannot read {path}: {refusal.strerror}") from None
     except yaml.YAMLError as flaw:
         where = getattr(flaw, "problem_mark", None)
-        raise UserError(f"{path}{f':{where.line + 1}' if where else ''} is not YAML: {getattr(flaw, 'problem', flaw)}") from None
+        raise UserError(f"{path}{f':{where.line + 1}' if where else ''} is not YAML: {_told(flaw)}") from None
+    except UnicodeDecodeError as flaw:
+        raise UserError(f"{path} is not UTF-8 text ({flaw.reason} at byte {flaw.start}); name a YAML file") from None
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} must hold a mapping of names to values")
+        raise UserError(f"{path} must hold a mapping of names to values, not {content!r:.40}")
     return dict(content)
+
+
+def _told(flaw: yaml.YAMLError) -> str:
+    """The parser's complaint on one line."""
+    return " ".join(str(getattr(flaw, "problem", None) or flaw).split())
 
 
 def find_config(name: str, beside: Path | None = None) -> Path:
@@ -47,15 +68,26 @@ def merge(old: Any, new: Any) -> Any:
 
 def recipe_from(names: Iterable[str], overrides: Mapping[str, Any] = {}, beside: Path | None = None) -> Recipe:
     """The defaults of core/recipe.py, then each named config, then `{dotted path: value}`."""
-    tree = plain(Recipe(data=Data(name="")))
+    recipe = Recipe(data=Data(name=""))
     for name in names:
-        tree = merge(tree, read_yaml(find_config(name, beside)))
-    recipe = parse(Recipe, tree, "")
+        path = find_config(name, beside)
+        tree = merge(plain(recipe), read_yaml(path))
+        with blaming(path):
+            recipe = parse(Recipe, tree, "")
     for path, value in overrides.items():
         recipe = assign(recipe, path, value)
     if not recipe.data.name:
         raise UserError("the recipe names no data; add a config such as data/embedded to its base")
     return check(recipe)
+
+
+@contextmanager
+def blaming(path: Path):
+    """Lead a UserError by the file that holds the mistake."""
+    try:
+        yield
+    except UserError as flaw:
+        raise UserError(f"{path}: {flaw}") from None
 
 
 def assign(recipe: Any, path: str, value: Any) -> Any:
@@ -80,7 +112,10 @@ def overrides_from(words: Iterable[str]) -> dict[str, Any]:
         path, equals, value = word.partition("=")
         if not equals or not path:
             raise UserError(f"override {word!r} must look like path=value, for example optim.lr=0.01")
-        overrides[path] = yaml.safe_load(value)
+        try:
+            overrides[path] = yaml.safe_load(value)
+        except yaml.YAMLError as flaw:
+            raise UserError(f"override {word!r}: the value is not YAML ({_told(flaw)}); quote it") from None
     return overrides
 
 

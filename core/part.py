@@ -6,10 +6,11 @@ the top of its file, so that recipes can be read, edited, hashed and listed with
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from types import UnionType
-from typing import Any, ClassVar, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -23,6 +24,7 @@ class Part:
 
     kind: str
     known: ClassVar[dict[str, type["Part"]]] = {}
+    foreign: ClassVar[dict[str, str]] = {}  # kind -> digest of the user's own file that defines it
 
 
 @dataclass_transform(frozen_default=True)
@@ -126,19 +128,55 @@ def join(path: str, key: str) -> str:
 
 
 def _parse_leaf(hint: Any, plain: Any, path: str) -> Any:
+    given = plain
     if isinstance(plain, str) and not _wants_text(hint):
         try:
             plain = float(plain) if not plain.lstrip("+-").isdigit() else int(plain)  # YAML 1.1 reads 1e-3 as a word
         except ValueError:
             pass
-    if isinstance(plain, float) and not math.isfinite(plain):
-        raise UserError(f"{path}={plain} must be finite")
     if isinstance(plain, float) and plain.is_integer() and _wants_int(hint):
         plain = int(plain)  # 1.0e+8 tokens is how people write a budget
     try:
+        if isinstance(plain, float) and not math.isfinite(plain):
+            raise msgspec.ValidationError("must be finite")
         return msgspec.convert(plain, hint)
-    except msgspec.ValidationError as flaw:
-        raise UserError(f"{path}={plain!r}: {str(flaw)[:1].lower()}{str(flaw)[1:]}") from None
+    except msgspec.ValidationError:
+        raise UserError(f"{path}={_shown(given)} must be {_wanted(hint)}{_advice(given, hint)}") from None
+
+
+def _shown(value: Any) -> str:
+    """As one writes it in YAML: null, true, 'a word'."""
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+
+
+LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null", list: "a list", dict: "a mapping"}
+
+
+def _wanted(hint: Any) -> str:
+    """What a leaf may be, in words: `a whole number >= 1`, `one of auto, cpu, cuda`, `a number > 0 or null`."""
+    origin, options = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        limits = [f"{sign} {limit:g}" for name, sign in LIMITS.items() if (limit := getattr(options[1], name, None)) is not None]
+        return " ".join([_wanted(options[0]), " and ".join(limits)]).rstrip()
+    if origin is Literal:
+        return f"one of {', '.join(map(str, options))}"
+    if origin in (Union, UnionType):
+        return " or ".join(_wanted(option) for option in options)
+    if origin is list:
+        return f"a list, each {_wanted(options[0])}" if options[0] in WORDS or get_origin(options[0]) else "a list"
+    return WORDS.get(origin or hint, str(hint))
+
+
+UNITS = {"k": 3, "m": 6, "g": 9, "b": 9, "t": 12}
+
+
+def _advice(given: Any, hint: Any) -> str:
+    """How to write what was probably meant: 100M -> 100e6; a word near one of the choices."""
+    if isinstance(given, str) and (match := re.fullmatch(r"([\d._]+)\s*([kmgbt])", given.strip().lower())):
+        return f"; write {match[1]}e{UNITS[match[2]]}"
+    choices = [word for option in (hint, *get_args(hint)) if get_origin(option) is Literal for word in get_args(option)]
+    return f". {near(given, choices)}".rstrip() if choices and near(given, choices) else ""
 
 
 def _wants_int(hint: Any) -> bool:

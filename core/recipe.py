@@ -7,7 +7,9 @@ docstrings; `Runtime` (core/runtime.py) holds device, kernels and cadence, which
 import dataclasses
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -139,7 +141,29 @@ def check(recipe: Recipe) -> Recipe:
         raise UserError(f"schedule.warmup_steps={warmup} exceeds the run's {recipe.steps} steps; lower it or raise budget.tokens")
     if missing := [role for role in ROLES if role not in recipe.optim.chains]:
         raise UserError(f"optim.chains has no chain for {missing[0]!r} parameters; add one")
+    for path, method, parts in _slots(recipe):
+        for part in parts:
+            if not hasattr(part, method):
+                fit = sorted(kind for kind, one in Part.known.items() if hasattr(one, method))
+                raise UserError(f"{path} cannot hold {part.kind!r}, which has no {method}(); parts that have one: {', '.join(fit)}")
     return recipe
+
+
+def _slots(recipe: Recipe) -> Iterator[tuple[str, str, tuple[Part, ...]]]:
+    """Each slot: its path, what is asked of its parts, the parts in it."""
+    model, attention = recipe.model, recipe.model.attention
+    yield "schedule", "multiplier", (recipe.schedule,)
+    yield "parametrization", "scales", (recipe.parametrization,)
+    yield "model.ffn", "build", (model.ffn,)
+    yield "model.attention.position", "build", (attention.position,)
+    for name in ("on_norm", "on_logits"):
+        yield f"model.{name}", "build", getattr(model, name)
+    for name in ("on_qk", "on_values", "on_heads"):
+        yield f"model.attention.{name}", "build", getattr(attention, name)
+    for role, chain in recipe.optim.chains.items():
+        yield f"optim.chains.{role}.steps", "update", chain.steps
+    yield "objective", "penalty", recipe.objective
+    yield "after_step", "advance", recipe.after_step
 
 
 def plain(recipe: Any) -> Any:
@@ -150,21 +174,29 @@ def plain(recipe: Any) -> Any:
 
 
 def _refuse_exotic(value: Any, path: str) -> None:
+    kind = type(value)
+    if kind in (str, int, bool, NoneType) or (kind is float and math.isfinite(value)):
+        return
     if dataclasses.is_dataclass(value):
-        for name in value.__dataclass_fields__:
-            _refuse_exotic(getattr(value, name), f"{path}.{name}")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _refuse_exotic(item, f"{path}.{key}")
-    elif isinstance(value, (tuple, list)):
-        for i, item in enumerate(value):
-            _refuse_exotic(item, f"{path}[{i}]")
-    elif not (value is None or type(value) in (str, int, bool) or (type(value) is float and math.isfinite(value))):
+        parts = [(f".{name}", getattr(value, name)) for name in value.__dataclass_fields__]
+    elif kind is dict:
+        parts = [(f".{key}", item) for key, item in value.items()]
+    elif kind in (tuple, list):
+        parts = [(f"[{i}]", item) for i, item in enumerate(value)]
+    else:
         raise UserError(f"{path}={value!r} is not plain data; use finite numbers, words, true/false or null")
+    for name, part in parts:
+        _refuse_exotic(part, path + name)
 
 
 def run_id(recipe: Recipe) -> str:
-    """sha256 of the canonical full recipe and the schema number, 16 hex digits."""
+    """sha256 of the canonical full recipe and the schema number, 16 hex digits.
+
+    A part from a user's own file brings the digest of that file: an idea that was edited is another run.
+    """
     _refuse_exotic(recipe, "recipe")
     canonical = msgspec.json.encode({"schema": SCHEMA, "recipe": recipe}, order="deterministic")
+    for kind, digest in sorted(Part.foreign.items()):
+        if f'"kind":"{kind}"'.encode() in canonical:
+            canonical += f"{kind} {digest}".encode()
     return hashlib.sha256(canonical).hexdigest()[:16]

@@ -10,7 +10,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from typing import Any
 import msgspec
 
 from ablab.core.errors import UserError
-from ablab.core.files import write_atomically, writing
+from ablab.core.files import set_aside, write_atomically, writing
 
 FINISHED, DIVERGED, OUT_OF_MEMORY, FAILED, PRUNED = "finished", "diverged", "out_of_memory", "failed", "pruned"
 STATUSES = (FINISHED, DIVERGED, OUT_OF_MEMORY, FAILED, PRUNED)  # a run with no result is missing or interrupted
+RETRY = (FAILED, OUT_OF_MEMORY, PRUNED)  # asked for again, these run again: code and runtime may have changed
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Planned:
     run: str
     reference: str | None = None  # the cell that this one is measured against
     note: str = ""
+    tags: dict[str, str] = field(default_factory=dict)  # for trackers
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,22 @@ class Store:
     def write_plan(self, plan: Plan) -> None:
         write_atomically(self.plan_path(plan.name), msgspec.json.format(msgspec.json.encode(plan), indent=1))
 
+    def change_plan(self, experiment: str, change: Callable[[Plan | None], Plan], say: Callable[[str], None]) -> Plan:
+        """Write and return `change(the plan as it stands, or None)`; one process at a time.  A damaged plan is set aside."""
+        from filelock import FileLock
+
+        path = self.plan_path(experiment)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_name(f".{path.name}.lock")):
+                try:
+                    old = self.read_plan(experiment) if path.exists() else None
+                except UserError as damage:
+                    say(f"{damage}; set aside as {set_aside(path).name}")
+                    old = None
+                self.write_plan(plan := change(old))
+        return plan
+
     def read_plan(self, experiment: str) -> Plan:
         path = self.plan_path(experiment)
         try:
@@ -90,7 +108,7 @@ class Store:
         except FileNotFoundError:
             raise UserError(f"experiment {experiment!r} has no runs in {self.root}; start it with: ablab run {experiment}") from None
         except msgspec.MsgspecError as flaw:
-            raise UserError(f"{path} is damaged ({flaw}); write it again with: ablab run {experiment}") from None
+            raise UserError(f"{path} is damaged ({flaw}); `ablab run {experiment}` writes it again") from None
 
     def experiments(self) -> list[str]:
         return sorted(path.stem for path in (self.root / "experiments").glob("*.json"))
@@ -111,11 +129,23 @@ class Record:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except msgspec.MsgspecError as flaw:
-            raise UserError(f"{self.result_path} is damaged ({flaw}); delete it and run again: the run resumes from its last checkpoint") from None
+            raise UserError(f"{self.result_path} is damaged ({flaw}); `ablab run` sets it aside and trains the run again") from None
+
+    def stamp(self) -> int:
+        """Tells one result from the next: its time in nanoseconds, 0 while there is none."""
+        try:
+            return self.result_path.stat().st_mtime_ns
+        except (FileNotFoundError, NotADirectoryError):
+            return 0
 
     def begin(self, recipe: str, about: Mapping[str, Any]) -> None:
-        """Open the folder for a new or resumed run: recipe.yaml and run.json (`about`, "started": unix seconds of the first start)."""
+        """Open the folder for a new or resumed run: recipe.yaml and run.json (`about`, "started": unix seconds of the first start).
+
+        Only the process that holds the run's lock may call this: an earlier, failed result goes.
+        """
         first = self.about().get("started", time.time())
+        for old in (self.result_path, self.folder / "error.txt", *self.folder.glob(".*.partial")):
+            old.unlink(missing_ok=True)  # what an earlier attempt left behind
         write_atomically(self.folder / "recipe.yaml", recipe.encode())
         write_atomically(self.folder / "run.json", msgspec.json.format(msgspec.json.encode({**about, "started": first}), indent=1))
 

@@ -1,6 +1,8 @@
 """How a run is executed: recorded with the run, never part of its identity."""
 
+import glob
 import hashlib
+import os
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -37,17 +39,30 @@ def settle(runtime: Runtime, rows: int) -> dict[str, Any]:
     if runtime.device == "auto":
         settled["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if settled["device"] == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but torch sees no GPU here; use device=cpu or install a CUDA build of torch")
+        raise UserError("runtime.device=cuda, but torch sees no GPU here; use runtime.device=cpu or install a CUDA build of torch")
     if runtime.dtype == "auto":
         settled["dtype"] = "bf16" if settled["device"] == "cuda" else "fp32"
     if runtime.compile is None:
         settled["compile"] = settled["device"] == "cuda"
-    settled["micro_batch"] = min(runtime.micro_batch or rows, rows)
-    if rows % settled["micro_batch"]:
-        good = [n for n in range(1, rows + 1) if rows % n == 0]
-        near = sorted(good, key=lambda n: abs(n - settled["micro_batch"]))[:2]
-        raise UserError(f"micro_batch={settled['micro_batch']} does not divide data.batch={rows}; nearest: {near[0]}, {near[-1]}")
+    settled["micro_batch"] = rows_at_once(runtime, rows)
     return settled
+
+
+def rows_at_once(runtime: Runtime, rows: int) -> int:
+    """The micro-batch.  Raises UserError where it does not divide the batch of `rows`."""
+    asked = min(runtime.micro_batch or rows, rows)
+    if rows % asked:
+        near = sorted((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(n - asked))[:2]
+        raise UserError(f"runtime.micro_batch={asked} does not divide data.batch={rows}; nearest: {min(near)}, {max(near)}")
+    return asked
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name one by one, counted without importing torch."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return [one.strip() for one in listed.split(",") if one.strip()]
+    return [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
 
 
 @cache

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ablab.core import checkpoint
 from ablab.core.data import Tokens
-from ablab.core.errors import Diverged
+from ablab.core.errors import Diverged, Pruned
 from ablab.core.evaluate import held_out_loss
 from ablab.core.files import write_atomically
 from ablab.core.init import initialise
@@ -25,7 +25,7 @@ from ablab.core.model import Transformer
 from ablab.core.optimizer import Optimizer
 from ablab.core.parametrize import Standard
 from ablab.core.recipe import Budget, Recipe, plain, run_id
-from ablab.core.record import DIVERGED, FINISHED, OUT_OF_MEMORY, Record, Result
+from ablab.core.record import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, Record, Result
 from ablab.core.runtime import Runtime, code_fingerprint, environment, settle
 from ablab.core.schedule import Constant
 from ablab.core.tracker import NullTracker, Tracker
@@ -71,6 +71,8 @@ class Trainer:
         self.optimizer.restart(recipe)
         self.after = [(part, part.begin(self.weights)) for part in recipe.after_step]
         self.window.zero_()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # else a run reports the peak of every run before it in this process
 
     # -- one step --------------------------------------------------------------------------------------------------
     def advance(self) -> Tensor:
@@ -134,11 +136,14 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, folder: Path, warn: Callable[[str], None]) -> None:
-        """Continue from the newest whole checkpoint, if there is one."""
+        """Continue from the newest whole checkpoint, if there is one and it is of this model."""
         if found := checkpoint.newest(folder, warn):
-            self.step, saved = found
-            self.seconds = saved.pop("seconds").item()
-            for name, value in self.tensors().items():
+            step, saved = found
+            seconds, own = saved.pop("seconds").item(), self.tensors()
+            if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in saved.items()}:
+                return warn(f"the checkpoint of step {step} in {folder} was written by other code; starting from step 0")
+            self.step, self.seconds = step, seconds
+            for name, value in own.items():
                 value.copy_(saved[name])
 
     def digest(self) -> str:
@@ -185,14 +190,17 @@ def run(
         metrics = _loop(trainer, record, tracker)
     except Diverged as end:
         status, error = DIVERGED, str(end)
+    except Pruned:
+        status, error = PRUNED, f"pruned at step {trainer.step}"
+        trainer.save(record.folder / "checkpoints")  # asked for again, the run goes on from here
     except torch.OutOfMemoryError:
         status, error = OUT_OF_MEMORY, _memory_advice(recipe, runtime)
     result = _result(recipe, trainer, status, error, metrics)
     if status == FINISHED and runtime.keep_weights:
         _keep_weights(trainer, record.folder)
     record.finish(result)
-    for path in checkpoint.listed(record.folder / "checkpoints"):
-        path.unlink()
+    if status != PRUNED:
+        checkpoint.clear(record.folder / "checkpoints")
     return result
 
 
@@ -237,9 +245,16 @@ def _result(recipe: Recipe, trainer: Trainer | None, status: str, error: str, me
 
 def _memory_advice(recipe: Recipe, runtime: Runtime) -> str:
     rows = runtime.micro_batch or recipe.data.batch
-    peak, total = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.get_device_properties(0).total_memory / 2**30
     half = max((n for n in range(1, rows // 2 + 1) if recipe.data.batch % n == 0), default=1)
-    return f"out of memory: {peak:.1f} GiB of {total:.1f} in use at data.batch={recipe.data.batch} in micro-batches of {rows}; try micro_batch={half}"
+    return f"out of memory: {_memory_in_use()} at data.batch={recipe.data.batch} in micro-batches of {rows}; try runtime.micro_batch={half}"
+
+
+def _memory_in_use() -> str:
+    try:
+        total = torch.cuda.get_device_properties(0).total_memory
+    except (AssertionError, RuntimeError):  # no card: the host's memory, or a plugin that says so
+        return "on the host"
+    return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of {total / 2**30:.1f} in use"
 
 
 def _keep_weights(trainer: Trainer, folder: Path) -> None:

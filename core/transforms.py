@@ -162,7 +162,9 @@ def newton_schulz(matrices, coefficients: str, dtype):
 
 def polar_factor(matrices):
     """The exact U V^T by SVD, for tests and small models."""
-    u, _, vt = __import__("torch").linalg.svd(matrices, full_matrices=False)
+    from torch.linalg import svd
+
+    u, _, vt = svd(matrices, full_matrices=False)
     return u @ vt
 
 
@@ -210,7 +212,9 @@ def join_blocks(pieces: list, like, blocks: tuple[int, ...]):
     """Undo `split_blocks`."""
     if len(pieces) == 1:
         return pieces[0].reshape(like.shape)
-    return __import__("torch").cat(pieces, dim=-2)
+    from torch import cat  # `__import__("torch")` broke the compiled graph
+
+    return cat(pieces, dim=-2)
 
 
 RATES = {

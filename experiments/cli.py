@@ -1,12 +1,9 @@
-"""The command line.
-
-Exit codes: 0 done; 1 something in ablab broke, or runs failed; 2 the request cannot be met as asked; 130 interrupted.
-Heavy imports stay inside the commands: `ablab --help` and `ablab list` load neither torch nor mlflow.
-"""
+"""The command line.  Heavy imports stay inside the commands: `ablab --help` and `ablab list` load neither torch nor mlflow."""
 
 import json
-import os
+import re
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +13,13 @@ from ablab.core.errors import UserError
 from ablab.core.record import Store, store_root
 from ablab.experiments import data_cli
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Ablations for people who pre-train small language models.")
+EXITS = """Exit codes: 0 done (a run that diverged is done); 1 runs failed, or ablab broke; 2 the request cannot be met as asked;
+130 interrupted.  `--debug` anywhere shows where an error was raised."""
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, epilog=EXITS,
+    help="Ablations for people who pre-train small language models.",
+)  # fmt: skip
 app.add_typer(data_cli.app, name="data")
 new = typer.Typer(no_args_is_help=True, help="Write a new file from a template.")
 app.add_typer(new, name="new")
@@ -63,13 +66,16 @@ def show(
     run = _one(runs, cell or runs[0].cell)
     cost = cost_of(run.recipe)
     typer.echo(f"# {experiment.name}, cell {run.cell!r}, seed {run.recipe.seed}: run {run.id}")
-    typer.echo(f"# {cost.parameters / 1e6:.1f} M parameters, {cost.matmul_parameters / 1e6:.1f} M in matrix products, "
+    typer.echo(f"# {_count(cost.parameters)} parameters, {_count(cost.matmul_parameters)} in matrix products, "
                f"{cost.flops_per_token / 1e6:.1f} MFLOP a token, {run.recipe.steps:,} steps of {run.recipe.tokens_per_step:,} tokens")  # fmt: skip
     if diff is None:
         return typer.echo(dump(plain(run.recipe)), nl=False)
-    other = experiment.base if diff == "base" else _one(runs, diff).recipe
-    for path, (old, now) in difference(plain(other), plain(run.recipe)).items():
+    other = replace(experiment.base, seed=run.recipe.seed) if diff == "base" else _one(runs, diff).recipe
+    changes = difference(plain(other), plain(run.recipe))
+    for path, (old, now) in changes.items():
         typer.echo(f"{path}: {_absent(old)} -> {_absent(now)}")
+    if not changes:
+        typer.echo(f"no difference from {diff}")
 
 
 @app.command()
@@ -87,6 +93,8 @@ def run(
     """Train what is missing of an experiment, then print the verdicts.  Ask twice, run once."""
     where = _store(store)
     experiment, runs = _prepare(name, overrides, plugins, where, seeds)
+    if not runs:
+        raise UserError(f"{experiment.name} names no seeds; write seeds: [0, 1, 2], or give --seeds 0-2")
     from ablab.experiments.experiment import chosen
 
     picked = chosen(runs, only or [])
@@ -103,16 +111,56 @@ def run(
         outcome = execute(experiment, where, runs, watching, jobs, _folders(plugins), mlflow, run_inert, picked)
     finally:
         watching.close()
-    _report(where, experiment.name, as_json)
+    try:
+        _report(where, experiment.name, as_json, {"outcome": asdict(outcome)})
+    except UserError as lacking:  # every run diverged or failed: that is an answer too
+        if as_json:
+            typer.echo(json.dumps({"experiment": experiment.name, "effects": [], "warnings": [str(lacking)], "outcome": asdict(outcome)}, indent=1))
+        else:
+            typer.echo(f"no verdict: {lacking}", err=True)
     if outcome.failed:
         raise typer.Exit(1)
 
 
 @app.command()
+def study(
+    name: Name, overrides: Overrides = None,
+    storage: Annotated[str | None, typer.Option(help="an Optuna URL, or journal:PATH [STORE/optuna.db]")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time [one a GPU, or cores/threads]")] = None,
+    mlflow: Annotated[bool, typer.Option(help="show the trials in MLflow")] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")] = False,
+    plugins: Plugins = None, store: Where = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Tune each arm of an experiment over its study's space, confirm the winners on other seeds, and report.  Goes on where it was."""
+    where = _store(store)
+    experiment, _ = _prepare(name, overrides, plugins, where)
+    from ablab.experiments.progress import watcher
+    from ablab.experiments.study import Study
+
+    watching = watcher(experiment.sheet.metric.name, quiet or as_json)
+    try:
+        coordinator = Study(experiment, where, watching, storage)
+        record = coordinator.tune(jobs, _folders(plugins), mlflow)
+        if experiment.sheet.seeds:
+            coordinator.confirm(record, jobs, _folders(plugins), mlflow)
+    finally:
+        watching.close()
+    _study_report(where, experiment.name, as_json)
+
+
+@app.command()
 def report(name: Name, overrides: Overrides = None, plugins: Plugins = None, store: Where = None, as_json: Json = False) -> None:
     """The verdict table; writes report.md, a forest plot and the loss curves into STORE/reports/NAME."""
+    from ablab.core.part import near
+    from ablab.experiments.experiment import catalog
+
     where = _store(store)
-    _report(where, name if name in where.experiments() else _prepare(name, overrides, plugins, where)[0].name, as_json)
+    held = where.experiments()
+    if not name.endswith((".yaml", ".yml")) and name not in (*held, *catalog()):
+        raise UserError(f"no experiment {name!r} in {where.root}. {near(name, held)}It holds: {', '.join(held) or 'none'}")
+    if overrides or name not in held:
+        name = _prepare(name, overrides, plugins, where)[0].name
+    _report(where, name, as_json)
 
 
 @app.command()
@@ -176,7 +224,7 @@ def _prepare(name: str, overrides: list[str] | None, plugins: list[Path] | None,
     from ablab.core.load import overrides_from
     from ablab.experiments.experiment import load
 
-    discover(_folders(plugins))
+    discover(plugins or ())
     experiment = load(name, overrides_from(overrides or []), lambda data: _digest(store, data))
     return experiment, experiment.runs(_seeds(seeds))
 
@@ -191,11 +239,10 @@ def _digest(store: Store, data: str) -> str | None:
 def _seeds(text: str | None) -> list[int] | None:
     if text is None:
         return None
-    try:
-        spans = [part.split("-") for part in text.split(",")]
-        return [seed for span in spans for seed in range(int(span[0]), int(span[-1]) + 1)]
-    except ValueError:
-        raise UserError(f"--seeds {text!r} must look like 0-4 or 0,3,7") from None
+    spans = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part) for part in text.split(",")]
+    if not all(spans) or any(int(span[1]) > int(span[2] or span[1]) for span in spans):
+        raise UserError(f"--seeds {text!r} must look like 0-4 or 0,3,7")
+    return [seed for span in spans for seed in range(int(span[1]), int(span[2] or span[1]) + 1)]
 
 
 def _one(runs: list[Any], cell: str) -> Any:
@@ -209,16 +256,19 @@ def _one(runs: list[Any], cell: str) -> Any:
 
 
 def _absent(value: Any) -> str:
-    return "absent" if value is None or value == [] else str(value)
+    return "absent" if value is None else str(value)
 
 
-def _report(store: Store, name: str, as_json: bool) -> None:
+def _count(number: int) -> str:
+    return f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}"
+
+
+def _report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {}) -> None:
     from ablab.analysis import report as reports
 
-    found = reports.read(store, name)
-    folder = store.root / "reports" / name
+    found, folder = reports.read(store, name), store.root / "reports" / name
     if as_json:
-        return typer.echo(json.dumps(reports.as_json(found), indent=1))
+        return typer.echo(json.dumps(reports.as_json(found) | more, indent=1))
     path = reports.write(store, name, folder)
     typer.echo(f"\n{found.plan.question}")
     _table(reports.table(found.effects))
@@ -227,7 +277,18 @@ def _report(store: Store, name: str, as_json: bool) -> None:
             typer.echo(f"  {effect.sentence}")
     for warning in found.warnings:
         typer.echo(f"warning: {warning}", err=True)
-    typer.echo(f"\nreport: {path}\nplots:  {folder / 'forest.png'}, {folder / 'curves.png'}\nMLflow: ablab ui --store {store.root}")
+    plots = ", ".join(str(picture) for picture in (folder / "forest.png", folder / "curves.png") if picture.exists())
+    typer.echo(f"\nreport: {path}\nplots:  {plots}\nMLflow: ablab ui --store {store.root}")
+
+
+def _study_report(store: Store, name: str, as_json: bool) -> None:
+    from ablab.analysis import study_report
+
+    if as_json:
+        return typer.echo(json.dumps(study_report.as_json(store, name), indent=1))
+    path = study_report.write(store, name, store.root / "reports" / name)
+    _table(study_report.table(store, name))
+    typer.echo(f"\nreport: {path}\nMLflow: ablab ui --store {store.root}")
 
 
 def _table(rows: list[dict[str, str]]) -> None:
@@ -250,21 +311,25 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--debug"]
     try:
-        app(standalone_mode=False)
-    except UserError as mistake:
+        code = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _said("interrupted; the same command goes on from here", 130)
+    except Exception as fault:
         if debug:
             raise
-        sys.exit(_said(f"error: {mistake}", 2))
-    except typer.Exit as end:
-        sys.exit(end.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_said("interrupted; the same command goes on from here", 130))
-    except Exception as fault:
-        if debug or not hasattr(fault, "format_message"):
-            if debug or os.environ.get("ABLAB_DEBUG"):
-                raise
-            sys.exit(_said(f"error: {type(fault).__name__}: {fault} (--debug shows where)", 1))
-        sys.exit(_said(f"error: {fault.format_message()}", 2))  # click's own complaint about the words given
+        code = _explained(fault)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explained(fault: Exception) -> int:
+    """One line on stderr, and the exit code."""
+    if isinstance(fault, UserError):
+        return _said(f"error: {fault}", 2)
+    if hasattr(fault, "format_message"):  # typer's own complaint about the words given; empty beside the help
+        return _said(f"error: {fault.format_message()}", 2) if fault.format_message() else 2
+    if isinstance(fault, OSError) and fault.filename:
+        return _said(f"error: cannot use {fault.filename}: {fault.strerror}; free space or permission there, or choose another folder", 2)
+    return _said(f"error: {type(fault).__name__}: {fault} (--debug shows where)", 1)
 
 
 def _said(line: str, code: int) -> int:

@@ -1,8 +1,10 @@
 """An experiment file, read: base recipe, treatment, design, seeds, metric -> the runs that it wants."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +13,14 @@ from ablab.ablations.design import Cell, cells_of
 from ablab.core.edit import diff
 from ablab.core.errors import UserError
 from ablab.core.intervention import REGISTRY, resolve, treatment_of
-from ablab.core.load import assign, read_yaml, recipe_from
+from ablab.core.load import assign, blaming, read_yaml, recipe_from
 from ablab.core.part import near, parse
-from ablab.core.recipe import Recipe, plain, run_id
-from ablab.core.record import Plan, Planned, Store
-from ablab.core.runtime import Runtime
+from ablab.core.recipe import Natural, Recipe, plain, run_id
+from ablab.core.record import Plan, Planned
+from ablab.core.runtime import Runtime, rows_at_once
+from ablab.experiments.search import StudySheet
 
+REPLICA = 1000  # how far the seeds of A/A replicas lie apart
 CATALOG = Path(str(files("ablab.experiments"))) / "catalog"
 
 
@@ -34,10 +38,11 @@ class Sheet:
     base: list[str]
     treatment: list[Any] = field(default_factory=list)  # `with` in the file
     design: str = "leave_one_out"
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeds: list[Natural] = field(default_factory=lambda: [0, 1, 2])
     metric: Metric = field(default_factory=Metric)
     set: dict[str, Any] = field(default_factory=dict)  # dotted recipe path -> value, after the base configs
     runtime: Runtime = field(default_factory=Runtime)
+    study: StudySheet | None = None  # tune before comparing: `ablab study`
     command: str = ""  # how it is started, with the time and the result once measured
     time: str = ""
     result: str = ""
@@ -60,15 +65,21 @@ class Experiment:
     base: Recipe
     cells: list[Cell]
 
+    @cached_property
+    def recipes(self) -> dict[str, Recipe]:
+        """Cell -> recipe.  Raises UserError where one cannot be built."""
+        return {cell.name: self._resolve(cell) for cell in self.cells}
+
     def runs(self, seeds: Iterable[int] | None = None) -> list[Run]:
         """Every run, the first seed of all cells before the second.  Raises UserError where a cell cannot be built."""
-        seeds = list(self.sheet.seeds if seeds is None else seeds)
-        resolved = [(cell, self._resolve(cell)) for cell in self.cells]
-        return [self.run(cell, recipe, seed) for seed in seeds for cell, recipe in resolved]
+        seeds = list(dict.fromkeys(self.sheet.seeds if seeds is None else seeds))
+        if any(cell.replica for cell in self.cells) and max(seeds, default=0) >= REPLICA:
+            raise UserError(f"seed {max(seeds)} of {self.name} would run in both A and B; keep the seeds of a replicate design below {REPLICA}")
+        return [self.run(cell, seed) for seed in seeds for cell in self.cells]
 
-    def run(self, cell: Cell, recipe: Recipe, pair: int) -> Run:
+    def run(self, cell: Cell, pair: int) -> Run:
         """Replica k of an A/A arm takes seeds 1000 k + pair, so that its seeds are its own."""
-        seeded = replace(recipe, seed=pair + 1000 * cell.replica)
+        seeded = replace(self.recipes[cell.name], seed=pair + REPLICA * cell.replica)
         return Run(cell.name, pair, seeded, run_id(seeded))
 
     def _resolve(self, cell: Cell) -> Recipe:
@@ -112,27 +123,44 @@ def load(name: str, overrides: Mapping[str, Any] = {}, digest_of: Callable[[str]
     digest_of: data name -> digest of its token folder, asked only when the config leaves it open.
     """
     path = _find(name)
-    content = read_yaml(path)
-    content["treatment"] = content.pop("with", [])
     sheet_overrides = {p: v for p, v in overrides.items() if p.split(".")[0] in ("runtime", "seeds", "design")}
-    sheet = parse(Sheet, content, "")
+    with blaming(path):
+        sheet = _sheet(read_yaml(path))
+        treatment = treatment_of(sheet.treatment)
     for key, value in sheet_overrides.items():
         sheet = assign(sheet, key, value)
     doses = {p: v for p, v in overrides.items() if p.startswith("with.")}
     paths = {p: v for p, v in overrides.items() if p not in sheet_overrides and p not in doses}
     base = recipe_from(sheet.base, sheet.set | paths, beside=path.parent)
+    rows_at_once(sheet.runtime, base.data.batch)
     if base.data.digest is None:
         base = replace(base, data=replace(base.data, digest=digest_of(base.data.name)))
-    treatment = _dosed(treatment_of(sheet.treatment), doses)
-    title = path.stem + "".join(f"@{key}={value}" for key, value in sorted((doses | paths).items())).replace("/", "_")
-    return Experiment(title, sheet, base, cells_of(sheet.design, treatment))
+    renaming = {p: v for p, v in overrides.items() if p.split(".")[0] not in ("runtime", "seeds")}
+    return Experiment(_title(path.stem, renaming), sheet, base, cells_of(sheet.design, _dosed(treatment, doses)))
+
+
+def _sheet(content: dict[str, Any]) -> Sheet:
+    """`with` is no name in Python, so the field is `treatment`; in the file it is `with` alone."""
+    listed = content.pop("with", None) or []
+    if "treatment" in content:
+        raise UserError("unknown key 'treatment'; interventions are listed under `with`")
+    if not isinstance(listed, list):
+        raise UserError(f"with={listed!r} must be a list of interventions, such as [qk_norm, {{gating: {{per: head}}}}]")
+    return parse(Sheet, content | {"treatment": listed}, "")
+
+
+def _title(stem: str, overrides: Mapping[str, Any]) -> str:
+    """quickstart@optim.lr=0.01; where that would be too long for a file's name, its digest."""
+    told = "".join(f"@{key}={value}" for key, value in sorted(overrides.items())).replace("/", "_")
+    return stem + (told if len(stem + told) < 150 else f"@{hashlib.sha256(told.encode()).hexdigest()[:12]}")
 
 
 def _find(name: str) -> Path:
     if name.endswith((".yaml", ".yml")):
         return Path(name)
     if name not in catalog():
-        raise UserError(f"unknown experiment {name!r}. {near(name, catalog())}Catalog: {', '.join(catalog())}; or give a path to a .yaml file")
+        hint = f"Did you mean '{name}.yaml'? " if Path(f"{name}.yaml").is_file() else near(name, catalog())
+        raise UserError(f"unknown experiment {name!r}. {hint}Catalog: {', '.join(catalog())}; or give a path to a .yaml file")
     return catalog()[name]
 
 
@@ -163,16 +191,16 @@ def _fits(cell: str, pattern: str) -> bool:
     return fnmatchcase(cell, pattern) or (pattern.isidentifier() and pattern in cell.replace("(", " ").replace(")", " ").replace(",", " ").split())
 
 
-def merged_plan(experiment: Experiment, runs: list[Run], store: Store) -> Plan:
-    """The plan of these runs, and of earlier seeds of the same cells whose recipes are still the same."""
-    plan = experiment.plan(runs)
-    if not store.plan_path(experiment.name).exists():
-        return plan
+def merged_plan(experiment: Experiment, runs: list[Run], old: Plan | None, inert: Mapping[str, str] = {}) -> Plan:
+    """The plan of these runs, and of earlier seeds of the same cells whose recipes are still the same.
+
+    inert: cell -> reference, as just found; a cell that was not looked at keeps what was noted of it.
+    """
+    plan, cells = experiment.plan(runs), {cell.name: cell for cell in experiment.cells}
     have = {(row.cell, row.pair) for row in plan.rows}
-    kept = []
-    for row in store.read_plan(experiment.name).rows:
-        cell = next((cell for cell in experiment.cells if cell.name == row.cell), None)
-        if cell and (row.cell, row.pair) not in have:
-            again = experiment.run(cell, resolve(experiment.base, cell.treatment), row.pair)
-            kept += experiment.plan([again]).rows if again.id == row.run else []
-    return replace(plan, rows=plan.rows + kept)
+    before = old.rows if old else []
+    earlier = [(row, experiment.run(cells[row.cell], row.pair)) for row in before if row.cell in cells and (row.cell, row.pair) not in have]
+    kept = experiment.plan([run for row, run in earlier if run.id == row.run]).rows
+    notes = {row.run: row.note for row in before}
+    told = {cell: f"inert: same bits as {reference}" for cell, reference in inert.items()}
+    return replace(plan, rows=[replace(row, note=told.get(row.cell) or notes.get(row.run, "")) for row in plan.rows + kept])

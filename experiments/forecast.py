@@ -6,9 +6,10 @@ import typer
 
 from ablab.core.errors import UserError
 from ablab.core.plan import cost_of
-from ablab.core.record import FINISHED, Result, Store
+from ablab.core.record import FINISHED, RETRY, Result, Store
+from ablab.core.runtime import visible_gpus
 from ablab.experiments.experiment import Experiment, Run
-from ablab.experiments.runner import RETRY, default_jobs, visible_gpus
+from ablab.experiments.runner import default_jobs
 
 GUESS = {"cpu": 1.5e10, "gpu": 2.5e14}  # FLOP/s of one worker while nothing of the experiment has been measured
 

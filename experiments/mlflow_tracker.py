@@ -38,7 +38,7 @@ def card_of(store: Store, plan: Plan, planned: Planned) -> Card:
     tags = {key: value for key, value in own.items() if value} | {"mlflow.runColor": colour_of(plan, planned.cell)}
     return Card(
         planned.run, plan.name, planned.cell, planned.pair, planned.seed, record.folder,
-        tags | about.get("tags", {}), about.get("params", {}),
+        tags | about.get("tags", {}) | planned.tags, about.get("params", {}),
     )  # fmt: skip
 
 

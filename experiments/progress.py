@@ -10,6 +10,7 @@ from ablab.experiments.experiment import Run
 class Quiet:
     """Says only what must not be missed, on stderr."""
 
+    def note(self, line: str) -> None: ...
     def planned(self, total: int, done: int, jobs: int) -> None: ...
     def started(self, run: Run) -> None: ...
     def logged(self, run: Run, step: int, scalars: dict[str, float]) -> None: ...
@@ -28,7 +29,10 @@ class Lines(Quiet):
 
     def planned(self, total: int, done: int, jobs: int) -> None:
         self.total, self.done = total, done
-        self.say(f"{total} runs: {done} done already, {total - done} to train, {jobs} at a time")
+        self.say(f"{total} runs: {done} done already, " + (f"{total - done} to train, {jobs} at a time" if done < total else "nothing to train"))
+
+    def note(self, line: str) -> None:
+        self.say(line)
 
     def finished(self, run: Run, result: Result) -> None:
         self.done += 1
@@ -57,13 +61,14 @@ class Live(Lines):
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(), console=Console(stderr=True), transient=True,
         )  # fmt: skip
-        self.grid = self.bars.add_task("grid", total=None, note="steps")
+        self.grid = self.bars.add_task("grid", total=None, note="")
         self.tasks: dict[str, int] = {}
         self.bars.start()
 
     def planned(self, total: int, done: int, jobs: int) -> None:
         super().planned(total, done, jobs)
         self.left, self.steps = total - done, 0
+        self.bars.reset(self.grid, total=None, description=self._runs())
 
     def started(self, run: Run) -> None:
         steps = run.recipe.steps
@@ -85,6 +90,10 @@ class Live(Lines):
             self.bars.update(self.grid, advance=run.recipe.steps - before)
             self.bars.remove_task(task)
         super().finished(run, result)
+        self.bars.update(self.grid, description=self._runs())
+
+    def _runs(self) -> str:
+        return f"{self.done}/{self.total} runs"
 
     def say(self, line: str) -> None:
         self.bars.console.print(f"[dim]{time.monotonic() - self.began:5.0f}s[/] ", line.replace("[", "\\["), highlight=False, soft_wrap=True)

@@ -1,8 +1,9 @@
-"""A warm worker: one process that imports torch once and executes runs sent to it, one after another."""
+"""A warm worker: one process that imports torch once and executes jobs sent to it, one after another."""
 
 import contextlib
+import multiprocessing
 import os
-import signal
+import threading
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,12 +11,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from ablab.core.errors import UserError
-from ablab.core.files import write_atomically
+from ablab.core.errors import Pruned, UserError
+from ablab.core.files import write_atomically, writing
 from ablab.core.part import parse
-from ablab.core.recipe import Recipe
-from ablab.core.record import FAILED, Record, Result
-from ablab.core.runtime import Runtime
+from ablab.core.recipe import Recipe, run_id
+from ablab.core.record import FAILED, RETRY, Record, Result
+from ablab.core.runtime import Runtime, settle
+
+Message = tuple[str, Any]  # a word and what goes with it; processes.py says what each means
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,13 @@ class Job:
     runtime: dict[str, Any]
     folder: Path  # the run folder
     data: Path  # the token folder
+    asked: int = 0  # nanoseconds; a failure from before does not count, so each call tries a failed run once
     about: dict[str, Any] = field(default_factory=dict)
 
 
 def serve(pipe: Connection, plugins: list[str], environment: Mapping[str, str]) -> None:
-    """Answer jobs until the pipe closes.  Messages: (word, run, payload)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's to handle
+    """Answer jobs until the pipe closes.  Ctrl-C is the runner's to handle: processes.py keeps it from us."""
+    threading.Thread(target=_end_with_the_runner, daemon=True).start()
     os.environ.update(environment)
     from ablab.ablations.registry import discover
     from ablab.core.trainer import Warm
@@ -41,54 +45,76 @@ def serve(pipe: Connection, plugins: list[str], environment: Mapping[str, str]) 
     discover(plugins)
     warm = Warm()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the runner is gone, so are we
-        pipe.send(("ready", "", None))
+        pipe.send(("ready", None))
         while job := pipe.recv():
+            if not isinstance(job, Job):  # a stop that came after the end
+                continue
             try:
-                pipe.send(_train(job, pipe, warm) if job.kind == "train" else ("traced", job.run, _trace(job)))
+                pipe.send(_train(job, pipe, warm) if job.kind == "train" else ("traced", _trace(job)))
             except UserError as refusal:
-                pipe.send(("refused", job.run, str(refusal)))
+                pipe.send(("refused", str(refusal)))
+
+
+def _end_with_the_runner() -> None:
+    """A killed runner closes no pipe that a training step would notice; its process handle tells at once."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _read(job: Job) -> tuple[Recipe, Runtime]:
+    """Raises UserError where this process cannot compute what the runner asked for."""
+    recipe, runtime = parse(Recipe, job.recipe, ""), parse(Runtime, job.runtime, "runtime")
+    settle(runtime, recipe.data.batch)
+    if run_id(recipe) != job.run:
+        raise UserError("the file of an intervention changed while the grid ran; start the same command again")
+    return recipe, runtime
 
 
 def _trace(job: Job) -> str:
+    import torch
+
     from ablab.ablations.liveness import trace
-    from ablab.core.runtime import settle
 
-    recipe = parse(Recipe, job.recipe, "")
-    return trace(recipe, settle(parse(Runtime, job.runtime, "runtime"), recipe.data.batch)["device"])
+    recipe, runtime = _read(job)
+    torch.set_num_threads(runtime.threads)
+    return trace(recipe, settle(runtime, recipe.data.batch)["device"])
 
 
-def _train(job: Job, pipe: Connection, warm: Any) -> tuple[str, str, Any]:
+def _train(job: Job, pipe: Connection, warm: Any) -> Message:
     """Execute one run under its lock: no two processes, here or elsewhere, ever train the same one."""
     from filelock import FileLock, Timeout
 
-    from ablab.core.files import writing
-    from ablab.core.trainer import run
-
-    record = Record(job.folder)
+    recipe, runtime = _read(job)
+    record, lock = Record(job.folder), FileLock(job.folder / ".lock")
     with writing(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return "busy", None
     try:
-        with FileLock(job.folder / ".lock", timeout=0):
-            if (done := record.result()) and done.status != FAILED and not job.about.get("again"):
-                return "done", job.run, done
-            warn = lambda line: pipe.send(("warning", job.run, line))  # noqa: E731
-            try:
-                recipe, runtime = parse(Recipe, job.recipe, ""), parse(Runtime, job.runtime, "runtime")
-                return "done", job.run, run(recipe, runtime, job.data, record, _PipeTracker(pipe, job.run), job.about, warn, warm)
-            except (UserError, BrokenPipeError, ConnectionResetError):
-                raise
-            except Exception as fault:
-                return "done", job.run, _failed(record, job.run, fault)
-    except Timeout:
-        return "busy", job.run, None
+        found = record.result()
+        if found and not (found.status in RETRY and record.stamp() < job.asked):
+            return "found", found
+        pipe.send(("began", None))
+        return "done", _run(job, recipe, runtime, record, pipe, warm)
+    finally:
+        lock.release()
 
 
-def _failed(record: Record, run: str, fault: Exception) -> Result:
-    """A crash is a result: one line in the record, the traceback beside it."""
-    write_atomically(record.folder / "error.txt", traceback.format_exc().encode())
-    result = Result(run, FAILED, 0, 0, error=f"{type(fault).__name__}: {fault} (see {record.folder / 'error.txt'})")
-    record.finish(result)
-    return result
+def _run(job: Job, recipe: Recipe, runtime: Runtime, record: Record, pipe: Connection, warm: Any) -> Result:
+    """A crash is a result too: one line in the record, the traceback beside it."""
+    from ablab.core.trainer import run
+
+    try:
+        return run(recipe, runtime, job.data, record, _PipeTracker(pipe, job.run), job.about, lambda line: pipe.send(("warning", line)), warm)
+    except (UserError, BrokenPipeError, ConnectionResetError):
+        raise
+    except Exception as fault:
+        write_atomically(record.folder / "error.txt", traceback.format_exc().encode())
+        result = Result(job.run, FAILED, 0, 0, error=f"{type(fault).__name__}: {fault} (see {record.folder / 'error.txt'})")
+        record.finish(result)
+        return result
 
 
 class _PipeTracker:
@@ -100,6 +126,9 @@ class _PipeTracker:
     def open(self, card) -> None: ...
 
     def log(self, step: int, scalars: Mapping[str, float], seconds: float) -> None:
-        self.pipe.send(("log", self.run, (step, dict(scalars), seconds)))
+        self.pipe.send(("log", (step, dict(scalars), seconds)))
+        while self.pipe.poll():
+            if self.pipe.recv() == self.run:
+                raise Pruned
 
     def close(self, status: str, summary: Mapping[str, float]) -> None: ...

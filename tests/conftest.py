@@ -139,7 +139,8 @@ def write_tokens(folder, train=1000, val=400, vocab=VOCAB, top=None, digest="000
 
 
 def pytest_addoption(parser):
-    parser.addoption("--plugins", action="append", default=[], metavar="DIR", help="also test the interventions in this folder; repeat for more")
+    more = "also test the interventions in this folder; repeat for more"
+    parser.addoption("--plugins", dest="intervention_folders", action="append", default=[], metavar="DIR", help=more)
 
 
 def pytest_configure(config):
@@ -147,6 +148,6 @@ def pytest_configure(config):
     from ablab.core.errors import UserError
 
     try:
-        discover(config.getoption("plugins"))
+        discover(config.getoption("intervention_folders"))
     except UserError as mistake:
         raise pytest.UsageError(str(mistake)) from None

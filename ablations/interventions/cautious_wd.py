@@ -28,7 +28,7 @@ class CautiousDecay(Decay):
 
 
 @register(
-    "cautious_wd", order=50, slots=("optim.chains",), crosses_late=True,
+    "cautious_wd", order=50, neutral_at_init=True, slots=("optim.chains",), crosses_late=True,
     off="ordinary decoupled decay with the same rate and schedule",
     source="Chen et al., arXiv:2510.12402, algorithm 1; mask before the step, base learning rate, as Dion",
 )  # fmt: skip

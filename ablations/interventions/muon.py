@@ -21,7 +21,7 @@ Whole = Annotated[int, Meta(ge=1)]
 
 
 @register(
-    "muon", order=30, slots=("optim.chains.hidden",),
+    "muon", order=30, neutral_at_init=True, slots=("optim.chains.hidden",),
     off="AdamW on the hidden matrices, at optim.lr, with the same decay",
     source="Jordan et al. 2024, kellerjordan.github.io/posts/muon; scales after Dion (github.com/microsoft/dion) and arXiv:2502.16982",
 )  # fmt: skip

@@ -20,7 +20,7 @@ Fraction = Annotated[float, Meta(ge=0, lt=1)]
 
 
 @register(
-    "normuon", order=31, slots=("optim.chains.hidden.steps",), requires=("muon",),
+    "normuon", order=31, neutral_at_init=True, slots=("optim.chains.hidden.steps",), requires=("muon",),
     off="plain Muon: rows of the orthogonal update keep their norms",
     source="Li et al., arXiv:2510.05491 (github.com/zichongli5/NorMuon, normuon.py)",
 )  # fmt: skip

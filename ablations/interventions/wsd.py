@@ -24,7 +24,7 @@ Natural = Annotated[int, Meta(ge=0)]
 
 
 @register(
-    "wsd", order=40, slots=("schedule",), crosses_late=True,
+    "wsd", order=40, neutral_at_init=True, slots=("schedule",), crosses_late=True,
     off="the base recipe's schedule (cosine), with the same warm-up",
     source="Hu et al., arXiv:2404.06395; 1-sqrt after Haegele et al., arXiv:2405.18392; PowerCool from modded-nanogpt track 3",
 )  # fmt: skip

@@ -56,7 +56,7 @@ def test_a_gate_a_head_is_an_elementwise_gate_with_tied_channels(tiny, build, ba
         small.data.copy_(randn(4, 32, seed=i))
         large.data.copy_(small.data.repeat_interleave(8, 0))
     tokens = batch(tiny())[:, :-1]
-    torch.testing.assert_close(head(tokens), element(tokens), rtol=0, atol=1e-6)
+    torch.testing.assert_close(head(tokens), element(tokens), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("channels", "read"), [(0, 8), (12, 12)])
@@ -109,7 +109,7 @@ def test_a_closed_gate_silences_the_branch_and_leaves_keys_and_values_alone(tiny
 def test_gates_learn_from_the_first_step(tiny, build, batch, per):
     recipe = tiny([{"gating": {"per": per}}])
     model, block = build(recipe), batch(recipe)
-    token_losses(model(block[:, :-1]), block[:, 1:])[0].mean().backward()
+    token_losses(model(block[:, :-1]), block[:, 1:]).mean().backward()
     assert all((weight.grad.abs().sum(1) > 1e-5).all() for weight in gates(model))
 
 

@@ -6,7 +6,7 @@ import torch
 
 from ablab.core.loss import token_losses
 
-VALUES = slice(64, 96)  # rows of v in qkv: 4 heads of 8, after q and k
+VALUES = slice(64, 96)  # rows of v in qkv, after q and k: 4 heads of 8 each
 
 
 def form(name, **dose):
@@ -19,14 +19,12 @@ def mixes(model):
 
 def values_of(model, tokens):
     """Each layer's raw values, as `qkv` gives them, and the values that attention mixes.  Both [B,T,KV,D], fp64."""
-    raw, used = [], []
+    raw = []
     for block in model.blocks:
         attention, kv = block.attention, block.attention.heads[2]
         attention.qkv.register_forward_hook(lambda _, __, out, kv=kv: raw.append(out.detach().double().unflatten(-1, (-1, 8))[:, :, -kv:].numpy()))
-    model.extend(tokens, None)
     _, cache = model.extend(tokens, None)
-    used = [past[1].transpose(1, 2).detach().double().numpy() for past in cache]
-    return raw[: len(used)], used
+    return raw, [values.transpose(1, 2).detach().double().numpy() for _, values in cache]
 
 
 @pytest.mark.parametrize("treatment", [form("normalised"), form("learnable", own=1.0, first=0.0), form("constant", own=1.0, first=0.0)])
@@ -74,7 +72,7 @@ def test_the_normalised_form_does_not_see_the_common_size_of_its_weights(tiny, b
 def test_with_first_values_alone_no_later_value_projection_matters(tiny, build, batch):
     model, block = build(tiny(form("learnable", own=0.0, first=1.0))), batch(tiny())
     before = model(block[:, :-1])
-    token_losses(before, block[:, 1:])[0].mean().backward()
+    token_losses(before, block[:, 1:]).mean().backward()
     qkv = [one.attention.qkv.weight for one in model.blocks]
     assert all(not weight.grad[VALUES].any() and weight.grad[:64].any() for weight in qkv[1:]) and qkv[0].grad[VALUES].any()
     for weight in qkv[1:]:
@@ -134,5 +132,5 @@ def test_values_keep_the_activations_dtype(tiny, build, batch, name):
 @pytest.mark.parametrize("name", ["normalised", "learnable"])
 def test_the_weight_of_the_first_values_learns_from_the_first_step(tiny, build, batch, name):
     model, block = build(tiny(form(name))), batch(tiny())
-    token_losses(model(block[:, :-1]), block[:, 1:])[0].mean().backward()
+    token_losses(model(block[:, :-1]), block[:, 1:]).mean().backward()
     assert all(mix.first.grad.abs() > 1e-6 and mix.own.declared.role == "vector" for mix in mixes(model))

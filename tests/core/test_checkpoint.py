@@ -63,6 +63,9 @@ def test_a_damaged_newest_file_falls_back_to_the_one_before_and_is_named(tmp_pat
     step, found = checkpoint.newest(tmp_path, said.append)
     assert step == 10 and torch.equal(found["a"], tensors(10.0)["a"])
     assert len(said) == 1 and str(path) in said[0] and "damaged" in said[0] and "\n" not in said[0]
+    assert checkpoint.newest(tmp_path, never)[0] == 10  # set aside: named once
+    checkpoint.write(tmp_path, 20, tensors(21.0))
+    assert checkpoint.newest(tmp_path, never)[0] == 20
 
 
 def test_when_every_file_is_damaged_each_is_named_and_the_run_starts_anew(tmp_path):
@@ -87,7 +90,10 @@ def test_a_kill_before_the_rename_leaves_the_old_checkpoint_and_no_litter(tmp_pa
     assert checkpoint.newest(tmp_path, never)[0] == 1
 
 
-def test_a_partial_file_of_a_killed_writer_is_never_read(tmp_path):
+def test_a_partial_file_of_a_killed_writer_is_never_read_and_goes_with_the_next_write(tmp_path):
     path = checkpoint.write(tmp_path, 1, tensors(1.0))
-    (tmp_path / f".{path.name.replace('01-', '02-')}.123.partial").write_bytes(b"half")
+    half = tmp_path / f".{path.name.replace('01-', '02-')}.123.partial"
+    half.write_bytes(b"half")
     assert checkpoint.newest(tmp_path, never)[0] == 1
+    checkpoint.write(tmp_path, 3, tensors(3.0))
+    assert not half.exists() and len(list(tmp_path.iterdir())) == 2

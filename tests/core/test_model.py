@@ -168,7 +168,7 @@ def test_tied_logits_read_the_table_and_its_gradient_is_the_sum_of_both_uses(tin
     untied.readout.weight.data.copy_(tied.embedding.table)
     block = batch(tiny())
     for model in (tied, untied):
-        token_losses(model(block[:, :-1]), block[:, 1:])[0].mean().backward()
+        token_losses(model(block[:, :-1]), block[:, 1:]).mean().backward()
     assert torch.equal(tied(block[:, :-1]), untied(block[:, :-1]))
     both = untied.embedding.table.grad + untied.readout.weight.grad
     assert untied.embedding.table.grad.abs().max() > 1e-3 and untied.readout.weight.grad.abs().max() > 1e-3
@@ -178,7 +178,7 @@ def test_tied_logits_read_the_table_and_its_gradient_is_the_sum_of_both_uses(tin
 def gradients(model, block, forward=None):
     model.zero_grad()
     forward = model if forward is None else forward  # a compiled module has no truth value
-    token_losses(forward(block[:, :-1]), block[:, 1:])[0].mean().backward()
+    token_losses(forward(block[:, :-1]), block[:, 1:]).mean().backward()
     return {name: value.grad.clone() for name, value in model.named_parameters()}
 
 

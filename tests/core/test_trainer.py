@@ -11,7 +11,7 @@ from ablab.core import checkpoint
 from ablab.core.data import Tokens
 from ablab.core.record import DIVERGED, FINISHED, Record
 from ablab.core.runtime import Runtime
-from ablab.core.trainer import Trainer, run
+from ablab.core.trainer import Trainer, Warm, run, structure
 
 CPU = Runtime(device="cpu", compile=False, log_every=1, evaluations=3)
 FULL = ["qk_norm", "gating", "value_residual", "ln_scaling", "mup", "muon", "normuon", "cautious_wd", "ema", "z_loss", "wsd"]
@@ -53,10 +53,7 @@ def test_training_equals_a_plain_torch_loop(tiny, build, token_folder, tmp_path)
     recipe = tiny(optim__lr=0.01, optim__clip=0.5)
     result, record = train(recipe, token_folder, tmp_path, how(keep_weights=True))
     model, tokens = build(recipe), Tokens(recipe, token_folder)
-    groups = [
-        {"params": [v for v in model.parameters() if (v.declared.role == "hidden") == hidden], "weight_decay": 0.1 * hidden}
-        for hidden in (True, False)
-    ]
+    groups = [{"params": [v for v in model.parameters() if (v.declared.role == "hidden") == hidden], "weight_decay": 0.1 * hidden} for hidden in (True, False)]
     rule, logged, clipped = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-10), list(record.metrics()), 0
     for t in range(1, 13):
         block = tokens.rows(t - 1, 0, 4)
@@ -182,6 +179,57 @@ def test_a_finished_run_leaves_no_checkpoints(uninterrupted):
     assert uninterrupted[1].result() == uninterrupted[0]
 
 
+# ---- starting again ----
+
+SAME_STRUCTURE = {
+    "seed": {"seed": 5}, "rate": {"optim__lr": 0.02}, "schedule": {"schedule": {"kind": "constant", "warmup_steps": 1}}, "budget": {"budget__tokens": 9 * 64},
+    "held_out": {"data__held_out": 100}, "init": {"parametrization__gain": 0.5},
+}  # fmt: skip
+TOGGLES = {"mup": ["mup"], "wsd": ["wsd"], "ema": ["ema"]}
+
+
+@pytest.mark.parametrize("before", ["finished", "diverged", "broken"])
+def test_a_warm_trainer_gives_the_bits_of_a_fresh_one(tiny, token_folder, tmp_path, monkeypatch, before):
+    """Whatever the run before it left behind: momenta, gradients, averages, a window of NaN."""
+    matrices, warm = ["muon", "normuon", "cautious_wd", "value_residual"], Warm()
+    if before == "broken":
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(torch.Tensor, "backward", lambda _: (_ for _ in ()).throw(RuntimeError("cable")))
+            train(tiny([*matrices, "ema"]), token_folder, tmp_path / "first", warm=warm)
+    else:
+        first = tiny([*matrices, "ema"], optim__lr=1e30 if before == "diverged" else 3e-3)
+        assert train(first, token_folder, tmp_path / "first", warm=warm)[0].status == before
+    kept = warm.trainer
+    recipes = {name: tiny(matrices, **paths) for name, paths in SAME_STRUCTURE.items()} | {name: tiny(matrices + toggle) for name, toggle in TOGGLES.items()}
+    for name in recipes if before == "finished" else ("seed", "ema"):
+        recipe = recipes[name]
+        again, fresh = train(recipe, token_folder, tmp_path / name, warm=warm), train(recipe, token_folder, tmp_path / f"{name}-fresh")
+        assert warm.trainer is kept, name
+        assert again[0].weights == fresh[0].weights and again[0].metrics == fresh[0].metrics, name
+        assert again[1].metrics_path.read_bytes() == fresh[1].metrics_path.read_bytes(), name
+    assert len({structure(recipe, CPU) for recipe in recipes.values()}) == 1
+
+
+def test_what_the_graphs_see_needs_another_trainer(tiny, token_folder, tmp_path):
+    """A shared trainer would silently train the other model."""
+    paths = [
+        {"model__width": 64}, {"model__tied": True}, {"model__norm_eps": 1e-5}, {"data__batch": 8}, {"data__context": 8}, {"optim__clip": None},
+        {"optim__clip": 0.5}, {"optim__chains__hidden__steps__decay__rate": 0.2}, {"optim__chains__vector__lr": 0.5},
+    ]  # fmt: skip
+    treatments = [
+        ["muon"], [{"muon": {"lr": 2.0}}], ["muon", "normuon"], ["cautious_wd"], ["qk_norm"], ["z_loss"], [{"z_loss": {"weight": 0.5}}], ["soft_cap"],
+        [{"mup": {"readout": "multiplier"}}], [{"mup": {"alpha_in": 3.0}}], ["relu2"], ["ln_scaling"],
+    ]  # fmt: skip
+    others = [tiny(**one) for one in paths] + [tiny(one) for one in treatments]
+    keys = [structure(recipe, CPU) for recipe in (tiny(), *others)]
+    assert len(set(keys)) == len(keys)
+    assert structure(tiny(), how(micro_batch=2)) != keys[0]
+    warm = Warm()
+    for recipe in (tiny(), tiny(["qk_norm"]), tiny()):
+        again, fresh = (train(recipe, token_folder, tmp_path / f"{len(list(tmp_path.iterdir()))}", warm=one)[0] for one in (warm, None))
+        assert again.weights == fresh.weights
+
+
 # ---- ends ----
 
 
@@ -227,7 +275,7 @@ def test_lack_of_memory_becomes_a_record(tiny, token_folder, tmp_path, monkeypat
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**33)
     result, record = train(tiny(), token_folder, tmp_path)
     assert result.status == "out_of_memory" and record.result() == result
-    assert "8.0 GiB of 16.0" in result.error and "try micro_batch=2" in result.error
+    assert "8.0 GiB of 16.0" in result.error and "try runtime.micro_batch=2" in result.error
 
 
 # ---- evaluating ----
@@ -237,7 +285,7 @@ def test_lack_of_memory_becomes_a_record(tiny, token_folder, tmp_path, monkeypat
 def test_evaluation_leaves_the_weights_and_the_next_steps_untouched(tiny, token_folder, treatment):
     looked, blind = (Trainer(tiny(treatment), CPU, token_folder) for _ in range(2))
     for trainer in (looked, blind):
-        for step in range(5):
+        for _ in range(5):
             trainer.advance()
             if trainer is looked:
                 before = trainer.digest()
@@ -257,9 +305,7 @@ def test_evaluations_are_evenly_spaced_and_the_last_is_after_the_last_step(tiny,
 
 def test_ema_reports_its_average_as_val_and_the_raw_weights_as_raw_val(tiny, token_folder, tmp_path):
     """The raw numbers are those of the same run without EMA, bit for bit: training does not change."""
-    plain, averaged = (
-        train(tiny(treatment, optim__lr=0.02), token_folder, tmp_path / str(len(treatment)))[0] for treatment in ([], [{"ema": {"horizon": 5}}])
-    )
+    plain, averaged = (train(tiny(treatment, optim__lr=0.02), token_folder, tmp_path / str(len(treatment)))[0] for treatment in ([], [{"ema": {"horizon": 5}}]))
     assert plain.weights == averaged.weights
     for name in ("val/loss", "val/bits_per_byte"):
         assert averaged.metrics[f"raw/{name}"] == plain.metrics[name] and f"raw/{name}" not in plain.metrics

@@ -1,0 +1,284 @@
+"""A study's report: each arm's winner and whether it may be read, what width does to it, and what tuning does to the deltas.
+
+    write()      OUT/study.md and its pictures
+    table()      an arm a row of text, for the terminal
+    as_json()    the same as plain data
+
+A study without a finished trial has no report: UserError.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ablab.analysis import frame, study_plots, tuning
+from ablab.analysis.effects import REFERENCE, Effect, measure
+from ablab.analysis.report import NONE, _list, _table, _text
+from ablab.analysis.tuning import COMPLETE, EVALUATED, RUNNING, WIDTH, StudyRecord, Winner, axis
+from ablab.core.files import write_atomically
+from ablab.core.record import FINISHED, PRUNED, Store
+
+METHOD = """\
+The winner is an arm's best finished trial.  It is read only if it beats what was tried on both sides of it; a diverged or
+pruned neighbour was tried and is worse.  The optimum is that of a quadratic in log2 of the learning rate around the winner,
+with Fieller's 95 % interval; a curve that climbs faster on one side shifts it by 0.1 to 0.2 octaves (analysis/tuning.py).
+
+What this does not say.  *A winner's value flatters*: it is the lowest of several noisy ones{seeds}.  Compare arms by the
+confirmation runs, whose seeds the search has not seen.  *Equal effort*: arms are comparable only if each had the same
+number of trials over a range that holds its optimum.  One size, one token budget: a best learning rate moves with both."""
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """What was searched, what won, and what must be said about it."""
+
+    study: StudyRecord
+    winners: dict[str, Winner]  # of the arms with a finished trial
+    transfer: pd.DataFrame | None  # tuning.transfer; None unless widths were searched
+    moves: dict[str, str]  # a sentence per arm about width
+    shared: list[Effect]  # all arms at the experiment's learning rate
+    tuned: list[Effect]  # each arm at its own winner; both empty until both have finished runs
+    warnings: list[str]
+
+
+def read(store: Store, name: str) -> StudyReport:
+    """UserError when the study is missing, damaged, or has no finished trial."""
+    study = tuning.read(store, name)
+    done = {cell: trials for cell, trials in study.cells.items() if any(trial.state == COMPLETE for trial in trials)}
+    winners = {cell: tuning.winner(trials, study.space, study.hard, study.better) for cell, trials in done.items()}
+    moved = tuning.transfer(study) if WIDTH in study.space and axis(study.space) else None
+    shared, tuned = (_effects(store, plan) for plan in (study.name, study.tuned))
+    both = (shared, tuned) if shared and tuned else ([], [])
+    sds = [effect.sd for effect in shared if effect.sd]
+    noise = tuning.seed_sd(study.trials) or (float(np.sqrt(np.mean(np.square(sds)))) if sds else None)
+    return StudyReport(study, winners, moved, {} if moved is None else movements(moved, noise), *both, list(_warnings(study, winners, moved)))
+
+
+def write(store: Store, name: str, out: str | Path) -> Path:
+    """Write study.md and its pictures into the folder `out`; the path of study.md."""
+    report, out = read(store, name), Path(out)
+    study, pictures = report.study, {}
+    if axis(study.space):
+        pictures["curves"] = study_plots.curves(study, out / "lr.png").name
+    if report.transfer is not None:
+        pictures["widths"] = study_plots.widths(study, out / "lr_width.png").name
+    if study.importance:
+        pictures["importance"] = study_plots.importance(study, out / "importance.png").name
+    pictures["history"] = study_plots.history(study, out / "history.png").name
+    write_atomically(out / "study.md", _markdown(report, pictures).encode())
+    return out / "study.md"
+
+
+def table(report: StudyReport) -> list[dict[str, str]]:
+    """A row of text per arm, for a terminal or a page; the keys are the headings."""
+    return [_row(report.study, cell, trials, report.winners.get(cell)) for cell, trials in report.study.cells.items()]
+
+
+def as_json(report: StudyReport) -> dict[str, Any]:
+    """The report as plain data: numbers, strings, lists and None."""
+    study, plain = report.study, asdict(report.study)
+    trials = plain.pop("trials")
+    metric = {"name": study.metric, "unit": frame.unit(study.metric), "better": study.better}
+    winners = {cell: _plain_winner(won) for cell, won in report.winners.items()}
+    tuned = {effect.cell: effect for effect in report.tuned}
+    deltas = [{"cell": one.cell, "shared": asdict(one), "tuned": asdict(tuned[one.cell])} for one in report.shared if one.cell in tuned]
+    arms = [{"cell": cell, "trials": dict(Counter(t.state for t in ts)), "winner": winners.get(cell)} for cell, ts in study.cells.items()]
+    moved = [] if report.transfer is None else report.transfer.to_dict("records")
+    found = {"metric": metric, "arms": arms, "transfer": moved, "moves": report.moves, "deltas": deltas, "warnings": report.warnings}
+    return _strict({"study": plain.pop("name")} | plain | found | {"trials": trials})
+
+
+def movements(moved: pd.DataFrame, seed_sd: float | None = None) -> dict[str, str]:
+    """A sentence per arm from `tuning.transfer`: how far the optimum moves with width, and whether the learning rate transfers.
+
+    It transfers if every width's best lies within one step of the base width's and the gap stays within 2 seed sd.
+    seed_sd: in the metric's unit, from the search where it had several seeds, else from the experiment's own runs.
+    """
+    return {cell: f"{_moved(rows)}; {_transfers(rows, seed_sd)}" for cell, rows in moved.groupby("cell", sort=False)}
+
+
+def _moved(rows: pd.DataFrame) -> str:
+    """The interval of a difference of two optima from their own intervals: Zou and Donner 2008, eq. 5."""
+    first, last = rows.iloc[0], rows.iloc[-1]
+    if len(rows) == 1:
+        return f"only width {first.width} has finished trials"
+    kind = "optimum" if pd.notna([first.optimum, last.optimum]).all() else "lr"
+    (x0, l0, h0), (x1, l1, h1) = (np.log2(row[[kind, "low", "high"]].astype(float)) for row in (first, last))
+    delta, down, up = x1 - x0, np.hypot(x1 - l1, h0 - x0), np.hypot(h1 - x1, x0 - l0)
+    interval = f" [{delta - down:+.2f}, {delta + up:+.2f}]" if kind == "optimum" and np.isfinite(down + up) else ""
+    what = "the optimum" if kind == "optimum" else "the best trial"
+    ends = f"{first[kind]:.3g} at {first.width} to {last[kind]:.3g} at {last.width}"
+    return f"{what} moves by {delta:+.2f}{interval} octaves over {last.width / first.width:g}x width ({ends})"
+
+
+def _transfers(rows: pd.DataFrame, sd: float | None) -> str:
+    others = rows[rows.width != rows.base_width]
+    if edges := [str(row.width) for row in rows.itertuples() if not row.admissible]:
+        return f"not to be read before the winner at width {', '.join(edges)} has neighbours"
+    if others.empty:
+        return "transfer needs a second"
+    near, gap, lost = int(others.within_one_step.sum()), others.gap.max(), others.width[others.gap.isna()]
+    holds = near == len(others) and lost.empty and (None if sd is None else gap <= 2 * sd)
+    verdict = {True: "transfers", False: "does not transfer", None: "may transfer"}[holds]
+    scale = f" ({gap / sd:.1f} seed sd)" if sd else " (seed sd unknown: give the study a second seed)"
+    cost = f"no loss at width {', '.join(map(str, lost))}" if len(lost) else f"at most {gap:.4f} worse{scale}" if gap > 0 else "at no cost"
+    first = rows.iloc[0]
+    return f"{first.transferred:.4g} {verdict} from width {first.base_width}: {near} of {len(others)} others within one step, {cost}"
+
+
+def _effects(store: Store, plan: str | None) -> list[Effect]:
+    """The effects of a plan; empty while it does not exist or has no finished run."""
+    if plan is None or not store.plan_path(plan).is_file():
+        return []
+    wanted, runs = store.read_plan(plan), frame.load(store, plan)
+    return measure(runs, wanted.metric, wanted.better) if len(runs) and (runs.status == FINISHED).any() else []
+
+
+def _warnings(study: StudyRecord, winners: dict[str, Winner], moved: pd.DataFrame | None) -> Iterator[str]:
+    """Sentences for the top of the page, the gravest kind first."""
+    for cell, trials in study.cells.items():
+        if cell not in winners:
+            yield f"`{cell}`: no trial finished ({tuning.said(Counter(trial.state for trial in trials))})"
+        elif not winners[cell].admissible:
+            yield f"`{cell}`: {winners[cell].reason}"
+    for row in moved.itertuples() if moved is not None else ():
+        if not row.admissible and row.reason != winners[row.cell].reason:
+            yield f"`{row.cell}` at width {row.width}: {row.reason}"
+    done = {cell: sum(trial.state in EVALUATED for trial in trials) for cell, trials in study.cells.items()}
+    if len(set(done.values())) > 1:
+        counts = ", ".join(f"`{cell}` {count}" for cell, count in done.items())
+        yield f"the arms have unequal numbers of evaluated trials ({counts}); the best of more looks better by luck alone"
+    states = Counter(trial.state for trial in study.trials)
+    if states[RUNNING]:
+        yield f"{states[RUNNING]} trials have no result yet; continue with: ablab study {study.name}"
+    if states[PRUNED]:
+        yield f"{states[PRUNED]} trials were pruned, before the cooldown could change their rank; a pruned neighbour is weak evidence"
+
+
+def _row(study: StudyRecord, cell: str, trials: list, won: Winner | None) -> dict[str, str]:
+    searched = {path: _number(won.params[path]) if won else NONE for path in study.space}
+    verdict = "no winner" if won is None else "interior" if won.admissible else "edge" if None in won.neighbours else "tie"
+    return {
+        "arm": cell,
+        "trials": tuning.said(Counter(trial.state for trial in trials)),
+        **searched,
+        study.metric: _text(won and won.value, ".4f"),
+        "winner": verdict,
+        "optimum": _text(won and won.optimum, ".3g"),
+        "95 % interval": f"{won.low:.3g} to {won.high:.3g}" if won and won.low is not None else NONE,
+    }
+
+
+def _markdown(report: StudyReport, pictures: dict[str, str]) -> str:
+    study = report.study
+    show = {name: f"![{name}]({file})" for name, file in pictures.items()}
+    seeds = "" if any(len(trial.values) > 1 for trial in study.trials) else ", each of one seed"
+    parts = [
+        f"# {study.name}",
+        study.question,
+        f"Metric: `{study.metric}` in {frame.unit(study.metric)}, {study.better} is better.  Sampler: {study.sampler}, pruner: {study.pruner}, "
+        f"up to {study.trials_per_cell} trials an arm, seeds {', '.join(map(str, study.seeds))}.  "
+        f"Trials: {tuning.said(Counter(trial.state for trial in study.trials))}.",
+        "Searched: " + "; ".join(f"`{path}` {_range(how)}" for path, how in study.space.items()) + ".",
+        "## Read first\n\n" + _list(report.warnings) if report.warnings else "",
+        "## Winners\n\n" + _table(table(report)),
+        _list([f"`{cell}`: {won.reason}" for cell, won in report.winners.items() if won.admissible]),
+        show.get("curves", ""),
+        "" if report.transfer is None else "## Learning rate and width\n\n" + _list([f"`{cell}`: {says}" for cell, says in report.moves.items()]),
+        "" if report.transfer is None else _table(_transfer_rows(report.transfer)) + "\n\n" + show["widths"],
+        "## One learning rate for all, and each arm's own\n\n" + _compared(report) if report.shared else "",
+        "## The search\n\n" + "\n\n".join(show[name] for name in ("importance", "history") if name in show),
+        "## How to read this\n\n" + METHOD.format(seeds=seeds),
+        "## Trials\n\n" + _table([_listed(study, trial) for trials in study.cells.values() for trial in trials]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _transfer_rows(moved: pd.DataFrame) -> list[dict[str, str]]:
+    return [
+        {
+            "arm": row.cell,
+            "width": str(row.width),
+            "best lr": f"{row.lr:.4g}" + ("" if row.admissible else " (edge)"),
+            "best": _text(row.loss, ".4f"),
+            "optimum [95 %]": _interval(row.optimum, row.low, row.high),
+            f"at the lr of width {row.base_width}" if moved.base_width.nunique() == 1 else "at the base width's lr": _text(row.transferred_loss, ".4f"),
+            "how": row.how,
+            "gap": _text(row.gap, ".4f"),
+            "steps away": f"{row.steps:+.1f}",
+        }
+        for row in moved.itertuples()
+    ]
+
+
+def _compared(report: StudyReport) -> str:
+    """The deltas of the plan at one learning rate beside those at each arm's own."""
+    tuned = {effect.cell: effect for effect in report.tuned}
+    rows = [
+        {
+            "arm": one.cell,
+            "delta, one lr": _delta(one),
+            "verdict, one lr": one.verdict,
+            "own lr": _number(won.lr) if (won := report.winners.get(one.cell)) and won.lr is not None else NONE,
+            "delta, own lr": _delta(tuned[one.cell]),
+            "verdict, own lr": tuned[one.cell].verdict,
+            "tuning moves it by": _text(_difference(tuned[one.cell].delta, one.delta), "+.4f"),
+        }
+        for one in report.shared
+        if one.cell in tuned and one.verdict != REFERENCE
+    ]
+    turned = [f"`{one.cell}` is {one.verdict} at one learning rate for all, {tuned[one.cell].verdict} at its own"
+              for one in report.shared if one.cell in tuned and tuned[one.cell].verdict != one.verdict]  # fmt: skip
+    wrong = [cell for cell in tuned if cell in report.winners and not report.winners[cell].admissible]
+    doubt = [f"the own learning rate of {', '.join(f'`{cell}`' for cell in wrong)} won at an edge: its delta is still that of an untuned arm"] if wrong else []
+    return _table(rows) + ("\n\n" + _list(turned + doubt) if turned or doubt else "")
+
+
+def _listed(study: StudyRecord, trial: tuning.Trial) -> dict[str, str]:
+    params = {path: _number(trial.params[path]) for path in study.space}
+    value, runs = _text(trial.value, ".4f"), ", ".join(f"`{run}`" for run in trial.runs)
+    return {"arm": trial.cell, "trial": str(trial.number), **params, study.metric: value, "state": trial.state.replace("_", " "), "runs": runs or NONE}
+
+
+def _plain_winner(won: Winner) -> dict[str, Any]:
+    near = [side and {"value": side.value, "state": side.state, "params": side.params} for side in won.neighbours]
+    fitted = {"optimum": won.optimum, "low": won.low, "high": won.high, "fit": won.fit and asdict(won.fit)}
+    return {"params": won.params, "value": won.value, "admissible": won.admissible, "reason": won.reason, "neighbours": near} | fitted
+
+
+def _strict(value: Any) -> Any:
+    """Without numpy's types and NaN, which JSON lacks."""
+    if isinstance(value, dict):
+        return {str(key): _strict(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(one) for one in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _range(how: dict[str, Any]) -> str:
+    kind, values = next(iter(how.items()))
+    listed = ", ".join(_number(value) for value in values) if isinstance(values, list | tuple) else str(values)
+    return f"one of {listed}" if kind == "choices" else f"{kind} [{listed}]"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _interval(value: float | None, low: float | None, high: float | None) -> str:
+    return _text(value, ".3g") + (f" [{low:.3g}, {high:.3g}]" if pd.notna(low) and low is not None else "")
+
+
+def _delta(effect: Effect) -> str:
+    return _text(effect.delta, "+.4f") + (f" [{effect.low:+.4f}, {effect.high:+.4f}]" if effect.interval else "")
+
+
+def _difference(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b

@@ -1,0 +1,255 @@
+"""The contract of one intervention: what it touches, that it works, and that it works everywhere.
+
+Each test runs for every registered intervention at its default dose; most run again for every other word that a
+Literal field of the dose allows.  Requirements are added, and the reference is the requirements alone.
+"""
+
+import dataclasses
+from typing import get_args
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from ablab.core.data import Tokens
+from ablab.core.edit import edit, put
+from ablab.core.intervention import REGISTRY, at
+from ablab.core.load import dump, read_yaml
+from ablab.core.loss import objective_of
+from ablab.core.optimizer import Optimizer
+from ablab.core.part import fields_of, parse
+from ablab.core.recipe import Recipe, plain, run_id
+from ablab.core.runtime import Runtime
+from ablab.core.trainer import Trainer
+
+CPU = Runtime(device="cpu")
+BASES = {"plain": {}, "gqa": {"model__attention__group": 2}, "tied": {"model__tied": True}}
+
+
+def words(hint) -> list:
+    return [word for option in get_args(hint) for word in ((option,) if isinstance(option, str) else words(option))]
+
+
+def variants():
+    """(name, dose): the default, and every word that a Literal field allows besides its default."""
+    for name, cls in sorted(REGISTRY.items()):
+        yield name, {}
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        for field, hint in fields_of(cls).items():
+            yield from ((name, {field: word}) for word in words(hint) if word != defaults[field])
+
+
+def spelt(variant) -> str:
+    name, dose = variant
+    return name + "".join(f"-{field}={word}" for field, word in dose.items())
+
+
+every_intervention = pytest.mark.parametrize("name", sorted(REGISTRY))
+every_variant = pytest.mark.parametrize("variant", list(variants()), ids=spelt)
+every_base = pytest.mark.parametrize("base", BASES)
+
+
+@pytest.fixture
+def arms(tiny, needs):
+    """(name, dose), base paths -> the reference recipe, and the same with the intervention."""
+
+    def of(variant, **base) -> tuple[Recipe, Recipe]:
+        name, dose = variant
+        return tiny(needs(name), **base), tiny([*needs(name), {name: dose}], **base)
+
+    return of
+
+
+def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """The same bits: -0 is not 0."""
+    return torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+# ---- what it says and what it touches ----
+
+
+@every_intervention
+def test_says_what_it_does_whence_it_comes_and_what_off_means(name):
+    about = REGISTRY[name].about
+    assert about.name == name and about.slots
+    for said in (about.summary, about.off, about.source):
+        assert len(said.split()) > 1 and "\n" not in said
+    assert all(other in REGISTRY for other in about.requires + about.excludes)
+    assert name not in about.requires + about.excludes
+
+
+@every_variant
+def test_changes_only_the_slots_that_it_claims_and_at_least_one(arms, variant):
+    off, on = arms(variant)
+    assert on != off
+    restored = on
+    for slot in on_slots(variant):
+        restored = edit(restored, slot, put(at(off, slot)))
+    assert restored == off
+
+
+@every_intervention
+def test_claims_no_slot_that_it_never_changes(arms, name):
+    doses = [arms(variant) for variant in variants() if variant[0] == name]
+    idle = [slot for slot in on_slots((name, {})) if all(at(on, slot) == at(off, slot) for off, on in doses)]
+    assert not idle
+
+
+def on_slots(variant) -> tuple[str, ...]:
+    return REGISTRY[variant[0]].about.slots
+
+
+@every_variant
+def test_is_alive(arms, shows, variant):
+    off, on = arms(variant)
+    assert shows(on) != shows(off), f"INERT: {spelt(variant)} computes the same bits as without it"
+
+
+# ---- a fair pair with its reference ----
+
+
+@every_variant
+def test_shared_parameters_start_alike_and_batches_are_the_same(arms, build, token_folder, variant):
+    """A claim on the parametrization allows another scale for the same draws, and nothing else."""
+    off, on = arms(variant)
+    assert on.budget == off.budget and on.steps == off.steps
+    theirs, ours = (dict(build(recipe).named_parameters()) for recipe in (off, on))
+    shared = [name for name, value in ours.items() if name in theirs and theirs[name].shape == value.shape]
+    assert len(shared) > len(theirs) / 2
+    for name in shared:
+        if on.parametrization == off.parametrization:
+            assert alike(ours[name], theirs[name]), name
+        else:
+            scale = ours[name].norm() / theirs[name].norm()
+            torch.testing.assert_close(ours[name], theirs[name] * scale, rtol=1e-5, atol=0, msg=name)
+    ours, theirs = Tokens(on, token_folder), Tokens(off, token_folder)
+    for step in range(on.steps):
+        assert torch.equal(ours.rows(step, 0, 4), theirs.rows(step, 0, 4))
+
+
+@every_intervention
+def test_is_neutral_at_init_exactly_when_it_says_so(arms, build, batch, name):
+    off, on = arms((name, {}))
+    tokens = batch(off)[:, :-1]
+    assert alike(build(on)(tokens), build(off)(tokens)) == REGISTRY[name].about.neutral_at_init
+
+
+# ---- one identity ----
+
+
+@every_variant
+def test_survives_a_round_trip_through_yaml(arms, tmp_path, variant):
+    _, on = arms(variant)
+    (tmp_path / "recipe.yaml").write_text(dump(plain(on)))
+    again = parse(Recipe, read_yaml(tmp_path / "recipe.yaml"), "")
+    assert again == on and run_id(again) == run_id(on)
+
+
+# ---- the machine's promises hold ----
+
+
+@every_variant
+def test_compiles_without_a_graph_break(arms, build, batch, variant):
+    """The eager backend: dynamo's whole work, no code generation.  Only what differs from the reference is compiled.
+
+    Grouped heads, because then q, k and v are blocks of unequal rows, which take another path through Muon.
+    """
+    off, on = arms(variant, **BASES["gqa"])
+    block = batch(on)
+    if (on.model, on.parametrization, on.objective) != (off.model, off.parametrization, off.objective):
+        expected, found = loss_and_gradients(on, build, block), loss_and_gradients(on, build, block, backend="eager")
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-9, msg=name)
+    if (on.optim, on.parametrization) != (off.optim, off.parametrization):
+        counter = CompileCounter()
+        assert moved(on, build, block, lambda move: torch.compile(move, fullgraph=True, dynamic=False, backend=counter)) == moved(on, build, block)
+        assert counter.frame_count == 1, "compiled again at a later step"
+
+
+def loss_and_gradients(recipe, build, block, backend=None) -> dict[str, torch.Tensor]:
+    torch._dynamo.reset()
+    model, objective = build(recipe, stirred=0.05), objective_of(recipe.objective)
+
+    def loss_of(block):
+        return objective(model(block[:, :-1]), block[:, 1:])[0]
+
+    loss = (torch.compile(loss_of, fullgraph=True, backend=backend) if backend else loss_of)(block)
+    loss.backward()
+    return {"loss": loss.detach()} | {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+
+
+def moved(recipe, build, block, compiled=lambda move: move) -> dict[str, list[float]]:
+    """Rounded weights after steps 1, 2 and 9 of the optimizer, gradients drawn anew."""
+    torch._dynamo.reset()
+    model = build(recipe)
+    optimizer = Optimizer(model, recipe)
+    optimizer.move = compiled(optimizer.move)
+    draw = torch.Generator().manual_seed(0)
+    for t in (1, 2, 9):
+        for bank in optimizer.banks:
+            bank.grad.normal_(generator=draw)
+        optimizer.step(t)
+    return {name: value.detach().mul(1e5).round().tolist() for name, value in model.named_parameters()}
+
+
+@every_variant
+def test_a_resumed_run_ends_with_the_same_bits(arms, token_folder, tmp_path, variant):
+    _, on = arms(variant)
+    whole = Trainer(on, CPU, token_folder)
+    while whole.step < on.steps:
+        if whole.step == on.steps // 2:
+            whole.save(tmp_path)
+        whole.advance()
+    resumed = Trainer(on, CPU, token_folder)
+    resumed.restore(tmp_path, pytest.fail)
+    assert resumed.step == on.steps // 2 and resumed.digest() != whole.digest()
+    while resumed.step < on.steps:
+        resumed.advance()
+    assert resumed.digest() == whole.digest()
+    ours, theirs = resumed.tensors(), whole.tensors()
+    assert ours.keys() == theirs.keys() and [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert resumed.evaluate() == whole.evaluate()
+
+
+@every_base
+@every_variant
+def test_works_with_grouped_heads_and_with_a_tied_readout(arms, shows, build, batch, variant, base):
+    off, on = arms(variant, **BASES[base])
+    assert shows(on) != shows(off)
+    assert build(on, stirred=0.05)(batch(on)[:, :-1]).isfinite().all()
+
+
+@every_base
+@every_variant
+def test_decoding_a_few_tokens_at_a_time_equals_one_forward(arms, build, batch, variant, base):
+    _, on = arms(variant, **BASES[base])
+    model, tokens = build(on, stirred=0.1), batch(on)[:, :-1]
+    pieces, cache = [], None
+    with torch.no_grad():
+        for piece in tokens.split([5, 1, 1, 9], dim=1):
+            logits, cache = model.extend(piece, cache)
+            pieces.append(logits)
+        torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), rtol=1e-4, atol=1e-5)
+
+
+@every_variant
+def test_activations_stay_bfloat16(arms, build, batch, variant):
+    """One fp32 scale without a cast would promote the residual stream, and double its memory, in silence."""
+    _, on = arms(variant)
+    model, wide = build(on, torch.bfloat16), []
+
+    def look(name):
+        def hook(module, inputs, output):
+            values = output if isinstance(output, tuple) else (output,)
+            values = [v for value in values for v in (value.values() if isinstance(value, dict) else (value,))]
+            wide.extend(name for value in values if value.dtype != torch.bfloat16)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name != "embedding" and not isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
+            module.register_forward_hook(look(name or "logits"))
+    logits = model(batch(on)[:, :-1])
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all() and not wide
+    logits.float().square().mean().backward()
+    assert all(value.grad is None or value.grad.isfinite().all() for value in model.parameters())
