@@ -20,6 +20,8 @@ class Cell:
 
 def leave_one_out(treatment: Treatment) -> list[Cell]:
     """full, and full without each ingredient (and without what cannot stand without it), and base for the whole step."""
+    if not treatment:
+        raise UserError("design leave_one_out has nothing to leave out; list interventions under `with`, or choose design: add_one or replicate")
     cells = [Cell("full", dict(treatment)), Cell("base", {}, "full")]
     for name in treatment:
         gone = dependents(name, treatment)

@@ -2,7 +2,7 @@
 
 The four steps stand at the first, the middle, the last-but-one-tenth and the last step of the schedule, so that a
 schedule, a decay or a weight average shows as well as a layer.  The trace is every bit of the weights read out and
-of the logits at the start and at the end.
+of the logits at the start and at the end.  A parameter that no gradient ever reaches is left out: nothing reads it.
 """
 
 import hashlib
@@ -30,10 +30,11 @@ def trace(recipe: Recipe, device: str = "cpu") -> str:
     after = [(part, part.begin(weights)) for part in small.after_step]
     length = min(TOKENS, recipe.data.context) + 1
     block = torch.randint(small.data.vocab, (ROWS, length), generator=generator(0, "liveness")).to(device)
-    digest = hashlib.sha256(_bits(model(block[:, :-1])))
+    digest, reached = hashlib.sha256(_bits(model(block[:, :-1]))), set()
     for t in sorted({1, max(small.steps // 2, 1), max(small.steps * 9 // 10, 1), small.steps}):
         loss, _ = objective(model(block[:, :-1]), block[:, 1:])
         (loss / block[:, 1:].numel()).backward()
+        reached |= {name for bank in optimizer.banks for name, grad in zip(bank.names, bank.grad, strict=True) if grad.any()}
         optimizer.step(t)
         for part, state in after:
             part.advance(state, weights, t, small.steps)
@@ -42,7 +43,8 @@ def trace(recipe: Recipe, device: str = "cpu") -> str:
             weight.copy_(value)
     for bank in sorted(optimizer.banks, key=lambda bank: bank.names):
         for name, weight in zip(bank.names, bank.weight, strict=True):
-            digest.update(name.encode() + _bits(weight))
+            if name in reached:
+                digest.update(name.encode() + _bits(weight))
     digest.update(_bits(model(block[:, :-1])))
     return digest.hexdigest()
 

@@ -141,7 +141,7 @@ def _effect(cell: str, cells: dict[str, pd.DataFrame], metric: str, better: str)
     both = rows.join(cells[name].add_suffix("/reference"), how="inner")
     done = both[(both.status == FINISHED) & (both["status/reference"] == FINISHED)]
     x, y = _column(done, metric), _column(done, f"{metric}/reference")
-    inert = bool((both.run == both["run/reference"]).all() if len(both) else False) or bool(len(x) and (x == y).all())
+    inert = bool((rows.status == INERT).all()) or bool((both.run == both["run/reference"]).all() if len(both) else False) or bool(len(x) and (x == y).all())
     delta = float(x.mean() - y.mean()) if len(x) else None
     ci = interval(x, y) if len(x) > 1 and not inert else None
     verdict = INERT if inert else _verdict(delta, ci, statuses, better)
@@ -203,7 +203,8 @@ def _sentence(cell: str, reference: str, verdict: str, delta: float | None, ci: 
         helps = (verdict == WORSE) == (how == "without")
         return f"{name} {('helps' if helps else 'hurts') if how else 'is ' + verdict}: {compared}"
     if verdict == INERT:
-        return f"{name} changes nothing: {cell!r} and {reference!r} " + ("end in the same bits" if number else "are the same runs")
+        same = "compute the same bits, so it was not trained" if INERT in statuses else "end in the same bits" if number else "are the same runs"
+        return f"{name} changes nothing: {cell!r} and {reference!r} {same}"
     if number:
         return f"{name}: {verdict}, {compared}"
     return f"{name}: no pair finished{f' {how} it' if how else ''} ({_counts(statuses)})"

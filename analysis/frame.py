@@ -1,7 +1,8 @@
 """What an experiment's runs left behind, as two pandas tables.  Everything else in analysis/ starts from these.
 
 A run that ended has the status in its result (`finished`, `diverged`, ...).  A run without a result is `missing` when
-it has no folder and `interrupted` when it has one: killed, or still running.  Columns are named as the runs log them
+it has no folder, `interrupted` when it has one (killed, or still running), and `inert` when the plan notes that its arm
+computes the bits of its reference, which is why nobody trained it.  Columns are named as the runs log them
 (`val/loss`), and what described the machine is `runtime/dtype`, `runtime/device`, ...
 """
 
@@ -12,7 +13,7 @@ import pandas as pd
 
 from ablab.core.record import Plan, Planned, Record, Result, Store
 
-MISSING, INTERRUPTED = "missing", "interrupted"
+MISSING, INTERRUPTED, INERT = "missing", "interrupted", "inert"
 UNITS = {"loss": "nats/token", "bits_per_byte": "bits/byte"}
 
 
@@ -57,7 +58,8 @@ def _status(record: Record, result: Result | None) -> str:
 
 
 def _row(row: Planned, record: Record, result: Result | None) -> dict:
-    ended = asdict(result or Result(row.run, _status(record, result), step=0, tokens=0))
+    status = INERT if row.note.startswith(INERT) else _status(record, result)
+    ended = asdict(result or Result(row.run, status, step=0, tokens=0))
     metrics, runtime = ended.pop("metrics"), ended.pop("runtime")
     ended["tokens_per_second"] = ended["tokens_per_second"] or float("nan")  # zero means: not measured
     return asdict(row) | ended | metrics | {f"runtime/{key}": value for key, value in runtime.items()}

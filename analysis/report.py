@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from ablab.analysis import frame, plots
-from ablab.analysis.effects import ENDED_BADLY, REFERENCE, Effect, ingredient, measure
+from ablab.analysis.effects import ENDED_BADLY, INERT, REFERENCE, Effect, ingredient, measure
 from ablab.core.errors import UserError
 from ablab.core.files import write_atomically
 from ablab.core.record import FINISHED, Plan, Store
@@ -122,7 +122,7 @@ def _warnings(plan: Plan, runs: pd.DataFrame, effects: list[Effect]) -> Iterator
     absent = Counter(status for status in runs.status if status in (frame.MISSING, frame.INTERRUPTED))
     if absent:
         yield f"{_counts(absent)} of {len(runs)} runs (interrupted: killed, or still running); continue with: ablab run {plan.name}"
-    few = [f"`{effect.cell}` ({effect.n})" for effect in effects if effect.n < FEWEST_PAIRS]
+    few = [f"`{effect.cell}` ({effect.n})" for effect in effects if effect.n < FEWEST_PAIRS and effect.verdict != INERT]
     if few:
         yield f"fewer than {FEWEST_PAIRS} finished seeds: {', '.join(few)}; no verdict to rely on, add seeds"
 

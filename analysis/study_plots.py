@@ -23,8 +23,10 @@ def curves(study: StudyRecord, path: Path) -> Path:
     """Each arm's loss against the learning rate, beside its winner; below, where the quadratics put the optima.  Writes a PNG."""
     from matplotlib import rc_context
 
-    wins, colour = _winners(study), colours(study)
-    along = _along(study)
+    along, colour = _along(study), colours(study)
+    wins = {cell: won for cell, trials in study.cells.items() if (won := _winner(trials, study, along))}
+    if not wins:
+        raise UserError(f"study {study.name!r} has no finished trial of {along}; continue it with: ablab study {study.name}")
     with rc_context(STYLE):
         figure, (top, strip) = _canvas(6.8, 4.1 + 0.24 * len(wins), 2, 1, sharex=True, height_ratios=[3.3, 0.3 + 0.24 * len(wins)])
         lines, heights = [won.line for won in wins.values()], Counter()
@@ -46,11 +48,12 @@ def widths(study: StudyRecord, path: Path) -> Path:
     """The learning rate at every width, a panel per arm; minima ringed and joined.  They stay in a column where the rate transfers."""
     from matplotlib import rc_context
 
-    along, cells = _along(study), {cell: by for cell, trials in study.cells.items() if (by := _by_width(trials, study))}
+    along = _along(study)
+    cells = {cell: by for cell, trials in study.cells.items() if (by := _by_width(trials, study, along))}
     if not cells:
         raise UserError(f"study {study.name!r} searches {', '.join(study.space)}; the picture by width needs {WIDTH} in study.space")
-    shades, columns = _shades(sorted({width for by in cells.values() for width in by})), min(PANELS, len(cells))
-    rows = -(-len(cells) // columns)
+    shades, rows = _shades(sorted({width for by in cells.values() for width in by})), -(-len(cells) // PANELS)
+    columns = -(-len(cells) // rows)
     with rc_context(STYLE):
         figure, panels = _canvas(1.6 + 2.2 * columns, 0.6 + 2.8 * rows, rows, columns, sharex=True, sharey=True)
         lines = [won.line for by in cells.values() for won in by.values()]
@@ -64,11 +67,12 @@ def widths(study: StudyRecord, path: Path) -> Path:
             _rate_axis(panel, along, lines)
         for panel, cell in zip(panels, cells, strict=False):
             panel.set_title(cell, pad=max(map(_above, heights)))
-        for panel in panels[len(cells) :]:
+        for above, panel in zip(panels[len(cells) - columns :], panels[len(cells) :], strict=False):
             panel.set_visible(False)
+            above.tick_params(labelbottom=True)
         for panel in panels[::columns]:
             panel.set_ylabel(f"{study.metric} ({unit(study.metric)})")
-        key = f"large dot: the width's best, hollow: not to be read; dashed: how it moves with width{_edge_key(panels[0], lines)}"
+        key = f"large dot: the width's best, hollow: not to be read\ndashed: how it moves with width{_edge_key(panels[0], lines)}"
         figure.supxlabel(f"{along}\n{key}", fontsize=9)
         handles = [panels[0].plot([], [], "o-", color=shade, markersize=4)[0] for shade in shades.values()]
         figure.legend(handles, [f"{width:g}" for width in shades], title=WIDTH, loc="outside right upper", frameon=False)
@@ -79,19 +83,22 @@ def importance(study: StudyRecord, path: Path) -> Path:
     """What share of the spread between an arm's trials each searched parameter explains: a row per arm, a panel per parameter."""
     from matplotlib import rc_context
 
-    if not study.importance:
+    known = {cell: shares for cell, shares in study.importance.items() if shares}
+    if not known:
         raise UserError(f"study {study.name!r} has no importances; they need finished trials that differ in more than one parameter")
-    paths = sorted({path for shares in study.importance.values() for path in shares}, key=lambda name: -_mean(study, name))
-    cells, colour = list(study.importance), colours(study)
+    paths = sorted({path for shares in known.values() for path in shares}, key=lambda name: -sum(shares.get(name, 0.0) for shares in known.values()))
+    colour = colours(study)
     with rc_context(STYLE):
-        figure, panels = _canvas(1.2 + 2.4 * len(paths), 0.8 + 0.26 * len(cells), 1, len(paths), sharex=True, sharey=True)
+        figure, panels = _canvas(1.2 + 2.4 * len(paths), 0.8 + 0.26 * len(known), 1, len(paths), sharex=True, sharey=True)
         for panel, name in zip(panels, paths, strict=True):
-            for y, cell in enumerate(cells):
-                share = study.importance[cell].get(name, 0.0)
+            for y, (cell, shares) in enumerate(known.items()):
+                if name not in shares:
+                    continue
+                share = shares[name]
                 panel.barh(y, share, height=0.62, color=colour.get(cell, NEUTRAL))
                 panel.text(share + 0.02, y, f"{share:.2f}", va="center_baseline", fontsize=8, color=INK)
-            panel.set(title=name, xlim=(0, 1.15), xticks=[0, 0.5, 1], ylim=(len(cells) - 0.4, -0.6))
-            panel.set_yticks(range(len(cells)), cells)
+            panel.set(title=name, xlim=(0, 1.15), xticks=[0, 0.5, 1], ylim=(len(known) - 0.4, -0.6))
+            panel.set_yticks(range(len(known)), list(known))
             panel.tick_params(axis="y", length=0)
             panel.spines["left"].set_visible(False)
         figure.supxlabel("importance: share of the spread between trials", fontsize=9)
@@ -115,6 +122,7 @@ def history(study: StudyRecord, path: Path) -> Path:
             if known.any():
                 axes.step(number[known], best[known], where="post", color=colour[cell], linewidth=1.6, zorder=3)
                 axes.plot(number, values, "o", color=colour[cell], markersize=3, alpha=0.35, markeredgewidth=0, zorder=2)
+                _off_scale(axes, np.stack([number, values], 1), colour[cell], study.better)
                 ends[cell] = float(best[-1])
             _crosses(axes, [(n, trial.state) for n, trial in zip(number, ordered, strict=True)], colour[cell], heights)
         _label(axes, ends, colour | {cell: NEUTRAL for cell in ends if colour[cell] == BACKGROUND})
@@ -130,14 +138,17 @@ def colours(study: StudyRecord) -> dict[str, str]:
     return dict.fromkeys(others, BACKGROUND) | {first: INK} | dict(zip(others, DISTINCT, strict=False))
 
 
-def _winners(study: StudyRecord) -> dict[str, Winner]:
-    done = {cell: trials for cell, trials in study.cells.items() if any(trial.state == COMPLETE for trial in trials)}
-    return {cell: winner(trials, study.space, study.hard, study.better) for cell, trials in done.items()}
+def _winner(trials: list, study: StudyRecord, along: str) -> Winner | None:
+    """The best trial, if one has finished and `along` was searched."""
+    if not any(trial.state == COMPLETE and along in trial.params for trial in trials):
+        return None
+    return winner(trials, study.space, study.hard, study.better)
 
 
-def _by_width(trials: list, study: StudyRecord) -> dict[int, Winner]:
-    done = sorted({trial.params.get(WIDTH, 0) for trial in trials if trial.state == COMPLETE} - {0})
-    return {width: winner([t for t in trials if t.params[WIDTH] == width], study.space, study.hard, study.better) for width in done}
+def _by_width(trials: list, study: StudyRecord, along: str) -> dict[int, Winner]:
+    widths = sorted({trial.params[WIDTH] for trial in trials if WIDTH in trial.params})
+    wins = {width: _winner([trial for trial in trials if trial.params[WIDTH] == width], study, along) for width in widths}
+    return {width: won for width, won in wins.items() if won}
 
 
 def _along(study: StudyRecord) -> str:
@@ -145,10 +156,6 @@ def _along(study: StudyRecord) -> str:
     if along is None:
         raise UserError(f"study {study.name!r} searches {', '.join(study.space)}; a curve needs optim.lr or a log-scaled path in study.space")
     return along
-
-
-def _mean(study: StudyRecord, name: str) -> float:
-    return float(np.mean([shares.get(name, 0.0) for shares in study.importance.values()]))
 
 
 def _limits(axes, lines: list[list], better: str) -> None:
@@ -166,20 +173,24 @@ def _limits(axes, lines: list[list], better: str) -> None:
 def _line(axes, won: Winner, colour: str, heights: Counter, better: str, fit: bool = True) -> None:
     """The trials beside one winner, joined; the winner ringed; the quadratic dashed; lost trials on the top edge."""
     points = np.array(sorted((trial.params[won.path], trial.value) for trial in won.line if trial.state == COMPLETE))
-    low, high = axes.get_ylim()
     back = colour == BACKGROUND
     axes.plot(*points.T, color=colour, linewidth=1.1 if fit else 1.6, alpha=0.55 if fit else 1, zorder=1 if back else 3)
     axes.plot(*points.T, "o", color=colour, markersize=3.5, markeredgewidth=0, zorder=1 if back else 4)
-    beyond = points[(points[:, 1] > high) | (points[:, 1] < low)]
-    if len(beyond):
-        y = 0.985 if better == "lower" else 0.015
-        axes.plot(beyond[:, 0], np.full(len(beyond), y), "^", color=colour, markersize=5, transform=axes.get_xaxis_transform(), zorder=5)
+    _off_scale(axes, points, colour, better)
     if fit and won.fit:
         x = np.geomspace(*won.fit.span, 100)
         axes.plot(x, won.fit.at(x), color=colour, linewidth=1.4, linestyle=(0, (4, 2)), zorder=2 if back else 5)
     ring = {"markeredgewidth": 1.6, "markerfacecolor": "white" if not won.admissible else colour, "zorder": 6}
     axes.plot(won.lr, won.value, "o", color=colour, markersize=7, **ring)
     _crosses(axes, [(trial.params[won.path], trial.state) for trial in won.line], colour, heights)
+
+
+def _off_scale(axes, points: np.ndarray, colour: str, better: str) -> None:
+    """A triangle on the edge for each of the points [N, 2] that the value axis leaves out."""
+    low, high = axes.get_ylim()
+    beyond = points[(points[:, 1] > high) | (points[:, 1] < low), 0]
+    height = np.full(len(beyond), 0.985 if better == "lower" else 0.015)
+    axes.plot(beyond, height, "^", color=colour, markersize=5, transform=axes.get_xaxis_transform(), zorder=5)
 
 
 def _crosses(axes, states: list[tuple[float, str]], colour: str, heights: Counter) -> None:

@@ -1,7 +1,7 @@
 """A study's report: each arm's winner and whether it may be read, what width does to it, and what tuning does to the deltas.
 
     write()      OUT/study.md and its pictures
-    table()      an arm a row of text, for the terminal
+    table()      a row of text per arm, for the terminal
     as_json()    the same as plain data
 
 A study without a finished trial has no report: UserError.
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ablab.analysis import frame, study_plots, tuning
-from ablab.analysis.effects import REFERENCE, Effect, measure
+from ablab.analysis.effects import BETTER, INCONCLUSIVE, REFERENCE, WORSE, Effect, measure
 from ablab.analysis.report import NONE, _list, _table, _text
 from ablab.analysis.tuning import COMPLETE, EVALUATED, RUNNING, WIDTH, StudyRecord, Winner, axis
 from ablab.core.files import write_atomically
@@ -40,9 +40,9 @@ class StudyReport:
 
     study: StudyRecord
     winners: dict[str, Winner]  # of the arms with a finished trial
-    transfer: pd.DataFrame | None  # tuning.transfer; None unless widths were searched
+    transfer: pd.DataFrame  # tuning.transfer; empty unless widths were searched
     moves: dict[str, str]  # a sentence per arm about width
-    shared: list[Effect]  # all arms at the experiment's learning rate
+    shared: list[Effect]  # all arms at the experiment's own values
     tuned: list[Effect]  # each arm at its own winner; both empty until both have finished runs
     warnings: list[str]
 
@@ -52,36 +52,37 @@ def read(store: Store, name: str) -> StudyReport:
     study = tuning.read(store, name)
     done = {cell: trials for cell, trials in study.cells.items() if any(trial.state == COMPLETE for trial in trials)}
     winners = {cell: tuning.winner(trials, study.space, study.hard, study.better) for cell, trials in done.items()}
-    moved = tuning.transfer(study) if WIDTH in study.space and axis(study.space) else None
+    moved = tuning.transfer(study) if WIDTH in study.space and axis(study.space) else pd.DataFrame()
     shared, tuned = (_effects(store, plan) for plan in (study.name, study.tuned))
     both = (shared, tuned) if shared and tuned else ([], [])
     sds = [effect.sd for effect in shared if effect.sd]
     noise = tuning.seed_sd(study.trials) or (float(np.sqrt(np.mean(np.square(sds)))) if sds else None)
-    return StudyReport(study, winners, moved, {} if moved is None else movements(moved, noise), *both, list(_warnings(study, winners, moved)))
+    return StudyReport(study, winners, moved, {} if moved.empty else movements(moved, noise), *both, list(_warnings(study, winners, moved)))
 
 
 def write(store: Store, name: str, out: str | Path) -> Path:
     """Write study.md and its pictures into the folder `out`; the path of study.md."""
     report, out = read(store, name), Path(out)
     study, pictures = report.study, {}
-    if axis(study.space):
+    if any(won.path == axis(study.space) is not None for won in report.winners.values()):
         pictures["curves"] = study_plots.curves(study, out / "lr.png").name
-    if report.transfer is not None:
+    if len(report.transfer):
         pictures["widths"] = study_plots.widths(study, out / "lr_width.png").name
-    if study.importance:
+    if any(study.importance.values()):
         pictures["importance"] = study_plots.importance(study, out / "importance.png").name
     pictures["history"] = study_plots.history(study, out / "history.png").name
     write_atomically(out / "study.md", _markdown(report, pictures).encode())
     return out / "study.md"
 
 
-def table(report: StudyReport) -> list[dict[str, str]]:
-    """A row of text per arm, for a terminal or a page; the keys are the headings."""
-    return [_row(report.study, cell, trials, report.winners.get(cell)) for cell, trials in report.study.cells.items()]
+def table(store: Store, name: str) -> list[dict[str, str]]:
+    """A row of text per arm, for a terminal; the keys are the headings."""
+    return _rows(read(store, name))
 
 
-def as_json(report: StudyReport) -> dict[str, Any]:
+def as_json(store: Store, name: str) -> dict[str, Any]:
     """The report as plain data: numbers, strings, lists and None."""
+    report = read(store, name)
     study, plain = report.study, asdict(report.study)
     trials = plain.pop("trials")
     metric = {"name": study.metric, "unit": frame.unit(study.metric), "better": study.better}
@@ -89,7 +90,7 @@ def as_json(report: StudyReport) -> dict[str, Any]:
     tuned = {effect.cell: effect for effect in report.tuned}
     deltas = [{"cell": one.cell, "shared": asdict(one), "tuned": asdict(tuned[one.cell])} for one in report.shared if one.cell in tuned]
     arms = [{"cell": cell, "trials": dict(Counter(t.state for t in ts)), "winner": winners.get(cell)} for cell, ts in study.cells.items()]
-    moved = [] if report.transfer is None else report.transfer.to_dict("records")
+    moved = report.transfer.to_dict("records")
     found = {"metric": metric, "arms": arms, "transfer": moved, "moves": report.moves, "deltas": deltas, "warnings": report.warnings}
     return _strict({"study": plain.pop("name")} | plain | found | {"trials": trials})
 
@@ -140,14 +141,14 @@ def _effects(store: Store, plan: str | None) -> list[Effect]:
     return measure(runs, wanted.metric, wanted.better) if len(runs) and (runs.status == FINISHED).any() else []
 
 
-def _warnings(study: StudyRecord, winners: dict[str, Winner], moved: pd.DataFrame | None) -> Iterator[str]:
+def _warnings(study: StudyRecord, winners: dict[str, Winner], moved: pd.DataFrame) -> Iterator[str]:
     """Sentences for the top of the page, the gravest kind first."""
     for cell, trials in study.cells.items():
         if cell not in winners:
             yield f"`{cell}`: no trial finished ({tuning.said(Counter(trial.state for trial in trials))})"
         elif not winners[cell].admissible:
             yield f"`{cell}`: {winners[cell].reason}"
-    for row in moved.itertuples() if moved is not None else ():
+    for row in moved.itertuples():
         if not row.admissible and row.reason != winners[row.cell].reason:
             yield f"`{row.cell}` at width {row.width}: {row.reason}"
     done = {cell: sum(trial.state in EVALUATED for trial in trials) for cell, trials in study.cells.items()}
@@ -161,8 +162,12 @@ def _warnings(study: StudyRecord, winners: dict[str, Winner], moved: pd.DataFram
         yield f"{states[PRUNED]} trials were pruned, before the cooldown could change their rank; a pruned neighbour is weak evidence"
 
 
+def _rows(report: StudyReport) -> list[dict[str, str]]:
+    return [_row(report.study, cell, trials, report.winners.get(cell)) for cell, trials in report.study.cells.items()]
+
+
 def _row(study: StudyRecord, cell: str, trials: list, won: Winner | None) -> dict[str, str]:
-    searched = {path: _number(won.params[path]) if won else NONE for path in study.space}
+    searched = {path: _number(won.params.get(path, NONE)) if won else NONE for path in study.space}
     verdict = "no winner" if won is None else "interior" if won.admissible else "edge" if None in won.neighbours else "tie"
     return {
         "arm": cell,
@@ -187,12 +192,12 @@ def _markdown(report: StudyReport, pictures: dict[str, str]) -> str:
         f"Trials: {tuning.said(Counter(trial.state for trial in study.trials))}.",
         "Searched: " + "; ".join(f"`{path}` {_range(how)}" for path, how in study.space.items()) + ".",
         "## Read first\n\n" + _list(report.warnings) if report.warnings else "",
-        "## Winners\n\n" + _table(table(report)),
+        "## Winners\n\n" + _table(_rows(report)),
         _list([f"`{cell}`: {won.reason}" for cell, won in report.winners.items() if won.admissible]),
         show.get("curves", ""),
-        "" if report.transfer is None else "## Learning rate and width\n\n" + _list([f"`{cell}`: {says}" for cell, says in report.moves.items()]),
-        "" if report.transfer is None else _table(_transfer_rows(report.transfer)) + "\n\n" + show["widths"],
-        "## One learning rate for all, and each arm's own\n\n" + _compared(report) if report.shared else "",
+        "## Learning rate and width\n\n" + _list([f"`{cell}`: {says}" for cell, says in report.moves.items()]) if report.moves else "",
+        _table(_transfer_rows(report.transfer)) + "\n\n" + show["widths"] if report.moves else "",
+        "## One setting for all, and each arm's own\n\n" + _compared(report) if report.shared else "",
         "## The search\n\n" + "\n\n".join(show[name] for name in ("importance", "history") if name in show),
         "## How to read this\n\n" + METHOD.format(seeds=seeds),
         "## Trials\n\n" + _table([_listed(study, trial) for trials in study.cells.values() for trial in trials]),
@@ -218,30 +223,36 @@ def _transfer_rows(moved: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def _compared(report: StudyReport) -> str:
-    """The deltas of the plan at one learning rate beside those at each arm's own."""
+    """The deltas of the plan at one setting for all arms beside those at each arm's own winner."""
     tuned = {effect.cell: effect for effect in report.tuned}
+    pairs = [(one, tuned[one.cell]) for one in report.shared if one.cell in tuned and one.verdict != REFERENCE]
     rows = [
         {
             "arm": one.cell,
-            "delta, one lr": _delta(one),
-            "verdict, one lr": one.verdict,
-            "own lr": _number(won.lr) if (won := report.winners.get(one.cell)) and won.lr is not None else NONE,
-            "delta, own lr": _delta(tuned[one.cell]),
-            "verdict, own lr": tuned[one.cell].verdict,
-            "tuning moves it by": _text(_difference(tuned[one.cell].delta, one.delta), "+.4f"),
+            "delta, shared setting": _delta(one),
+            "verdict": one.verdict,
+            "own setting": _setting(report.winners.get(one.cell)),
+            "delta, own setting": _delta(own),
+            "verdict, own setting": own.verdict,
+            "tuning moves it by": _text(_difference(own.delta, one.delta), "+.4f"),
         }
-        for one in report.shared
-        if one.cell in tuned and one.verdict != REFERENCE
+        for one, own in pairs
     ]
-    turned = [f"`{one.cell}` is {one.verdict} at one learning rate for all, {tuned[one.cell].verdict} at its own"
-              for one in report.shared if one.cell in tuned and tuned[one.cell].verdict != one.verdict]  # fmt: skip
-    wrong = [cell for cell in tuned if cell in report.winners and not report.winners[cell].admissible]
-    doubt = [f"the own learning rate of {', '.join(f'`{cell}`' for cell in wrong)} won at an edge: its delta is still that of an untuned arm"] if wrong else []
-    return _table(rows) + ("\n\n" + _list(turned + doubt) if turned or doubt else "")
+    references = {effect.cell: _setting(report.winners.get(effect.cell)) for effect in report.tuned if effect.verdict == REFERENCE}
+    notes = [f"`{cell}`, measured against: {setting}" for cell, setting in references.items()]
+    notes += [f"`{one.cell}` is {one.verdict} at the shared setting, {own.verdict} at its own" for one, own in pairs
+              if one.verdict != own.verdict and {one.verdict, own.verdict} <= {BETTER, WORSE, INCONCLUSIVE}]  # fmt: skip
+    if wrong := [f"`{cell}`" for cell in tuned if cell in report.winners and not report.winners[cell].admissible]:
+        notes.append(f"{', '.join(wrong)} won at an edge: its delta is still that of an untuned arm")
+    return _table(rows) + "\n\n" + _list(notes)
+
+
+def _setting(won: Winner | None) -> str:
+    return ", ".join(f"{path}={_number(value)}" for path, value in won.params.items()) if won else NONE
 
 
 def _listed(study: StudyRecord, trial: tuning.Trial) -> dict[str, str]:
-    params = {path: _number(trial.params[path]) for path in study.space}
+    params = {path: _number(trial.params.get(path, NONE)) for path in study.space}
     value, runs = _text(trial.value, ".4f"), ", ".join(f"`{run}`" for run in trial.runs)
     return {"arm": trial.cell, "trial": str(trial.number), **params, study.metric: value, "state": trial.state.replace("_", " "), "runs": runs or NONE}
 
@@ -263,8 +274,9 @@ def _strict(value: Any) -> Any:
 
 
 def _range(how: dict[str, Any]) -> str:
-    kind, values = next(iter(how.items()))
-    listed = ", ".join(_number(value) for value in values) if isinstance(values, list | tuple) else str(values)
+    """`{"log": [a, b], "points": 7}` in words."""
+    kind, values = next((kind, values) for kind, values in how.items() if isinstance(values, list | tuple))
+    listed = ", ".join(map(_number, values))
     return f"one of {listed}" if kind == "choices" else f"{kind} [{listed}]"
 
 

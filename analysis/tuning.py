@@ -8,11 +8,12 @@ memory says nothing.  Where the optimum lies between the trials, a quadratic say
 
 over the finished trials within 1.5 octaves of the winner, at least the five nearest (four if there are no more).
 The 95 % interval is Fieller's (1954), the profile of x*: all x whose slope b + 2 c x is within t(0.975, n-3) se of zero.
-No optimum if c <= 0 or x* lies outside the trials used; no interval if c itself is not told apart from zero.
+It stops at the outermost trials used.  No optimum if c <= 0 or x* lies beyond them; no interval if c is not told from zero.
 
 Measured, 3,000 simulations each, trials 1 / 0.5 / 0.25 octaves apart, noise of sd 0.1 c (c per octave^2): the interval
-covers the optimum of a true quadratic in 97 / 96 / 97 %.  Real curves climb faster towards high rates: that of
-exp(x/2) - x/2 - 1 is read 0.17 / 0.09 / 0.09 octaves low, which costs c/35 or less in loss, and covered in 99 / 65 / 18 %.
+covers the optimum of a true quadratic in 97 / 96 / 97 %.  Real curves are steeper on one side, at high rates or,
+in short runs, at low ones: that of exp(x/2) - x/2 - 1 is read 0.17 / 0.09 / 0.09 octaves off, on its flat side, which costs
+c/35 or less in loss, and covered in 99 / 65 / 18 %.
 """
 
 from collections import Counter
@@ -39,14 +40,17 @@ LEAST_STEP = 1 / 4  # octaves; random samplers crowd, and a search must not cree
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of one arm's search.  `value`: mean over seeds of the final metric; `values`: by seed; seconds of training."""
+    """One point of one arm's search.  `value`: mean over seeds of the final metric; `values`: by seed; seconds of training.
+
+    `params` lacks the doses (`with.NAME.DOSE`) of ingredients that the arm does without.
+    """
 
     cell: str
     number: int
     params: dict[str, Any]
     state: Literal["complete", "pruned", "failed", "diverged", "out_of_memory", "running"]
     value: float | None = None
-    values: dict[str, float] = field(default_factory=dict)
+    values: dict[str, float | None] = field(default_factory=dict)
     runs: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -139,8 +143,10 @@ def read(store: Store, name: str) -> StudyRecord:
     except msgspec.MsgspecError as flaw:
         raise UserError(f"{path} is damaged ({flaw}); write it again with: {again}") from None
     for trial in record.trials:
-        if lost := [key for key in record.space if key not in trial.params] or ["value"] * (trial.state == COMPLETE and trial.value is None):
-            raise UserError(f"{path} is damaged (trial {trial.number} of {trial.cell!r} has no {lost[0]}); write it again with: {again}")
+        absent = [key for key in record.space if key not in trial.params and not key.startswith("with.")]
+        absent += ["value"] * (trial.state == COMPLETE and trial.value is None)
+        if absent:
+            raise UserError(f"{path} is damaged (trial {trial.number} of {trial.cell!r} has no {absent[0]}); write it again with: {again}")
     finished(record.trials, f"study {name!r}", f"it with: {again}")
     return record
 
@@ -166,8 +172,9 @@ def axis(space: Mapping[str, Any]) -> str | None:
 
 def winner(trials: Sequence[Trial], space: Mapping[str, Any], hard: Mapping[str, Sequence[float]], better: str = "lower") -> Winner:
     """The best finished trial of one arm, and whether it may be read.  UserError when none has finished."""
-    done, path = finished(trials, f"cell {trials[0].cell!r}" if trials else "the cell"), axis(space)
+    done = finished(trials, f"cell {trials[0].cell!r}" if trials else "the cell")
     best = (min if better == "lower" else max)(done, key=lambda trial: trial.value)
+    path = axis({path: how for path, how in space.items() if path in best.params})
     if path is None:
         return Winner(best.params, best.value, True, "no log-scaled path in the space, so no edge to check", (None, None), None, None, [best])
     line = [trial for trial in trials if {**trial.params, path: 0} == {**best.params, path: 0}]
@@ -250,20 +257,18 @@ def quadratic(at: np.ndarray, values: np.ndarray, centre: float, better: str = "
     if c <= 0 or not x.min() <= -b / (2 * c) <= x.max():
         return None
     covariance = inverse * (weight * (y - X @ (a, b, c)) ** 2).sum() / (n - 3)
-    low, high = (None if end is None else float(centre * 2**end) for end in _fieller(b, c, covariance, n - 3))
+    ends = _fieller(b, c, covariance, n - 3)
+    low, high = (float(centre * 2**end) for end in np.clip(ends, x.min(), x.max())) if ends else (None, None)
     best = float(centre * 2 ** (-b / (2 * c)))
     return Fit(best, low, high, float(sign * (a - b * b / (4 * c))), float(sign * c), (float(at[near].min()), float(at[near].max())), n)
 
 
-def _fieller(b: float, c: float, covariance: np.ndarray, degrees: int) -> tuple[float | None, float | None]:
-    """Where (b + 2cx)^2 = t^2 var(b + 2cx), in octaves; None if that does not bound x within ten."""
+def _fieller(b: float, c: float, covariance: np.ndarray, degrees: int) -> tuple[float, float] | None:
+    """Where (b + 2cx)^2 = t^2 var(b + 2cx), in octaves; None where that bounds no interval."""
     t2 = stdtrit(degrees, 0.975) ** 2
     p, q, r = c * c - t2 * covariance[2, 2], b * c - t2 * covariance[1, 2], b * b - t2 * covariance[1, 1]
-    if p <= 0:
-        return None, None
     root = np.sqrt(max(q * q - p * r, 0.0))
-    low, high = (-q - root) / (2 * p), (-q + root) / (2 * p)
-    return (low, high) if max(-low, high) < 10 else (None, None)
+    return ((-q - root) / (2 * p), (-q + root) / (2 * p)) if p > 0 else None
 
 
 def seed_sd(trials: Sequence[Trial]) -> float | None:
@@ -280,24 +285,25 @@ def transfer(study: StudyRecord) -> pd.DataFrame:
     in the metric's unit.  `how`: the loss at the transferred rate was evaluated, read off the quadratic, or taken
     from the nearest trial.  UserError if the study does not search model.width and a log-scaled path.
     """
-    path = axis(study.space)
-    if WIDTH not in study.space or path is None:
+    if WIDTH not in study.space or axis(study.space) is None:
         raise UserError(f"study {study.name!r} searches {', '.join(study.space)}; a transfer table needs {WIDTH} and {LR} in study.space")
-    return pd.DataFrame([row for cell, trials in study.cells.items() for row in _transferred(cell, trials, study, path)])
+    return pd.DataFrame([row for cell, trials in study.cells.items() for row in _transferred(cell, trials, study)])
 
 
-def _transferred(cell: str, trials: list[Trial], study: StudyRecord, path: str) -> Iterator[dict[str, Any]]:
+def _transferred(cell: str, trials: list[Trial], study: StudyRecord) -> Iterator[dict[str, Any]]:
     widths = sorted({trial.params[WIDTH] for trial in trials if trial.state == COMPLETE})
     if not widths:
         return
     base = study.base.get(WIDTH) if study.base.get(WIDTH) in widths else widths[0]
     at = {width: [trial for trial in trials if trial.params[WIDTH] == width] for width in widths}
     won = {width: winner(at[width], study.space, study.hard, study.better) for width in widths}
+    if won[base].path != axis(study.space):  # the arm lacks the ingredient whose dose is searched
+        return
     lr, sign = won[base].lr, 1 if study.better == "lower" else -1
     for width in widths:
         best = won[width]
         loss, how = _loss_at(lr, best)
-        steps = float(np.log2(best.lr / lr)) / spacing(best.line, path)
+        steps = float(np.log2(best.lr / lr)) / spacing(best.line, best.path)
         yield {
             "cell": cell, "width": width, "trials": sum(trial.state == COMPLETE for trial in at[width]), "lr": best.lr, "loss": best.value,
             "admissible": best.admissible, "reason": best.reason, "optimum": best.optimum, "low": best.low, "high": best.high,

@@ -1,6 +1,5 @@
 """Cross-entropy in nats, bits per byte, and the penalties that a recipe adds.  fp32 throughout."""
 
-import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -27,12 +26,3 @@ def objective_of(penalties: tuple[Part, ...]) -> Callable[[Tensor, Tensor], tupl
         return loss, total.detach()
 
     return objective
-
-
-def bits_per_byte(nats: Tensor, targets: Tensor, token_bytes: Tensor) -> float:
-    """Sum of nats over (ln 2 * sum of bytes); tokens of no bytes (special ones) count in neither.
-
-    nats, targets: [...]; token_bytes: int [V], UTF-8 bytes of each token.
-    """
-    weight = token_bytes[targets]
-    return (nats.double() * (weight > 0)).sum().item() / (math.log(2) * weight.sum().item())

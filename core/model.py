@@ -108,7 +108,7 @@ class Transformer(nn.Module):
     def __init__(self, recipe: Recipe, dtype: torch.dtype = torch.float32, recompute: int = 0):
         super().__init__()
         plan, head_dim = plan_of(recipe), recipe.model.attention.head_dim
-        self.embedding = StageModule(plan.embedding)
+        self.embedding, self.on_embedding = StageModule(plan.embedding), stages(plan.on_embedding)
         self.blocks = nn.ModuleList(Block(block, head_dim) for block in plan.blocks)
         self.norm = StageModule(plan.norm)
         if plan.readout:
@@ -116,14 +116,14 @@ class Transformer(nn.Module):
         self.on_logits = stages(plan.on_logits)
         self.dtype, self.context, self.shape = dtype, recipe.data.context, recipe.model
         self.run = [_recomputed(block) if i < recompute else block for i, block in enumerate(self.blocks)]
-        self.read = self.readout if plan.readout else self._tied_readout
+        self.read = functools.partial(self.readout) if plan.readout else self._tied_readout  # partial: not registered twice
 
     def _tied_readout(self, x: Tensor) -> Tensor:
         return F.linear(x, self.embedding.table.to(x.dtype))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: int [B,T] -> logits [B,T,V] in the activations' dtype."""
-        x, carry = self.embedding(tokens).to(self.dtype), {}
+        x, carry = self.embed(tokens), {}
         for block in self.run:
             x, carry = block(x, carry)
         return self.logits(x)
@@ -131,11 +131,17 @@ class Transformer(nn.Module):
     def extend(self, tokens: Tensor, cache: list[Past] | None) -> tuple[Tensor, list[Past]]:
         """Logits [B,T,V] of T new tokens, given the cache of the tokens before them (None: there are none)."""
         empty = torch.empty(tokens.shape[0], self.shape.kv_heads, 0, self.shape.attention.head_dim, dtype=self.dtype, device=tokens.device)
-        x, carry, grown = self.embedding(tokens).to(self.dtype), {}, []
+        x, carry, grown = self.embed(tokens), {}, []
         for block, past in zip(self.blocks, cache or [(empty, empty)] * len(self.blocks), strict=True):
             x, carry, past = block.extend(x, carry, past)
             grown.append(past)
         return self.logits(x), grown
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for stage in self.on_embedding.values():
+            x = stage(x)
+        return x.to(self.dtype)
 
     def logits(self, x: Tensor) -> Tensor:
         logits = self.read(self.norm(x))

@@ -41,6 +41,7 @@ class BlockPlan:
 @dataclass(frozen=True)
 class Plan:
     embedding: Stage
+    on_embedding: Stages
     blocks: tuple[BlockPlan, ...]
     norm: Stage
     readout: Linear | None  # None: tied to the embedding
@@ -56,7 +57,8 @@ def _plan(model: Model, parametrization: Part, vocab: int, context: int) -> Plan
     scale = parametrization.multipliers(model)
     on_logits = build_stages(model.on_logits, _where(model, 0, context))
     return Plan(
-        embedding=Stage(embed, table=Param((vocab, model.width), "embedding"), scale=scale.embedding),
+        embedding=Stage(embed, table=Param((vocab, model.width), "embedding")),
+        on_embedding=_factor(scale.embedding),
         blocks=tuple(_block(model, _where(model, layer, context), scale.branch) for layer in range(model.layers)),
         norm=_norm(model),
         readout=None if model.tied else linear(model.width, vocab, role="readout"),
@@ -103,11 +105,11 @@ def _factor(value: float) -> Stages:
     return {} if value == 1.0 else {"multiplier": Stage(multiply, factor=value)}
 
 
-def embed(tokens, *, table, scale):
+def embed(tokens, *, table):
     """tokens: int [B,T] -> [B,T,W]."""
     from torch.nn.functional import embedding
 
-    return embedding(tokens, table) * scale
+    return embedding(tokens, table)
 
 
 def build_stages(parts: tuple[Part, ...], where: Where) -> Stages:

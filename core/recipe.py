@@ -136,11 +136,15 @@ def check(recipe: Recipe) -> Recipe:
         raise UserError(f"model.attention.head_dim={attention.head_dim} must be even for rotary positions; nearest: {attention.head_dim + 1}")
     if recipe.steps < 1:
         raise UserError(f"budget.tokens={recipe.budget.tokens} is less than one step of batch*context={recipe.tokens_per_step} tokens; raise it")
-    warmup = getattr(recipe.schedule, "warmup_steps", 0)
+    warmup = getattr(recipe.schedule, "warmup_steps", 0) or 0  # null: none
     if warmup > recipe.steps:
         raise UserError(f"schedule.warmup_steps={warmup} exceeds the run's {recipe.steps} steps; lower it or raise budget.tokens")
     if missing := [role for role in ROLES if role not in recipe.optim.chains]:
         raise UserError(f"optim.chains has no chain for {missing[0]!r} parameters; add one")
+    for role, chain in recipe.optim.chains.items():
+        kinds = [part.kind for part in chain.steps]
+        if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
+            raise UserError(f"optim.chains.{role}.steps names {twice[0]!r} twice; steps of a chain keep their state by kind: keep one")
     for path, method, parts in _slots(recipe):
         for part in parts:
             if not hasattr(part, method):

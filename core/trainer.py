@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from ablab.core.runtime import Runtime, code_fingerprint, environment, settle
 from ablab.core.schedule import Constant
 from ablab.core.tracker import NullTracker, Tracker
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its bits only with a fixed workspace, and reads this once
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -52,6 +55,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, runtime: Runtime, data_folder: Path):
         self.runtime = settle(runtime, recipe.data.batch)
         torch.set_num_threads(runtime.threads)
+        torch.use_deterministic_algorithms(runtime.deterministic)
         self.device = torch.device(self.runtime["device"])
         self.model = Transformer(recipe, DTYPES[self.runtime["dtype"]], runtime.recompute).to(self.device)
         self.optimizer = Optimizer(self.model, recipe, self.runtime["compile"])

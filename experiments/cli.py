@@ -2,8 +2,8 @@
 
 import json
 import re
+import signal
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +13,9 @@ from ablab.core.errors import UserError
 from ablab.core.record import Store, store_root
 from ablab.experiments import data_cli
 
+INTERRUPTED = 130
 EXITS = """Exit codes: 0 done (a run that diverged is done); 1 runs failed, or ablab broke; 2 the request cannot be met as asked;
-130 interrupted.  `--debug` anywhere shows where an error was raised."""
+130 interrupted (Ctrl-C or SIGTERM).  `--debug` anywhere shows where an error was raised."""
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, epilog=EXITS,
@@ -57,25 +58,14 @@ def show(
     plugins: Plugins = None, store: Where = None,
 ) -> None:  # fmt: skip
     """The resolved recipe of an arm, its identity and cost; or what differs between two arms."""
-    from ablab.core.edit import diff as difference
-    from ablab.core.load import dump
-    from ablab.core.plan import cost_of
-    from ablab.core.recipe import plain
+    from ablab.experiments.printing import show_difference, show_recipe
 
-    experiment, runs = _prepare(name, overrides, plugins, _store(store))
+    experiment, _ = _prepare(name, overrides, plugins, _store(store))
+    runs = experiment.runs(experiment.sheet.seeds[:1] or [0])
     run = _one(runs, cell or runs[0].cell)
-    cost = cost_of(run.recipe)
-    typer.echo(f"# {experiment.name}, cell {run.cell!r}, seed {run.recipe.seed}: run {run.id}")
-    typer.echo(f"# {_count(cost.parameters)} parameters, {_count(cost.matmul_parameters)} in matrix products, "
-               f"{cost.flops_per_token / 1e6:.1f} MFLOP a token, {run.recipe.steps:,} steps of {run.recipe.tokens_per_step:,} tokens")  # fmt: skip
     if diff is None:
-        return typer.echo(dump(plain(run.recipe)), nl=False)
-    other = replace(experiment.base, seed=run.recipe.seed) if diff == "base" else _one(runs, diff).recipe
-    changes = difference(plain(other), plain(run.recipe))
-    for path, (old, now) in changes.items():
-        typer.echo(f"{path}: {_absent(old)} -> {_absent(now)}")
-    if not changes:
-        typer.echo(f"no difference from {diff}")
+        return show_recipe(experiment.name, run)
+    show_difference(experiment.name, run, experiment.base if diff == "base" else _one(runs, diff).recipe, diff)
 
 
 @app.command()
@@ -103,6 +93,7 @@ def run(
 
         found = forecast(experiment, picked, where, jobs)
         return typer.echo(json.dumps(found, indent=1)) if as_json else show_forecast(found)
+    from ablab.experiments.printing import show_outcome
     from ablab.experiments.progress import watcher
     from ablab.experiments.runner import execute
 
@@ -111,13 +102,7 @@ def run(
         outcome = execute(experiment, where, runs, watching, jobs, _folders(plugins), mlflow, run_inert, picked)
     finally:
         watching.close()
-    try:
-        _report(where, experiment.name, as_json, {"outcome": asdict(outcome)})
-    except UserError as lacking:  # every run diverged or failed: that is an answer too
-        if as_json:
-            typer.echo(json.dumps({"experiment": experiment.name, "effects": [], "warnings": [str(lacking)], "outcome": asdict(outcome)}, indent=1))
-        else:
-            typer.echo(f"no verdict: {lacking}", err=True)
+    show_outcome(where, experiment.name, outcome, as_json)
     if outcome.failed:
         raise typer.Exit(1)
 
@@ -134,6 +119,7 @@ def study(
     """Tune each arm of an experiment over its study's space, confirm the winners on other seeds, and report.  Goes on where it was."""
     where = _store(store)
     experiment, _ = _prepare(name, overrides, plugins, where)
+    from ablab.experiments.printing import show_study
     from ablab.experiments.progress import watcher
     from ablab.experiments.study import Study
 
@@ -145,7 +131,7 @@ def study(
             coordinator.confirm(record, jobs, _folders(plugins), mlflow)
     finally:
         watching.close()
-    _study_report(where, experiment.name, as_json)
+    show_study(where, experiment.name, as_json)
 
 
 @app.command()
@@ -153,6 +139,7 @@ def report(name: Name, overrides: Overrides = None, plugins: Plugins = None, sto
     """The verdict table; writes report.md, a forest plot and the loss curves into STORE/reports/NAME."""
     from ablab.core.part import near
     from ablab.experiments.experiment import catalog
+    from ablab.experiments.printing import show_report
 
     where = _store(store)
     held = where.experiments()
@@ -160,7 +147,7 @@ def report(name: Name, overrides: Overrides = None, plugins: Plugins = None, sto
         raise UserError(f"no experiment {name!r} in {where.root}. {near(name, held)}It holds: {', '.join(held) or 'none'}")
     if overrides or name not in held:
         name = _prepare(name, overrides, plugins, where)[0].name
-    _report(where, name, as_json)
+    show_report(where, name, as_json)
 
 
 @app.command()
@@ -206,7 +193,7 @@ def new_intervention(
 
     discover()
     path = write(name, folder)
-    typer.echo(f"wrote {path}\nsee it:  ablab list --plugins {folder}\ntest it: pytest --pyargs ablab.tests.contracts --plugins {folder}")
+    typer.echo(f"wrote {path}\nsee it:  ablab list --plugins {folder}\ntest it: pytest tests/contracts --plugins {folder.absolute()} -k {name}   (in a checkout of ablab)")
 
 
 # -- what the commands share -------------------------------------------------------------------------------------------
@@ -255,69 +242,20 @@ def _one(runs: list[Any], cell: str) -> Any:
     return found
 
 
-def _absent(value: Any) -> str:
-    return "absent" if value is None else str(value)
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}"
-
-
-def _report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {}) -> None:
-    from ablab.analysis import report as reports
-
-    found, folder = reports.read(store, name), store.root / "reports" / name
-    if as_json:
-        return typer.echo(json.dumps(reports.as_json(found) | more, indent=1))
-    path = reports.write(store, name, folder)
-    typer.echo(f"\n{found.plan.question}")
-    _table(reports.table(found.effects))
-    for effect in found.effects:
-        if effect.sentence:
-            typer.echo(f"  {effect.sentence}")
-    for warning in found.warnings:
-        typer.echo(f"warning: {warning}", err=True)
-    plots = ", ".join(str(picture) for picture in (folder / "forest.png", folder / "curves.png") if picture.exists())
-    typer.echo(f"\nreport: {path}\nplots:  {plots}\nMLflow: ablab ui --store {store.root}")
-
-
-def _study_report(store: Store, name: str, as_json: bool) -> None:
-    from ablab.analysis import study_report
-
-    if as_json:
-        return typer.echo(json.dumps(study_report.as_json(store, name), indent=1))
-    path = study_report.write(store, name, store.root / "reports" / name)
-    _table(study_report.table(store, name))
-    typer.echo(f"\nreport: {path}\nMLflow: ablab ui --store {store.root}")
-
-
-def _table(rows: list[dict[str, str]]) -> None:
-    """A rich table on a terminal, aligned columns elsewhere."""
-    heads = list(rows[0])
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*heads, header_style="bold", box=None)
-        for row in rows:
-            table.add_row(*(row[head].replace("[", "\\[") for head in heads))
-        return Console().print(table)
-    widths = [max(len(head), *(len(row[head]) for row in rows)) for head in heads]
-    for line in (dict(zip(heads, heads, strict=True)), *rows):
-        typer.echo("  ".join(line[head].ljust(width) for head, width in zip(heads, widths, strict=True)).rstrip())
-
-
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request to stop is a Ctrl-C
     debug = "--debug" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--debug"]
     try:
         code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        code = _said("interrupted; the same command goes on from here", 130)
+        code = INTERRUPTED
     except Exception as fault:
         if debug:
             raise
         code = _explained(fault)
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this number
+        _said("interrupted; the same command goes on from here", code)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -26,7 +26,7 @@ CATALOG = Path(str(files("ablab.experiments"))) / "catalog"
 
 @dataclass(frozen=True)
 class Metric:
-    name: str = "val/bits_per_byte"
+    name: Literal["val/bits_per_byte", "val/loss", "train/loss"] = "val/bits_per_byte"
     better: Literal["lower", "higher"] = "lower"
 
 
@@ -131,7 +131,8 @@ def load(name: str, overrides: Mapping[str, Any] = {}, digest_of: Callable[[str]
         sheet = assign(sheet, key, value)
     doses = {p: v for p, v in overrides.items() if p.startswith("with.")}
     paths = {p: v for p, v in overrides.items() if p not in sheet_overrides and p not in doses}
-    base = recipe_from(sheet.base, sheet.set | paths, beside=path.parent)
+    other_data = {"data.digest": None} if "data.name" in paths else {}  # the digest in the config is of the data named there
+    base = recipe_from(sheet.base, sheet.set | other_data | paths, beside=path.parent)
     rows_at_once(sheet.runtime, base.data.batch)
     if base.data.digest is None:
         base = replace(base, data=replace(base.data, digest=digest_of(base.data.name)))
@@ -194,7 +195,8 @@ def _fits(cell: str, pattern: str) -> bool:
 def merged_plan(experiment: Experiment, runs: list[Run], old: Plan | None, inert: Mapping[str, str] = {}) -> Plan:
     """The plan of these runs, and of earlier seeds of the same cells whose recipes are still the same.
 
-    inert: cell -> reference, as just found; a cell that was not looked at keeps what was noted of it.
+    inert: for each cell just looked at, the reference whose bits it computes, or "" where it is alive; any other cell
+    keeps what was noted of it.
     """
     plan, cells = experiment.plan(runs), {cell.name: cell for cell in experiment.cells}
     have = {(row.cell, row.pair) for row in plan.rows}
@@ -202,5 +204,5 @@ def merged_plan(experiment: Experiment, runs: list[Run], old: Plan | None, inert
     earlier = [(row, experiment.run(cells[row.cell], row.pair)) for row in before if row.cell in cells and (row.cell, row.pair) not in have]
     kept = experiment.plan([run for row, run in earlier if run.id == row.run]).rows
     notes = {row.run: row.note for row in before}
-    told = {cell: f"inert: same bits as {reference}" for cell, reference in inert.items()}
-    return replace(plan, rows=[replace(row, note=told.get(row.cell) or notes.get(row.run, "")) for row in plan.rows + kept])
+    told = {cell: reference and f"inert: same bits as {reference}" for cell, reference in inert.items()}
+    return replace(plan, rows=[replace(row, note=told.get(row.cell, notes.get(row.run, ""))) for row in plan.rows + kept])

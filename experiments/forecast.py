@@ -9,6 +9,7 @@ from ablab.core.plan import cost_of
 from ablab.core.record import FINISHED, RETRY, Result, Store
 from ablab.core.runtime import visible_gpus
 from ablab.experiments.experiment import Experiment, Run
+from ablab.experiments.printing import count
 from ablab.experiments.runner import default_jobs
 
 GUESS = {"cpu": 1.5e10, "gpu": 2.5e14}  # FLOP/s of one worker while nothing of the experiment has been measured
@@ -59,7 +60,7 @@ def show_forecast(found: dict[str, Any]) -> None:
     typer.echo(f"{'cell':<{width}}  seed  run               state         params      FLOPs     time")
     for row in rows[:LIMIT]:
         typer.echo(
-            f"{row['cell']:<{width}}  {row['seed']:>4}  {row['run']}  {row['state']:<12}  {row['parameters'] / 1e6:>6.2f} M  "
+            f"{row['cell']:<{width}}  {row['seed']:>4}  {row['run']}  {row['state']:<12}  {count(row['parameters']):>8}  "
             f"{row['flops']:.2e}  {duration(row['seconds']):>7}"
         )
     if len(rows) > LIMIT:

@@ -57,7 +57,8 @@ class Workers:
     def stop(self, run: str) -> None:
         """End a run early, at its next log: it answers with a pruned result."""
         for pipe in (pipe for pipe, job in self.holds.items() if job.run == run):
-            pipe.send(run)
+            with suppress(BrokenPipeError, ConnectionResetError):
+                pipe.send(run)
 
     def close(self) -> None:
         for pipe, process in self.processes.items():
@@ -90,8 +91,9 @@ class Workers:
             return self._bury(pipe)
         if word in ("began", "log", "warning"):
             return word, self.holds[pipe], payload
-        self.idle.append(pipe)
         self.processes[pipe].was_ready = True
+        if not (word == "done" and payload.status == FAILED):  # a crash may poison its process, as CUDA errors do: it ends itself
+            self.idle.append(pipe)
         return word, self.holds.pop(pipe, None), payload
 
     def _bury(self, pipe: Any) -> tuple[str, Job | None, Any]:

@@ -57,7 +57,8 @@ def execute(
         inert = {} if run_inert or not todo else pool.inert_cells(todo)
         for cell, reference in inert.items():
             watcher.say(f"INERT: {cell} computes the same bits as {reference}; not run (--run-inert runs it all the same)")
-        plan = store.change_plan(experiment.name, lambda old: merged_plan(experiment, runs, old, inert), watcher.say)
+        looked = {run.cell: inert.get(run.cell, "") for run in todo}
+        plan = store.change_plan(experiment.name, lambda old: merged_plan(experiment, runs, old, looked), watcher.say)
         pool.trackers = trackers_for(store, plan, watcher.say) if mlflow else None
         outcome = pool.train([run for run in todo if run.cell not in inert])
     if pool.trackers:
@@ -158,7 +159,7 @@ class Pool:
         """Cell -> reference, for every cell among `todo` that computes what its reference computes."""
         reference_of = {cell.name: cell.reference for cell in self.experiment.cells}
         wanted = {name for run in todo if reference_of[run.cell] for name in (run.cell, reference_of[run.cell])}
-        first = {run.cell: run for run in self.experiment.runs(self.experiment.sheet.seeds[:1]) if run.cell in wanted}
+        first = {run.cell: run for run in self.experiment.runs(self.experiment.sheet.seeds[:1] or [todo[0].pair]) if run.cell in wanted}
         traces = self._traces(first)
         return {cell: reference for cell in first if (reference := reference_of[cell]) and traces[cell] == traces[reference]}
 

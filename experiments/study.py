@@ -242,11 +242,16 @@ class Study:
         best = {}
         for arm in self.arms:
             spent = [trial for trial in record.trials if trial.cell == arm.cell.name]
-            won = tuning.winner(spent, record.space, record.hard, record.better)
+            try:
+                won = tuning.winner(spent, record.space, record.hard, record.better)
+            except UserError as dead:
+                self.watcher.say(f"{dead}; the other arms are confirmed without it")
+                continue
             best[arm.cell.name] = won.params
             if not won.admissible:
                 self.watcher.say(f"{arm.cell.name}: INADMISSIBLE: {won.reason}")
-        fields = {name: getattr(self.experiment, name) for name in ("sheet", "base", "cells")}
+        fields = {name: getattr(self.experiment, name) for name in ("sheet", "base")}
+        fields["cells"] = [replace(cell, reference=cell.reference if cell.reference in best else None) for cell in self.experiment.cells if cell.name in best]
         tuned = Tuned(name=f"{self.experiment.name}@tuned", best=best, **fields)
         for experiment in (self.experiment, tuned):
             execute(experiment, self.store, experiment.runs(), self.watcher, jobs, plugins, mlflow)

@@ -50,9 +50,12 @@ def serve(pipe: Connection, plugins: list[str], environment: Mapping[str, str]) 
             if not isinstance(job, Job):  # a stop that came after the end
                 continue
             try:
-                pipe.send(_train(job, pipe, warm) if job.kind == "train" else ("traced", _trace(job)))
+                word, payload = _train(job, pipe, warm) if job.kind == "train" else ("traced", _trace(job))
             except UserError as refusal:
-                pipe.send(("refused", str(refusal)))
+                word, payload = "refused", str(refusal)
+            pipe.send((word, payload))
+            if word == "done" and payload.status == FAILED:
+                return  # nobody knows what the crash left behind; processes.py starts another worker
 
 
 def _end_with_the_runner() -> None:

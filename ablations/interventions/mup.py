@@ -10,7 +10,8 @@ With m = width / base_width and L = layers / base_layers, every factor is 1 at t
 
 Heads grow in number, not in size, so attention keeps 1/sqrt(head_dim).  A decay of 1/LR keeps lr * decay constant;
 `decay_width` e makes it fall as m^-e (nanochat fits 2).  Readout `multiplier` keeps init and LR of the base and divides
-the logits by m; tied heads always do.  depth: `sqrt` a = 1/2, `complete` a = 1 (CompleteP), hidden LR times L^(a-1).
+the logits by m; tied heads always do.  Gains keep their learning rate at every depth.  Readout `zero` starts at 0: no logits of size m^-1/2 for training to undo.
+depth: `sqrt` a = 1/2, `complete` a = 1 (CompleteP), hidden LR times L^(a-1).
 """
 
 from dataclasses import replace
@@ -40,7 +41,7 @@ class MuP(Part):
     base_layers: Whole = 8
     alpha_in: Positive = 1.0
     alpha_out: Positive = 1.0
-    readout: Literal["init", "multiplier"] = "init"
+    readout: Literal["init", "multiplier", "zero"] = "init"
     adam_lr: float = 1.0  # hidden Adam LR falls as m^-adam_lr
     rms_lr: float = 0.5  # Muon LR under the rms scale falls as m^-rms_lr (1.0: arXiv:2505.02222)
     decay_width: float = 0.0
@@ -48,10 +49,14 @@ class MuP(Part):
     base: Part | None = None  # the parametrization that holds at the base width; filled in by apply
 
     def apply(self, recipe):
+        if recipe.model.tied and self.readout != "init":
+            raise UserError(f"mup.readout={self.readout} has no readout to act on: the head is tied; drop it, or set model.tied=false")
         return edit(recipe, "parametrization", put(replace(self, base=self.base or recipe.parametrization)))
 
     def scales(self, param, model, rule) -> Scales:
         std, m = self.base.scales(param, model, rule).std, model.width / self.base_width
+        if param.role == "gate" and param.shape[-1] != model.width:
+            m = 1.0  # a gate that reads a fixed number of channels: its fan-in does not grow
         if param.role in ("embedding", "vector"):
             return Scales(std)
         if param.role == "readout" and self.readout == "multiplier":
@@ -59,7 +64,7 @@ class MuP(Part):
         lr = self._lr(m, "adam" if param.role == "readout" else rule)
         decay = m**-self.decay_width / lr
         if param.role == "readout":
-            return Scales(std * m**-0.5, lr, decay)
+            return Scales(0.0 if self.readout == "zero" else std * m**-0.5, lr, decay)
         return Scales(std, lr * self._depth(model) ** (self._alpha - 1 if self.depth != "none" else 0), decay)
 
     def _lr(self, m: float, rule: str) -> float:

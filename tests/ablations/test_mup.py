@@ -119,7 +119,7 @@ def copied(target, source):
 
 
 @pytest.mark.parametrize(
-    ("tied", "readout", "factor"), [(True, "init", 1 / 4), (True, "multiplier", 1 / 4), (False, "multiplier", 1 / 4), (False, "init", 1.0)]
+    ("tied", "readout", "factor"), [(True, "init", 1 / 4), (False, "multiplier", 1 / 4), (False, "init", 1.0)]
 )
 def test_logits_are_divided_by_m_where_the_head_cannot_be_small(tiny, build, batch, tied, readout, factor):
     """Powers of two, so exact; alpha_out multiplies on top.  Attention keeps 1/sqrt(head_dim): nothing else differs."""
@@ -130,6 +130,12 @@ def test_logits_are_divided_by_m_where_the_head_cannot_be_small(tiny, build, bat
         assert torch.equal(ours(tokens), standard(tokens) * factor * alpha)
 
 
+@pytest.mark.parametrize("readout", ["multiplier", "zero"])
+def test_a_dose_for_the_readout_is_refused_where_the_head_is_tied(tiny, readout):
+    with pytest.raises(UserError, match=f"mup.readout={readout} has no readout to act on"):
+        tiny([mup(readout=readout)], model__tied=True)
+
+
 def test_a_tied_head_has_the_init_and_rate_of_the_embedding(tiny, build):
     recipe = at_width(tiny, 128, [mup()], model__tied=True)
     assert rates(recipe, build)["embedding.table"] == (1.0, 1.0) and stds(recipe)["embedding.table"] == 0.02
@@ -138,6 +144,17 @@ def test_a_tied_head_has_the_init_and_rate_of_the_embedding(tiny, build):
 
 def test_the_multiplier_keeps_the_readouts_rate_and_decay(tiny, build):
     assert rates(at_width(tiny, 128, [mup(readout="multiplier")]), build)["readout.weight"] == (1.0, 1.0)
+
+
+def test_a_zero_readout_starts_with_no_opinion_and_moves_at_the_small_readouts_rate(tiny, build, batch):
+    recipe, small = (at_width(tiny, 128, [mup(readout=readout)]) for readout in ("zero", "init"))
+    assert rates(recipe, build)["readout.weight"] == rates(small, build)["readout.weight"] == (0.25, 4.0)
+    model, block = build(recipe), batch(recipe)
+    assert not model(block[:, :-1]).any()
+    token_losses(model(block[:, :-1]), block[:, 1:]).mean().backward()
+    assert (model.readout.weight.grad.abs().sum(1) > 0).all()
+    others = {name: std for name, std in stds(recipe).items() if name != "readout.weight"}
+    assert others == {name: std for name, std in stds(small).items() if name != "readout.weight"}
 
 
 def test_a_small_readout_and_a_divided_one_are_the_same_model_in_training(tiny, build, batch):
@@ -159,7 +176,7 @@ def test_a_small_readout_and_a_divided_one_are_the_same_model_in_training(tiny, 
 def test_alpha_in_multiplies_the_embedding(tiny, build, batch):
     ours, standard = build(tiny([mup(alpha_in=8.0)])), build(tiny())
     tokens = batch(tiny())[:, :-1]
-    assert torch.equal(ours.embedding(tokens), 8 * standard.embedding(tokens)) and standard.embedding(tokens).any()
+    assert torch.equal(ours.embed(tokens), 8 * standard.embed(tokens)) and standard.embed(tokens).any()
 
 
 # ---- depth ----

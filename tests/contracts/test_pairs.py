@@ -9,7 +9,6 @@ import torch
 from ablab.core.errors import UserError
 from ablab.core.intervention import CHOICES, REGISTRY, at, dependents
 from ablab.core.loss import objective_of
-from ablab.core.optimizer import Optimizer
 from ablab.core.recipe import run_id
 from ablab.core.runtime import Runtime
 from ablab.core.trainer import Trainer
@@ -78,26 +77,17 @@ def test_the_full_stack_trains(full, token_folder):
 
 @pytest.mark.slow
 def test_the_full_stack_compiled_by_inductor_equals_eager(full, build, batch):
-    """Model, objective and optimizer step as on a GPU, but on this CPU; two layers, because each is compiled anew (25 s).
+    """Model and objective, forward and backward, as on a GPU but on this CPU: 30 s, of which g++ takes most.
 
-    A rounding may flip a sign that cautious decay or Adam's first step reads, so one weight in a hundred may differ.
+    The optimizer step would add 45 s; the eager backend traces it for every intervention instead.
     """
-    recipe = replace(full[0], model=replace(full[0].model, layers=2))
-    block, found = batch(recipe), []
+    recipe, found = replace(full[0], model=replace(full[0].model, layers=2)), []
+    block = batch(recipe)
     for compiled in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, dynamic=False)):
         torch._dynamo.reset()
         model, objective = build(recipe, stirred=0.02), objective_of(recipe.objective)
-        optimizer = Optimizer(model, recipe)
-        start = {name: value.detach().clone() for name, value in model.named_parameters()}
         loss = compiled(lambda block: objective(model(block[:, :-1]), block[:, 1:])[0])(block)  # noqa: B023
         loss.backward()
-        gradients = {f"gradient of {name}": value.grad.clone() for name, value in model.named_parameters()}
-        optimizer.move = compiled(optimizer.move)
-        norm = optimizer.step(1)
-        found.append(({"loss": loss.detach(), "norm": norm} | gradients, {name: value.detach() - start[name] for name, value in model.named_parameters()}))
-    (expected, steps), (values, moved) = found
-    for name, value in expected.items():
-        torch.testing.assert_close(values[name], value, rtol=1e-3, atol=1e-4 * value.abs().max().item(), msg=name)
-    far = [(moved[name] - step).abs() > 0.01 * step.abs().max() for name, step in steps.items()]
-    assert torch.cat([one.flatten() for one in far]).double().mean() < 0.01
-    assert all(step.abs().max() > 0 for step in steps.values())
+        found.append({"loss": loss.detach()} | {name: value.grad for name, value in model.named_parameters()})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-4 * value.abs().max().item(), msg=name)

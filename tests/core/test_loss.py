@@ -125,12 +125,13 @@ def test_held_out_metrics_count_every_row_once_however_they_are_batched(tiny, to
 
 
 def test_held_out_losses_are_summed_in_fp64():
-    """A million losses near 4: fp32 sums would lose the fifth digit, bf16 the second."""
+    """A million losses near 4: sums in fp32 would lose the seventh digit, in bf16 the second."""
+    length, rows = 50_001, 21
     tokens = SimpleNamespace(
-        token_bytes=torch.ones(2, dtype=torch.int64), context=1 << 16, held_out_rows=lambda: 16,
-        held_out_batch=lambda first, count: torch.zeros(count, (1 << 16) + 1, dtype=torch.int64),
+        token_bytes=torch.ones(2, dtype=torch.int64), context=length, held_out_rows=lambda: rows,
+        held_out_batch=lambda first, count: torch.zeros(count, length + 1, dtype=torch.int64),
     )  # fmt: skip
     logits = torch.tensor([0.0, math.log(math.exp(4.000001) - 1)])
     one = token_losses(logits[None], torch.zeros(1, dtype=torch.int64)).item()
-    scores = held_out_loss(lambda x: logits.expand(*x.shape, 2), tokens, 4, torch.device("cpu"))
-    assert abs(scores["loss"] - one) < 1e-9
+    scores = held_out_loss(lambda x: logits.expand(*x.shape, 2), tokens, 3, torch.device("cpu"))
+    assert abs(scores["loss"] - one) < 1e-10 and abs(scores["bits_per_byte"] - one / math.log(2)) < 1e-10

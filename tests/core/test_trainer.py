@@ -9,6 +9,7 @@ import torch
 
 from ablab.core import checkpoint
 from ablab.core.data import Tokens
+from ablab.core.optimizer import Optimizer
 from ablab.core.record import DIVERGED, FINISHED, Record
 from ablab.core.runtime import Runtime
 from ablab.core.trainer import Trainer, Warm, run, structure
@@ -192,9 +193,15 @@ TOGGLES = {"mup": ["mup"], "wsd": ["wsd"], "ema": ["ema"]}
 def test_a_warm_trainer_gives_the_bits_of_a_fresh_one(tiny, token_folder, tmp_path, monkeypatch, before):
     """Whatever the run before it left behind: momenta, gradients, averages, a window of NaN."""
     matrices, warm = ["muon", "normuon", "cautious_wd", "value_residual"], Warm()
-    if before == "broken":
-        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-            patch.setattr(torch.Tensor, "backward", lambda _: (_ for _ in ()).throw(RuntimeError("cable")))
+    if before == "broken":  # in step 3, between the backward pass and the update
+
+        def broken(self, t, step=Optimizer.step):
+            if t == 3:
+                raise RuntimeError("the cable came loose")
+            return step(self, t)
+
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="cable"):
+            patch.setattr(Optimizer, "step", broken)
             train(tiny([*matrices, "ema"]), token_folder, tmp_path / "first", warm=warm)
     else:
         first = tiny([*matrices, "ema"], optim__lr=1e30 if before == "diverged" else 3e-3)

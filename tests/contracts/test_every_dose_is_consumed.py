@@ -1,0 +1,83 @@
+"""Every dose field of every intervention changes what is computed, and so the run's name."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from ablab.core.errors import UserError
+from ablab.core.intervention import REGISTRY
+from ablab.core.part import fields_of
+from ablab.core.recipe import run_id
+
+DECAYED = {"optim__chains__embedding__steps": [{"kind": "adam"}, {"kind": "decay"}]}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a field needs around it to matter, and why; `value` where no plain number or word will do."""
+
+    why: str
+    dose: dict[str, Any] = field(default_factory=dict)
+    beside: tuple[Any, ...] = ()
+    base: dict[str, Any] = field(default_factory=dict)
+    value: Any = None
+
+
+PRECONDITIONS = {
+    "cautious_wd.ties": Given("a tie is an update of exactly 0: rows of unseen tokens, if the embedding decays", base=DECAYED),
+    "ema.beta": Given("the weight of a snapshot; online has a horizon instead", {"mode": "posthoc"}),
+    "ema.bias_corrected": Given("of the snapshots' weights", {"mode": "posthoc"}),
+    "ema.checkpoints": Given("how many snapshots", {"mode": "posthoc"}),
+    "ema.span": Given("where the snapshots lie", {"mode": "posthoc"}),
+    "gating.channels": Given("how many channels a gate reads, if not all", {"per": "first_channels"}),
+    "mup.base": Given("a parametrization, not a number", value={"kind": "standard", "gain": 0.5}),
+    "mup.base_layers": Given("the depth rule divides by it", {"depth": "complete"}),
+    "mup.rms_lr": Given("the rule for Muon under the rms scale", beside=({"muon": {"scale": "rms"}},)),
+    "muon.warmup_from": Given("a rise of one step has no beginning", {"warmup_steps": 8}),
+    "muon.warmup_steps": Given("a rise from 0.95 to 0.95 has no length", {"warmup_from": 0.5}),
+    "wsd.power": Given("the exponent of one shape", {"shape": "power"}),
+}
+FIELDS = [f"{name}.{dose}" for name, cls in sorted(REGISTRY.items()) for dose in fields_of(cls)]
+
+
+@pytest.fixture
+def consumed(tiny, needs, shows, other_values):
+    """(name.field, what it is given) -> whether some other value of the field changes the trace."""
+
+    def of(path: str, given: Given) -> bool:
+        name, dose = path.split(".")
+
+        def arm(**more):
+            return tiny([*needs(name), *given.beside, {name: given.dose | more}], **given.base)
+
+        now, hint = arm(), fields_of(REGISTRY[name])[dose]
+        start = REGISTRY[name](**given.dose)
+        values = [given.value] if given.value is not None else other_values(hint, getattr(start, dose), path)
+        assert values
+        for value in values:
+            try:
+                other = arm(**{dose: value})
+            except UserError:
+                continue  # out of range beside the rest of the dose
+            if other != now:  # null may stand for the very value that it is compared with
+                assert run_id(other) != run_id(now)
+                if shows(other) != shows(now):
+                    return True
+        return False
+
+    return of
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_a_dose_field_changes_the_name_and_the_bits(consumed, path):
+    assert consumed(path, PRECONDITIONS.get(path, Given(""))), (
+        f"no value of {path} that was tried changes what is computed; read it, drop it, or say in PRECONDITIONS beside what it matters"
+    )
+
+
+@pytest.mark.parametrize("path", sorted(PRECONDITIONS))
+def test_a_precondition_is_needed(consumed, path):
+    assert PRECONDITIONS[path].why and path in FIELDS
+    if PRECONDITIONS[path].value is None:
+        assert not consumed(path, Given(""))

@@ -1,0 +1,116 @@
+"""How a run is executed never enters its name; and every field of Runtime does what it says."""
+
+from dataclasses import asdict, fields
+
+import pytest
+import torch
+
+from ablab.core import checkpoint
+from ablab.core.errors import UserError
+from ablab.core.record import Record
+from ablab.core.runtime import Runtime
+from ablab.core.trainer import Trainer, run
+from ablab.experiments.experiment import load
+
+OTHER = {
+    "device": "cuda", "dtype": "bf16", "compile": True, "micro_batch": 2, "recompute": 2, "deterministic": False, "threads": 2,
+    "log_every": 1, "evaluations": 3, "save_seconds": 0.0, "keep_weights": True,
+}  # fmt: skip
+# The other fields may round differently; `deterministic` does so on a GPU alone.
+KEEP_THE_BITS = ("recompute", "deterministic", "log_every", "evaluations", "save_seconds", "keep_weights")
+every_field = pytest.mark.parametrize("field", [field.name for field in fields(Runtime)])
+
+
+@pytest.fixture(autouse=True)
+def global_state():
+    yield
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
+
+
+@every_field
+def test_a_field_does_not_rename_a_run(field):
+    plain, other = load("quickstart"), load("quickstart", {f"runtime.{field}": OTHER[field]})
+    assert getattr(other.sheet.runtime, field) == OTHER[field] != getattr(plain.sheet.runtime, field)
+    assert other.name == plain.name and [one.id for one in other.runs()] == [one.id for one in plain.runs()]
+
+
+class Seen:
+    """What one run showed of how it was executed."""
+
+    def __init__(self, recipe, runtime, folder, place, patch):
+        self.saves = self.compiled = self.blocks = 0
+        self.rows: set[int] = set()
+        write, make = checkpoint.write, Trainer.__init__
+
+        def count_saves(*given):
+            self.saves += 1
+            return write(*given)
+
+        def count_compiled(function, **more):
+            self.compiled += 1
+            return function
+
+        def watch(trainer, *given):
+            make(trainer, *given)
+            self.trainer = trainer
+            trainer.model.register_forward_pre_hook(lambda model, inputs: self.rows.add(len(inputs[0])))
+            trainer.model.register_forward_hook(lambda model, inputs, logits: setattr(self, "dtype", logits.dtype))
+            trainer.model.blocks[0].register_forward_pre_hook(lambda *given: setattr(self, "blocks", self.blocks + 1))
+
+        patch.setattr(checkpoint, "write", count_saves)
+        patch.setattr(torch, "compile", count_compiled)
+        patch.setattr(Trainer, "__init__", watch)
+        record = Record(place)
+        self.result = run(recipe, runtime, folder, record)
+        self.lines, self.about = list(record.metrics()), record.about()
+        self.kept = (place / "weights.safetensors").exists()
+        self.deterministic = torch.are_deterministic_algorithms_enabled()
+        patch.undo()
+
+
+OBSERVED = {
+    "dtype": lambda seen: (seen.dtype, seen.result.weights),
+    "compile": lambda seen: seen.compiled > 0,
+    "micro_batch": lambda seen: seen.rows,
+    "recompute": lambda seen: seen.blocks,  # forward passes of the first block: twice where it is recomputed
+    "deterministic": lambda seen: seen.deterministic,
+    "log_every": lambda seen: [line["step"] for line in seen.lines if "val/loss" not in line],
+    "evaluations": lambda seen: [line["step"] for line in seen.lines if "val/loss" in line],
+    "save_seconds": lambda seen: seen.saves,
+    "keep_weights": lambda seen: seen.kept,
+}
+
+
+@pytest.fixture
+def seen(tiny, token_folder, tmp_path, monkeypatch):
+    return lambda **how: Seen(tiny(), Runtime(**{"device": "cpu"} | how), token_folder, tmp_path / str(how), monkeypatch)
+
+
+@pytest.mark.parametrize("field", OBSERVED)
+def test_a_field_shows_in_how_a_run_goes_and_is_recorded(seen, field):
+    plain, other = seen(), seen(**{field: OTHER[field]})
+    assert OBSERVED[field](other) != OBSERVED[field](plain)
+    assert other.about["runtime"][field] == other.result.runtime[field] == OTHER[field] != plain.result.runtime[field]
+    assert other.result.run == plain.result.run
+    if field in KEEP_THE_BITS:
+        assert other.result.weights == plain.result.weights and other.result.metrics["val/loss"] == plain.result.metrics["val/loss"]
+
+
+def test_the_device_is_the_one_asked_for(tiny, token_folder):
+    assert Trainer(tiny(), Runtime(device="cpu"), token_folder).device.type == "cpu"
+    if torch.cuda.is_available():
+        assert Trainer(tiny(), Runtime(device="cuda"), token_folder).device.type == "cuda"
+    else:
+        with pytest.raises(UserError, match="device=cuda, but torch sees no GPU"):
+            Trainer(tiny(), Runtime(device="cuda"), token_folder)
+
+
+def test_threads_are_as_many_as_asked_for(tiny, token_folder):
+    """Not trained: two threads on a few numbers wait for each other 20 s long."""
+    for count in (2, 1):
+        assert Trainer(tiny(), Runtime(device="cpu", threads=count), token_folder).runtime["threads"] == torch.get_num_threads() == count
+
+
+def test_every_field_is_asked():
+    assert set(asdict(Runtime())) == set(OTHER) == {*OBSERVED, "device", "threads"}

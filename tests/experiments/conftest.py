@@ -1,0 +1,110 @@
+"""A bench for the command line: a folder with tokens, a tiny config and experiment files, and two ways to run `ablab` in it."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+CONFIG = """\
+model: {width: 16, layers: 2, attention: {head_dim: 8}}
+data: {name: tiny, vocab: 64, context: 16, batch: 4, held_out: 320}
+schedule: {warmup_steps: 3}
+budget: {tokens: 1280}   # 20 steps of 64 tokens
+"""
+SHEET = {
+    "question": "Does it run?", "base": ["base", "mini"], "with": ["qk_norm", "value_residual"], "design": "leave_one_out", "seeds": [0, 1],
+    "metric": {"name": "val/loss"}, "runtime": {"device": "cpu", "evaluations": 2, "log_every": 5},
+}  # fmt: skip
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+class Lab:
+    """A folder with STORE/data/tiny, mini.yaml, and what a test writes beside them."""
+
+    def __init__(self, root: Path, write_token_folder):
+        self.root, self.store = root, root / "store"
+        write_token_folder(self.store / "data" / "tiny", train=4000)
+        (root / "mini.yaml").write_text(CONFIG)
+
+    def sheet(self, name: str, **keys) -> str:
+        """Write an experiment file; keys replace those of SHEET, `runtime` is added to."""
+        runtime = SHEET["runtime"] | keys.pop("runtime", {})
+        (self.root / f"{name}.yaml").write_text(json.dumps(SHEET | keys | {"runtime": runtime}))  # JSON is YAML
+        return f"{name}.yaml"
+
+    def start(self, *words: str, **more) -> subprocess.Popen:
+        """`ablab WORDS` in a process group of its own."""
+        environment = os.environ | {"ABLAB_STORE": str(self.store), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "ablab.experiments.cli", *words], cwd=self.root, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **more,
+        )  # fmt: skip
+
+    def run(self, *words: str, **more) -> Ended:
+        """`ablab WORDS`, to its end."""
+        process = self.start(*words, **more)
+        out, err = process.communicate(timeout=120)
+        return Ended(process.returncode, out, err)
+
+    def files(self) -> dict[str, tuple[int, int, int]]:
+        """Every file of the store: its inode, size and time.  Equal answers: nothing was touched."""
+        found = {path: path.stat() for path in sorted(self.store.rglob("*")) if path.is_file()}
+        return {str(path.relative_to(self.store)): (is_.st_ino, is_.st_size, is_.st_mtime_ns) for path, is_ in found.items()}
+
+    def results(self, name: str) -> dict[tuple[str, int], dict]:
+        """(cell, pair) -> result.json, for every planned run of an experiment that has one."""
+        plan = json.loads((self.store / "experiments" / f"{name}.json").read_text())
+        paths = {(row["cell"], row["pair"]): self.store / "runs" / row["run"] / "result.json" for row in plan["rows"]}
+        return {key: json.loads(path.read_text()) for key, path in paths.items() if path.exists()}
+
+
+@pytest.fixture(scope="module")
+def new_lab(tmp_path_factory, write_token_folder):
+    """A function that makes a lab of its own."""
+    return lambda: Lab(tmp_path_factory.mktemp("lab"), write_token_folder)
+
+
+@pytest.fixture(scope="module")
+def lab(new_lab) -> Lab:
+    """One lab for all tests of a file."""
+    return new_lab()
+
+
+@pytest.fixture
+def ablab(lab, monkeypatch, capsys):
+    """`ablab WORDS` inside this process, in the file's lab: milliseconds instead of a second.  For what starts no worker."""
+    from ablab.core.intervention import REGISTRY
+    from ablab.core.part import Part
+    from ablab.experiments import cli
+
+    held = [(known, dict(known)) for known in (REGISTRY, Part.known, Part.foreign)]
+
+    def call(*words: str) -> Ended:
+        monkeypatch.chdir(lab.root)
+        monkeypatch.setenv("ABLAB_STORE", str(lab.store))
+        monkeypatch.setattr(sys, "argv", ["ablab", *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return Ended(end.value.code, *capsys.readouterr())
+
+    yield call
+    for known, before in held:  # no other test shall know this one's plugins
+        known.clear()
+        known.update(before)
+    for module in [name for name in sys.modules if name.startswith("ablab_plugins.")]:
+        del sys.modules[module]

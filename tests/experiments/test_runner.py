@@ -1,0 +1,234 @@
+"""The runner, through the command line: what a grid leaves behind, and what a second call adds to it."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import get_args, get_type_hints
+
+import pytest
+
+from ablab.core.record import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY
+from ablab.experiments.experiment import Metric
+
+CELLS = ["full", "base", "- qk_norm", "- value_residual"]
+
+# Interventions of a user's own: each multiplies the head outputs by `how(...)`.
+PLUGIN = '''
+"""{name}."""
+from ablab.core.declare import Stage
+from ablab.core.edit import append, edit
+from ablab.core.intervention import register
+from ablab.core.part import Part
+
+
+@register("{name}", slots=("model.attention.on_heads",), off="nothing", source="a test")
+class {name}(Part):
+    """A test."""
+
+    def apply(self, recipe):
+        return edit(recipe, "model.attention.on_heads", append(self))
+
+    def build(self, where):
+        return Stage(stage)
+
+
+def stage(y, x):
+    {body}
+'''
+COUNT = """
+    import os, torch
+    if torch.is_grad_enabled():
+        with open({path!r}, "ab", buffering=0) as file:  # one byte a forward pass, appended in one step
+            file.write(b".")
+    return y * 0.9
+"""
+
+
+def plugin(lab, name: str, body: str) -> None:
+    (lab.root / "plugins").mkdir(exist_ok=True)
+    (lab.root / "plugins" / f"{name}.py").write_text(PLUGIN.format(name=name, body=body.strip()))
+
+
+@pytest.fixture(scope="module")
+def first(lab):
+    """Two seeds of a leave-one-out grid, one worker."""
+    ended = lab.run("run", lab.sheet("grid"), "--jobs", "1", "--no-mlflow")
+    assert ended.code == 0, ended.err
+    return ended
+
+
+# -- a grid ------------------------------------------------------------------------------------------------------------
+def test_a_grid_leaves_results_a_plan_and_a_report(lab, first):
+    plan = json.loads((lab.store / "experiments" / "grid.json").read_text())
+    assert [(row["cell"], row["pair"]) for row in plan["rows"]] == [(cell, seed) for seed in (0, 1) for cell in CELLS]
+    results = lab.results("grid")
+    assert len(results) == 8 and {result["status"] for result in results.values()} == {FINISHED}
+    assert {result["step"] for result in results.values()} == {20} and len({result["weights"] for result in results.values()}) == 8
+    report = (lab.store / "reports" / "grid" / "report.md").read_text()
+    assert all(f"`{cell}`" in report for cell in CELLS) and "Does it run?" in first.out
+
+
+def test_a_run_folder_is_complete_and_holds_no_litter(lab, first):
+    for folder in (lab.store / "runs").iterdir():
+        assert {path.name for path in folder.iterdir()} - {".lock"} == {"recipe.yaml", "run.json", "metrics.jsonl", "pace.jsonl", "result.json"}
+        steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [5, 10, 15, 20]
+
+
+def test_output_that_is_no_terminal_is_plain_lines(lab, first):
+    assert "\x1b" not in first.out + first.err and "\r" not in first.out + first.err
+    assert "[8/8]" in first.err and "8 runs: 0 done already, 8 to train, 1 at a time" in first.err
+
+
+def test_every_metric_that_a_sheet_may_name_is_one_that_a_run_leaves(lab, first):
+    names = set(get_args(get_type_hints(Metric)["name"]))
+    assert names and all(names <= result["metrics"].keys() for result in lab.results("grid").values())
+
+
+def test_asked_twice_it_trains_nothing_and_says_so(lab, first, ablab):
+    before = {name: stat for name, stat in lab.files().items() if name.startswith("runs/")}
+    ended = ablab("run", "grid.yaml", "--no-mlflow")
+    assert ended.code == 0 and "8 runs: 8 done already, nothing to train" in ended.err and "val/loss" not in ended.err
+    assert {name: stat for name, stat in lab.files().items() if name.startswith("runs/")} == before
+    assert ended.out == first.out
+
+
+def test_another_number_of_workers_gives_the_same_bits(lab, first, new_lab):
+    other = new_lab()
+    ended = other.run("run", other.sheet("grid"), "--jobs", "2", "--no-mlflow", "--seeds", "0-1", "--json", "--quiet")
+    assert ended.code == 0 and ended.err == "" and len(ended.json["outcome"]["trained"]) == 8
+    here, there = lab.results("grid"), other.results("grid")
+    assert {key: result["weights"] for key, result in here.items() if key[1] < 2} == {key: result["weights"] for key, result in there.items()}
+    for result in there.values():
+        path = f"runs/{result['run']}/metrics.jsonl"
+        assert (lab.store / path).read_bytes() == (other.store / path).read_bytes()
+
+
+def test_seeds_added_later_extend_the_plan_and_the_report(lab, first, ablab):
+    ended = lab.run("run", "grid.yaml", "--seeds", "2", "--only", "full", "--only", "base", "--no-mlflow", "--jobs", "1", "--json")
+    assert ended.code == 0 and len(ended.json["outcome"]["trained"]) == 2 and ended.json["outcome"]["reused"] == []
+    pairs = {effect["cell"]: effect["n"] for effect in ended.json["effects"]}
+    assert pairs == {"full": 3, "base": 3, "- qk_norm": 2, "- value_residual": 2}
+    plan = json.loads((lab.store / "experiments" / "grid.json").read_text())
+    assert len(plan["rows"]) == 12 and {row["pair"] for row in plan["rows"]} == {0, 1, 2}
+    ablab("run", "grid.yaml", "--no-mlflow", "--quiet")  # the file's own seeds again: nobody forgets seed 2
+    assert len(json.loads((lab.store / "experiments" / "grid.json").read_text())["rows"]) == 12
+
+
+def test_an_override_is_an_experiment_of_its_own_and_shares_what_is_equal(lab, first):
+    ended = lab.run("run", "grid.yaml", "with.qk_norm.scale=2.0", "--seeds", "0", "--no-mlflow", "--jobs", "1", "--json")
+    assert ended.code == 0 and ended.json["experiment"] == "grid@with.qk_norm.scale=2.0"
+    assert len(ended.json["outcome"]["trained"]) == 2 and len(ended.json["outcome"]["reused"]) == 2  # base and `- qk_norm` have no such dose
+    assert {result["status"] for result in lab.results("grid").values()} == {FINISHED}
+
+
+# -- interventions of one's own ----------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def own(new_lab):
+    """An arm from the template and one that computes nothing new."""
+    lab = new_lab()
+    written = lab.run("new", "intervention", "my_idea", "--folder", "plugins")
+    assert written.code == 0 and (lab.root / "plugins" / "my_idea.py").exists()
+    plugin(lab, "nothing", "return y * 1.0")
+    lab.sheet("own", **{"with": ["my_idea", "nothing"], "design": "add_one", "seeds": [0]})
+    return lab, lab.run("run", "own.yaml", "--plugins", "plugins", "--no-mlflow", "--jobs", "1", "--json")
+
+
+def test_an_intervention_from_a_plugin_folder_trains_in_a_worker(own):
+    lab, ended = own
+    assert ended.code == 0 and {effect["cell"] for effect in ended.json["effects"]} >= {"base", "+ my_idea"}
+    results = lab.results("own")
+    assert results["+ my_idea", 0]["status"] == FINISHED and results["+ my_idea", 0]["weights"] != results["base", 0]["weights"]
+
+
+def test_an_arm_that_computes_its_references_bits_is_named_and_not_trained(own):
+    lab, ended = own
+    assert "INERT: + nothing computes the same bits as base" in ended.err and ended.json["outcome"]["inert"] == {"+ nothing": "base"}
+    assert ("+ nothing", 0) not in lab.results("own")
+    again = lab.run("run", "own.yaml", "--plugins", "plugins", "--no-mlflow")
+    assert again.code == 0 and "INERT: + nothing" in again.err and "alive" not in again.err  # remembered: no worker is started for it
+
+
+def test_an_edited_intervention_is_another_run_and_its_liveness_is_asked_anew(own):
+    lab, _ = own
+    before = lab.results("own")
+    plugin(lab, "nothing", "return y * 0.5")
+    ended = lab.run("run", "own.yaml", "--plugins", "plugins", "--no-mlflow", "--jobs", "1", "--json")
+    assert ended.code == 0 and ended.json["outcome"]["inert"] == {} and len(ended.json["outcome"]["trained"]) == 1
+    assert lab.results("own")["base", 0] == before["base", 0] and ("+ nothing", 0) in lab.results("own")
+
+
+# -- failures are data -------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def broken(new_lab):
+    """Four arms, three of which end badly, in different ways."""
+    lab = new_lab()
+    plugin(lab, "explodes", "return y / 0")
+    plugin(lab, "crashes", 'import torch; torch.Tensor.backward = None; raise ValueError("the shapes of my idea")')  # and poisons its process
+    plugin(lab, "swells", 'import torch; raise torch.OutOfMemoryError("CUDA out of memory")')
+    lab.sheet("broken", **{"with": ["explodes", "crashes", "swells", "qk_norm"], "design": "add_one", "seeds": [0]})
+    return lab, lab.run("run", "broken.yaml", "--plugins", "plugins", "--no-mlflow", "--jobs", "1", "--run-inert", "--json")
+
+
+def test_what_ends_badly_is_recorded_and_the_grid_goes_on(broken):
+    lab, ended = broken
+    statuses = {cell: result["status"] for (cell, _), result in lab.results("broken").items()}
+    assert statuses == {"base": FINISHED, "+ explodes": DIVERGED, "+ crashes": FAILED, "+ swells": OUT_OF_MEMORY, "+ qk_norm": FINISHED}
+    assert ended.code == 1 and "Traceback" not in ended.err
+    assert [line.split(":")[0:2] for line in ended.err.splitlines()] == [
+        ["+ explodes, seed 0", " DIVERGED"], ["+ crashes, seed 0", " FAILED"], ["+ swells, seed 0", " OUT_OF_MEMORY"],
+    ]  # fmt: skip
+    assert len(ended.json["outcome"]["failed"]) == 2 and len(ended.json["outcome"]["trained"]) == 3
+
+
+def test_a_diverged_run_says_when_and_how_good_it_was(broken):
+    result = broken[0].results("broken")["+ explodes", 0]
+    assert result["step"] == 5 and "at step 5" in result["error"] and "last good loss was 4.1589" in result["error"]  # ln 64: none was logged
+
+
+def test_a_crash_leaves_its_traceback_beside_the_record(broken):
+    lab, _ = broken
+    result = lab.results("broken")["+ crashes", 0]
+    assert result["error"].startswith("ValueError: the shapes of my idea (see ")
+    assert "plugins/crashes.py" in (lab.store / "runs" / result["run"] / "error.txt").read_text()
+
+
+def test_lack_of_memory_names_the_micro_batch_to_try(broken):
+    assert "try runtime.micro_batch=2" in broken[0].results("broken")["+ swells", 0]["error"]
+
+
+def test_asked_again_failures_are_tried_again_and_divergence_is_not(broken):
+    """Damage to what the first call left is named, set aside and mended in the same call."""
+    lab, _ = broken
+    before = lab.results("broken")
+    (lab.store / "runs" / before["+ qk_norm", 0]["run"] / "result.json").write_text('{"run": "torn')
+    (lab.store / "experiments" / "broken.json").write_text('{"name": "br')
+    ended = lab.run("run", "broken.yaml", "--plugins", "plugins", "--no-mlflow", "--jobs", "1", "--run-inert", "--json")
+    after = lab.results("broken")
+    assert ended.code == 1 and len(ended.json["outcome"]["failed"]) == 2 and ended.json["outcome"]["trained"] == [before["+ qk_norm", 0]["run"]]
+    assert "result.json is damaged" in ended.err and "broken.json is damaged" in ended.err and "set aside as broken.json.damaged" in ended.err
+    assert after["+ qk_norm", 0]["weights"] == before["+ qk_norm", 0]["weights"] and after["+ explodes", 0] == before["+ explodes", 0]
+
+
+def test_when_no_run_finishes_there_is_no_verdict_and_no_crash(new_lab):
+    lab = new_lab()
+    lab.sheet("lost", **{"with": [], "design": "replicate", "seeds": [0], "set": {"optim.lr": 1e30, "optim.clip": None}})
+    ended = lab.run("run", "lost.yaml", "--no-mlflow", "--jobs", "1")
+    assert ended.code == 0 and "no verdict: experiment 'lost' has no finished run (2 diverged)" in ended.err and "Traceback" not in ended.err
+    again = lab.run("run", "lost.yaml", "--no-mlflow", "--json")
+    assert again.code == 0 and again.json["effects"] == [] and "nothing to train" not in again.out
+
+
+# -- two at once -------------------------------------------------------------------------------------------------------
+def test_two_calls_at_once_train_each_run_once_and_both_end_well(new_lab):
+    """Counted where it happens: one byte for each training forward pass of each of the two layers."""
+    lab = new_lab()
+    count = lab.root / "forwards"
+    plugin(lab, "counts", COUNT.format(path=str(count)))
+    lab.sheet("twice", **{"with": ["counts"], "design": "replicate", "seeds": [0, 1, 2]})
+    words = ("run", "twice.yaml", "--plugins", "plugins", "--no-mlflow", "--jobs", "1", "--run-inert", "--json")
+    with ThreadPoolExecutor(2) as both:
+        one, two = both.map(lambda _: lab.run(*words), range(2))
+    assert one.code == two.code == 0 and one.json["effects"] == two.json["effects"]
+    trained, others = one.json["outcome"]["trained"], two.json["outcome"]["trained"]
+    assert sorted(trained + others) == sorted(result["run"] for result in lab.results("twice").values()) and len(trained + others) == 6
+    assert count.stat().st_size == 6 * 20 * 2

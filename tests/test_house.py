@@ -1,0 +1,202 @@
+"""The rules of the house, read from the source: who may import whom, what is loaded when, how long a thing may be."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("kernels", "core", "ablations", "analysis", "experiments", "configs")
+MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+# DESIGN.md, section 2: a folder may import itself and what stands here.
+MAY_IMPORT = {
+    "kernels": set(),
+    "core": {"kernels"},
+    "ablations": {"kernels", "core"},
+    "analysis": {"core"},
+    "experiments": {"kernels", "core", "ablations", "analysis"},
+    "configs": set(),
+}
+READ_ONLY_CORE = {"ablab.core.record", "ablab.core.errors", "ablab.core.files"}  # all that analysis may use of core
+TORCH = {  # the files that work on tensors; everything else can be imported, listed and hashed without torch
+    *(f"core/{name}.py" for name in ("checkpoint", "data", "evaluate", "init", "layers", "loss", "model", "optimizer", "trainer")),
+    "ablations/coords.py", "ablations/liveness.py", "experiments/bench_plain.py",
+}  # fmt: skip
+HEAVY = {"torch", "mlflow", "optuna"}
+ENVIRONMENT = {  # below experiments/, who touches an environment variable, and why; none of them runs in a step
+    "core/record.py:store_root": "$ABLAB_STORE, where to write",
+    "core/runtime.py:visible_gpus": "$CUDA_VISIBLE_DEVICES, counted without torch",
+    "core/trainer.py:top": "sets what cuBLAS reads once, so that it repeats its bits",
+}
+
+module_of = lambda path: "ablab." + str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")  # noqa: E731
+shown = lambda path: str(path.relative_to(ROOT))  # noqa: E731
+TREES = {path: ast.parse(path.read_text()) for path in MODULES}
+NAMES = {module_of(path) for path in MODULES}
+
+
+def imported(node: ast.AST) -> list[str]:
+    """Modules named by an import statement; `from ablab.core import edit` names ablab.core.edit."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"relative import of {node.module}"
+        inner = [f"{node.module}.{alias.name}" for alias in node.names]
+        return [one for one in inner if one in NAMES] or [node.module]
+    return []
+
+
+def imports(path: Path, within: ast.AST | None = None) -> set[str]:
+    return {name for node in ast.walk(within or TREES[path]) for name in imported(node)}
+
+
+def at_import(tree: ast.AST):
+    """Every statement that runs when the module is imported: not the bodies of functions, nor what only type checkers see."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from at_import(node)
+
+
+def functions(tree: ast.AST):
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+# ---- who may import whom ----
+
+
+def test_imports_point_one_way():
+    strays = []
+    for path in MODULES:
+        folder = path.relative_to(ROOT).parts[0]
+        for name in imports(path):
+            other = name.split(".")[1] if name.startswith("ablab.") else folder
+            if other != folder and other not in MAY_IMPORT[folder]:
+                strays.append(f"{shown(path)} imports {name}")
+            if folder == "analysis" and other == "core" and name not in READ_ONLY_CORE:
+                strays.append(f"{shown(path)} imports {name}; analysis may use {', '.join(sorted(READ_ONLY_CORE))}")
+    assert not strays
+
+
+def test_no_bare_folder_is_imported():
+    """`import core` would work from a checkout and nowhere else."""
+    assert not [f"{shown(path)}: {name}" for path in MODULES for name in imports(path) if name.split(".")[0] in FOLDERS]
+
+
+def test_no_circle_even_through_imports_inside_functions():
+    graph = {module_of(path): {name for name in imports(path) if name in NAMES} for path in MODULES}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]):
+        assert name not in trail, " -> ".join((*trail[trail.index(name) :], name))
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, ())
+
+
+def test_the_rules_see_what_they_forbid():
+    tree = ast.parse("if TYPE_CHECKING:\n import torch\ntry:\n import mlflow\nexcept ImportError: pass\nclass A:\n import optuna\ndef f():\n import torch")
+    assert [name for node in at_import(tree) for name in imported(node)] == ["mlflow", "optuna"]
+    assert imported(ast.parse("from ablab.core import edit").body[0]) == ["ablab.core.edit"]
+    assert imported(ast.parse("from ablab.core.edit import put").body[0]) == ["ablab.core.edit"]
+
+
+# ---- what is loaded when ----
+
+
+def test_torch_mlflow_and_optuna_are_imported_at_the_top_of_no_other_file():
+    heavy = {shown(path) for path in MODULES for node in at_import(TREES[path]) for name in imported(node) if name.split(".")[0] in HEAVY}
+    assert heavy == TORCH
+
+
+@pytest.mark.parametrize("words", [["--help"], ["list"], ["run", "--help"]], ids=" ".join)
+def test_a_light_command_loads_nothing_heavy(words):
+    told = (
+        "import sys; from ablab.experiments.cli import main; sys.argv = ['ablab', *sys.argv[1:]]\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code\n"
+        "print('\\nLOADED', *sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", told, *words], capture_output=True, text=True, check=True)
+    said, _, loaded = result.stdout.rpartition("\nLOADED ")
+    assert "ablab" in said or "Interventions" in said
+    assert "ablab.experiments.cli" in loaded.split()
+    assert not {"torch", "mlflow", "optuna", "pandas", "matplotlib", "scipy", "pyarrow", "tokenizers"} & set(loaded.split())
+
+
+def test_no_environment_variable_is_touched_below_experiments_but_by_those_listed():
+    """A forward or a step that reads one would compute different things under one name."""
+    readers = set()
+    for path in MODULES:
+        if path.relative_to(ROOT).parts[0] not in ("experiments", "configs"):
+            inside = {id(node): f"{shown(path)}:{function.name}" for function in functions(TREES[path]) for node in ast.walk(function)}
+            for node in ast.walk(TREES[path]):
+                word = getattr(node, "attr", getattr(node, "id", getattr(node, "name", "")))
+                if word in ("environ", "getenv", "environb"):
+                    readers.add(inside.get(id(node), f"{shown(path)}:top"))
+    assert readers == set(ENVIRONMENT)
+
+
+# ---- how long a thing may be ----
+
+
+def test_a_file_stays_under_300_lines():
+    assert not {shown(path): lines for path in MODULES if (lines := len(path.read_text().splitlines())) >= 300}
+
+
+def test_a_function_stays_under_50_lines():
+    long = {f"{shown(path)}:{f.name}": f.end_lineno - f.lineno + 1 for path in MODULES for f in functions(TREES[path]) if f.end_lineno - f.lineno >= 49}
+    assert not long
+
+
+# ---- what is shipped ----
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy, so that the checkout stays clean."""
+    import shutil
+
+    copy = tmp_path_factory.mktemp("source")
+    for name in (*FOLDERS, "pyproject.toml", "README.md", "LICENSE"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", copy / "dist", copy]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return next((copy / "dist").glob("*.whl"))
+
+
+def test_the_wheel_holds_every_module_and_every_data_file(wheel):
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if not name.split("/")[0].endswith(".dist-info")}
+    data = [path for folder in ("configs", "experiments/catalog") for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert held == {f"ablab/{shown(path)}" for path in (*MODULES, *data)}
+
+
+def test_the_wheel_runs_where_nothing_else_of_ablab_is(wheel, tmp_path):
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel], check=True, capture_output=True)
+    told = (
+        "import sys; sys.meta_path = [one for one in sys.meta_path if 'editable' not in repr(one).lower()]\n"  # this checkout may be installed editable
+        "sys.path.insert(0, sys.argv[1]); sys.argv = ['ablab', *sys.argv[2:]]\n"
+        "from ablab.experiments import cli; assert cli.__file__.startswith(sys.path[0]), cli.__file__\n"
+        "cli.main()"
+    )
+    run = lambda *words: subprocess.run([sys.executable, "-c", told, tmp_path / "site", *words], cwd=tmp_path, capture_output=True, text=True)  # noqa: E731
+    listed = run("list")
+    assert listed.returncode == 0 and not listed.stderr
+    for path in [*(ROOT / "ablations/interventions").glob("[!_]*.py"), *(ROOT / "experiments/catalog").glob("*.yaml")]:
+        assert f"  {path.stem} " in listed.stdout
+    shown_ = run("show", "quickstart")  # reads base, size and data configs
+    assert shown_.returncode == 0 and "f1114b0699edd867" in shown_.stdout
