@@ -55,7 +55,7 @@ def forest(effects: list[Effect], path: Path, metric: str = "val/loss", better: 
         _heads(axes, better)
         reference = references[0] if len(references) == 1 else "its reference"
         axes.set_xlabel(f"{metric} minus {reference}, same seeds\n{unit(metric)}, mean and 95 % interval")
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def _arm(axes, y: int, arm: Effect) -> None:
@@ -120,7 +120,7 @@ def curves(frame: pd.DataFrame, path: Path, metric: str = "val/loss") -> Path:
         key = f"line: mean over seeds, band: lowest to highest seed{others}"
         axes[-1].set(xlim=(0, frame.tokens.max()), xlabel=f"training tokens\n{key}")
         axes[-1].xaxis.set_major_formatter(lambda tokens, _: _count(tokens))
-        return _save(figure, path)
+        return save(figure, path)
 
 
 class Curve:
@@ -196,7 +196,7 @@ def _differences(axes, deltas: dict, colours: dict[str, str], reference: str) ->
             ends[cell] = _end((grid, values))
     pad = 0.06 * (max(late) - min(late) or 1)
     axes.set_ylim(min(late) - pad, max(late) + pad)
-    _label(axes, ends, colours | {reference: INK})
+    label_ends(axes, ends, colours | {reference: INK})
 
 
 def _band(axes, grid: np.ndarray, values: np.ndarray, colour: str) -> None:
@@ -207,7 +207,7 @@ def _band(axes, grid: np.ndarray, values: np.ndarray, colour: str) -> None:
         axes.fill_between(grid, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0, zorder=2)
 
 
-def _label(axes, ends: dict[str, float], colours: dict[str, str]) -> None:
+def label_ends(axes, ends: dict[str, float], colours: dict[str, str]) -> None:
     """Names at the right end of their lines, pushed apart until none overlaps."""
     names, gap = sorted(ends, key=ends.get), 0.065 * np.ptp(axes.get_ylim())
     y = np.array([ends[name] for name in names])
@@ -241,7 +241,7 @@ def _canvas(width: float, height: float, rows: int = 1):
     return figure, figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
 
 
-def _save(figure, path: Path) -> Path:
+def save(figure, path: Path) -> Path:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, bbox_inches="tight", pad_inches=0.15)

@@ -76,14 +76,14 @@ def table(effects: list[Effect]) -> list[dict[str, str]]:
         {
             "arm": effect.cell,
             "pairs": str(effect.n),
-            "mean": _text(effect.mean, ".4f"),
-            "sd": _text(effect.sd, ".4f"),
-            "delta": _text(effect.delta, "+.4f"),
+            "mean": text(effect.mean, ".4f"),
+            "sd": text(effect.sd, ".4f"),
+            "delta": text(effect.delta, "+.4f"),
             "95 % interval": f"{effect.low:+.4f} to {effect.high:+.4f}" if effect.interval else NONE,
             "method": effect.method or NONE,
             "verdict": effect.verdict,
-            "tokens/s": _text(effect.tokens_per_second, ",.0f"),
-            "x reference": _text(effect.tokens_per_second_ratio, ".2f"),
+            "tokens/s": text(effect.tokens_per_second, ",.0f"),
+            "x reference": text(effect.tokens_per_second_ratio, ".2f"),
             "runs": effect.counts,
         }
         for effect in effects
@@ -147,24 +147,24 @@ def _markdown(report: Report, pictures: list[str]) -> str:
         plan.question,
         f"Metric: `{plan.metric}` in {frame.unit(plan.metric)}, {plan.better} is better.  Design: {plan.design}, "
         f"{len(arms)} arms against {references}.  Runs: {_counts(Counter(runs.status))}.",
-        "## Read first\n\n" + _list(report.warnings) if report.warnings else "",
-        "## Verdicts\n\n" + _table([{"arm": arm.cell, "what it says": arm.sentence, "OFF means": _off(plan, arm) or NONE} for arm in arms]),
+        "## Read first\n\n" + bullets(report.warnings) if report.warnings else "",
+        "## Verdicts\n\n" + markdown_table([{"arm": arm.cell, "what it says": arm.sentence, "OFF means": _off(plan, arm) or NONE} for arm in arms]),
         *(f"![{name.removesuffix('.png')}]({name})" for name in pictures),
-        "## Numbers\n\n" + _table(table(effects)),
-        _list([f"`{effect.cell}`: {effect.note}" for effect in effects if effect.note]),
+        "## Numbers\n\n" + markdown_table(table(effects)),
+        bullets([f"`{effect.cell}`: {effect.note}" for effect in effects if effect.note]),
         "## How to read the intervals\n\n"
         + METHOD.format(methods=f"Arms here: {_counts(methods)}." if methods else "", arms=len(arms), false=len(arms) / 20),
-        "## Runs\n\n" + _table(_listed(runs, plan.metric)),
+        "## Runs\n\n" + markdown_table(_listed(runs, plan.metric)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _listed(runs: pd.DataFrame, metric: str) -> list[dict]:
     rows = runs[["cell", "pair", "seed", "run", "status", metric, "code"]].to_dict("records")
-    return [row | {metric: _text(row[metric], ".4f")} for row in rows]
+    return [row | {metric: text(row[metric], ".4f")} for row in rows]
 
 
-def _table(rows: list[dict]) -> str:
+def markdown_table(rows: list[dict]) -> str:
     """A Markdown table; the first column is a name and set as code."""
     if not rows:
         return NONE
@@ -173,7 +173,7 @@ def _table(rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _list(sentences: list[str]) -> str:
+def bullets(sentences: list[str]) -> str:
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
@@ -181,5 +181,5 @@ def _counts(statuses: Counter) -> str:
     return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in statuses.items())
 
 
-def _text(value: float | None, form: str) -> str:
+def text(value: float | None, form: str) -> str:
     return NONE if value is None or pd.isna(value) else format(value, form)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ablab.analysis.frame import unit
-from ablab.analysis.plots import BACKGROUND, DISTINCT, FAINT, INK, NEUTRAL, STYLE, _label, _save
+from ablab.analysis.plots import BACKGROUND, DISTINCT, FAINT, INK, NEUTRAL, STYLE, label_ends, save
 from ablab.analysis.tuning import COMPLETE, WIDTH, StudyRecord, Winner, axis, winner
 from ablab.core.errors import UserError
 from ablab.core.record import DIVERGED, PRUNED
@@ -41,7 +41,7 @@ def curves(study: StudyRecord, path: Path) -> Path:
         _rate_axis(strip, along, lines)
         key = "large dot: the arm's best, hollow: not to be read\ndashed: quadratic around it; diamond: its optimum"
         strip.set_xlabel(f"{along}\n{key}{_edge_key(top, lines)}")
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def widths(study: StudyRecord, path: Path) -> Path:
@@ -76,7 +76,7 @@ def widths(study: StudyRecord, path: Path) -> Path:
         figure.supxlabel(f"{along}\n{key}", fontsize=9)
         handles = [panels[0].plot([], [], "o-", color=shade, markersize=4)[0] for shade in shades.values()]
         figure.legend(handles, [f"{width:g}" for width in shades], title=WIDTH, loc="outside right upper", frameon=False)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def importance(study: StudyRecord, path: Path) -> Path:
@@ -102,7 +102,7 @@ def importance(study: StudyRecord, path: Path) -> Path:
             panel.tick_params(axis="y", length=0)
             panel.spines["left"].set_visible(False)
         figure.supxlabel("importance: share of the spread between trials", fontsize=9)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def history(study: StudyRecord, path: Path) -> Path:
@@ -125,11 +125,11 @@ def history(study: StudyRecord, path: Path) -> Path:
                 _off_scale(axes, np.stack([number, values], 1), colour[cell], study.better)
                 ends[cell] = float(best[-1])
             _crosses(axes, [(n, trial.state) for n, trial in zip(number, ordered, strict=True)], colour[cell], heights)
-        _label(axes, ends, colour | {cell: NEUTRAL for cell in ends if colour[cell] == BACKGROUND})
+        label_ends(axes, ends, colour | {cell: NEUTRAL for cell in ends if colour[cell] == BACKGROUND})
         key = f"line: best so far; dots: trials{_edge_key(axes, list(study.cells.values()))}"
         axes.set(xlabel=f"trials of the arm\n{key}", ylabel=f"{study.metric} ({unit(study.metric)})", xlim=(0.5, longest + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def colours(study: StudyRecord) -> dict[str, str]:

@@ -19,7 +19,8 @@ import pandas as pd
 
 from ablab.analysis import frame, study_plots, tuning
 from ablab.analysis.effects import BETTER, INCONCLUSIVE, REFERENCE, WORSE, Effect, measure
-from ablab.analysis.report import NONE, _list, _table, _text
+from ablab.analysis.report import NONE, bullets, markdown_table, text
+from ablab.analysis.transfer import movements, transfer
 from ablab.analysis.tuning import COMPLETE, EVALUATED, RUNNING, WIDTH, StudyRecord, Winner, axis
 from ablab.core.files import write_atomically
 from ablab.core.record import FINISHED, PRUNED, Store
@@ -40,7 +41,7 @@ class StudyReport:
 
     study: StudyRecord
     winners: dict[str, Winner]  # of the arms with a finished trial
-    transfer: pd.DataFrame  # tuning.transfer; empty unless widths were searched
+    transfer: pd.DataFrame  # analysis/transfer.py; empty unless widths were searched
     moves: dict[str, str]  # a sentence per arm about width
     shared: list[Effect]  # all arms at the experiment's own values
     tuned: list[Effect]  # each arm at its own winner; both empty until both have finished runs
@@ -52,7 +53,7 @@ def read(store: Store, name: str) -> StudyReport:
     study = tuning.read(store, name)
     done = {cell: trials for cell, trials in study.cells.items() if any(trial.state == COMPLETE for trial in trials)}
     winners = {cell: tuning.winner(trials, study.space, study.hard, study.better) for cell, trials in done.items()}
-    moved = tuning.transfer(study) if WIDTH in study.space and axis(study.space) else pd.DataFrame()
+    moved = transfer(study) if WIDTH in study.space and axis(study.space) else pd.DataFrame()
     shared, tuned = (_effects(store, plan) for plan in (study.name, study.tuned))
     both = (shared, tuned) if shared and tuned else ([], [])
     sds = [effect.sd for effect in shared if effect.sd]
@@ -95,44 +96,6 @@ def as_json(store: Store, name: str) -> dict[str, Any]:
     return _strict({"study": plain.pop("name")} | plain | found | {"trials": trials})
 
 
-def movements(moved: pd.DataFrame, seed_sd: float | None = None) -> dict[str, str]:
-    """A sentence per arm from `tuning.transfer`: how far the optimum moves with width, and whether the learning rate transfers.
-
-    It transfers if every width's best lies within one step of the base width's and the gap stays within 2 seed sd.
-    seed_sd: in the metric's unit, from the search where it had several seeds, else from the experiment's own runs.
-    """
-    return {cell: f"{_moved(rows)}; {_transfers(rows, seed_sd)}" for cell, rows in moved.groupby("cell", sort=False)}
-
-
-def _moved(rows: pd.DataFrame) -> str:
-    """The interval of a difference of two optima from their own intervals: Zou and Donner 2008, eq. 5."""
-    first, last = rows.iloc[0], rows.iloc[-1]
-    if len(rows) == 1:
-        return f"only width {first.width} has finished trials"
-    kind = "optimum" if pd.notna([first.optimum, last.optimum]).all() else "lr"
-    (x0, l0, h0), (x1, l1, h1) = (np.log2(row[[kind, "low", "high"]].astype(float)) for row in (first, last))
-    delta, down, up = x1 - x0, np.hypot(x1 - l1, h0 - x0), np.hypot(h1 - x1, x0 - l0)
-    interval = f" [{delta - down:+.2f}, {delta + up:+.2f}]" if kind == "optimum" and np.isfinite(down + up) else ""
-    what = "the optimum" if kind == "optimum" else "the best trial"
-    ends = f"{first[kind]:.3g} at {first.width} to {last[kind]:.3g} at {last.width}"
-    return f"{what} moves by {delta:+.2f}{interval} octaves over {last.width / first.width:g}x width ({ends})"
-
-
-def _transfers(rows: pd.DataFrame, sd: float | None) -> str:
-    others = rows[rows.width != rows.base_width]
-    if edges := [str(row.width) for row in rows.itertuples() if not row.admissible]:
-        return f"not to be read before the winner at width {', '.join(edges)} has neighbours"
-    if others.empty:
-        return "transfer needs a second"
-    near, gap, lost = int(others.within_one_step.sum()), others.gap.max(), others.width[others.gap.isna()]
-    holds = near == len(others) and lost.empty and (None if sd is None else gap <= 2 * sd)
-    verdict = {True: "transfers", False: "does not transfer", None: "may transfer"}[holds]
-    scale = f" ({gap / sd:.1f} seed sd)" if sd else " (seed sd unknown: give the study a second seed)"
-    cost = f"no loss at width {', '.join(map(str, lost))}" if len(lost) else f"at most {gap:.4f} worse{scale}" if gap > 0 else "at no cost"
-    first = rows.iloc[0]
-    return f"{first.transferred:.4g} {verdict} from width {first.base_width}: {near} of {len(others)} others within one step, {cost}"
-
-
 def _effects(store: Store, plan: str | None) -> list[Effect]:
     """The effects of a plan; empty while it does not exist or has no finished run."""
     if plan is None or not store.plan_path(plan).is_file():
@@ -173,9 +136,9 @@ def _row(study: StudyRecord, cell: str, trials: list, won: Winner | None) -> dic
         "arm": cell,
         "trials": tuning.said(Counter(trial.state for trial in trials)),
         **searched,
-        study.metric: _text(won and won.value, ".4f"),
+        study.metric: text(won and won.value, ".4f"),
         "winner": verdict,
-        "optimum": _text(won and won.optimum, ".3g"),
+        "optimum": text(won and won.optimum, ".3g"),
         "95 % interval": f"{won.low:.3g} to {won.high:.3g}" if won and won.low is not None else NONE,
     }
 
@@ -191,16 +154,16 @@ def _markdown(report: StudyReport, pictures: dict[str, str]) -> str:
         f"up to {study.trials_per_cell} trials an arm, seeds {', '.join(map(str, study.seeds))}.  "
         f"Trials: {tuning.said(Counter(trial.state for trial in study.trials))}.",
         "Searched: " + "; ".join(f"`{path}` {_range(how)}" for path, how in study.space.items()) + ".",
-        "## Read first\n\n" + _list(report.warnings) if report.warnings else "",
-        "## Winners\n\n" + _table(_rows(report)),
-        _list([f"`{cell}`: {won.reason}" for cell, won in report.winners.items() if won.admissible]),
+        "## Read first\n\n" + bullets(report.warnings) if report.warnings else "",
+        "## Winners\n\n" + markdown_table(_rows(report)),
+        bullets([f"`{cell}`: {won.reason}" for cell, won in report.winners.items() if won.admissible]),
         show.get("curves", ""),
-        "## Learning rate and width\n\n" + _list([f"`{cell}`: {says}" for cell, says in report.moves.items()]) if report.moves else "",
-        _table(_transfer_rows(report.transfer)) + "\n\n" + show["widths"] if report.moves else "",
+        "## Learning rate and width\n\n" + bullets([f"`{cell}`: {says}" for cell, says in report.moves.items()]) if report.moves else "",
+        markdown_table(_transfer_rows(report.transfer)) + "\n\n" + show["widths"] if report.moves else "",
         "## One setting for all, and each arm's own\n\n" + _compared(report) if report.shared else "",
         "## The search\n\n" + "\n\n".join(show[name] for name in ("importance", "history") if name in show),
         "## How to read this\n\n" + METHOD.format(seeds=seeds),
-        "## Trials\n\n" + _table([_listed(study, trial) for trials in study.cells.values() for trial in trials]),
+        "## Trials\n\n" + markdown_table([_listed(study, trial) for trials in study.cells.values() for trial in trials]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -211,11 +174,11 @@ def _transfer_rows(moved: pd.DataFrame) -> list[dict[str, str]]:
             "arm": row.cell,
             "width": str(row.width),
             "best lr": f"{row.lr:.4g}" + ("" if row.admissible else " (edge)"),
-            "best": _text(row.loss, ".4f"),
+            "best": text(row.loss, ".4f"),
             "optimum [95 %]": _interval(row.optimum, row.low, row.high),
-            f"at the lr of width {row.base_width}" if moved.base_width.nunique() == 1 else "at the base width's lr": _text(row.transferred_loss, ".4f"),
+            f"at the lr of width {row.base_width}" if moved.base_width.nunique() == 1 else "at the base width's lr": text(row.transferred_loss, ".4f"),
             "how": row.how,
-            "gap": _text(row.gap, ".4f"),
+            "gap": text(row.gap, ".4f"),
             "steps away": f"{row.steps:+.1f}",
         }
         for row in moved.itertuples()
@@ -234,7 +197,7 @@ def _compared(report: StudyReport) -> str:
             "own setting": _setting(report.winners.get(one.cell)),
             "delta, own setting": _delta(own),
             "verdict, own setting": own.verdict,
-            "tuning moves it by": _text(_difference(own.delta, one.delta), "+.4f"),
+            "tuning moves it by": text(_difference(own.delta, one.delta), "+.4f"),
         }
         for one, own in pairs
     ]
@@ -244,7 +207,7 @@ def _compared(report: StudyReport) -> str:
               if one.verdict != own.verdict and {one.verdict, own.verdict} <= {BETTER, WORSE, INCONCLUSIVE}]  # fmt: skip
     if wrong := [f"`{cell}`" for cell in tuned if cell in report.winners and not report.winners[cell].admissible]:
         notes.append(f"{', '.join(wrong)} won at an edge: its delta is still that of an untuned arm")
-    return _table(rows) + "\n\n" + _list(notes)
+    return markdown_table(rows) + "\n\n" + bullets(notes)
 
 
 def _setting(won: Winner | None) -> str:
@@ -253,7 +216,7 @@ def _setting(won: Winner | None) -> str:
 
 def _listed(study: StudyRecord, trial: tuning.Trial) -> dict[str, str]:
     params = {path: _number(trial.params.get(path, NONE)) for path in study.space}
-    value, runs = _text(trial.value, ".4f"), ", ".join(f"`{run}`" for run in trial.runs)
+    value, runs = text(trial.value, ".4f"), ", ".join(f"`{run}`" for run in trial.runs)
     return {"arm": trial.cell, "trial": str(trial.number), **params, study.metric: value, "state": trial.state.replace("_", " "), "runs": runs or NONE}
 
 
@@ -285,11 +248,11 @@ def _number(value: Any) -> str:
 
 
 def _interval(value: float | None, low: float | None, high: float | None) -> str:
-    return _text(value, ".3g") + (f" [{low:.3g}, {high:.3g}]" if pd.notna(low) and low is not None else "")
+    return text(value, ".3g") + (f" [{low:.3g}, {high:.3g}]" if pd.notna(low) and low is not None else "")
 
 
 def _delta(effect: Effect) -> str:
-    return _text(effect.delta, "+.4f") + (f" [{effect.low:+.4f}, {effect.high:+.4f}]" if effect.interval else "")
+    return text(effect.delta, "+.4f") + (f" [{effect.low:+.4f}, {effect.high:+.4f}]" if effect.interval else "")
 
 
 def _difference(a: float | None, b: float | None) -> float | None:

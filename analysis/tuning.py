@@ -17,14 +17,13 @@ c/35 or less in loss, and covered in 99 / 65 / 18 %.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import numpy as np
-import pandas as pd
 from scipy.special import stdtrit
 
 from ablab.core.errors import UserError
@@ -276,48 +275,3 @@ def seed_sd(trials: Sequence[Trial]) -> float | None:
     groups = [np.array(list(trial.values.values())) for trial in trials if trial.state == COMPLETE and len(trial.values) > 1]
     degrees = sum(len(group) - 1 for group in groups)
     return float(np.sqrt(sum(((group - group.mean()) ** 2).sum() for group in groups) / degrees)) if degrees else None
-
-
-def transfer(study: StudyRecord) -> pd.DataFrame:
-    """One row per arm and width: what the learning rate that won at the base width costs there.
-
-    Base width: the experiment's own where it was searched, else the smallest.  `gap`: how much worse than this width's best,
-    in the metric's unit.  `how`: the loss at the transferred rate was evaluated, read off the quadratic, or taken
-    from the nearest trial.  UserError if the study does not search model.width and a log-scaled path.
-    """
-    if WIDTH not in study.space or axis(study.space) is None:
-        raise UserError(f"study {study.name!r} searches {', '.join(study.space)}; a transfer table needs {WIDTH} and {LR} in study.space")
-    return pd.DataFrame([row for cell, trials in study.cells.items() for row in _transferred(cell, trials, study)])
-
-
-def _transferred(cell: str, trials: list[Trial], study: StudyRecord) -> Iterator[dict[str, Any]]:
-    widths = sorted({trial.params[WIDTH] for trial in trials if trial.state == COMPLETE})
-    if not widths:
-        return
-    base = study.base.get(WIDTH) if study.base.get(WIDTH) in widths else widths[0]
-    at = {width: [trial for trial in trials if trial.params[WIDTH] == width] for width in widths}
-    won = {width: winner(at[width], study.space, study.hard, study.better) for width in widths}
-    if won[base].path != axis(study.space):  # the arm lacks the ingredient whose dose is searched
-        return
-    lr, sign = won[base].lr, 1 if study.better == "lower" else -1
-    for width in widths:
-        best = won[width]
-        loss, how = _loss_at(lr, best)
-        steps = float(np.log2(best.lr / lr)) / spacing(best.line, best.path)
-        yield {
-            "cell": cell, "width": width, "trials": sum(trial.state == COMPLETE for trial in at[width]), "lr": best.lr, "loss": best.value,
-            "admissible": best.admissible, "reason": best.reason, "optimum": best.optimum, "low": best.low, "high": best.high,
-            "base_width": base, "transferred": lr, "transferred_loss": loss, "how": how, "gap": sign * (loss - best.value),
-            "steps": steps, "within_one_step": abs(steps) < 1.01,
-        }  # fmt: skip
-
-
-def _loss_at(lr: float, won: Winner) -> tuple[float, str]:
-    """The loss at `lr` beside this winner, NaN where it has none, and how we know."""
-    tried = [trial for trial in won.line if trial.state in EVALUATED]
-    nearest = min(tried, key=lambda trial: (round(abs(np.log2(trial.params[won.path] / lr)), 6), EVALUATED.index(trial.state)))
-    exact = bool(np.isclose(nearest.params[won.path], lr, rtol=1e-6))
-    if not exact and won.fit and won.fit.span[0] <= lr <= won.fit.span[1]:
-        return float(won.fit.at(lr)), "quadratic"
-    how = "evaluated" if exact else f"nearest, {nearest.params[won.path]:.4g}"
-    return (nearest.value, how) if nearest.state == COMPLETE else (float("nan"), f"{how}: {nearest.state}")

@@ -13,7 +13,7 @@ from typing import Any, Protocol, dataclass_transform
 
 from ablab.core.edit import children
 from ablab.core.errors import UserError
-from ablab.core.part import Part, near, parse, part
+from ablab.core.part import near, parse, part
 from ablab.core.recipe import Recipe, check
 
 

@@ -56,7 +56,8 @@ def find_config(name: str, beside: Path | None = None) -> Path:
         if (path := folder / f"{name}.yaml").is_file():
             return path
     known = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
-    raise UserError(f"unknown config {name!r}. {near(name, known)}Shipped: {', '.join(known)}")
+    own = [path.stem for path in beside.glob("*.yaml")] if beside else []
+    raise UserError(f"unknown config {name!r}. {near(name, own + known)}Shipped: {', '.join(known)}")
 
 
 def merge(old: Any, new: Any) -> Any:

@@ -141,11 +141,10 @@ def check(recipe: Recipe) -> Recipe:
         raise UserError(f"schedule.warmup_steps={warmup} exceeds the run's {recipe.steps} steps; lower it or raise budget.tokens")
     if missing := [role for role in ROLES if role not in recipe.optim.chains]:
         raise UserError(f"optim.chains has no chain for {missing[0]!r} parameters; add one")
-    for role, chain in recipe.optim.chains.items():
-        kinds = [part.kind for part in chain.steps]
-        if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
-            raise UserError(f"optim.chains.{role}.steps names {twice[0]!r} twice; steps of a chain keep their state by kind: keep one")
     for path, method, parts in _slots(recipe):
+        kinds = [part.kind for part in parts]
+        if method in ("update", "advance") and (twice := [kind for kind in kinds if kinds.count(kind) > 1]):
+            raise UserError(f"{path} names {twice[0]!r} twice; its parts keep their state by kind: keep one")
         for part in parts:
             if not hasattr(part, method):
                 fit = sorted(kind for kind, one in Part.known.items() if hasattr(one, method))

@@ -34,7 +34,7 @@ class Result:
     step: int
     tokens: int
     metrics: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0  # training time, summed over resumes; start-up and evaluation excluded
+    seconds: float = 0.0  # training time (core/stopwatch.py), summed over resumes
     tokens_per_second: float = 0.0
     peak_bytes: int = 0
     error: str = ""

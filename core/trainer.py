@@ -29,6 +29,7 @@ from ablab.core.recipe import Budget, Recipe, plain, run_id
 from ablab.core.record import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, Record, Result
 from ablab.core.runtime import Runtime, code_fingerprint, environment, settle
 from ablab.core.schedule import Constant
+from ablab.core.stopwatch import Stopwatch
 from ablab.core.tracker import NullTracker, Tracker
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its bits only with a fixed workspace, and reads this once
@@ -70,7 +71,7 @@ class Trainer:
     def restart(self, recipe: Recipe, data_folder: Path) -> None:
         """Step 0 of a run: fresh weights, optimizer state, data order and counters."""
         self.recipe, self.tokens = recipe, Tokens(recipe, data_folder)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.watch = 0, Stopwatch()
         initialise(self.model, recipe)
         self.optimizer.restart(recipe)
         self.after = [(part, part.begin(self.weights)) for part in recipe.after_step]
@@ -135,18 +136,18 @@ class Trainer:
         return state | {"window": self.window}
 
     def save(self, folder: Path) -> None:
-        seconds = torch.tensor(self.seconds, dtype=torch.float64)
-        checkpoint.write(folder, self.step, self.tensors() | {"seconds": seconds})
+        watch = torch.tensor([self.watch.seconds, self.watch.steps], dtype=torch.float64)
+        checkpoint.write(folder, self.step, self.tensors() | {"watch": watch})
 
     @torch.no_grad()
     def restore(self, folder: Path, warn: Callable[[str], None]) -> None:
         """Continue from the newest whole checkpoint, if there is one and it is of this model."""
         if found := checkpoint.newest(folder, warn):
             step, saved = found
-            seconds, own = saved.pop("seconds").item(), self.tensors()
+            watch, own = Stopwatch(*saved.pop("watch").tolist()), self.tensors()
             if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in saved.items()}:
                 return warn(f"the checkpoint of step {step} in {folder} was written by other code; starting from step 0")
-            self.step, self.seconds = step, seconds
+            self.step, self.watch = step, watch
             for name, value in own.items():
                 value.copy_(saved[name])
 
@@ -213,36 +214,37 @@ def _loop(trainer: Trainer, record: Record, tracker: Tracker) -> dict[str, float
     recipe, runtime, steps = trainer.recipe, trainer.runtime, trainer.recipe.steps
     evaluations = {math.ceil(steps * (i + 1) / runtime["evaluations"]) for i in range(runtime["evaluations"])}
     folder, last_good, scalars = record.folder / "checkpoints", math.log(recipe.data.vocab), {}
-    clock = saved = time.perf_counter()
+    watch, saved = trainer.watch, time.perf_counter()
     while trainer.step < steps:
-        norm = trainer.advance()
+        watch.step(norm := trainer.advance())
         t = trainer.step
         if t % runtime["log_every"] == 0 or t in evaluations:
             scalars = {"tokens": t * recipe.tokens_per_step, "train/loss": trainer.close_window(), "train/grad_norm": norm.item()}
             scalars["optim/lr"] = recipe.optim.lr * recipe.schedule.multiplier(t, steps)
-            trainer.seconds += time.perf_counter() - clock
+            watch.stop()
             if math.isfinite(scalars["train/loss"]):
                 last_good = scalars["train/loss"]
                 scalars |= trainer.evaluate() if t in evaluations else {}
             if not all(map(math.isfinite, scalars.values())):  # this very step may have broken the weights: its own loss is older
                 raise Diverged(t, last_good)
-            pace = {"seconds": trainer.seconds, "tokens_per_second": t * recipe.tokens_per_step / trainer.seconds}
+            pace = {"seconds": watch.seconds, "tokens_per_second": watch.rate(recipe.tokens_per_step)}
             record.log(t, scalars, pace)
-            tracker.log(t, scalars | {"tokens_per_second": pace["tokens_per_second"]}, trainer.seconds)
-            clock = time.perf_counter()
+            tracker.log(t, scalars | {"tokens_per_second": pace["tokens_per_second"]}, watch.seconds)
+            watch.go_on()
         if t < steps and time.perf_counter() - saved >= runtime["save_seconds"] and trainer.window.isfinite().all():
-            trainer.seconds += time.perf_counter() - clock
+            watch.stop()
             trainer.save(folder)
-            clock = saved = time.perf_counter()
+            watch.go_on()
+            saved = time.perf_counter()
     return {name: value for name, value in scalars.items() if name != "tokens"}
 
 
 def _result(recipe: Recipe, trainer: Trainer | None, status: str, error: str, metrics: dict[str, float]) -> Result:
     step = trainer.step if trainer else 0
-    tokens, seconds = step * recipe.tokens_per_step, trainer.seconds if trainer else 0.0
+    watch = trainer.watch if trainer else Stopwatch()
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return Result(
-        run_id(recipe), status, step, tokens, metrics, seconds, tokens / seconds if seconds else 0.0, peak, error,
+        run_id(recipe), status, step, step * recipe.tokens_per_step, metrics, watch.seconds, watch.rate(recipe.tokens_per_step), peak, error,
         code_fingerprint(), trainer.runtime if trainer else {}, trainer.digest() if status == FINISHED else "",
     )  # fmt: skip
 

@@ -64,8 +64,9 @@ class Workers:
         for pipe, process in self.processes.items():
             pipe.close()
             process.terminate()
+        until = time.monotonic() + 3
         for process in self.processes.values():
-            process.join(timeout=3)
+            process.join(timeout=max(until - time.monotonic(), 0.01))
             process.kill()
         self.processes, self.idle, self.holds = {}, [], {}
 

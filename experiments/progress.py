@@ -99,7 +99,9 @@ class Live(Lines):
         return f"{self.done}/{self.total} runs"
 
     def say(self, line: str) -> None:
-        self.bars.console.print(f"[dim]{time.monotonic() - self.began:5.0f}s[/] ", line.replace("[", "\\["), highlight=False, soft_wrap=True)
+        from rich.text import Text
+
+        self.bars.console.print(Text.assemble((f"{time.monotonic() - self.began:6.0f}s  ", "dim"), line), soft_wrap=True)
 
     def close(self) -> None:
         self.bars.stop()

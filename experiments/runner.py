@@ -62,7 +62,7 @@ def execute(
         pool.trackers = trackers_for(store, plan, watcher.say) if mlflow else None
         outcome = pool.train([run for run in todo if run.cell not in inert])
     if pool.trackers:
-        pool.trackers.finish()
+        pool.trackers.finish(watcher.note)
     missing = {run.id for run in todo}
     return replace(outcome, reused=[*(id for id in unique if id not in missing), *outcome.reused], inert=inert)
 

@@ -7,6 +7,8 @@ whatever the number of workers, and the storage holds finished trials alone: no 
 
 import hashlib
 import itertools
+import math
+import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -14,8 +16,10 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from ablab.core.errors import UserError
+from ablab.core.record import FAILED
 
 Whole = Annotated[int, Meta(ge=1)]
+RETRIES = 4  # questions to a sampler that repeats itself: a GP on a small space does so for ever, at 0.1 to 1 s each
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,11 @@ class Axis:
             return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
         low, high = self.values
         value = low * (high / low) ** share if self.kind == "log" else low + (high - low) * share
-        return round(value) if self.kind == "int" else tidy(value)
+        return self.tidy(round(value) if self.kind == "int" else value)
+
+    def tidy(self, value: Any) -> Any:
+        """Four significant digits, within the range: proposals that differ by less are one run."""
+        return min(max(tidy(value), self.values[0]), self.values[1]) if isinstance(value, float) and self.kind != "choices" else value
 
     def grid(self) -> list[Any]:
         if self.kind == "choices":
@@ -69,7 +77,7 @@ class Axis:
 
 
 def tidy(value: Any) -> Any:
-    """Four significant digits: proposals that differ by less are one run."""
+    """Four significant digits."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
@@ -86,16 +94,23 @@ def _axis(path: str, spec: dict[str, Any]) -> Axis:
     if len(spec) != 1 or kind not in ("log", "uniform", "int", "choices"):
         raise UserError(f"study.space.{path} must be one of log, uniform, int: [low, high] or choices: [...]; it says {spec}")
     if not isinstance(values, list) or not values:
-        raise UserError(f"study.space.{path}: {kind} needs a list, not {values!r}")
+        raise UserError(f"study.space.{path}: {kind} needs a list with something in it, not {values!r}")
+    if type(points) is not int or points < 1:
+        raise UserError(f"study.space.{path}: points={points!r} must be a whole number, 1 or more")
     if kind == "choices":
+        plain = [value for value in values if isinstance(value, (bool, int, float, str))]
+        if plain != values or len(set(values)) < len(values):
+            raise UserError(f"study.space.{path}: choices {values} must be numbers or words, each named once")
         return Axis(path, kind, tuple(values))
     try:
-        low, high = (int(v) if kind == "int" else float(v) for v in values)
+        low, high = map(float, values)
     except (TypeError, ValueError):
         raise UserError(f"study.space.{path}: {kind} needs two numbers [low, high], not {values!r}") from None
+    if not (math.isfinite(low) and math.isfinite(high)) or (kind == "int" and not (low.is_integer() and high.is_integer())):
+        raise UserError(f"study.space.{path}: {kind} needs two {'whole' if kind == 'int' else 'finite'} numbers [low, high], not {values!r}")
     if not low < high or (kind == "log" and low <= 0):
-        raise UserError(f"study.space.{path}: [{low}, {high}] is empty or inverted; write the lower bound first" + (", above 0" if kind == "log" else ""))
-    return Axis(path, kind, (low, high), points)
+        raise UserError(f"study.space.{path}: {values} is empty or inverted; write the lower bound first" + (", above 0" if kind == "log" else ""))
+    return Axis(path, kind, (int(low), int(high)) if kind == "int" else (low, high), points)
 
 
 def corners(axes: Iterable[Axis]) -> list[dict[str, Any]]:
@@ -113,54 +128,126 @@ def total_trials(axes: list[Axis], sheet: StudySheet) -> int:
     return size
 
 
-def propose(axes: list[Axis], sheet: StudySheet, study: str, better: str, before: list[Any], count: int) -> list[dict[str, Any]]:
+def spread_of(axes: list[Axis], sheet: StudySheet) -> int:
+    """How many trials of a cell are spread evenly before the sampler is asked: the first half, at least 4."""
+    whole = {"grid": total_trials(axes, sheet), "qmc": sheet.trials_per_cell, "random": 0}
+    return whole.get(sheet.sampler, min(max(sheet.trials_per_cell // 2, 4), sheet.trials_per_cell))
+
+
+def propose(axes: list[Axis], sheet: StudySheet, study: str, better: str, before: list[Any], count: int, spread: int | None = None) -> list[dict[str, Any]]:
     """`count` points for the trials that follow `before` (frozen Optuna trials of whole generations).
 
-    The first half of a study (at least 4 points) is spread evenly: a log grid in one dimension, a scrambled Sobol
-    sequence in more.  A grid is all that, and nothing else.
+    The first `spread` of a study are spread evenly: a log grid in one dimension, a scrambled Sobol sequence in more.
+    A grid is all that, and nothing else.  No point is proposed twice unless the space has no other.
     """
     first = len(before)
-    fixed = _fixed(axes, sheet, study)
-    spread = fixed[first : first + count]
-    if len(spread) == count or sheet.sampler in ("grid", "qmc"):
-        return spread
-    return spread + _asked(axes, sheet, study, better, before, count - len(spread))
+    fixed = _fixed(axes, sheet, study, spread_of(axes, sheet) if spread is None else spread)[first : first + count]
+    if len(fixed) == count or sheet.sampler in ("grid", "qmc"):
+        return fixed
+    return fixed + _asked(axes, sheet, study, better, before, fixed, count - len(fixed))
 
 
-def _fixed(axes: list[Axis], sheet: StudySheet, study: str) -> list[dict[str, Any]]:
-    names = [axis.path for axis in axes]
+def _fixed(axes: list[Axis], sheet: StudySheet, study: str, count: int) -> list[dict[str, Any]]:
     if sheet.sampler == "grid":
-        return [dict(zip(names, point, strict=True)) for point in itertools.product(*(axis.grid() for axis in axes))]
-    count = {"qmc": sheet.trials_per_cell, "random": 0}.get(sheet.sampler, min(max(sheet.trials_per_cell // 2, 4), sheet.trials_per_cell))
+        return [dict(zip((axis.path for axis in axes), point, strict=True)) for point in itertools.product(*(axis.grid() for axis in axes))]
     if len(axes) == 1:
-        shares = [[i / max(count - 1, 1)] for i in range(count)]
+        shares = [[i / (count - 1) if count > 1 else 0.5] for i in range(count)]
     else:
         from scipy.stats.qmc import Sobol
 
         power = max(count - 1, 1).bit_length()
         shares = Sobol(len(axes), rng=_seed(sheet, study, 0)).random_base2(power)[:count].tolist()
-    return [{axis.path: axis.at(share) for axis, share in zip(axes, row, strict=True)} for row in shares]
+    points, taken = [], set()
+    for i, row in enumerate(shares):
+        point = {axis.path: axis.at(share) for axis, share in zip(axes, row, strict=True)}
+        points.append(_elsewhere(axes, taken, _seed(sheet, study, -1 - i)) if _key(point) in taken else point)
+        taken.add(_key(points[-1]))
+    return points
 
 
-def _asked(axes: list[Axis], sheet: StudySheet, study: str, better: str, before: list[Any], count: int) -> list[dict[str, Any]]:
-    """Ask a fresh sampler; each open point gets the mean value so far, lest the next one repeat it (constant liar)."""
+def _asked(axes: list[Axis], sheet: StudySheet, study: str, better: str, before: list[Any], open_: list[dict], count: int) -> list[dict[str, Any]]:
+    """Ask a fresh sampler.  Each open point gets the mean value so far, lest the next one repeat it (constant liar).
+
+    One that was proposed before gets the worst, and the sampler is asked again, RETRIES times; then chance decides.
+    """
+    seed = _seed(sheet, study, len(before))
+    memory, values = remembered(axes, better, before, _sampler(sheet.sampler, seed))
+    mean = sum(values) / len(values) if values else 0.0
+    worst = (max if better == "lower" else min)(values, default=0.0)
+    spaces = {axis.path: axis.distribution() for axis in axes}
+    taken = {_key(trial.params) for trial in before} | {_key(point) for point in open_}
+    for point in open_:
+        memory.add_trial(_frozen(spaces, point, mean))
+    points = []
+    for i in range(count):
+        for _ in range(RETRIES if len(taken) < size_of(axes) else 1):
+            trial = memory.ask(spaces)
+            point = {axis.path: axis.tidy(trial.params[axis.path]) for axis in axes}
+            memory.tell(trial, worst if _key(point) in taken else mean)
+            if _key(point) not in taken:
+                break
+        else:
+            point = _elsewhere(axes, taken, seed + i)
+        taken.add(_key(point))
+        points.append(point)
+    return points
+
+
+def _sampler(name: str, seed: int) -> Any:
+    import logging
+
     import optuna
 
-    seed = _seed(sheet, study, len(before))
-    sampler = {
-        "gp": lambda: optuna.samplers.GPSampler(seed=seed, n_startup_trials=2, deterministic_objective=False),
-        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=4, multivariate=True),
-        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
-    }[sheet.sampler]()
-    memory = optuna.create_study(direction=direction(better), sampler=sampler)
-    memory.add_trials(before)
-    done = [trial.value for trial in before if trial.value is not None]
-    points = []
-    for _ in range(count):
-        trial = memory.ask({axis.path: axis.distribution() for axis in axes})
-        points.append({path: tidy(value) for path, value in trial.params.items()})
-        memory.tell(trial, sum(done) / len(done) if done else 0.0)
-    return points
+    match name:
+        case "gp":  # without greenlet it says at import that it optimises one start after another; the result is the same
+            logging.getLogger("optuna._gp.batched_lbfgsb").setLevel(logging.ERROR)
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=2, deterministic_objective=False)
+        case "tpe":
+            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=4, multivariate=True)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def remembered(axes: list[Axis], better: str, trials: list[Any], sampler: Any = None) -> tuple[Any, list[float]]:
+    """A study in memory of what the trials teach, and their values.
+
+    A diverged, pruned or out-of-memory trial was tried and is worse: it counts as the worst value so far, or samplers
+    would go there again.  One that failed teaches nothing.
+    """
+    import optuna
+
+    values = [trial.value for trial in trials if trial.value is not None]
+    worst = (max if better == "lower" else min)(values, default=0.0)
+    study = optuna.create_study(direction=direction(better), sampler=sampler)
+    spaces = {axis.path: axis.distribution() for axis in axes}
+    for trial in trials if values else ():
+        if trial.value is not None or trial.user_attrs["state"] != FAILED:
+            study._storage.create_new_trial(study._study_id, _frozen(spaces, trial.params, worst if trial.value is None else trial.value))
+    return study, values
+
+
+def _frozen(spaces: dict[str, Any], params: dict[str, Any], value: float) -> Any:
+    import optuna
+
+    return optuna.trial.create_trial(params=params, distributions=spaces, value=value)
+
+
+def _elsewhere(axes: list[Axis], taken: set, seed: int) -> dict[str, Any]:
+    """A random point that is not taken, if one is found."""
+    draw = random.Random(seed)
+    for _ in range(100):
+        point = {axis.path: axis.at(draw.random()) for axis in axes}
+        if _key(point) not in taken:
+            break
+    return point
+
+
+def _key(point: Mapping[str, Any]) -> frozenset:
+    return frozenset(point.items())
+
+
+def size_of(axes: Iterable[Axis]) -> float:
+    """How many points the space has."""
+    return math.prod({"choices": len(axis.values), "int": axis.ends[1] - axis.ends[0] + 1}.get(axis.kind, math.inf) for axis in axes)
 
 
 def direction(better: str) -> str:
@@ -172,38 +259,14 @@ def _seed(sheet: StudySheet, study: str, number: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def open_storage(url: str) -> Any:
-    """`journal:PATH`, or any Optuna URL.  Raises UserError when it cannot be reached."""
-    import optuna
+def importance(axes: list[Axis], better: str, trials: list[Any]) -> dict[str, float]:
+    """PED-ANOVA importance of each axis, shares of 1; empty with fewer than four complete trials or one axis."""
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        if url.startswith("journal:"):
-            from optuna.storages.journal import JournalFileBackend
-
-            return optuna.storages.JournalStorage(JournalFileBackend(url.removeprefix("journal:")))
-        return optuna.storages.RDBStorage(url)
-    except Exception as cause:
-        line = " ".join(str(cause).split("(Background on")[0].split())[:200]
-        raise UserError(f"the Optuna storage {hide(url)} cannot be opened ({line or type(cause).__name__}); check --storage") from None
-
-
-def hide(url: str) -> str:
-    """A URL without its password."""
-    import re
-
-    return re.sub(r"//[^/@\s]*@", "//", url)
-
-
-def open_study(storage: Any, name: str, better: str, facts: dict[str, Any]) -> Any:
-    """The Optuna study of one cell.  One that exists must have been made with the same facts; else it says which differs."""
-    import optuna
-
-    study = optuna.create_study(study_name=name, storage=storage, direction=direction(better), load_if_exists=True)
-    held = study.user_attrs
-    for key, value in facts.items():
-        if key not in held:
-            study.set_user_attr(key, value)
-        elif held[key] != value:
-            raise UserError(f"the storage holds a study {name!r} whose {key} is {held[key]}, but this one has {value}; rename the experiment or use another --storage")
-    return study
+    spaces = {axis.path: axis.distribution() for axis in axes}
+    inside = [one for one in trials if one.value is not None and all(spaces[path]._contains(spaces[path].to_internal_repr(one.params[path])) for path in spaces)]
+    if len(inside) < 4 or len(axes) < 2:
+        return {}
+    shares = get_param_importances(remembered(axes, better, inside)[0], evaluator=PedAnovaImportanceEvaluator())
+    total = sum(shares.values())
+    return {path: share / total for path, share in shares.items()} if total else {}

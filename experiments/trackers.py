@@ -45,11 +45,14 @@ class Trackers:
     def close(self, run: str) -> None:
         self.queue.put(partial(self._close, run))
 
-    def finish(self) -> None:
+    def finish(self, note: Callable[[str], None] = lambda line: None) -> None:
         """Show what was not trained here just now (reused runs, cells that share a run), and wait until all is shown."""
         self.queue.put(partial(self._sync, self.plan.name))
         self.queue.put(None)
-        self.thread.join()
+        self.thread.join(timeout=1)
+        if self.thread.is_alive():
+            note("bringing the MLflow view up to date ... (--no-mlflow leaves it to `ablab sync`)")
+            self.thread.join()
 
     # -- in the thread ---------------------------------------------------------------------------------------------
     def _serve(self) -> None:

@@ -83,7 +83,7 @@ def test_labels_are_pushed_apart():
         def annotate(self, name, at, **_):
             self.placed.append(at[1])
 
-    plots._label(Axes(), {"a": 0.5, "b": 0.5, "c": 0.51}, dict.fromkeys("abc", "black"))
+    plots.label_ends(Axes(), {"a": 0.5, "b": 0.5, "c": 0.51}, dict.fromkeys("abc", "black"))
     assert np.diff(Axes.placed).min() >= 0.06
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from ablab.analysis import study_report, tuning
-from ablab.analysis.study_report import movements
-from ablab.analysis.tuning import LR, WIDTH, StudyRecord, Trial, transfer
+from ablab.analysis.transfer import movements, transfer
+from ablab.analysis.tuning import LR, WIDTH, StudyRecord, Trial
 from ablab.core.errors import UserError
 
 LRS, WIDTHS = [0.001, 0.002, 0.004, 0.008, 0.016, 0.032], (32, 64, 128, 256)

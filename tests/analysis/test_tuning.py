@@ -3,7 +3,8 @@ import pytest
 from scipy import stats
 
 from ablab.analysis import tuning
-from ablab.analysis.tuning import LR, WIDTH, StudyRecord, Trial, quadratic, seed_sd, transfer, widen, winner
+from ablab.analysis.transfer import transfer
+from ablab.analysis.tuning import LR, WIDTH, StudyRecord, Trial, quadratic, seed_sd, widen, winner
 from ablab.core.errors import UserError
 from ablab.core.record import Store
 

@@ -41,6 +41,7 @@ FLAWED = {
     "flaw_identity": ("changes_only", APPLY, "recipe"),
     "flaw_trespass": ("changes_only", APPLY, APPLY.replace("recipe", 'edit(recipe, "optim.lr", lambda lr: 2 * lr)')),
     "flaw_greedy": ("claims_no_slot", SLOTS, SLOTS.replace(",)", ', "model.ffn")')),
+    "flaw_noop": ("is_alive", APPLY, "recipe"),
     "flaw_zero": ("is_alive", SCALED, "return y * (0 * strength).exp()"),
     "flaw_unread": ("is_alive", SCALED, "return y.clone()"),
     "flaw_seed": ("start_alike", APPLY, APPLY.replace("recipe", 'edit(recipe, "seed", lambda seed: seed + 1)'), SLOTS, SLOTS.replace(",)", ', "seed")')),
@@ -64,11 +65,17 @@ TWICE = """def twice(y, x, *, strength):
 
 
 def scale"""
+CHOSEN = """    def chosen(self, where):
+        return scale if self.till == "last" or where.layer else twice
+
+"""
 FAIR = {
     "fair_template": (),
-    "fair_word": ("start: float = 0.0 ", 'start: float = 0.0\n    till: Literal["last", "first"] = "last" ', "def scale", TWICE,
-                  "Stage(scale", "Stage(self.chosen(where)", BUILD, '    def chosen(self, where):\n        return scale if self.till == "last" or where.layer else twice\n\n' + BUILD,
-                  "from ablab.core.declare", "from typing import Literal\n\nfrom ablab.core.declare"),
+    "fair_word": (
+        "start: float = 0.0 ", 'start: float = 0.0\n    till: Literal["last", "first"] = "last" ',
+        "def scale", TWICE, "Stage(scale", "Stage(self.chosen(where)", BUILD, CHOSEN + BUILD,
+        "from ablab.core.declare", "from typing import Literal\n\nfrom ablab.core.declare",
+    ),
     "fair_choice": (APPLY, STANDARD, SLOTS, 'slots=("parametrization",)'),  # beside mup, a refusal that the declarations foretell
     "fair_exclusion": (SLOTS, SLOTS + ', excludes=("gating",)'),
     "fair_requirement": (SLOTS, SLOTS + ', requires=("normuon",)'),  # which requires muon

@@ -183,6 +183,14 @@ def test_every_part_and_every_slot_stands_in_a_rich_recipe():
     assert set(INERT_BY_NATURE) | set(TELLING) <= set(LEAVES) and all(INERT_BY_NATURE.values())
 
 
+@pytest.mark.parametrize(("path", "kind"), [("after_step", "ema"), ("optim.chains.hidden.steps", "momentum")])
+def test_two_parts_that_would_share_one_state_are_refused(path, kind):
+    """Checkpoints and banks know a state by its kind: of two, one would be lost."""
+    check(assign(BASE, path, [kind]))
+    with pytest.raises(UserError, match=f"{path} names '{kind}' twice"):
+        check(assign(BASE, path, [kind, kind]))
+
+
 def test_a_wrong_digest_is_refused(token_folder):
     with pytest.raises(UserError, match=f"holds data {DIGEST}, but the recipe names 0badc0de"):
         Trainer(assign(BASE, "data.digest", "0badc0de"), CPU, token_folder)

@@ -13,7 +13,7 @@ from ablab.core.trainer import Trainer, run
 from ablab.experiments.experiment import load
 
 OTHER = {
-    "device": "cuda", "dtype": "bf16", "compile": True, "micro_batch": 2, "recompute": 2, "deterministic": False, "threads": 2,
+    "device": "cuda", "dtype": "bf16", "compile": True, "micro_batch": 2, "recompute": 2, "deterministic": True, "threads": 2,
     "log_every": 1, "evaluations": 3, "save_seconds": 0.0, "keep_weights": True,
 }  # fmt: skip
 # The other fields may round differently; `deterministic` does so on a GPU alone.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ def ablab(lab, monkeypatch, capsys):
     from ablab.core.part import Part
     from ablab.experiments import cli
 
+    handler = signal.getsignal(signal.SIGTERM)
     held = [(known, dict(known)) for known in (REGISTRY, Part.known, Part.foreign)]
 
     def call(*words: str) -> Ended:
@@ -103,6 +105,7 @@ def ablab(lab, monkeypatch, capsys):
         return Ended(end.value.code, *capsys.readouterr())
 
     yield call
+    signal.signal(signal.SIGTERM, handler)
     for known, before in held:  # no other test shall know this one's plugins
         known.clear()
         known.update(before)

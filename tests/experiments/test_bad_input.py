@@ -89,6 +89,7 @@ FILES = {
     "no question": (sheet(question=None), ["question is missing"]),
     "base is a word": (sheet(base="mini"), ["base='mini' must be a list"]),
     "unknown config": (sheet(base="[base, size/70n]"), ["unknown config 'size/70n'", "Did you mean 'size/70m'?"]),
+    "near a config of one's own": (sheet(base="[base, minii]"), ["unknown config 'minii'", "Did you mean 'mini'?"]),
     "mistake in a config": (sheet(base="[base, mini, wrong]"), ["wrong.yaml: unknown key 'model.widht'", "Did you mean 'width'?"]),
     "no data": (sheet(base="[base]"), ["the recipe names no data"]),
     "with is a word": (sheet(**{"with": "qk_norm"}), ["with='qk_norm' must be a list of interventions"]),

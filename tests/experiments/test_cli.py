@@ -1,6 +1,8 @@
 """The command line: what each command prints, how it ends, and what it does not load."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -149,12 +151,10 @@ def test_a_bug_is_one_line_with_exit_code_1_and_debug_shows_where(lab, ablab, mo
         ablab("show", "grid.yaml", "--debug")
 
 
-def test_ctrl_c_is_one_line_with_exit_code_130(ablab, monkeypatch):
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_schedulers_stop_are_one_line_with_exit_code_130(ablab, monkeypatch, sign):
     from ablab.experiments import experiment
 
-    def interrupted(*words):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(experiment, "load", interrupted)
+    monkeypatch.setattr(experiment, "load", lambda *words: os.kill(os.getpid(), sign))
     ended = ablab("show", "grid.yaml")
     assert (ended.code, ended.err) == (130, "interrupted; the same command goes on from here\n")

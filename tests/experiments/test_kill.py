@@ -94,11 +94,16 @@ WORDS = ("run", "long.yaml", "--no-mlflow", "--jobs", "1", "--run-inert")
 
 def start_and_wait_for(lab, run, lines: int):
     """Start the grid; returns once `run` has logged so many lines.  And the worker's process id."""
-    process, path, until = lab.start(*WORDS), lab.store / "runs" / run.id / "metrics.jsonl", time.monotonic() + 60
+    process = lab.start(*WORDS)
+    wait_for(lab, process, run, lines)
+    return process, worker_of(process.pid)
+
+
+def wait_for(lab, process, run, lines: int) -> None:
+    path, until = lab.store / "runs" / run.id / "metrics.jsonl", time.monotonic() + 60
     while not path.exists() or path.read_bytes().count(b"\n") < lines:
         assert process.poll() is None and time.monotonic() < until, process.communicate()[1]
         time.sleep(0.005)
-    return process, worker_of(process.pid)
 
 
 def worker_of(runner: int) -> int:
@@ -123,24 +128,31 @@ def test_signals_to_the_runner_the_worker_and_both_lose_nothing(grid):
     lab, (a, b) = grid
     record = Record(lab.store / "runs" / a.id)
 
-    process, worker = start_and_wait_for(lab, a, 40)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    first, worker = start_and_wait_for(lab, a, 40)
+    second = lab.start(*WORDS, "--only", "A")
+    said = [second.stderr.readline(), second.stderr.readline()]
+    assert f"another process holds run {a.id}; waiting for it" in said[1], said
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
     assert record.result() is None
+    wait_for(lab, second, a, 80)  # who waited takes over
 
-    process, worker = start_and_wait_for(lab, a, 80)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    worker = worker_of(second.pid)
+    os.kill(second.pid, signal.SIGKILL)
+    second.wait()
     began = time.monotonic()
     while alive(worker):  # nobody tells it, it must notice
         assert time.monotonic() < began + 5
         time.sleep(0.02)
 
+    newest = max((record.folder / "checkpoints").glob("step-*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-1])
     process, worker = start_and_wait_for(lab, a, 120)
     os.kill(process.pid, signal.SIGINT)
     began = time.monotonic()
     out, err = process.communicate()
     assert process.returncode == 130 and time.monotonic() - began < 5 and "interrupted" in err and "Traceback" not in err
+    assert f"A, seed 0: checkpoint {newest} is damaged (its checksum differs); set aside" in err
     assert not alive(worker) and record.result() is None
 
     process, worker = start_and_wait_for(lab, a, 160)

@@ -114,6 +114,12 @@ def test_seeds_added_later_extend_the_plan_and_the_report(lab, first, ablab):
     assert len(json.loads((lab.store / "experiments" / "grid.json").read_text())["rows"]) == 12
 
 
+def test_a_report_can_be_asked_for_later_by_name_or_by_file(lab, first, ablab):
+    by_name, by_file = ablab("report", "grid", "--json").json, ablab("report", "grid.yaml", "--json").json
+    assert by_name == by_file and [effect["cell"] for effect in by_name["effects"]] == CELLS
+    assert "grid" in ablab("report", "grad").err and "experiment 'grid@optim.lr=0.5' has no runs" in ablab("report", "grid.yaml", "optim.lr=0.5").err
+
+
 def test_an_override_is_an_experiment_of_its_own_and_shares_what_is_equal(lab, first):
     ended = lab.run("run", "grid.yaml", "with.qk_norm.scale=2.0", "--seeds", "0", "--no-mlflow", "--jobs", "1", "--json")
     assert ended.code == 0 and ended.json["experiment"] == "grid@with.qk_norm.scale=2.0"
