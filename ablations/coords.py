@@ -4,9 +4,9 @@ A few optimizer steps on one batch at a deliberately high learning rate, at seve
 
     change(width) = rms(activation after the steps - activation at init),   slope = d log2(change) / d log2(width)
 
-Under a maximal update parametrization every slope is near 0; under the standard one they are not, and a check that
-cannot fail there shows nothing.  Heads grow in number, never in size.  Flat slopes are necessary, not sufficient, for a
-learning rate that transfers.  Yang & Hu, arXiv:2011.14522, app. D; Yang et al., arXiv:2203.03466, app. D.1.
+Under a maximal update parametrization every slope is near 0.  Under the standard one it is not, and a check that
+cannot fail there shows nothing.  Flat slopes are necessary, not sufficient, for a learning rate that transfers.
+Yang & Hu, arXiv:2011.14522; Yang et al., arXiv:2203.03466, app. D.1.
 """
 
 import math
@@ -26,16 +26,15 @@ from ablab.core.optimizer import Optimizer
 from ablab.core.recipe import Budget, Recipe, check
 from ablab.core.schedule import Constant
 
-FLAT = 0.15  # a slope within +-FLAT passes
 CHANGES = ("attention out", "feed-forward up", "feed-forward out", "residual", "logits")  # each must be flat
-START, PEAK = "logits at init", "max attention logit"  # reported, not judged: their own size, not a change
-STARTS = {"mup": -0.5, "standard": 0.0}  # expected slope of START for a readout drawn at init
-WIDTHS, SEEDS, STEPS = 4, 3, 5  # the fewest that a slope is read from
+FLAT = 0.15  # |slope| that still passes
+START, PEAK = "logits at init", "max attention logit"  # their own size, not a change; reported, not judged
+FEWEST = {"widths": 4, "seeds": 3, "steps": 5}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number: the rms change of a tensor since init, over all layers, rows and tokens (START and PEAK: its size)."""
+    """RMS change since init of one tensor, over all layers, rows, tokens and channels (START, PEAK: its own size)."""
 
     width: int
     seed: int
@@ -47,43 +46,41 @@ class Row:
 def coordinates(
     recipe: Recipe, widths: Sequence[int], seeds: Sequence[int], steps: int, lr: float, device: str = "cpu", batch: Tensor | None = None
 ) -> list[Row]:
-    """Train the recipe at every width from every seed.  batch: int [B, T+1]; None: `tokens(recipe)`.
+    """Train the recipe at every width from every seed, always on the same batch: int [B, T+1]; None: `tokens(recipe)`.
 
-    optim.lr becomes `lr` at every step: no warm-up, no decay of the rate.  Raises UserError for too few widths, seeds or
-    steps to read a slope from, and for a width that is not a whole number of heads.
+    optim.lr is `lr` at every step, without warm-up; heads grow in number, not in size.  Raises UserError for too few
+    widths, seeds or steps to read a slope from, and for a width that is not a whole number of heads.
     """
-    for name, given, least in (("widths", len(set(widths)), WIDTHS), ("seeds", len(set(seeds)), SEEDS), ("steps", steps, STEPS)):
-        if given < least:
-            raise UserError(f"the coordinate check needs at least {least} {name}, not {given}; fewer tell no slope from noise")
-    block = tokens(recipe) if batch is None else batch
-    budget, optim = Budget(steps * recipe.tokens_per_step), replace(recipe.optim, lr=lr)
-    steady = replace(recipe, schedule=Constant(), budget=budget, optim=optim)
+    given = {"widths": len(set(widths)), "seeds": len(set(seeds)), "steps": steps}
+    for name, least in FEWEST.items():
+        if given[name] < least:
+            raise UserError(f"the coordinate check needs at least {least} {name}, not {given[name]}; fewer cannot tell a slope from noise")
+    steady = replace(recipe, schedule=Constant(), budget=Budget(steps * recipe.tokens_per_step), optim=replace(recipe.optim, lr=lr))
     sized = [check(replace(steady, model=replace(recipe.model, width=width))) for width in sorted(set(widths))]
-    return [row for one in sized for seed in seeds for row in _train(replace(one, seed=seed), steps, block.to(device))]
+    block = (tokens(recipe) if batch is None else batch).to(device)
+    return [row for one in sized for seed in sorted(set(seeds)) for row in _train(replace(one, seed=seed), steps, block)]
 
 
 def tokens(recipe: Recipe, seed: int = 0) -> Tensor:
-    """A batch of random tokens whose frequencies fall as 1/rank, like those of words: int64 [B, T+1]."""
+    """A batch of random tokens whose frequencies fall as 1/rank, as those of words do: int64 [B, T+1]."""
     odds = 1 / torch.arange(1, recipe.data.vocab + 1, dtype=torch.float64)
-    drawn = torch.multinomial(odds, recipe.data.batch * (recipe.data.context + 1), True, generator=generator(seed, "coords"))
-    return drawn.view(recipe.data.batch, -1)
+    count = recipe.data.batch * (recipe.data.context + 1)
+    return torch.multinomial(odds, count, replacement=True, generator=generator(seed, "coords")).view(recipe.data.batch, -1)
 
 
 def _train(recipe: Recipe, steps: int, block: Tensor) -> Iterator[Row]:
     model = Transformer(recipe)
     initialise(model, recipe)
     optimizer, objective = Optimizer(model.to(block.device), recipe), objective_of(recipe.objective)
-    seen, inputs, targets = _listen(model), block[:, :-1], block[:, 1:]
+    inputs, targets, seen = block[:, :-1], block[:, 1:], _listen(model)
+    start = {}
     for step in range(steps + 1):
         loss, _ = objective(model(inputs), targets)
         now = {name: torch.stack(seen.pop(name)).float() for name in list(seen)}
-        if step == 0:
-            start = now
-            yield Row(recipe.model.width, recipe.seed, 0, START, _rms(now["logits"]))
-        for name in CHANGES if step else ():
-            yield Row(recipe.model.width, recipe.seed, step, name, _rms(now[name] - start[name]))
-        yield Row(recipe.model.width, recipe.seed, step, PEAK, now[PEAK].max().item())
-        yield Row(recipe.model.width, recipe.seed, step, "loss", loss.item()/targets.numel())
+        start = start or now
+        sizes = {name: _rms(now[name] - start[name]) for name in CHANGES} if step else {START: _rms(now["logits"])}
+        for name, size in (sizes | {PEAK: now[PEAK].max().item()}).items():
+            yield Row(recipe.model.width, recipe.seed, step, name, size)
         if step < steps:
             (loss / targets.numel()).backward()
             optimizer.step(step + 1)
@@ -94,42 +91,53 @@ def _rms(x: Tensor) -> float:
 
 
 def _listen(model: Transformer) -> dict[str, list[Tensor]]:
-    """Hook the model: each forward pass leaves the activations of every layer in the dict that is returned."""
+    """Hook the model: each forward pass leaves the activations of all layers in the dict that is returned."""
     seen: dict[str, list[Tensor]] = {}
 
-    def keep(name: str, read: Callable = lambda x: x) -> Callable:
-        return lambda module, inputs, output=None: seen.setdefault(name, []).append(read(inputs[0] if output is None else output).detach())
+    def keep(name: str, value: Tensor) -> None:
+        seen.setdefault(name, []).append(value.detach())
+
+    def into(module: torch.nn.Module, name: str) -> None:
+        module.register_forward_pre_hook(lambda _, inputs: keep(name, inputs[0]))
+
+    def out_of(module: torch.nn.Module, name: str, read: Callable = lambda output: output) -> None:
+        module.register_forward_hook(lambda _, inputs, output: keep(name, read(output)))
 
     for block in model.blocks:
-        down = [module for module in block.ffn.inner.modules() if isinstance(module, LinearMap)][-1]
-        block.attention.out.register_forward_hook(keep("attention out"))
-        block.attention.position.register_forward_hook(keep(PEAK, _peak))
-        down.register_forward_pre_hook(keep("feed-forward up"))
-        block.ffn.inner.register_forward_hook(keep("feed-forward out"))
-    model.norm.register_forward_pre_hook(keep("residual"))
-    model.register_forward_hook(keep("logits"))
+        out_of(block.attention.position, PEAK, _peak)
+        out_of(block.attention, "attention out", lambda output: output[0])
+        into([module for module in block.ffn.inner.modules() if isinstance(module, LinearMap)][-1], "feed-forward up")
+        out_of(block.ffn, "feed-forward out")
+    into(model.norm, "residual")
+    out_of(model, "logits")
     return seen
 
 
 def _peak(qk: tuple[Tensor, Tensor]) -> Tensor:
-    """max |q k| / sqrt(D) over all heads and the pairs that attention sees.  q: [B,T,H,D], k: [B,T,KV,D]."""
+    """max |q.k| / sqrt(D) over heads and the pairs that attention sees.  q: [B,T,H,D], k: [B,T,KV,D] -> 0-D."""
     q, k = qk[0].float(), qk[1].float()
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    return (torch.einsum("bihd,bjhd->bhij", q, k).tril() / q.shape[-1] ** 0.5).abs().max()
+    return torch.einsum("bihd,bjhd->bhij", q, k).tril().abs().max() / q.shape[-1] ** 0.5
 
 
 def slopes(rows: Iterable[Row]) -> dict[str, float]:
     """Tensor -> least-squares slope of log2(change at its last step, averaged over seeds) on log2(width).
 
-    inf where a change was zero or not finite.
+    nan where a change is zero (the logits of a zero readout at init) or not finite.
     """
-    last: dict[str, dict[int, list[float]]] = {}
-    rows = list(rows)
+    sizes: dict[str, dict[int, dict[int, list[float]]]] = {}
     for row in rows:
-        if row.step == max(r.step for r in rows if r.tensor == row.tensor):
-            last.setdefault(row.tensor, {}).setdefault(row.width, []).append(row.change)
-    out = {}
-    for tensor, by_width in last.items():
-        means = np.array([np.mean(c) for c in by_width.values()])
-        out[tensor] = float(np.polyfit(np.log2(list(by_width)), np.log2(means), 1)[0]) if np.isfinite(means).all() and (means > 0).all() else math.inf
-    return out
+        sizes.setdefault(row.tensor, {}).setdefault(row.step, {}).setdefault(row.width, []).append(row.change)
+    return {tensor: _slope(steps[max(steps)]) for tensor, steps in sizes.items()}
+
+
+def _slope(by_width: dict[int, list[float]]) -> float:
+    means = np.array([np.mean(changes) for changes in by_width.values()])
+    if not (np.isfinite(means) & (means > 0)).all():
+        return math.nan
+    return float(np.polyfit(np.log2(list(by_width)), np.log2(means), 1)[0])
+
+
+def failing(found: dict[str, float]) -> list[str]:
+    """The tensors whose change is not flat, the steepest first."""
+    return sorted((name for name in CHANGES if not abs(found[name]) <= FLAT), key=lambda name: -abs(found[name]))

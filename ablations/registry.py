@@ -28,7 +28,7 @@ def discover(plugins: Iterable[str | Path] = ()) -> dict[str, type[Intervention]
 
 
 def _import_file(path: Path) -> None:
-    name = "ablab_plugins." + "_".join(path.with_suffix("").parts[1:])
+    name = f"ablab_plugins.{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"
     if name in sys.modules:
         return
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]

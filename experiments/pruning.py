@@ -76,4 +76,5 @@ def check(pruner: str, seeds: list[int]) -> None:
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"study.seeds={seeds} must name at least one seed, and each once")
     if pruner != "none" and len(seeds) > 1:
-        raise UserError(f"study.pruner={pruner} works with one selection seed, not {len(seeds)}: a pruned seed has no mean; drop the pruner or keep one of study.seeds")
+        cure = "a pruned seed has no mean; drop the pruner or keep one of study.seeds"
+        raise UserError(f"study.pruner={pruner} works with one selection seed, not {len(seeds)}: {cure}")

@@ -264,7 +264,8 @@ def importance(axes: list[Axis], better: str, trials: list[Any]) -> dict[str, fl
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     spaces = {axis.path: axis.distribution() for axis in axes}
-    inside = [one for one in trials if one.value is not None and all(spaces[path]._contains(spaces[path].to_internal_repr(one.params[path])) for path in spaces)]
+    within = lambda one: all(space._contains(space.to_internal_repr(one.params[path])) for path, space in spaces.items())  # noqa: E731
+    inside = [one for one in trials if one.value is not None and within(one)]
     if len(inside) < 4 or len(axes) < 2:
         return {}
     shares = get_param_importances(remembered(axes, better, inside)[0], evaluator=PedAnovaImportanceEvaluator())

@@ -129,6 +129,7 @@ def test_signals_to_the_runner_the_worker_and_both_lose_nothing(grid):
     record = Record(lab.store / "runs" / a.id)
 
     first, worker = start_and_wait_for(lab, a, 40)
+    os.kill(worker, signal.SIGSTOP)  # it holds its run, and no longer gets on
     second = lab.start(*WORDS, "--only", "A")
     said = [second.stderr.readline(), second.stderr.readline()]
     assert f"another process holds run {a.id}; waiting for it" in said[1], said
