@@ -72,7 +72,8 @@ def treatment_of(listed: Iterable[str | Mapping[str, Any]], path: str = "with") 
     for item in listed:
         name, dose = next(iter(item.items())) if isinstance(item, Mapping) and len(item) == 1 else (item, {})
         if not isinstance(name, str) or name not in REGISTRY:
-            raise UserError(f"unknown intervention {name!r}. {near(name, REGISTRY)}Registered: {', '.join(sorted(REGISTRY))}; one of your own needs --plugins FOLDER")
+            known = ", ".join(sorted(REGISTRY))
+            raise UserError(f"unknown intervention {name!r}. {near(name, REGISTRY)}Registered: {known}; one of your own needs --plugins FOLDER")
         if name in treatment:
             raise UserError(f"{path} names {name!r} twice; keep one")
         treatment[name] = parse(REGISTRY[name], dose or {}, f"{path}.{name}")
@@ -115,5 +116,3 @@ def dependents(name: str, treatment: Treatment) -> list[str]:
     for one in gone:
         gone += [other for other in treatment if one in treatment[other].about.requires and other not in gone]
     return gone
-
-

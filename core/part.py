@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
@@ -114,9 +115,9 @@ def _parse_dataclass(cls: type, plain: Any, path: str) -> Any:
         if key not in types:
             raise UserError(f"unknown key {join(path, key)!r}. {near(key, types)}Known here: {', '.join(types) or 'nothing'}")
     missing = [
-        field.name for field in dataclasses.fields(cls)
-        if field.init and field.name not in plain
-        and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.init and field.name not in plain and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise UserError(f"{join(path, missing[0])} is missing; give it a value")
@@ -130,10 +131,8 @@ def join(path: str, key: str) -> str:
 def _parse_leaf(hint: Any, plain: Any, path: str) -> Any:
     given = plain
     if isinstance(plain, str) and not _wants_text(hint):
-        try:
+        with suppress(ValueError):
             plain = float(plain) if not plain.lstrip("+-").isdigit() else int(plain)  # YAML 1.1 reads 1e-3 as a word
-        except ValueError:
-            pass
     if isinstance(plain, float) and plain.is_integer() and _wants_int(hint):
         plain = int(plain)  # 1.0e+8 tokens is how people write a budget
     try:

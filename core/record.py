@@ -6,6 +6,8 @@
                   pace.jsonl      {"step", "seconds", "tokens_per_second"}: what depends on the clock
                   result.json     status and final numbers; written once, in one step, at the end
     STORE/experiments/NAME.json   the plan: which cells an experiment wants, and which run answers each
+
+Every file is whole at every instant, or a log whose last line may be torn: a reader may look at any time.
 """
 
 import os

@@ -48,10 +48,11 @@ def overhead() -> list[Row]:
     """Everything that is paid beside the training itself."""
     with tempfile.TemporaryDirectory() as folder:
         store, experiment = _grid(Path(folder))
+        dry = ("run", "quickstart", "--seeds", f"0-{SEEDS - 1}", "--dry-run", "--store", folder)
         return [
             Row("ablab --help", _command("--help"), "s", 0.4),
             Row("ablab list", _command("list"), "s", 0.4),
-            Row(f"dry run of {12 * SEEDS:,} runs", _command("run", "quickstart", "--seeds", f"0-{SEEDS - 1}", "--dry-run", "--store", folder, times=3), "s", 3.0),
+            Row(f"dry run of {12 * SEEDS:,} runs", _command(*dry, times=3), "s", 3.0),
             Row(f"resume check of {12 * SEEDS:,} finished runs", _resume_check(store, experiment), "s", 3.0),
             Row(f"tracking, of a {STEP * 1000:.0f} ms step", 100 * _tracking(store) / STEP, "%", 1.0),
             Row("step on the CPU, over a plain PyTorch loop", _step_ratio(store, experiment), "x", 1.05),
@@ -67,8 +68,10 @@ def show_bench(rows: list[Row], out: Path | None) -> None:
     typer.echo(f"{'what':<{width}}  measured    target  ok")
     for row in rows:
         typer.echo(f"{row.what:<{width}}  {row.measured:>6.3f} {row.unit:<2}  {row.target:>5g} {row.unit:<2}  {'yes' if row.ok else 'NO'}")
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    typer.echo(f"{cores} cores, load {load:.1f}" + (": busy, so times in seconds are too long" if load > cores else ""))
     if out:
-        machine = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+        machine = {"machine": platform.machine(), "cores": cores, "load": load, "python": platform.python_version()}
         write_atomically(out, json.dumps(machine | {"rows": [asdict(row) | {"ok": row.ok} for row in rows]}, indent=1).encode())
 
 
@@ -159,7 +162,7 @@ def _step_ratio(store: Store, experiment: Experiment) -> float:
         norm = trainer.advance()
         if trainer.step % LOG_EVERY == 0:
             scalars = {"train/loss": trainer.close_window(), "train/grad_norm": norm.item()}
-            record.log(trainer.step, scalars, {"seconds": trainer.seconds})
+            record.log(trainer.step, scalars, {"seconds": time.perf_counter()})
 
     times: dict[Any, list[float]] = {ours: [], plain.step: []}
     for step in [ours, plain.step] + [ours, plain.step, plain.step, ours] * ROUNDS:

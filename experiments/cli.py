@@ -11,7 +11,7 @@ import typer
 
 from ablab.core.errors import UserError
 from ablab.core.record import Store, store_root
-from ablab.experiments import data_cli
+from ablab.experiments import check_cli, data_cli
 
 INTERRUPTED = 130
 EXITS = """Exit codes: 0 done (a run that diverged is done); 1 runs failed, or ablab broke; 2 the request cannot be met as asked;
@@ -22,6 +22,7 @@ app = typer.Typer(
     help="Ablations for people who pre-train small language models.",
 )  # fmt: skip
 app.add_typer(data_cli.app, name="data")
+app.add_typer(check_cli.app, name="check")
 new = typer.Typer(no_args_is_help=True, help="Write a new file from a template.")
 app.add_typer(new, name="new")
 
@@ -160,9 +161,7 @@ def sync(names: Annotated[list[str] | None, typer.Argument(help="experiments [al
 
 
 @app.command()
-def ui(
-    host: Annotated[str, typer.Option()] = "127.0.0.1", port: Annotated[int, typer.Option(min=1, max=65535)] = 5000, store: Where = None
-) -> None:
+def ui(host: Annotated[str, typer.Option()] = "127.0.0.1", port: Annotated[int, typer.Option(min=1, max=65535)] = 5000, store: Where = None) -> None:
     """The MLflow UI over the local store."""
     from ablab.experiments.ui import serve
 
@@ -193,7 +192,8 @@ def new_intervention(
 
     discover()
     path = write(name, folder)
-    typer.echo(f"wrote {path}\nsee it:  ablab list --plugins {folder}\ntest it: pytest tests/contracts --plugins {folder.absolute()} -k {name}   (in a checkout of ablab)")
+    typer.echo(f"wrote {path}\nsee it:  ablab list --plugins {folder}")
+    typer.echo(f"test it: pytest tests/contracts --plugins {folder.absolute()} -k {name}   (in a checkout of ablab)")
 
 
 # -- what the commands share -------------------------------------------------------------------------------------------

@@ -86,8 +86,9 @@ def test_show_counts_parameters_as_the_model_has_them(ablab, build):
 def test_an_override_of_a_dose_reaches_the_cells_that_have_it(ablab):
     changed = ablab("show", "doses.yaml", "with.gating.per=elementwise", "--diff", "- gating").out
     assert "# doses@with.gating.per=elementwise" in changed and "gating.per: absent -> elementwise" in changed
-    assert ablab("show", "doses.yaml", "with.gating.per=elementwise", "--cell", "- gating").out.splitlines()[2:] == (
-        ablab("show", "doses.yaml", "--cell", "- gating").out.splitlines()[2:]
+    assert (
+        ablab("show", "doses.yaml", "with.gating.per=elementwise", "--cell", "- gating").out.splitlines()[2:]
+        == (ablab("show", "doses.yaml", "--cell", "- gating").out.splitlines()[2:])
     )
 
 

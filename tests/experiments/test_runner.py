@@ -1,6 +1,9 @@
 """The runner, through the command line: what a grid leaves behind, and what a second call adds to it."""
 
 import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import get_args, get_type_hints
 
@@ -90,6 +93,15 @@ def test_asked_twice_it_trains_nothing_and_says_so(lab, first, ablab):
     assert ended.code == 0 and "8 runs: 8 done already, nothing to train" in ended.err and "val/loss" not in ended.err
     assert {name: stat for name, stat in lab.files().items() if name.startswith("runs/")} == before
     assert ended.out == first.out
+
+
+def test_asked_twice_it_loads_no_torch_and_starts_no_process(lab, first):
+    code = (
+        "import sys, multiprocessing.process as m; from ablab.experiments import cli; sys.argv = ['ablab', 'run', 'grid.yaml', '--no-mlflow', '--json']\n"
+        "try: cli.main()\nfinally: print({'torch', 'mlflow'} & set(sys.modules), m.active_children(), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=lab.root, env=os.environ | {"ABLAB_STORE": str(lab.store)}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "set() []\n" and json.loads(done.stdout)["outcome"]["trained"] == []
 
 
 def test_another_number_of_workers_gives_the_same_bits(lab, first, new_lab):

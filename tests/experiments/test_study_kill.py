@@ -102,7 +102,7 @@ def test_a_verdict_that_comes_too_late_for_a_run_changes_no_trial(tmp_path, monk
     late, _, _ = valley.tune(tmp_path / "late", block)
     shorn = lambda trials: [{**one, "attrs": {**one["attrs"], "values": None}} for one in trials]  # noqa: E731
     assert shorn(valley.content(late)) == shorn(valley.content(prompt))
-    assert {result.status for one in late.arms[0].stored for id in one.user_attrs["runs"] if (result := late.store.run(id).result())}.isdisjoint({"pruned"})
+    assert {result.status for one in late.arms[0].stored for id in one.user_attrs["told"]["runs"] if (result := late.store.run(id).result())}.isdisjoint({"pruned"})
 
 
 def test_a_second_coordinator_is_refused_while_the_first_runs(tmp_path):

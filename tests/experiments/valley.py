@@ -109,7 +109,7 @@ def content(held) -> list[dict]:
     """All that a study's storage says of its trials, in order; without the clock."""
     return [
         {"arm": arm.name, "number": one.number, "state": one.state.name, "params": one.params, "value": one.value, "curve": one.intermediate_values,
-         "attrs": {key: value for key, value in one.user_attrs.items() if key != "seconds"}}
+         "attrs": {"state": one.user_attrs["state"]} | {key: value for key, value in one.user_attrs["told"].items() if key != "seconds"}}
         for arm in held.arms for one in arm.stored
     ]  # fmt: skip
 
