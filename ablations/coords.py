@@ -7,6 +7,11 @@ A few optimizer steps on one batch at a deliberately high learning rate, at seve
 Under a maximal update parametrization every slope is near 0.  Under the standard one it is not, and a check that
 cannot fail there shows nothing.  Flat slopes are necessary, not sufficient, for a learning rate that transfers.
 Yang & Hu, arXiv:2011.14522; Yang et al., arXiv:2203.03466, app. D.1.
+
+The readout decides whether the rule shows at small widths.  A random one starts with logits of size m^-1/2, and features
+that move at all replace them by others of that size: a change that shrinks although nothing is wrong.  Widths 64-512, lr
+0.02: slope of the logits -0.07 under AdamW at a quarter of the smallest width as base, -0.23 under Muon, whose features
+move further; from a zero readout +0.01 and -0.02.  Seeds differ by 0.01 to 0.02.
 """
 
 import math

@@ -63,12 +63,12 @@ def draw(check: dict[str, Any], path: Path) -> Path:
             for axes, tensor in zip(line, tensors, strict=True):
                 colour = NEUTRAL if tensor in check["reported"] else PASS if flat(arm["slopes"][tensor], check) else FAIL
                 _panel(axes, rows[rows.tensor == tensor], colour, check["flat"] if tensor in check["judged"] else 0.0)
-                axes.set_title(f"{tensor}\n", color=INK)
+                axes.set_title(f"\n\n{tensor}\n", color=INK)  # room for the arm's name above and the slope below
                 axes.annotate(said(arm["slopes"][tensor]), (0, 1), (0, 5), "axes fraction", "offset points", color=colour, weight="bold")
             _name(line[0], arm)
         _axes(grid, check)
         figure.supxlabel(_key(check), x=0.01, ha="left", fontsize=8, color=NEUTRAL)
-        figure.get_layout_engine().set(hspace=0.09, wspace=0.03)
+        figure.get_layout_engine().set(hspace=0.05, wspace=0.03)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
@@ -96,9 +96,9 @@ def _panel(axes, rows: pd.DataFrame, colour: str, slack: float) -> None:
 
 def _name(axes, arm: dict[str, Any]) -> None:
     """The arm and its verdict, above the arm's first panel."""
-    place = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False, "weight": "bold", "fontsize": 11}
-    name = axes.annotate(arm["name"], (0, 1), (0, 36), color=INK, **place)
-    axes.annotate(f"  {verdict(arm)}", (1, 0), xycoords=name, color=FAIL if arm["failing"] else PASS, weight="bold", fontsize=11, va="bottom")
+    place = {"annotation_clip": False, "in_layout": False, "weight": "bold", "fontsize": 11, "va": "bottom"}
+    name = axes.annotate(arm["name"], (0, 1), (0, 33), "axes fraction", "offset points", color=INK, **place)
+    axes.annotate(f"  {verdict(arm)}", (1, 0), xycoords=name, color=FAIL if arm["failing"] else PASS, **place)
 
 
 def _axes(grid, check: dict[str, Any]) -> None:
@@ -120,7 +120,9 @@ def _axes(grid, check: dict[str, Any]) -> None:
 
 
 def _key(check: dict[str, Any]) -> str:
+    slack = f"\N{PLUS-MINUS SIGN}{check['flat']:g}"
     return (
-        f"against model width; lines: after optimizer step 1 (light) to {check['steps']} (dark) at lr {check['lr']:g}, mean over {len(check['seeds'])} seeds; dots: the seeds after the last step\n"
-        f"coloured: rms change since init, and its slope in log-log; grey fan: slopes within \N{PLUS-MINUS SIGN}{check['flat']:g} pass; grey lines: own size, not judged"
+        f"against model width; lines: after optimizer step 1 (light) to {check['steps']} (dark) at lr {check['lr']:g}, "
+        f"mean over {len(check['seeds'])} seeds; dots: the seeds after the last step\n"
+        f"coloured: rms change since init, and its slope in log-log; grey fan: slopes within {slack} pass; grey lines: own size, not judged"
     )

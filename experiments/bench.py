@@ -68,10 +68,10 @@ def show_bench(rows: list[Row], out: Path | None) -> None:
     typer.echo(f"{'what':<{width}}  measured    target  ok")
     for row in rows:
         typer.echo(f"{row.what:<{width}}  {row.measured:>6.3f} {row.unit:<2}  {row.target:>5g} {row.unit:<2}  {'yes' if row.ok else 'NO'}")
-    load, cores = os.getloadavg()[0], os.cpu_count()
-    typer.echo(f"{cores} cores, load {load:.1f}" + (": busy, so times in seconds are too long" if load > cores else ""))
+    busy, cores = os.getloadavg()[0], os.cpu_count()
+    typer.echo(f"{cores} cores, load {busy:.1f}" + (": busy, so times in seconds are too long" if busy > cores else ""))
     if out:
-        machine = {"machine": platform.machine(), "cores": cores, "load": load, "python": platform.python_version()}
+        machine = {"machine": platform.machine(), "cores": cores, "load": busy, "python": platform.python_version()}
         write_atomically(out, json.dumps(machine | {"rows": [asdict(row) | {"ok": row.ok} for row in rows]}, indent=1).encode())
 
 

@@ -19,11 +19,13 @@ SMALL = {  # one batch of 512 tokens; the feed-forward is 8/3 widths to within 3
 }  # fmt: skip
 STANDARD = "standard"  # the control: where it passes, the check cannot fail and shows nothing
 ARMS = {"mup": "mup"}
-MORE = {  # a zero readout, because Muon's features move so far that a random one shows its own m^-1/2 (ablations/coords.py)
+# Zero readouts, because Muon's features move so far that a random one shows its own m^-1/2 (ablations/coords.py).  Matrices
+# at 10 lr: at the 3.36 of IMU-1 the embedding still moves the most, and an rms rate wrong by m^-1/2 passed (-0.08; at 10 -0.31).
+MORE = {
     "mup, zero readout": "{mup: {readout: zero}}",
-    "mup, spectral muon": "{mup: {readout: zero}}, {muon: {scale: spectral}}",
-    "mup, keller muon": "{mup: {readout: zero}}, {muon: {scale: keller}}",
-    "mup, rms muon": "{mup: {readout: zero}}, {muon: {scale: rms}}",
+    "mup, spectral muon": "{mup: {readout: zero}}, {muon: {scale: spectral, lr: 10}}",
+    "mup, keller muon": "{mup: {readout: zero}}, {muon: {scale: keller, lr: 10}}",
+    "mup, rms muon": "{mup: {readout: zero}}, {muon: {scale: rms, lr: 10}}",
 }
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="path=value of the small recipe, such as 'model.attention.on_qk=[qk_norm]'")]

@@ -1,5 +1,6 @@
 """The command line.  Heavy imports stay inside the commands: `ablab --help` and `ablab list` load neither torch nor mlflow."""
 
+import errno
 import json
 import re
 import signal
@@ -265,8 +266,9 @@ def _explained(fault: Exception) -> int:
         return _said(f"error: {fault}", 2)
     if hasattr(fault, "format_message"):  # typer's own complaint about the words given; empty beside the help
         return _said(f"error: {fault.format_message()}", 2) if fault.format_message() else 2
-    if isinstance(fault, OSError) and fault.filename:
-        return _said(f"error: cannot use {fault.filename}: {fault.strerror}; free space or permission there, or choose another folder", 2)
+    if isinstance(fault, OSError) and (fault.filename or fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        where = fault.filename or "the disk"
+        return _said(f"error: cannot use {where}: {fault.strerror}; free space or permission there, or choose another folder with --store", 2)
     return _said(f"error: {type(fault).__name__}: {fault} (--debug shows where)", 1)
 
 

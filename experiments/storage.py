@@ -7,6 +7,7 @@ from ablab.core.errors import UserError
 from ablab.experiments.search import direction
 
 FACTS = "ablab"  # the user attribute in which a study keeps what it was made with
+STALE_SECONDS = 5  # a journal's lock outlives a killed process; a write takes milliseconds, and Optuna would wait 30 s
 
 
 def open_storage(url: str) -> Any:
@@ -17,9 +18,10 @@ def open_storage(url: str) -> Any:
     patience = {"sqlite": {"timeout": 60}, "postgresql": {"connect_timeout": 10}}  # seconds: a writer beside us, a host that does not answer
     try:
         if url.startswith("journal:"):
-            from optuna.storages.journal import JournalFileBackend
+            from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-            return optuna.storages.JournalStorage(JournalFileBackend(url.removeprefix("journal:")))
+            path = url.removeprefix("journal:")
+            return optuna.storages.JournalStorage(JournalFileBackend(path, JournalFileSymlinkLock(path, grace_period=STALE_SECONDS)))
         return optuna.storages.RDBStorage(url, {"connect_args": patience.get(re.split(r"[:+]", url)[0], {})})
     except Exception as cause:
         line = hide(" ".join(str(cause).split("(Background on")[0].split())[:200])

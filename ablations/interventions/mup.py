@@ -10,8 +10,9 @@ With m = width / base_width and L = layers / base_layers, every factor is 1 at t
 
 Heads grow in number, not in size, so attention keeps 1/sqrt(head_dim).  A decay of 1/LR keeps lr * decay constant;
 `decay_width` e makes it fall as m^-e (nanochat fits 2).  Readout `multiplier` keeps init and LR of the base and divides
-the logits by m; tied heads always do.  Gains keep their learning rate at every depth.  Readout `zero` starts at 0: no logits of size m^-1/2 for training to undo.
-depth: `sqrt` a = 1/2, `complete` a = 1 (CompleteP), hidden LR times L^(a-1).
+the logits by m; tied heads always do.  Readout `zero` starts at 0: no logits of size m^-1/2 for training to undo.
+depth: `sqrt` a = 1/2, `complete` a = 1 (CompleteP), hidden LR times L^(a-1); gains keep their learning rate at every depth.
+Measured by `ablab check coords`; gates that read all channels count as hidden.
 """
 
 from dataclasses import replace
@@ -42,7 +43,7 @@ class MuP(Part):
     alpha_in: Positive = 1.0
     alpha_out: Positive = 1.0
     readout: Literal["init", "multiplier", "zero"] = "init"
-    adam_lr: float = 1.0  # hidden Adam LR falls as m^-adam_lr
+    adam_lr: float = 1.0  # Adam LR of hidden matrices and readout falls as m^-adam_lr
     rms_lr: float = 0.5  # Muon LR under the rms scale falls as m^-rms_lr (1.0: arXiv:2505.02222)
     decay_width: float = 0.0
     depth: Literal["none", "sqrt", "complete"] = "none"

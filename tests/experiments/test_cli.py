@@ -1,5 +1,6 @@
 """The command line: what each command prints, how it ends, and what it does not load."""
 
+import errno
 import json
 import os
 import signal
@@ -113,14 +114,22 @@ def test_a_dry_run_counts_a_run_that_two_cells_share_once(lab, ablab):
     (lab.store / "runs" / rows[0]["run"] / "result.json").unlink()
 
 
-@pytest.mark.parametrize("only, cells", [
-    (["full"], {"full"}), (["qk_norm"], {"- qk_norm"}), (["- *"], {"- qk_norm", "- value_residual"}), (["!base"], {"full", "- qk_norm", "- value_residual"}),
-    (["- *", "!*residual"], {"- qk_norm"}), (["full", "base"], {"full", "base"}), (["!full", "!base", "!qk_norm"], {"- value_residual"}),
-], ids=str)  # fmt: skip
-def test_only_takes_names_words_patterns_and_their_negations(ablab, only, cells):
-    words = [word for pattern in only for word in ("--only", pattern)]
+ONLY = {  # patterns, comma-separated -> cells
+    "full": {"full"},
+    "qk_norm": {"- qk_norm"},
+    "- *": {"- qk_norm", "- value_residual"},
+    "!base": {"full", "- qk_norm", "- value_residual"},
+    "- *,!*residual": {"- qk_norm"},
+    "full,base": {"full", "base"},
+    "!full,!base,!qk_norm": {"- value_residual"},
+}
+
+
+@pytest.mark.parametrize("patterns", ONLY)
+def test_only_takes_names_words_patterns_and_their_negations(ablab, patterns):
+    words = [word for pattern in patterns.split(",") for word in ("--only", pattern)]
     found = ablab("run", "grid.yaml", "--dry-run", "--json", *words).json
-    assert {row["cell"] for row in found["rows"]} == cells and found["runs"] == 2 * len(cells)
+    assert {row["cell"] for row in found["rows"]} == ONLY[patterns] and found["runs"] == 2 * len(ONLY[patterns])
 
 
 @pytest.mark.parametrize("seeds, expected", [("0", [0]), ("2-4", [2, 3, 4]), ("7,1", [7, 1]), ("0-1,5,1", [0, 1, 5]), (" 3 , 4 ", [3, 4])])
@@ -150,6 +159,18 @@ def test_a_bug_is_one_line_with_exit_code_1_and_debug_shows_where(lab, ablab, mo
     assert (ended.code, ended.err) == (1, "error: KeyError: 'a bug' (--debug shows where)\n")
     with pytest.raises(KeyError):
         ablab("show", "grid.yaml", "--debug")
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), PermissionError(errno.EACCES, "Permission denied", "/a/file")])
+def test_a_disk_that_refuses_anywhere_is_one_line_with_exit_code_2(ablab, monkeypatch, fault):
+    from ablab.experiments import experiment
+
+    def refuse(*words):
+        raise fault
+
+    monkeypatch.setattr(experiment, "load", refuse)
+    ended = ablab("show", "grid.yaml")
+    assert ended.code == 2 and ended.err.startswith(f"error: cannot use {fault.filename or 'the disk'}: {fault.strerror}; free space")
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])

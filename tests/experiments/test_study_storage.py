@@ -48,7 +48,8 @@ class Postgres:
         self.url = f"postgresql+psycopg2://ablab:se%3Acret@127.0.0.1:{self.port}/postgres"
 
     def _call(self, name: str, *words) -> None:
-        done = subprocess.run([f"{BINARIES}/{name}", *map(str, words)], cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **self.user)
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run([f"{BINARIES}/{name}", *map(str, words)], cwd="/", **pipes, **self.user)
         assert done.returncode == 0, done.stdout
 
     def stop(self) -> None:
@@ -131,6 +132,14 @@ def test_a_file_that_is_no_database_is_named_and_kept(tmp_path):
     with pytest.raises(UserError, match="notes.db cannot be opened .*not a database"):
         valley.tune(tmp_path, BLOCK, f"sqlite:///{tmp_path}/notes.db")
     assert (tmp_path / "notes.db").read_text() == "my notes\n" * 100
+
+
+def test_a_journal_whose_lock_outlived_its_process_opens_within_seconds(tmp_path):
+    valley.tune(tmp_path, BLOCK)
+    (tmp_path / "trials.journal.lock").symlink_to(tmp_path / "trials.journal")
+    began = time.monotonic()
+    assert len(valley.tune(tmp_path, BLOCK | {"trials_per_cell": 9})[1].trials) == 9
+    assert 4 < time.monotonic() - began < 25
 
 
 # -- whose study it is -------------------------------------------------------------------------------------------------

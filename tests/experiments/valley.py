@@ -1,6 +1,6 @@
 """A coordinator without training: a study whose pool answers with a formula, for tests that need hundreds of trials.
 
-    python valley.py STORE URL '{"sampler": "tpe", ...}' SECONDS     tune, SECONDS of sleep a run
+python valley.py STORE URL '{"sampler": "tpe", ...}' SECONDS     tune, SECONDS of sleep a run
 """
 
 import json
@@ -51,7 +51,7 @@ class Formula:
     seconds, trained = 0.0, []
 
     def __init__(self, experiment, store, watcher, jobs=None, plugins=()):
-        self.store, self.jobs, self.trackers = store, jobs or 1, None
+        self.experiment, self.store, self.jobs, self.trackers = experiment, store, jobs or 1, None
 
     def train(self, runs, stops=lambda run, step, scalars: False):
         order = list(runs) if self.jobs == 1 else random.Random(self.jobs).sample(list(runs), len(runs))
@@ -62,6 +62,8 @@ class Formula:
     def _train(self, run, stops):
         record, value, status = self.store.run(run.id), valley(run.recipe), status_of(run.recipe)
         record.folder.mkdir(parents=True, exist_ok=True)
+        about = {"started": 1.76e9, "params": self.experiment.params(run)}
+        (record.folder / "run.json").write_text(json.dumps(about))
         done = {int(line["step"]) for line in record.metrics()}
         for step in (5, 10, 15, 20) if status == FINISHED else (5,):
             time.sleep(self.seconds / 4)
@@ -114,8 +116,19 @@ def content(held) -> list[dict]:
     ]  # fmt: skip
 
 
+def heard(method):
+    """Say so on stdout, before and after."""
+
+    def call(*arguments):
+        print("before", flush=True)
+        method(*arguments)
+        print("after", flush=True)
+
+    return call
+
+
 if __name__ == "__main__":
     discover()
-    print("begun", flush=True)
+    Formula._train, study.Arm.tell = heard(Formula._train), heard(study.Arm.tell)
     held, record, _ = tune(Path(sys.argv[1]), json.loads(sys.argv[3]), sys.argv[2] or None, seconds=float(sys.argv[4]), **TWO_CELLS)
     print(json.dumps(content(held)))
