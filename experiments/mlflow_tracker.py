@@ -124,7 +124,7 @@ class MlflowTracker:
         run = next((twin for twin in twins if _identity(twin.data.tags) == _identity(tags)), None)
         if run is None:
             source = {"mlflow.source.name": f"ablab run {card.experiment}", "mlflow.source.type": "LOCAL"}
-            start, name = round(self._start * 1000), f"{card.cell} · seed {card.seed}"
+            start, name = round(self._start * 1000), f"{card.cell} · " + (f"trial {trial}" if (trial := tags.get("ablab.trial")) else f"seed {card.seed}")
             run = client.create_run(self.view.experiment(card.experiment), start, tags | source, name)
         elif run.info.status != "RUNNING":
             client.update_run(run.info.run_id, "RUNNING")

@@ -14,6 +14,7 @@ from typing import Any
 
 from ablab.core.errors import UserError
 from ablab.core.record import Plan, Store
+from ablab.experiments.study_view import view_of
 
 PREFIX = "ablab/"  # of our experiments' names, on a server that others use too
 ARMS = "arms"  # the saved view that averages the seeds of each cell: ...?viewStateShareKey=arms
@@ -108,8 +109,17 @@ def experiment_tags(store: Store, name: str) -> dict[str, str]:
         plan = store.read_plan(name)
     except UserError:  # a run outside any plan
         return kind
+    return kind | {
+        NOTE: plan.question,
+        "mlflow.experiment.primaryMetric.name": plan.metric,
+        f"mlflow.sharedViewState.{ARMS}": json.dumps(view_of(store, plan) if plan.design == "study" else _arms(plan)),
+    }
+
+
+def _arms(plan: Plan) -> dict[str, object]:
+    """The saved view of a grid: rows grouped by cell, best first, every seed's curve in its arm's colour."""
     columns = [f"metrics.`{plan.metric}`", "metrics.`tokens_per_second`", "tags.`ablab.status`"]
-    arms = {
+    return {
         "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "ablab.cell"}]},
         "selectedColumns": columns,
         "columnOrder": columns,
@@ -118,11 +128,6 @@ def experiment_tags(store: Store, name: str) -> dict[str, str]:
         "runsHiddenMode": "SHOW_ALL",
         "orderByKey": columns[0],
         "orderByAsc": plan.better == "lower",
-    }
-    return kind | {
-        NOTE: plan.question,
-        "mlflow.experiment.primaryMetric.name": plan.metric,
-        f"mlflow.sharedViewState.{ARMS}": json.dumps(arms),
     }
 
 

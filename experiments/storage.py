@@ -15,15 +15,17 @@ def open_storage(url: str) -> Any:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    patience = {"sqlite": {"timeout": 60}, "postgresql": {"connect_timeout": 10}}  # seconds: a writer beside us, a host that does not answer
+    patience = {"sqlite": {"timeout": 60}}  # seconds: a writer beside us may take that long, a host that does not answer this
+    patience |= dict.fromkeys(("postgresql", "postgresql+psycopg", "postgresql+psycopg2"), {"connect_timeout": 10})
     try:
         if url.startswith("journal:"):
             from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
             path = url.removeprefix("journal:")
             return optuna.storages.JournalStorage(JournalFileBackend(path, JournalFileSymlinkLock(path, grace_period=STALE_SECONDS)))
-        return optuna.storages.RDBStorage(url, {"connect_args": patience.get(re.split(r"[:+]", url)[0], {})})
+        return optuna.storages.RDBStorage(url, {"connect_args": patience.get(url.split(":")[0], {})})
     except Exception as cause:
+        cause = cause.__cause__ or cause.__context__ if isinstance(cause, ImportError) else cause  # the module that is missing
         line = hide(" ".join(str(cause).split("(Background on")[0].split())[:200])
         raise UserError(f"the Optuna storage {hide(url)} cannot be opened ({line or type(cause).__name__}); check --storage") from None
 

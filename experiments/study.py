@@ -23,7 +23,7 @@ from ablab.experiments import storage
 from ablab.experiments.arm import Arm, Trial, tuned_recipe
 from ablab.experiments.experiment import Experiment, Run
 from ablab.experiments.pruning import check
-from ablab.experiments.runner import Pool, Watcher, execute, result_of
+from ablab.experiments.runner import Pool, Watcher, default_jobs, execute, result_of
 from ablab.experiments.search import Axis, axes_of, importance
 from ablab.experiments.trackers import trackers_for
 
@@ -120,7 +120,8 @@ class Study:
             if result_of(record, self.watcher.say) or ((held := record.result()) and held.status == PRUNED and self._ends(wanted_by)):
                 continue
             missing.append(next(run for run in wanted_by[0][1].runs if run.id == id))
-        self.watcher.planned(len(wanted), len(wanted) - len(missing), jobs or 0)
+        at_once = min(jobs or default_jobs(self.experiment.sheet.runtime), len(missing))
+        self.watcher.planned(len(wanted), len(wanted) - len(missing), at_once)
         return missing
 
     def _ends(self, wanted_by: list[tuple[Arm, Trial]]) -> bool:

@@ -118,4 +118,5 @@ def _links(address: str) -> dict[str, str]:
     with urllib.request.urlopen(f"{address}/api/2.0/mlflow/experiments/search?max_results=1000", timeout=10) as answer:
         found = json.load(answer).get("experiments", [])
     path = "{}/#/experiments/{}/runs?workflowType=machine_learning&viewStateShareKey=" + ARMS
-    return {one["name"].removeprefix(PREFIX): path.format(address, one["experiment_id"]) for one in found if one["name"].startswith(PREFIX)}
+    ours = {one["name"].removeprefix(PREFIX): path.format(address, one["experiment_id"]) for one in found if one["name"].startswith(PREFIX)}
+    return {name: link + ("&compareRunsMode=CHART" if name.endswith("@study") else "") for name, link in ours.items()}

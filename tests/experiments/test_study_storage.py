@@ -106,6 +106,7 @@ def test_a_store_may_be_tuned_again_from_its_runs_when_the_storage_is_lost(tmp_p
         ("journal:/proc/nowhere/trials", "No such file|nowhere"),
         ("nonsense://x", "nonsense"),
         ("optuna.db", "Could not parse"),
+        ("postgresql+pg8000://me:secret@127.0.0.1/db", "No module named 'pg8000'"),
         ("mysql+absent://me:secret@host/db", "absent"),
     ],
 )
