@@ -51,7 +51,7 @@ def forest(effects: list[Effect], path: Path, metric: str = "val/loss", better: 
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x", color="#e8e8e8", linewidth=0.7)
         axes.set_axisbelow(True)
-        axes.locator_params(axis="x", nbins=6)
+        axes.locator_params(axis="x", nbins=5)
         _heads(axes, better)
         reference = references[0] if len(references) == 1 else "its reference"
         axes.set_xlabel(f"{metric} minus {reference}, same seeds\n{unit(metric)}, mean and 95 % interval")

@@ -152,8 +152,7 @@ def _markdown(report: Report, pictures: list[str]) -> str:
         *(f"![{name.removesuffix('.png')}]({name})" for name in pictures),
         "## Numbers\n\n" + markdown_table(table(effects)),
         bullets([f"`{effect.cell}`: {effect.note}" for effect in effects if effect.note]),
-        "## How to read the intervals\n\n"
-        + METHOD.format(methods=f"Arms here: {_counts(methods)}." if methods else "", arms=len(arms), false=len(arms) / 20),
+        "## How to read the intervals\n\n" + METHOD.format(methods=f"Arms here: {_counts(methods)}." if methods else "", arms=len(arms), false=len(arms) / 20),
         "## Runs\n\n" + markdown_table(_listed(runs, plan.metric)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

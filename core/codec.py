@@ -36,9 +36,7 @@ def train_tokenizer(paths, out: Path, vocab: int, max_bytes: int | None = None, 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(texts(), trainer)
     if (got := tokenizer.get_vocab_size()) < vocab:
         raise UserError(f"{read:,} bytes of text yield only {got} ids, not {vocab}; give more text or ask for --vocab {got}")
@@ -97,8 +95,5 @@ class Codec:
         ids = numpy.concatenate([numpy.array(row, self.file_dtype) for row in rows])
         size, spelt = sum(len(text.encode()) for text in texts), int(self.token_bytes[ids].sum(dtype="int64"))
         if spelt != size:
-            raise UserError(
-                f"{self.path} changes the text: {size} bytes became {spelt}; "
-                "use byte-level BPE without normalizer, prefix space or unknown token"
-            )
+            raise UserError(f"{self.path} changes the text: {size} bytes became {spelt}; use byte-level BPE without normalizer, prefix space or unknown token")
         return ids, size

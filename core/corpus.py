@@ -60,8 +60,7 @@ def load_meta(folder: Path) -> Meta:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(
-            f"no token folder {folder}; fill it: "
-            f"ablab data tokenize TEXT --tokenizer TOKENIZER --name {folder.name} --store {folder.parent.parent}"
+            f"no token folder {folder}; fill it: ablab data tokenize TEXT --tokenizer TOKENIZER --name {folder.name} --store {folder.parent.parent}"
         )
     cure = "delete the folder and fill it again"
     try:

@@ -55,17 +55,18 @@ def _format(path: Path) -> str | None:
 
 def _read(path: Path, field: str) -> Iterator[str]:
     reader = {".txt": _text, ".parquet": _parquet}.get(_format(path), _lines)
-    count = 0
+    empty = True
     try:
         with _unpacked(path) as file:
-            for count, (place, text) in enumerate(reader(file, path, field), 1):
+            for place, text in reader(file, path, field):
+                empty = False
                 if _checked(text, place, field):
                     yield text
     except UnicodeDecodeError as flaw:
         raise UserError(f"{path} is not UTF-8 text ({flaw.reason} at byte {flaw.start}); convert it") from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as flaw:
         raise UserError(f"cannot read {path}: {flaw}; check the file, or fetch it again") from None
-    if not count:
+    if empty:
         raise UserError(f"{path} is empty; drop it or fetch it again")
 
 
@@ -114,16 +115,15 @@ def _parquet(file, path: Path, field: str):
     from pyarrow.parquet import ParquetFile
 
     if path.suffix in PACKED:  # Parquet is read from its end; seeking in a packed stream would unpack it each time
-        packed, file = file, tempfile.TemporaryFile()
+        packed, file = file, tempfile.TemporaryFile()  # noqa: SIM115
         shutil.copyfileobj(packed, file)
     try:
         table = ParquetFile(file)
         if field not in table.schema_arrow.names:
             columns = ", ".join(table.schema_arrow.names)
             raise UserError(f"{path} has no column {field!r}, only: {columns}; choose one with --field")
-        row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[field]):
-            for row, text in enumerate(batch.column(0).to_pylist(), row + 1):
-                yield f"{path} row {row}", text
+        batches = table.iter_batches(batch_size=1024, columns=[field])
+        for row, text in enumerate((text for batch in batches for text in batch.column(0).to_pylist()), 1):
+            yield f"{path} row {row}", text
     except pyarrow.ArrowInvalid as flaw:
         raise UserError(f"{path} is not Parquet ({str(flaw).splitlines()[0]}); fetch it again") from None

@@ -67,9 +67,7 @@ def _plan(model: Model, parametrization: Part, vocab: int, context: int) -> Plan
 
 
 def _where(model: Model, layer: int, context: int) -> Where:
-    return Where(
-        layer, model.layers, model.width, model.heads, model.kv_heads, model.attention.head_dim, context, model.norm_eps
-    )
+    return Where(layer, model.layers, model.width, model.heads, model.kv_heads, model.attention.head_dim, context, model.norm_eps)
 
 
 def _block(model: Model, where: Where, branch: float) -> BlockPlan:

@@ -267,5 +267,3 @@ def _keep_weights(trainer: Trainer, folder: Path) -> None:
 
     weights = {name: value.detach().cpu().contiguous() for name, value in trainer.model.named_parameters()}
     write_atomically(folder / "weights.safetensors", save(weights))
-
-

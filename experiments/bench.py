@@ -146,9 +146,12 @@ def _drain(pipe: Any, count: int) -> None:
 
 # -- the step ----------------------------------------------------------------------------------------------------------
 def _step_ratio(store: Store, experiment: Experiment) -> float:
-    """Median step of the trainer over that of the plain loop; both log every tenth step, one thread each."""
+    """Median step of the trainer over that of the plain loop; both log every tenth step, one thread each, memory as in a worker."""
     from ablab.core.trainer import Trainer
     from ablab.experiments.bench_plain import PlainLoop
+    from ablab.experiments.worker import keep_freed_memory
+
+    keep_freed_memory()
 
     recipe = experiment.base
     long = replace(recipe, budget=replace(recipe.budget, tokens=recipe.tokens_per_step * WINDOW * ROUNDS * 10))

@@ -40,7 +40,7 @@ def serve(pipe: Connection, plugins: list[str], environment: Mapping[str, str]) 
     """Answer jobs until the pipe closes.  Ctrl-C is the runner's to handle: processes.py keeps it from us."""
     threading.Thread(target=_end_with_the_runner, daemon=True).start()
     os.environ.update(environment)
-    _keep_freed_memory()
+    keep_freed_memory()
     from ablab.ablations.registry import discover
     from ablab.core.trainer import Warm
 
@@ -60,7 +60,7 @@ def serve(pipe: Connection, plugins: list[str], environment: Mapping[str, str]) 
                 return  # nobody knows what the crash left behind; processes.py starts another worker
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """glibc gives every freed tensor of some MB back to the system and faults it in again: 98 ms a quickstart step, 71 ms without."""
     with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt
         libc = ctypes.CDLL(None)

@@ -1,6 +1,6 @@
 """Soft cap: logits are squashed into (-cap, cap).
 
-    tanh: cap * tanh(z / cap)      rational: cap * z / sqrt(z^2 + cap^2)
+tanh: cap * tanh(z / cap)      rational: cap * z / sqrt(z^2 + cap^2)
 """
 
 from typing import Annotated, Literal

@@ -118,9 +118,7 @@ def copied(target, source):
     return target
 
 
-@pytest.mark.parametrize(
-    ("tied", "readout", "factor"), [(True, "init", 1 / 4), (False, "multiplier", 1 / 4), (False, "init", 1.0)]
-)
+@pytest.mark.parametrize(("tied", "readout", "factor"), [(True, "init", 1 / 4), (False, "multiplier", 1 / 4), (False, "init", 1.0)])
 def test_logits_are_divided_by_m_where_the_head_cannot_be_small(tiny, build, batch, tied, readout, factor):
     """Powers of two, so exact; alpha_out multiplies on top.  Attention keeps 1/sqrt(head_dim): nothing else differs."""
     standard = build(at_width(tiny, 128, [], model__tied=tied), stirred=0.05)

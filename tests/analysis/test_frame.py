@@ -41,8 +41,6 @@ def test_an_unknown_experiment_is_named(tmp_path):
         frame.load(Store(tmp_path), "nowhere")
 
 
-@pytest.mark.parametrize(
-    ("metric", "unit"), [("val/loss", "nats/token"), ("raw/val/loss", "nats/token"), ("val/bits_per_byte", "bits/byte"), ("acc", "acc")]
-)
+@pytest.mark.parametrize(("metric", "unit"), [("val/loss", "nats/token"), ("raw/val/loss", "nats/token"), ("val/bits_per_byte", "bits/byte"), ("acc", "acc")])
 def test_units_follow_the_last_part_of_the_name(metric, unit):
     assert frame.unit(metric) == unit
