@@ -1,5 +1,6 @@
 """YAML files and dotted overrides -> a typed recipe.  Strict: unknown keys are errors with the near miss named."""
 
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
@@ -26,6 +27,11 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands there twice; keep one", problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)  # YAML 1.1 reads 1e-3 as a word
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -114,7 +120,7 @@ def overrides_from(words: Iterable[str]) -> dict[str, Any]:
         if not equals or not path:
             raise UserError(f"override {word!r} must look like path=value, for example optim.lr=0.01")
         try:
-            overrides[path] = yaml.safe_load(value)
+            overrides[path] = yaml.load(value, Loader=_Loader)
         except yaml.YAMLError as flaw:
             raise UserError(f"override {word!r}: the value is not YAML ({_told(flaw)}); quote it") from None
     return overrides

@@ -8,7 +8,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
@@ -130,9 +129,6 @@ def join(path: str, key: str) -> str:
 
 def _parse_leaf(hint: Any, plain: Any, path: str) -> Any:
     given = plain
-    if isinstance(plain, str) and not _wants_text(hint):
-        with suppress(ValueError):
-            plain = float(plain) if not plain.lstrip("+-").isdigit() else int(plain)  # YAML 1.1 reads 1e-3 as a word
     if isinstance(plain, float) and plain.is_integer() and _wants_int(hint):
         plain = int(plain)  # 1.0e+8 tokens is how people write a budget
     try:
@@ -180,7 +176,3 @@ def _advice(given: Any, hint: Any) -> str:
 
 def _wants_int(hint: Any) -> bool:
     return hint is int or any(_wants_int(option) for option in get_args(hint))
-
-
-def _wants_text(hint: Any) -> bool:
-    return hint is str or any(isinstance(option, str) or _wants_text(option) for option in get_args(hint))

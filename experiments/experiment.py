@@ -118,12 +118,12 @@ def catalog() -> dict[str, Path]:
 def load(name: str, overrides: Mapping[str, Any] = {}, digest_of: Callable[[str], str | None] = lambda data: None) -> Experiment:
     """Read a catalog entry, or a file of the user's own (a path ending in .yaml).
 
-    overrides: `with.NAME.DOSE`, `runtime.X` and `seeds`, `design` belong to the experiment; all other paths to the
+    overrides: `with.NAME.DOSE`, `runtime.X`, `study.X` and `seeds`, `design` belong to the experiment; all other paths to the
     recipe.  Overridden recipes are another experiment with the override in its name, so no result is overwritten.
     digest_of: data name -> digest of its token folder, asked only when the config leaves it open.
     """
     path = _find(name)
-    sheet_overrides = {p: v for p, v in overrides.items() if p.split(".")[0] in ("runtime", "seeds", "design")}
+    sheet_overrides = {p: v for p, v in overrides.items() if p.split(".")[0] in ("runtime", "seeds", "design", "study")}
     with blaming(path):
         sheet = _sheet(read_yaml(path))
         treatment = treatment_of(sheet.treatment)

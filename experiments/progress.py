@@ -2,9 +2,11 @@
 
 import sys
 import time
+from typing import Any
 
 from ablab.core.record import FINISHED, Result
 from ablab.experiments.experiment import Run
+from ablab.experiments.standing import Line
 
 
 class Quiet:
@@ -14,6 +16,7 @@ class Quiet:
     def planned(self, total: int, done: int, jobs: int) -> None: ...
     def started(self, run: Run) -> None: ...
     def logged(self, run: Run, step: int, scalars: dict[str, float]) -> None: ...
+    def arms(self, lines: list[Line], metric: str) -> None: ...
     def close(self) -> None: ...
 
     def finished(self, run: Run, result: Result) -> None:
@@ -60,7 +63,17 @@ class Live(Lines):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         super().__init__(metric)
-        self.bars = Progress(
+
+        class Bars(Progress):
+            """The arms of a study stand above the bars."""
+
+            def get_renderables(bars):
+                yield from self.standing
+                yield from Progress.get_renderables(bars)
+
+        self.standing: list[Any] = []  # the table of the arms, if there are any
+        self.pace: tuple[float, int] | None = None  # when the table was first drawn, and how many trials were done then
+        self.bars = Bars(
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(), console=Console(stderr=True), transient=True,
         )  # fmt: skip
@@ -95,6 +108,19 @@ class Live(Lines):
         super().finished(run, result)
         self.bars.update(self.grid, description=self._runs())
 
+    def arms(self, lines: list[Line], metric: str) -> None:
+        from rich.table import Table
+
+        done, total, now = sum(line.done for line in lines), sum(line.total for line in lines), time.monotonic()
+        began, before = self.pace = self.pace or (now, done)
+        left = f", about {_span((now - began) / (done - before) * (total - done))} left" if before < done < total else ""
+        table = Table("arm", "trials", f"best {metric}", "at", box=None, header_style="bold", title=f"{done} of {total} trials{left}", title_justify="left")
+        for line in lines:
+            ends = "".join(f", {count} {state.replace('_', ' ')}" for state, count in line.ends.items())
+            at = ", ".join(f"{path}={value}" for path, value in line.at.items())
+            table.add_row(line.cell, f"{line.done}/{line.total}{ends}", "–" if line.best is None else f"{line.best:.4f}", at)
+        self.standing = [table]
+
     def _runs(self) -> str:
         return f"{self.done}/{self.total} runs"
 
@@ -105,6 +131,10 @@ class Live(Lines):
 
     def close(self) -> None:
         self.bars.stop()
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def watcher(metric: str, quiet: bool) -> Quiet:

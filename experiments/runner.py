@@ -20,6 +20,7 @@ from ablab.core.record import RETRY, Record, Result, Store
 from ablab.core.runtime import Runtime, code_fingerprint, visible_gpus
 from ablab.experiments.experiment import Experiment, Run, merged_plan
 from ablab.experiments.processes import Workers
+from ablab.experiments.standing import Line
 from ablab.experiments.trackers import Trackers, trackers_for
 from ablab.experiments.worker import Job
 
@@ -31,6 +32,7 @@ class Watcher(Protocol):
     def started(self, run: Run) -> None: ...
     def logged(self, run: Run, step: int, scalars: dict[str, float]) -> None: ...
     def finished(self, run: Run, result: Result) -> None: ...
+    def arms(self, lines: list[Line], metric: str) -> None: ...  # of a study
     def note(self, line: str) -> None: ...  # good to know
     def say(self, line: str) -> None: ...  # not to be missed
 

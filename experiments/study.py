@@ -25,6 +25,7 @@ from ablab.experiments.experiment import Experiment, Run
 from ablab.experiments.pruning import check
 from ablab.experiments.runner import Pool, Watcher, default_jobs, execute, result_of
 from ablab.experiments.search import Axis, axes_of, importance
+from ablab.experiments.standing import Standing
 from ablab.experiments.trackers import trackers_for
 
 Stops = Callable[[Run, int, dict[str, float]], bool]
@@ -54,6 +55,7 @@ class Study:
         self.axes = axes_of(sheet.space)
         check(sheet.pruner, sheet.seeds)
         check_paths(experiment, self.axes)
+        check_width(experiment, self.axes)
         check_bounds(sheet.space, sheet.hard, self.axes)
         self.arms = [Arm(experiment, cell, self.axes) for cell in experiment.cells]
         for arm in self.arms:
@@ -65,6 +67,7 @@ class Study:
             storage.compare(held, arm.name, arm.facts)
         for arm in self.arms:
             arm.open(held)
+        self.watcher = Standing(watcher, self.arms, experiment.sheet.metric)
 
     # -- tuning ----------------------------------------------------------------------------------------------------
     def tune(self, jobs: int | None, plugins: Iterable[str], mlflow: bool) -> tuning.StudyRecord:
@@ -79,7 +82,11 @@ class Study:
                         break
                     plan = self.plan([trial for _, trial in trials])
                     self.store.write_plan(plan)
-                    if missing := self._missing(trials, jobs):
+                    missing = self._missing(trials, jobs)
+                    open_ = {run.id for run in missing}
+                    known = {run.id: self.store.run(run.id).result() for _, trial in trials for run in trial.runs if run.id not in open_}
+                    self.watcher.generation([trial for _, trial in trials], known)
+                    if missing:
                         pool = pool or Pool(self.experiment, self.store, self.watcher, jobs, plugins)
                         pool.trackers = trackers.over(plan) if trackers else None
                         pool.train(missing, self._stops(trials))
@@ -152,14 +159,15 @@ class Study:
         tuning.write(self.store, record)
         return record
 
-    def confirm(self, record: tuning.StudyRecord, jobs: int | None, plugins: Iterable[str], mlflow: bool) -> None:
-        """Train every cell on the confirmation seeds: once at the shared values, once at its own best ones.
+    def winners(self, record: tuning.StudyRecord) -> dict[str, dict[str, Any]]:
+        """Cell -> its best point.  Where the width is searched, at the experiment's own: arms of two widths do not compare.
 
         Raises UserError where no trial of any arm has finished.
         """
         tuning.finished(record.trials, f"study {self.experiment.name!r}", f"it with: ablab study {self.experiment.name}")
-        best = {}
+        best, width = {}, self.experiment.base.model.width
         for cell, spent in record.cells.items():
+            spent = [trial for trial in spent if trial.params.get(tuning.WIDTH, width) == width]
             try:
                 won = tuning.winner(spent, record.space, record.hard, record.better)
             except UserError as dead:
@@ -168,6 +176,14 @@ class Study:
             best[cell] = won.params
             if not won.admissible:
                 self.watcher.say(f"{cell}: INADMISSIBLE: {won.reason}")
+        return best
+
+    def confirm(self, record: tuning.StudyRecord, jobs: int | None, plugins: Iterable[str], mlflow: bool) -> None:
+        """Train every cell on the confirmation seeds: once at the shared values, once at its own best ones.
+
+        Raises UserError where no trial of any arm has finished.
+        """
+        best = self.winners(record)
         fields = {name: getattr(self.experiment, name) for name in ("sheet", "base")}
         fields["cells"] = [replace(cell, reference=cell.reference if cell.reference in best else None) for cell in self.experiment.cells if cell.name in best]
         tuned = Tuned(name=f"{self.experiment.name}@tuned", best=best, **fields)
@@ -198,6 +214,14 @@ def check_paths(experiment: Experiment, axes: list[Axis]) -> None:
                 assign(holders[name].treatment[name], dose, end)
             else:
                 assign(experiment.base, axis.path, end)
+
+
+def check_width(experiment: Experiment, axes: list[Axis]) -> None:
+    """Arms are confirmed at the experiment's own width, so that width must be among those searched."""
+    for axis in axes:
+        if axis.path == tuning.WIDTH and experiment.sheet.seeds and experiment.base.model.width not in axis.values:
+            own, listed = experiment.base.model.width, list(axis.values)
+            raise UserError(f"study.space.model.width={listed} lacks {own}, the width at which arms are confirmed; add it, or write seeds: [] to confirm none")
 
 
 def check_bounds(space: dict[str, Any], hard: dict[str, list[float]], axes: list[Axis]) -> None:

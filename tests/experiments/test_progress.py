@@ -7,6 +7,7 @@ import pytest
 from ablab.core.record import FAILED, FINISHED, Result
 from ablab.experiments.experiment import Run
 from ablab.experiments.progress import Live, watcher
+from ablab.experiments.standing import Line
 
 
 class Terminal(io.StringIO):
@@ -53,3 +54,18 @@ def test_a_pipe_gets_plain_lines_and_quiet_only_what_must_not_be_missed(runs, ca
     ]  # fmt: skip
     play(watcher("val/loss", quiet=True), runs)
     assert capsys.readouterr().err == "+ ema, seed 0: FAILED: [bold]index [3]\n"
+
+
+def test_a_study_on_a_terminal_shows_its_arms_their_best_so_far_and_the_time_left(runs, monkeypatch):
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    watching = watcher("val/loss", quiet=False)
+    for now, done, best in ((100.0, 2, None), (160.0, 5, 3.25)):
+        monkeypatch.setattr("ablab.experiments.progress.time.monotonic", lambda now=now: now)
+        watching.arms([Line("base", done, 8, best, {"optim.lr": 0.01} if best else {}, {}), Line("+ ema", 1, 8, None, {}, {"diverged": 1})], "val/loss")
+    watching.bars.refresh()
+    watching.close()
+    said = terminal.getvalue()
+    assert all(word in said for word in ("best val/loss", "5/8", "3.2500", "optim.lr=0.01", "1/8, 1 diverged"))
+    assert "6 of 16 trials, about 3 min left" in said  # 3 trials took a minute, and 10 are left

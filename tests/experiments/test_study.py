@@ -23,7 +23,7 @@ BLOCK = {"space": SPACE, "sampler": "tpe", "trials_per_cell": 4, "generation": 2
 
 def watcher():
     quiet, said = (lambda *_: None), []
-    return SimpleNamespace(planned=quiet, started=quiet, logged=quiet, finished=quiet, note=quiet, say=said.append, said=said)
+    return SimpleNamespace(planned=quiet, started=quiet, logged=quiet, finished=quiet, arms=quiet, note=quiet, say=said.append, said=said)
 
 
 def study(lab, name="study", block=BLOCK, **keys):
@@ -246,6 +246,7 @@ def test_an_arm_whose_curves_cross_late_is_never_pruned(lab):
         ({"space": {}}, {}, "study.space is empty"),
         ({"space": {"model.width": {"choices": [16, 20]}}}, {}, r"the corner model.width=20 of cell 'base' cannot be built: model.width=20"),
         ({"space": {"model.width": {"int": [16, 32]}}}, {}, "the point model.width=17 of cell 'base' cannot be built"),
+        ({"space": {"model.width": {"choices": [32, 64]}}}, {}, r"width=\[32, 64\] lacks 16, the width at which arms are confirmed; add it, or"),
         ({"space": {"optim.lr": {"log": [0.1, 1]}}, "seeds": [0]}, {}, r"study.seeds and seeds share \[0\]"),
         ({"space": {"optim.lr": {"log": [0.1, 1]}}, "seeds": []}, {}, "must name at least one seed"),
         ({"space": {"optim.lr": {"log": [0.1, 1]}}, "seeds": [5, 6], "pruner": "median"}, {}, "works with one selection seed, not 2"),

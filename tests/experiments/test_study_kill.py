@@ -119,3 +119,22 @@ def test_an_hour_spent_starts_no_generation_and_the_next_call_goes_on(tmp_path):
     _, record, said = valley.tune(tmp_path, block | {"hours": 0.0})
     assert record.trials == [] and said == ["stopped after 0.0 h with 4 proposed trials open; the same command goes on"]
     assert len(valley.tune(tmp_path, block)[1].trials) == 8
+
+
+def test_after_each_run_the_arms_stand_as_the_storage_will_say(tmp_path):
+    held, record, _ = valley.tune(tmp_path, {"sampler": "tpe", "trials_per_cell": 12}, **valley.TWO_CELLS)
+    stood = held.watcher.stood
+    assert [sum(line.done for line in lines) for lines in stood if lines != stood[0]][-1] == 24 and stood[0][0].total == 12
+    done = [sum(line.done for line in lines) for lines in stood]
+    assert done == sorted(done) and set(done) == set(range(25))  # one more with every run
+    for line, (cell, spent) in zip(stood[-1], record.cells.items(), strict=True):
+        best = min((trial for trial in spent if trial.value is not None), key=lambda trial: trial.value)
+        assert (line.cell, line.best, line.at, line.done) == (cell, best.value, best.params, 12)
+        assert sum(line.ends.values()) == sum(trial.state != "complete" for trial in spent)
+
+
+def test_arms_are_confirmed_at_the_experiments_own_width_each_at_its_best_rate_there(tmp_path):
+    block = {"space": {"optim.lr": {"log": [1.5e-3, 2.4e-2], "points": 5}, "model.width": {"choices": [16, 32, 64]}}, "sampler": "grid"}
+    held, record, _ = valley.tune(tmp_path, block, **valley.TWO_CELLS)
+    assert {min(spent, key=lambda trial: trial.value or 9).params["model.width"] for spent in record.cells.values()} == {64}
+    assert held.winners(record) == {"base": {"optim.lr": 0.012, "model.width": 16}, "+ qk_norm": {"optim.lr": 0.024, "model.width": 16}}

@@ -51,7 +51,7 @@ class Formula:
     seconds, trained = 0.0, []
 
     def __init__(self, experiment, store, watcher, jobs=None, plugins=()):
-        self.experiment, self.store, self.jobs, self.trackers = experiment, store, jobs or 1, None
+        self.experiment, self.store, self.watcher, self.jobs, self.trackers = experiment, store, watcher, jobs or 1, None
 
     def train(self, runs, stops=lambda run, step, scalars: False):
         order = list(runs) if self.jobs == 1 else random.Random(self.jobs).sample(list(runs), len(runs))
@@ -73,15 +73,17 @@ class Formula:
             if stops(run, step, scalars):
                 status = PRUNED
                 break
-        record.finish(Result(run.id, status, step, step * 64, {"val/loss": value} if status == FINISHED else {}, 1.0, 640.0))
+        record.finish(result := Result(run.id, status, step, step * 64, {"val/loss": value} if status == FINISHED else {}, 1.0, 640.0))
+        self.watcher.finished(run, result)
 
     def close(self): ...
 
 
 def watcher():
-    said = []
+    said, stood = [], []
     quiet = lambda *_: None  # noqa: E731
-    return SimpleNamespace(planned=quiet, started=quiet, logged=quiet, finished=quiet, note=quiet, say=said.append, said=said)
+    arms = lambda lines, metric: stood.append(lines)  # noqa: E731
+    return SimpleNamespace(planned=quiet, started=quiet, logged=quiet, finished=quiet, arms=arms, note=quiet, say=said.append, said=said, stood=stood)
 
 
 def experiment(root: Path, block: dict, name: str = "valley", **keys) -> Experiment:
