@@ -4,7 +4,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from ablab.core.declare import Stage, Table, Where, linear
+from ablab.core.declare import Stage, Table, Where, fusable, linear
 from ablab.core.part import Part, part
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -18,6 +18,7 @@ def rms_norm(x, *, gain, eps):
     return rms_norm(x, gain.shape, gain.to(x.dtype), eps)
 
 
+@fusable("multiply")
 def multiply(x, *, factor):
     return x * factor
 
@@ -44,6 +45,7 @@ def _angles(where: Where, base: float):
     return torch.arange(where.context, dtype=torch.float64)[:, None] * base ** (-2 * half / where.head_dim)
 
 
+@fusable("rope")
 def rotate(q, k, start, *, cos, sin):
     """q: [B,T,H,D], k: [B,T,KV,D] at positions start..start+T-1.  Same shapes out."""
     span = slice(start, start + q.shape[1])

@@ -90,3 +90,13 @@ def params(tree: Any, path: str = "") -> Iterator[tuple[str, Param]]:
             yield from params(dict(enumerate(tree)), path)
         case _ if is_dataclass(tree):
             yield from params({field.name: getattr(tree, field.name) for field in fields(tree)}, path)
+
+
+def fusable(name: str) -> Callable[[Callable], Callable]:
+    """Marks a stage function that a kernel can compute; core/fuse.py lists the names and the bound values each must have."""
+
+    def mark(function: Callable) -> Callable:
+        function.fusable = name
+        return function
+
+    return mark

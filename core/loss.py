@@ -26,3 +26,9 @@ def objective_of(penalties: tuple[Part, ...]) -> Callable[[Tensor, Tensor], tupl
         return loss, total.detach()
 
     return objective
+
+
+def loss_of(model: Callable[[Tensor], Tensor], penalties: tuple[Part, ...]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Rows of tokens, int [B,T+1] -> the objective of predicting each from those before it."""
+    objective = objective_of(penalties)
+    return lambda block: objective(model(block[:, :-1]), block[:, 1:])

@@ -31,38 +31,51 @@ class Attention(nn.Module):
         self.on_branch = stages(plan.on_branch)
         self.heads = [rows // head_dim for rows in plan.qkv.weight.blocks]  # H, KV, KV
         self.mix = functools.partial(F.scaled_dot_product_attention, enable_gqa=self.heads[0] != self.heads[1])
+        self.attend = self._attend  # core/fuse.py may put one kernel here
 
     def forward(self, x: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
         """x: [B,T,W] -> the branch's output [B,T,W]; causal over the T tokens given."""
-        x, q, k, v, carry = self.project(x, carry, 0)
-        return self.merge(self.mix(q, k, v, is_causal=True), x), carry
+        y, carry = self.attend(self.normed(x), carry)
+        return self.merge(y), carry
+
+    def _attend(self, x: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
+        """x: normed [B,T,W] -> the heads' outputs [B,T,H,D]."""
+        q, k, v, carry = self.project(x, carry, 0)
+        return self.gated(self.mix(q, k, v, is_causal=True), x), carry
 
     def extend(self, x: Tensor, carry: Carry, past: Past) -> tuple[Tensor, Carry, Past]:
         """The same for T new tokens that follow `past`."""
-        seen = past[0].shape[2]
-        x, q, k, v, carry = self.project(x, carry, seen)
+        x, seen = self.normed(x), past[0].shape[2]
+        q, k, v, carry = self.project(x, carry, seen)
         past = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         visible = torch.ones(q.shape[2], past[0].shape[2], dtype=torch.bool, device=x.device).tril(seen)
-        return self.merge(self.mix(q, *past, attn_mask=visible), x), carry, past
+        return self.merge(self.gated(self.mix(q, *past, attn_mask=visible), x)), carry, past
 
-    def project(self, x: Tensor, carry: Carry, start: int):
-        """x -> normed x, q [B,H,T,D], k and v [B,KV,T,D], carry."""
+    def normed(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         for stage in self.on_norm.values():
             x = stage(x)
+        return x
+
+    def project(self, x: Tensor, carry: Carry, start: int) -> tuple[Tensor, Tensor, Tensor, Carry]:
+        """normed x -> q [B,H,T,D], k and v [B,KV,T,D], carry."""
         q, k, v = self.qkv(x).unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
         for stage in self.on_qk.values():
             q, k = stage(q, k)
         q, k = self.position(q, k, start)
         for stage in self.on_values.values():
             v, carry = stage(v, carry)
-        return x, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), carry
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), carry
 
-    def merge(self, y: Tensor, x: Tensor) -> Tensor:
-        """y: [B,H,T,D], x: normed [B,T,W] -> [B,T,W]."""
+    def gated(self, y: Tensor, x: Tensor) -> Tensor:
+        """y: [B,H,T,D], x: normed [B,T,W] -> [B,T,H,D]."""
         y = y.transpose(1, 2)
         for stage in self.on_heads.values():
             y = stage(y, x)
+        return y
+
+    def merge(self, y: Tensor) -> Tensor:
+        """y: [B,T,H,D] -> the branch's output [B,T,W]."""
         y = self.out(y.flatten(2))
         for stage in self.on_branch.values():
             y = stage(y)
@@ -123,10 +136,14 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: int [B,T] -> logits [B,T,V] in the activations' dtype."""
+        return self.logits(self.features(tokens))
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """What the readout reads: tokens int [B,T] -> normed [B,T,W]."""
         x, carry = self.embed(tokens), {}
         for block in self.run:
             x, carry = block(x, carry)
-        return self.logits(x)
+        return self.norm(x)
 
     def extend(self, tokens: Tensor, cache: list[Past] | None) -> tuple[Tensor, list[Past]]:
         """Logits [B,T,V] of T new tokens, given the cache of the tokens before them (None: there are none)."""
@@ -135,7 +152,7 @@ class Transformer(nn.Module):
         for block, past in zip(self.blocks, cache or [(empty, empty)] * len(self.blocks), strict=True):
             x, carry, past = block.extend(x, carry, past)
             grown.append(past)
-        return self.logits(x), grown
+        return self.logits(self.norm(x)), grown
 
     def embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
@@ -144,7 +161,8 @@ class Transformer(nn.Module):
         return x.to(self.dtype)
 
     def logits(self, x: Tensor) -> Tensor:
-        logits = self.read(self.norm(x))
+        """x: normed [B,T,W]."""
+        logits = self.read(x)
         for stage in self.on_logits.values():
             logits = stage(logits)
         return logits

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ablab.core.declare import Param
 from ablab.core.recipe import Chain, Recipe
-from ablab.core.transforms import Now
+from ablab.core.transforms import COEFFICIENTS, Now, newton_schulz
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Bank:
     chain: Chain
     blocks: tuple[int, ...]  # rows of the matrices that the chain treats apart
     matmul: torch.dtype  # for Newton-Schulz products
+    newton_schulz: Callable[[Tensor, str, torch.dtype], Tensor]
     lr: Tensor  # 0-D: the parametrization's and the chain's factor on the learning rate
     decay: Tensor  # 0-D: the parametrization's factor on the decay rate
     state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -36,11 +37,13 @@ class Optimizer:
     """All banks of a model.  After construction the model's parameters and gradients live in them.
 
     compiled: the whole step is one compiled function; all that may differ between runs of one structure (learning
-    rate, schedule, scales, state) enters as tensors, so `restart` recompiles nothing.
+    rate, schedule, scales, state) enters as tensors, so `restart` recompiles nothing.  kernel: symmetric products by
+    kernels/newton_schulz.py.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, compiled: bool = False):
+    def __init__(self, model: nn.Module, recipe: Recipe, compiled: bool = False, kernel: bool = False):
         self.device = next(model.parameters()).device
+        self.newton_schulz = _symmetric() if kernel else newton_schulz
         self.banks = [self._bank(members, recipe) for members in _grouped(model).values()]
         self.restart(recipe)
         move = _move(self.banks, _clip_to(recipe.optim.clip))
@@ -52,7 +55,7 @@ class Optimizer:
         weight = torch.stack([w.detach() for w in weights])
         lr, decay = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         matmul = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        bank = Bank(list(names), declared, weight, torch.zeros_like(weight), chain, _blocks(declared, chain), matmul, lr, decay)
+        bank = Bank(list(names), declared, weight, torch.zeros_like(weight), chain, _blocks(declared, chain), matmul, self.newton_schulz, lr, decay)
         for i, view in enumerate(weights):
             view.data, view.grad = bank.weight[i], bank.grad[i]
         bank.state = {part.kind: part.state(weight, bank) for part in chain.steps}
@@ -113,6 +116,12 @@ def _move(banks: list[Bank], clip_to: Callable[[Tensor], Tensor]) -> Callable[[T
         return norm
 
     return move
+
+
+def _symmetric() -> Callable[[Tensor, str, torch.dtype], Tensor]:
+    from ablab.kernels.newton_schulz import orthogonalise
+
+    return lambda matrices, coefficients, dtype: orthogonalise(matrices, *COEFFICIENTS[coefficients], dtype)
 
 
 def width_rule(chain: Chain) -> str:

@@ -21,6 +21,7 @@ NonNegative = Annotated[float, Meta(ge=0)]
 class Runtime:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of activations; weights and optimizer state are always fp32
+    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: ours where they measured faster; `ablab show` says which serves what
     compile: bool | None = None  # null: on CUDA only
     micro_batch: Whole | None = None  # rows a forward pass; null: the whole batch
     recompute: Natural = 0  # first blocks that keep no activations

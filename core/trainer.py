@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ablab.core import checkpoint
+from ablab.core import checkpoint, fuse
 from ablab.core.data import Tokens
 from ablab.core.errors import Diverged, Pruned
 from ablab.core.evaluate import held_out_loss
 from ablab.core.files import write_atomically
 from ablab.core.init import initialise
 from ablab.core.load import dump
-from ablab.core.loss import objective_of
+from ablab.core.loss import loss_of
 from ablab.core.model import Transformer
 from ablab.core.optimizer import Optimizer
 from ablab.core.parametrize import Standard
@@ -58,12 +58,14 @@ class Trainer:
         torch.use_deterministic_algorithms(runtime.deterministic)
         self.device = torch.device(self.runtime["device"])
         self.model = Transformer(recipe, DTYPES[self.runtime["dtype"]], runtime.recompute).to(self.device)
-        self.optimizer = Optimizer(self.model, recipe, self.runtime["compile"])
+        kernels = {place for place, served in fuse.places(recipe, self.runtime).items() if served.kernel}
+        if "attention" in kernels:
+            fuse.fuse_attention(self.model)
+        self.optimizer = Optimizer(self.model, recipe, self.runtime["compile"], "newton_schulz" in kernels)
         self.weights = [bank.weight for bank in self.optimizer.banks]
-        objective = objective_of(recipe.objective)
         compiled = torch.compile if self.runtime["compile"] else lambda function: function
         self.forward = compiled(self.model)
-        self.loss = compiled(lambda block: objective(self.model(block[:, :-1]), block[:, 1:]))
+        self.loss = compiled(fuse.fused_loss(self.model, recipe) if "loss" in kernels else loss_of(self.model, recipe.objective))
         self.window = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats and tokens since the last log
         self.restart(recipe, data_folder)
 
@@ -186,7 +188,14 @@ def run(
     Raises UserError for data that does not fit the recipe and for a folder that cannot be written.
     """
     status, error, trainer, metrics = FINISHED, "", None, {}
-    record.begin(dump(plain(recipe)), {**about, "runtime": settle(runtime, recipe.data.batch), "environment": environment()})
+    settled = settle(runtime, recipe.data.batch)
+    served = fuse.places(recipe, settled)
+    record.begin(dump(plain(recipe)), {
+        **about, "runtime": settled, "kernels": {place: one.why for place, one in served.items()}, "environment": environment(),
+    })  # fmt: skip
+    for place, one in served.items():
+        if one.flaw:
+            warn(f"the {place} kernel cannot serve this recipe: {one.why}")
     try:
         trainer = (warm or Warm()).trainer_for(recipe, runtime, data_folder)
         trainer.restore(record.folder / "checkpoints", warn)

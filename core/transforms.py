@@ -193,7 +193,7 @@ class Orthogonalize(Transform):
 
     def update(self, update, weight, state, bank, now):
         def orthogonal(piece):
-            flat = polar_factor(piece) if self.coefficients == "exact" else newton_schulz(piece, self.coefficients, bank.matmul)
+            flat = polar_factor(piece) if self.coefficients == "exact" else bank.newton_schulz(piece, self.coefficients, bank.matmul)
             return flat * SCALES[self.scale](*piece.shape[-2:])
 
         return join_blocks([orthogonal(piece) for piece in split_blocks(update, bank.blocks)], update, bank.blocks), {}

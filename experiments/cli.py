@@ -66,7 +66,7 @@ def show(
     runs = experiment.runs(experiment.sheet.seeds[:1] or [0])
     run = _one(runs, cell or runs[0].cell)
     if diff is None:
-        return show_recipe(experiment.name, run)
+        return show_recipe(experiment, run)
     show_difference(experiment.name, run, experiment.base if diff == "base" else _one(runs, diff).recipe, diff)
 
 

@@ -11,11 +11,12 @@ from ablab.core.errors import UserError
 from ablab.core.record import Store
 
 
-def show_recipe(experiment: str, run: Any) -> None:
+def show_recipe(experiment: Any, run: Any) -> None:
     from ablab.core.load import dump
     from ablab.core.recipe import plain
 
-    _head(experiment, run)
+    _head(experiment.name, run)
+    _kernels(experiment.sheet.runtime, run.recipe)
     typer.echo(dump(plain(run.recipe)), nl=False)
 
 
@@ -40,6 +41,15 @@ def _head(experiment: str, run: Any) -> None:
     typer.echo(f"# {experiment}, cell {run.cell!r}, seed {recipe.seed}: run {run.id}")
     typer.echo(f"# {count(cost.parameters)} parameters, {count(cost.matmul_parameters)} in matrix products, "
                f"{cost.flops_per_token / 1e6:.1f} MFLOP a token, {recipe.steps:,} steps of {recipe.tokens_per_step:,} tokens")  # fmt: skip
+
+
+def _kernels(runtime: Any, recipe: Any) -> None:
+    """What serves each place on this machine."""
+    from ablab.core.fuse import places
+    from ablab.core.runtime import settle
+
+    for place, served in places(recipe, settle(runtime, recipe.data.batch)).items():
+        typer.echo(f"# {place}: {served.why}")
 
 
 def count(number: int) -> str:

@@ -28,6 +28,7 @@ TORCH = {  # the files that work on tensors; everything else can be imported, li
 HEAVY = {"torch", "mlflow", "optuna"}
 ENVIRONMENT = {  # below experiments/, who touches an environment variable, and why; none of them runs in a step
     "core/record.py:store_root": "$ABLAB_STORE, where to write",
+    "core/fuse.py:places": "$TRITON_INTERPRET, which lets kernels run on a CPU",
     "core/runtime.py:visible_gpus": "$CUDA_VISIBLE_DEVICES, counted without torch",
     "core/trainer.py:top": "sets what cuBLAS reads once, so that it repeats its bits",
 }

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from ablab.core.declare import Stage, Where, linear
+from ablab.core.declare import Stage, Where, fusable, linear
 from ablab.core.edit import append, edit
 from ablab.core.errors import UserError
 from ablab.core.intervention import register
@@ -50,6 +50,7 @@ class Gating(Part):
         )
 
 
+@fusable("gate")
 def gate(y, x, *, project, factor, channels):
     """y: [B,T,H,D], x: [B,T,W] -> [B,T,H,D]."""
     strength = project(x[..., :channels]).sigmoid() * factor

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from ablab.core.declare import Param, Stage, Where
+from ablab.core.declare import Param, Stage, Where, fusable
 from ablab.core.edit import append, edit
 from ablab.core.intervention import register
 from ablab.core.part import Part
@@ -41,6 +41,7 @@ class QKNorm(Part):
         return Stage(normalise, q_gain=q_gain, k_gain=k_gain, scale=self.scale, eps=self.eps)
 
 
+@fusable("qk_norm")
 def normalise(q, k, *, q_gain, k_gain, scale, eps):
     """q: [B,T,H,D], k: [B,T,KV,D]; gains: [D], [1] or a number.  fp32 inside."""
     return _unit(q, eps, q_gain * scale), _unit(k, eps, k_gain)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from ablab.core.declare import Stage, Where
+from ablab.core.declare import Stage, Where, fusable
 from ablab.core.edit import append, edit
 from ablab.core.intervention import register
 from ablab.core.part import Part
@@ -33,9 +33,11 @@ class SoftCap(Part):
         return Stage({"tanh": tanh, "rational": rational}[self.form], cap=self.cap)
 
 
+@fusable("tanh")
 def tanh(logits, *, cap):
     return cap * (logits / cap).tanh()
 
 
+@fusable("rational")
 def rational(logits, *, cap):
     return cap * logits * (logits.square() + cap * cap).rsqrt()

@@ -11,7 +11,7 @@ Layer 1 keeps its own values, untouched by any weight of the mix.  Mixed per key
 
 from typing import Literal
 
-from ablab.core.declare import Param, Stage, Where
+from ablab.core.declare import Param, Stage, Where, fusable
 from ablab.core.edit import append, edit
 from ablab.core.intervention import register
 from ablab.core.part import Part
@@ -48,16 +48,19 @@ class ValueResidual(Part):
         return Stage(mix_normalised, scale=Param((1,), "vector", fill=1.0), **learned)
 
 
+@fusable("remember")
 def remember(v, carry):
     """v: [B,T,KV,D] of the first layer."""
     return v, {**carry, "first_values": v}
 
 
+@fusable("mix")
 def mix(v, carry, *, own, first):
     """fp32 weights on values of any dtype; the result keeps the values' dtype (a [1] fp32 tensor would promote bf16)."""
     return (own * v + first * carry["first_values"]).to(v.dtype), carry
 
 
+@fusable("mix_normalised")
 def mix_normalised(v, carry, *, scale, own, first):
     unit = scale * (own.square() + first.square()).rsqrt()
     return mix(v, carry, own=unit * own, first=unit * first)

@@ -29,6 +29,11 @@ class ZLoss(Part):
     def apply(self, recipe):
         return edit(recipe, "objective", append(self))
 
+    @property
+    def of_squares(self) -> float:
+        """The penalty is this times lse^2 and nothing else, so a kernel can add it."""
+        return self.weight
+
     def penalty(self, lse):
         """lse: fp32 [...] -> nats [...]."""
         return self.weight * lse.square()

@@ -73,7 +73,7 @@ def by_hand(model, block) -> dict[str, torch.Tensor]:
     """The activations of a pre-norm SwiGLU transformer, from its parts; the largest attention logit under its own name."""
     x, seen = model.embedding(block), {name: [] for name in (*CHANGES, PEAK)}
     for layer in model.blocks:
-        _, q, k, _, _ = layer.attention.project(x, {}, 0)
+        q, k, _, _ = layer.attention.project(layer.attention.normed(x), {}, 0)
         visible = torch.ones(q.shape[2], q.shape[2]).tril()
         seen[PEAK].append(((q @ k.mT) * visible).abs().max() / q.shape[-1] ** 0.5)
         seen["attention out"].append(layer.attention(x, {})[0])
@@ -82,7 +82,7 @@ def by_hand(model, block) -> dict[str, torch.Tensor]:
         seen["feed-forward up"].append(torch.nn.functional.silu(gate) * up)
         seen["feed-forward out"].append(layer.ffn.inner.down(seen["feed-forward up"][-1]))
         x = x + seen["feed-forward out"][-1]
-    return {name: torch.stack(values or [x if name == "residual" else model.logits(x)]).detach() for name, values in seen.items()}
+    return {name: torch.stack(values or [x if name == "residual" else model.logits(model.norm(x))]).detach() for name, values in seen.items()}
 
 
 def test_what_is_recorded_is_the_rms_change_of_the_activations_named(tiny, build):

@@ -67,7 +67,7 @@ def test_no_attention_logit_exceeds_gain_times_root_of_head_dim(tiny, build, bat
     model, tokens = build(recipe, stirred=0.3), batch(recipe)[:, :-1]
     attention = model.blocks[1].attention
     attention.qkv.weight.data *= 20
-    _, q, k, _, _ = attention.project(model.embedding(tokens), {"first_values": None}, 0)
+    q, k, _, _ = attention.project(attention.normed(model.embedding(tokens)), {"first_values": None}, 0)
     logits = torch.einsum("bhid,bhjd->bhij", q, k) / 8**0.5
     q_gain, k_gain = gains_of(attention.on_qk["qk_norm"], gain)
     bound = 1.2 * np.abs(q_gain).max() * np.abs(k_gain).max() * 8**0.5
@@ -88,7 +88,7 @@ def test_the_norm_stands_before_the_positions(tiny, build, batch):
     recipe = tiny(["qk_norm"])
     model, tokens = build(recipe, stirred=0.3), batch(recipe)[:, :-1]
     attention, x = model.blocks[0].attention, model.embedding(tokens)
-    _, q, k, _, _ = attention.project(x, {}, 0)
+    q, k, _, _ = attention.project(attention.normed(x), {}, 0)
     raw = attention.qkv(attention.norm(x)).unflatten(-1, (12, 8))
     expected = attention.position(*attention.on_qk["qk_norm"](raw[:, :, :4], raw[:, :, 4:8]), 0)
     assert torch.equal(q.transpose(1, 2), expected[0]) and torch.equal(k.transpose(1, 2), expected[1])
