@@ -31,6 +31,7 @@ from ablab.experiments.bench_timing import Marks
 
 HF = "hf"
 STEPS, WINDOWS, WARM_UP = {"cuda": 100, "cpu": 10}, {"cuda": 3, "cpu": 3}, {"cuda": 50, "cpu": 3}
+SHOWN = ("dtype", "compile", "micro_batch", "recompute", "deterministic", "threads", "kernels")  # of the runtime
 SPLIT = 5  # steps whose host time is split
 GIB = 2**30
 
@@ -44,7 +45,7 @@ class Ours:
         trainer.tokens.rows = marks.around(trainer.tokens.rows, "data", "data")
         trainer.optimizer.step = marks.around(trainer.optimizer.step, "optimizer", "optimizer")
         self.flops_per_token = cost_of(recipe).flops_per_token
-        self.about = ", ".join(f"{name}={trainer.runtime[name]}" for name in ("dtype", "compile", "micro_batch", "recompute", "kernels") if name in trainer.runtime)
+        self.about = ", ".join(f"{name}={value}" for name, value in trainer.runtime.items() if name in SHOWN)
 
     def step(self) -> None:
         self.marks("data")
