@@ -43,6 +43,7 @@ class Row:
     vs_best_peer: float | None = None
     error: float | None = None
     gradient_error: float | None = None
+    same_work: bool = True  # False: shown for scale, neither rated nor a peer
     note: str = ""
 
     @property
@@ -72,14 +73,16 @@ def _rows(case: Case, matmul: float, copy: float, device: torch.device) -> list[
     wanted, rows = _reference(case), []
     for name, build in case.forms.items():
         row = Row(case.kernel, case.name, name, 1e3 * floor)
-        torch.compiler.reset()  # graphs of other forms would fill dynamo's cache, 8 deep
+        _free(device)
         try:
-            _measure(row, case, build(), wanted, device)
+            form = build()
+            row.same_work = form.same
+            _measure(row, case, form, wanted, device)
+            del form
         except Exception as why:  # a peer that is missing, out of memory, or refuses the shape: a line, not an end
             told = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__
             row = Row(case.kernel, case.name, name, 1e3 * floor, note=f"not available: {told[:160]}")
         rows.append(row)
-        _free(device)
     _compare(rows, case)
     return rows
 
@@ -104,7 +107,7 @@ def _measure(row: Row, case: Case, form: Form, wanted: tuple | None, device: tor
 
 def _compare(rows: list[Row], case: Case) -> None:
     """Fill in what is read off the times: rates, the floor's share, the best peer's time over this one's."""
-    timed = [row for row in rows if row.forward_ms is not None]
+    timed = [row for row in rows if row.forward_ms is not None and row.same_work]
     best = min((row.total_ms for row in timed if not row.form.startswith(OURS)), default=None)
     for row in timed:
         row.rate = (case.flops or case.bytes) / row.total_ms / 1e9
@@ -161,8 +164,9 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 def _free(device: torch.device) -> None:
-    gc.collect()
     if device.type == "cuda":
+        torch.compiler.reset()  # graphs of other forms would fill dynamo's cache, 8 deep, and hold their constants
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -185,9 +189,9 @@ def _cells(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield from ((name, row[name]) for name in ("kernel", "case", "form"))
     yield "forward ms", shown(row["forward_ms"], ".3f")
     yield "backward ms", shown(row["backward_ms"], ".3f")
-    yield "rate", f"{row['rate']:.3g} {row['unit']}"
+    yield "rate", f"{shown(row['rate'], '.3g')} {row['unit']}".strip()
     yield "floor ms", shown(row["floor_ms"], ".3f")
-    yield "of floor", f"{100 * row['of_floor']:.0f} %"
-    yield "vs best peer", shown(row["vs_best_peer"], ".2f") + ("" if row["vs_best_peer"] is None else " x")
+    yield "of floor", shown(row["of_floor"], ".0%")
+    yield "vs best peer", shown(row["vs_best_peer"], ".2f")
     yield "error", shown(row["error"], ".1e")
     yield "error of gradient", shown(row["gradient_error"], ".1e")
