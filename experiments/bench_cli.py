@@ -42,11 +42,14 @@ def step(
 
 
 @app.command()
-def kernels(only: Annotated[str | None, typer.Option(help="a kernel, or a pattern such as 'attention*'")] = None, out: Out = None) -> None:
+def kernels(
+    only: Annotated[str | None, typer.Option(help="a kernel, or a pattern such as 'attention*'")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto", out: Out = None,
+) -> None:  # fmt: skip
     """Each kernel beside its peers and its floor; tiny shapes without a GPU."""
     from ablab.experiments.bench_kernels import bench_kernels, show_kernels
 
-    found = bench_kernels(only)
+    found = bench_kernels(only, device)
     show_kernels(found)
     _write(found, out)
 

@@ -20,10 +20,21 @@ import typer
 from torch import Tensor
 
 from ablab.core.errors import UserError
-from ablab.core.part import near
+from ablab.core.part import near, parse
+from ablab.core.runtime import Runtime, settle
 from ablab.experiments import bench_timing as timing
-from ablab.experiments.bench_cases import KERNELS, OURS, Case, Form
+from ablab.experiments.bench_attention import attention
+from ablab.experiments.bench_cases import OURS, Case, Cases, Form
+from ablab.experiments.bench_entropy import cross_entropy, linear_cross_entropy
+from ablab.experiments.bench_optimizer import optimizer, orthogonal
 
+KERNELS: dict[str, Cases] = {
+    "attention": attention,
+    "cross_entropy": cross_entropy,
+    "linear_cross_entropy": linear_cross_entropy,
+    "newton_schulz": orthogonal,
+    "optimizer": optimizer,
+}
 REPEATS = {"cuda": 30, "cpu": 3}
 
 
@@ -51,12 +62,12 @@ class Row:
         return self.forward_ms + (self.backward_ms or 0.0)
 
 
-def bench_kernels(only: str | None = None) -> dict[str, Any]:
-    """Every case of the kernels that `only` names (a name or a pattern; None: all).  Raises UserError where it fits none."""
+def bench_kernels(only: str | None = None, device: str = "auto") -> dict[str, Any]:
+    """Every case of the kernels that `only` names (a name or a pattern; None: all).  Raises UserError where it fits none, or without the device."""
     chosen = [name for name in KERNELS if only is None or fnmatchcase(name, only)]
     if not chosen:
         raise UserError(f"--only {only!r} fits no kernel. {near(only, KERNELS)}Kernels: {', '.join(KERNELS)}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(settle(parse(Runtime, {"device": device}, "runtime"), rows=1)["device"])
     matmul, copy = timing.matmul_rate(device), timing.copy_rate(device)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -43,8 +43,8 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
 def median_seconds(call: Callable[[Any], Any], device: torch.device, repeats: int, before: Callable[[], Any] = lambda: None, warm_up: int = 3) -> float:
     """Median over `repeats` of call(before()); only the call is timed, and a GPU is not waited for in between.
 
-    On a GPU, 512 MB are written before each call: that empties the cache, and lets the host run ahead by 0.2 ms, so that a
-    launch is not counted as the kernel's time.
+    Before each call a GPU writes 512 MB, which empties its cache, and waits some 2 ms, so that the host runs ahead and the
+    time of launching is not counted as the kernel's.
     """
     for _ in range(warm_up):
         call(before())
@@ -54,7 +54,8 @@ def median_seconds(call: Callable[[Any], Any], device: torch.device, repeats: in
     flush, pairs = torch.empty(512 << 20, dtype=torch.uint8, device=device), [(_event(), _event()) for _ in range(repeats)]
     for number, (first, last) in enumerate(pairs):
         given = before()
-        flush.fill_(number)
+        flush.fill_(number % 256)
+        torch.cuda._sleep(4_000_000)  # clock cycles
         first.record()
         call(given)
         last.record()
@@ -87,7 +88,7 @@ def matmul_rate(device: torch.device) -> float:
     """FLOP/s of a large product of random matrices: 8192^3 in bf16 on a GPU, 512^3 in fp32 on a CPU."""
     side, dtype, repeats = (8192, torch.bfloat16, 30) if device.type == "cuda" else (512, torch.float32, 5)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / median_seconds(lambda _: a @ b, device, repeats)
+    return 2 * side**3 / _sustained(lambda: a @ b, device, repeats)
 
 
 def copy_rate(device: torch.device) -> float:
@@ -95,7 +96,12 @@ def copy_rate(device: torch.device) -> float:
     size, repeats = (2 << 30, 30) if device.type == "cuda" else (64 << 20, 5)
     source = torch.randint(255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / median_seconds(lambda _: target.copy_(source), device, repeats)
+    return 2 * size / _sustained(lambda: target.copy_(source), device, repeats)
+
+
+def _sustained(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Seconds of a call among many back to back, the median of five windows after one to warm up."""
+    return median(in_turn([call], repeats, 6, device)[0][1:])
 
 
 def clocks(load: Callable[[], Any]) -> dict[str, float]:

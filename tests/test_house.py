@@ -24,7 +24,7 @@ READ_ONLY_CORE = {"ablab.core.record", "ablab.core.errors", "ablab.core.files"} 
 TORCH = {  # the files that work on tensors; everything else can be imported, listed and hashed without torch
     *(f"core/{name}.py" for name in ("checkpoint", "data", "evaluate", "init", "layers", "loss", "model", "optimizer", "stopwatch", "trainer")),
     "ablations/coords.py", "ablations/liveness.py",
-    *(f"experiments/bench_{name}.py" for name in ("cases", "hf", "kernels", "plain", "step", "timing")),  # imported by their commands alone
+    *(f"experiments/bench_{name}.py" for name in ("attention", "cases", "entropy", "hf", "kernels", "optimizer", "plain", "step", "timing")),
 }  # fmt: skip
 HEAVY = {"torch", "mlflow", "optuna"}
 ENVIRONMENT = {  # below experiments/, who touches an environment variable, and why; none of them runs in a step

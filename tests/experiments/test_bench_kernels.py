@@ -6,15 +6,16 @@ import math
 import pytest
 import torch
 
-from ablab.experiments import bench_cases, bench_kernels
-from ablab.experiments.bench_cases import KERNELS, Case, Form, schulz_flops
-from ablab.experiments.bench_kernels import Row
+from ablab.experiments import bench_attention, bench_kernels
+from ablab.experiments.bench_cases import Case, Form
+from ablab.experiments.bench_kernels import KERNELS, Row
+from ablab.experiments.bench_optimizer import schulz_flops
 
 CPU = torch.device("cpu")
 
 
 def test_every_kernel_is_measured_printed_and_written(lab, ablab):
-    ended = ablab("bench", "kernels", "--out", "kernels.json")
+    ended = ablab("bench", "kernels", "--device", "cpu", "--out", "kernels.json")
     assert ended.code == 0, ended.err
     told = json.loads((lab.root / "kernels.json").read_text())
     timed = [row for row in told["rows"] if not row["note"]]
@@ -25,15 +26,29 @@ def test_every_kernel_is_measured_printed_and_written(lab, ablab):
         assert row["error"] is None or row["error"] < 1e-2
     attention = next(row for row in timed if row["kernel"] == "attention")
     assert attention["backward_ms"] > 0 and attention["gradient_error"] < 1e-2
-    if not told["gpu"]:
-        assert "no GPU" in ended.out and any(row["form"] == "ablab" and row["note"] == "not available: needs a GPU" for row in told["rows"])
+    assert "no GPU" in ended.out and any(row["form"] == "ablab" and row["note"] == "not available: needs a GPU" for row in told["rows"])
 
 
 def test_only_chooses_kernels_and_a_near_miss_is_named(lab, ablab):
-    ended = ablab("bench", "kernels", "--only", "newton*", "--out", "kernels.json")
+    ended = ablab("bench", "kernels", "--only", "newton*", "--device", "cpu", "--out", "kernels.json")
     assert ended.code == 0 and {row["kernel"] for row in json.loads((lab.root / "kernels.json").read_text())["rows"]} == {"newton_schulz"}
     refused = ablab("bench", "kernels", "--only", "atention")
     assert refused.code == 2 and "--only 'atention' fits no kernel. Did you mean 'attention'?" in refused.err
+
+
+def test_a_device_that_is_not_there_is_refused(ablab):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    refused = ablab("bench", "kernels", "--device", "cuda")
+    assert refused.code == 2 and "torch sees no GPU here" in refused.err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_every_peer_of_attention_is_timed_with_small_errors():
+    rows = [row for row in bench_kernels.bench_kernels("attention", "cuda")["rows"] if row["case"].endswith("T 384, D 64")]
+    assert {row["form"]: row["note"] for row in rows} == dict.fromkeys((row["form"] for row in rows), "")
+    assert all(row["error"] < 5e-3 and row["gradient_error"] < 1e-2 and row["backward_ms"] > row["floor_ms"] / 2 for row in rows)
 
 
 def case_of(**forms):
@@ -101,7 +116,7 @@ def test_newton_schulz_products_are_counted_in_full_along_the_shorter_side():
 
 def test_all_attention_forms_start_from_the_same_packed_qkv(tmp_path):
     """The fp32 formula against a loop over positions in fp64, for one head of each group."""
-    (case,) = bench_cases.attention(CPU, tmp_path)
+    (case,) = bench_attention.attention(CPU, tmp_path)
     with torch.no_grad():
         y = case.reference(*case.inputs)
     h, kv, t, d = 4, 2, 32, 16

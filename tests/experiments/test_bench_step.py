@@ -71,6 +71,15 @@ def test_hugging_face_llama_of_the_same_shape_takes_turns(lab, ablab, sheet):
     assert finite_and_positive(found(lab)["ratio"], peer["tokens_per_second"], *(peer["split_ms"][phase] for phase in timing.PHASES))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_kernels_and_launches_are_counted_and_every_phase_keeps_the_device_busy(lab, ablab, sheet):
+    assert ablab("bench", "step", *quick(sheet, "runtime.device=cuda", "model.attention.head_dim=16", "model.width=64")).code == 0
+    (one,) = found(lab)["subjects"]
+    assert finite_and_positive(one["mfu"], one["kernels_per_step"], one["launches_per_step"], *(one["split_ms"][phase] for phase in timing.PHASES))
+    assert one["mfu"] / one["mfu_measured"] == pytest.approx(found(lab)["matmul_tflops"] / 989) and one["peak_gib"] < 5
+
+
 @pytest.mark.parametrize("paths", [{}, {"model__tied": True, "model__attention__group": 2}], ids=["plain", "tied, grouped"])
 def test_the_peer_has_the_recipes_shape_and_accumulates_the_mean_gradient(tiny, token_folder, paths):
     pytest.importorskip("transformers")
