@@ -21,7 +21,7 @@ from ablab.experiments.bench_cases import Case, Form, activations, compiled, nee
 
 def attention(device: torch.device, folder: Path) -> Iterable[Case]:
     """Packed qkv [B,T,(H+2KV)*D], gains, gate [B,T,H] -> [B,T,H*D]."""
-    shapes = [(96, 12, 12, 384, 64), (48, 18, 6, 768, 64), (16, 12, 12, 2048, 64)] if device.type == "cuda" else [(2, 4, 2, 32, 16)]
+    shapes = [(96, 12, 12, 384, 64), (48, 18, 6, 768, 64), (16, 12, 12, 2048, 64)] if device.type == "cuda" else [(2, 4, 2, 32, 32)]
     dtype = activations(device)
     for shape in shapes:
         b, h, kv, t, d = shape

@@ -87,6 +87,7 @@ class Timed:
     launches_per_step: float | None = None
     host_data_ms: float = 0.0  # building a batch and starting its copy; on a GPU the device works meanwhile
     split_ms: dict[str, float] = field(default_factory=dict)
+    longest: list[dict[str, Any]] = field(default_factory=list)  # kernels by their ms a step; empty on a CPU
 
 
 def bench_step(
@@ -186,7 +187,8 @@ def _split(timed: Timed, step: Callable[[], Any], marks: Marks, device: torch.de
         found = timing.device_split(step, marks, device)
         if not found["kernels"]:  # a profiler without its tracing library sees nothing
             return
-        phases, timed.kernels_per_step, timed.launches_per_step = found["split"], found["kernels"], found["launches"]
+        phases, timed.longest = found["split"], found["longest"]
+        timed.kernels_per_step, timed.launches_per_step = found["kernels"], found["launches"]
     timed.split_ms = {phase: 1e3 * spent for phase, spent in phases.items()}
     timed.split_ms["gaps"] = timed.ms_per_step - sum(timed.split_ms.values())
 
@@ -202,6 +204,10 @@ def show_step(found: dict[str, Any]) -> None:
     table([_row(one) for one in subjects])
     typer.echo("")
     table([_split_row(one) for one in subjects])
+    for one in subjects:
+        if one["longest"]:
+            typer.echo(f"\n{one['name']}: the longest kernels of a step")
+            table([_kernel_row(kernel) for kernel in one["longest"]])
     peak = "MFU counts attention causally" + ("" if subjects[0]["mfu"] is None else f", of {found['peak_tflops']:g} TFLOP/s")
     typer.echo(f"\n{peak}; matrix products reach {found['matmul_tflops']:.3g} TFLOP/s in this run")
     if found["clocks"]:
@@ -223,3 +229,7 @@ def _row(one: dict[str, Any]) -> dict[str, str]:
 def _split_row(one: dict[str, Any]) -> dict[str, str]:
     phases = {phase: f"{spent:.2f}" for phase, spent in one["split_ms"].items()} or {"ms of a step": "the profiler saw no kernel"}
     return {"what": one["name"]} | phases | {"host: data": f"{one['host_data_ms']:.2f}"}
+
+
+def _kernel_row(one: dict[str, Any]) -> dict[str, str]:
+    return {"phase": one["phase"], "ms": f"{one['ms']:.3f}", "times": f"{one['times']:g}", "kernel": one["kernel"][:100]}

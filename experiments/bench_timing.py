@@ -19,6 +19,7 @@ PHASES = ("data", "forward", "backward", "optimizer")
 PREFIX = "bench/"  # of our ranges in a trace
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace: what occupies the device
 LAUNCHING = ("cuda_runtime", "cuda_driver")
+LONGEST = 25  # kernels to name
 
 
 def settled(device: torch.device) -> None:
@@ -188,14 +189,16 @@ def busy(events: Iterable[Mapping[str, Any]], count: int) -> dict[str, Any]:
     events = [one for one in events if "dur" in one]
     spans = sorted((one["ts"], one["name"].removeprefix(PREFIX)) for one in events if one.get("cat") == "user_annotation" and one["name"].startswith(PREFIX))
     launches = {one["args"]["correlation"]: one for one in events if one.get("cat") in LAUNCHING and "correlation" in one.get("args", {})}
-    starts, total, until = [span[0] for span in spans], dict.fromkeys(PHASES, 0.0), float("-inf")
-    work = sorted((one for one in events if one.get("cat") in ON_DEVICE), key=lambda one: one["ts"])
+    starts, split, until = [span[0] for span in spans], dict.fromkeys(PHASES, 0.0), float("-inf")
+    work, named = sorted((one for one in events if one.get("cat") in ON_DEVICE), key=lambda one: one["ts"]), defaultdict(lambda: [0.0, 0.0])
     for one in work:
-        end = one["ts"] + one["dur"]
-        launch = launches.get(one["args"].get("correlation"), one)
-        at = bisect.bisect_right(starts, launch["ts"]) - 1
-        total[spans[max(at, 0)][1]] += max(end - max(one["ts"], until), 0.0) / 1e6 / count
+        end, launch = one["ts"] + one["dur"], launches.get(one["args"].get("correlation"), one)
+        phase = spans[max(bisect.bisect_right(starts, launch["ts"]) - 1, 0)][1]
+        split[phase] += max(end - max(one["ts"], until), 0.0) / 1e6 / count
         until = max(until, end)
+        for i, more in enumerate((one["dur"] / 1e3, 1)):
+            named[phase, one["name"]][i] += more / count
     kernels = sum(one["cat"] == "kernel" for one in work)
     calls = sum("launch" in one["name"].lower() for one in launches.values())
-    return {"split": total, "kernels": kernels / count, "launches": calls / count}
+    longest = sorted(({"phase": phase, "kernel": name, "ms": ms, "times": times} for (phase, name), (ms, times) in named.items()), key=lambda one: -one["ms"])
+    return {"split": split, "kernels": kernels / count, "launches": calls / count, "longest": longest[:LONGEST]}

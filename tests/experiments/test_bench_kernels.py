@@ -45,10 +45,11 @@ def test_a_device_that_is_not_there_is_refused(ablab):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_on_a_gpu_every_peer_of_attention_is_timed_with_small_errors():
-    rows = [row for row in bench_kernels.bench_kernels("attention", "cuda")["rows"] if row["case"].endswith("T 384, D 64")]
-    assert {row["form"]: row["note"] for row in rows} == dict.fromkeys((row["form"] for row in rows), "")
-    assert all(row["error"] < 5e-3 and row["gradient_error"] < 1e-2 and row["backward_ms"] > row["floor_ms"] / 2 for row in rows)
+def test_on_a_gpu_every_form_of_attention_is_timed_with_small_errors(tmp_path):
+    case = next(iter(bench_attention.attention(torch.device("cuda"), tmp_path)))
+    rows = bench_kernels._rows(case, matmul=800e12, copy=3e12, device=torch.device("cuda"))
+    assert not [row.note for row in rows if row.note]
+    assert all(row.error < 5e-3 and row.gradient_error < 1e-2 and row.total_ms > row.floor_ms / 2 for row in rows)
 
 
 def case_of(**forms):
@@ -119,7 +120,7 @@ def test_all_attention_forms_start_from_the_same_packed_qkv(tmp_path):
     (case,) = bench_attention.attention(CPU, tmp_path)
     with torch.no_grad():
         y = case.reference(*case.inputs)
-    h, kv, t, d = 4, 2, 32, 16
+    h, kv, t, d = 4, 2, 32, 32
     qkv, q_gain, k_gain, gate, cos, sin = (x.detach().double() for x in case.inputs)
 
     def turned(x, gain):

@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from ablab.core.plan import cost_of
 from ablab.experiments import bench_timing as timing
-from ablab.experiments.bench_step import Timed, rate_it
+from ablab.experiments.bench_step import Timed, rate_it, show_step
 
 CPU = torch.device("cpu")
 
@@ -119,10 +120,27 @@ def test_a_trace_gives_each_phase_its_busy_time_and_counts_overlap_once():
     phases = [event("user_annotation", start, 10, name=f"bench/{phase}") for phase, start in zip(timing.PHASES, (0, 10, 20, 30), strict=True)]
     calls = [event("cuda_runtime", 5, 1, 1, "cudaMemcpyAsync"), event("cuda_driver", 12, 1, 2, "cuLaunchKernelEx")]
     calls += [event("cuda_runtime", 22, 1, 3, "cudaLaunchKernel"), event("cuda_runtime", 33, 1, 4, "cudaGraphLaunch"), event("cpu_op", 33, 1)]
-    work = [event("gpu_memcpy", 100, 5, 1), event("kernel", 110, 50, 2), event("kernel", 150, 30, 3), event("kernel", 200, 7, 4), event("kernel", 210, 8, 4)]
+    work = [event("gpu_memcpy", 100, 5, 1), event("kernel", 110, 50, 2), event("kernel", 150, 30, 3)]
+    work += [event("kernel", 200, 7, 4, "move"), event("kernel", 210, 8, 4, "move")]
     told = timing.busy([*calls, *reversed(work), *phases, {"cat": "kernel", "name": "no duration"}], count=2)
     assert told["split"] == pytest.approx({"data": 2.5e-6, "forward": 25e-6, "backward": 10e-6, "optimizer": 7.5e-6})
     assert told["kernels"] == 2 and told["launches"] == 1.5
+    assert [(one["phase"], one["ms"]) for one in told["longest"]] == [("forward", 0.025), ("backward", 0.015), ("optimizer", 0.0075), ("data", 0.0025)]
+    assert told["longest"][2]["kernel"] == "move" and told["longest"][2]["times"] == 1
+
+
+def test_what_only_a_gpu_measures_is_shown_where_it_was_measured(capsys):
+    kernel = {"phase": "forward", "kernel": "flash_fwd", "ms": 1.25, "times": 8}
+    split = dict.fromkeys((*timing.PHASES, "gaps"), 9.0)
+    one = Timed(
+        "70m, full", tokens_per_second=985_432, mfu=0.5, mfu_measured=0.625, kernels_per_step=412, launches_per_step=3, split_ms=split, longest=[kernel]
+    )
+    found = {"device": "H100", "windows": 3, "steps": 100, "warm_up": 50, "peak_tflops": 989.0, "matmul_tflops": 791.0, "clocks": {"sm_mhz": 1755.0}}
+    show_step(found | {"subjects": [asdict(one)]})
+    told = capsys.readouterr().out
+    for word in ("985,432", "50.0 %", "62.5 %", "412", "of 989 TFLOP/s", "791 TFLOP/s in this run", "sm_mhz 1755"):
+        assert word in told
+    assert ["forward", "1.250", "8", "flash_fwd"] in [line.split() for line in told.splitlines()]
 
 
 def test_clocks_are_read_while_the_load_runs_and_absence_is_no_error(tmp_path, monkeypatch):
