@@ -97,6 +97,8 @@ def bench_step(
     with tempfile.TemporaryDirectory() as folder:
         subjects = _subjects(name, overrides, against, cell, Path(folder))
         device = torch.device(subjects[0].settled["device"])
+        if (other := subjects[-1].settled["device"]) != device.type:
+            raise UserError(f"the two subjects run on {device.type} and {other}; time them on one device")
         kind = device.type
         counts = {"steps": steps or STEPS[kind], "windows": windows or WINDOWS[kind], "warm_up": WARM_UP[kind] if warm_up is None else warm_up}
         made = [_made(subject, counts["warm_up"], device) for subject in subjects]
