@@ -8,7 +8,7 @@ import typer
 
 app = typer.Typer(no_args_is_help=True, help="Measure on this machine: ablab's own cost, a training step, the kernels, a whole grid.")
 
-Name = Annotated[str | None, typer.Argument(help="a catalog entry, a size such as 70m, or a path to a .yaml [loo_70m; without a GPU quickstart]")]
+Name = Annotated[str | None, typer.Argument(help="a catalog entry, a size such as 70m, or a path to a .yaml (loo_70m; without a GPU quickstart)")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="path=value: a recipe path, with.NAME.DOSE, runtime.X")]
 Plugins = Annotated[list[Path] | None, typer.Option("--plugins", help="a folder with interventions of your own; repeat for more")]
 Out = Annotated[Path | None, typer.Option(help="also write JSON here")]
@@ -26,10 +26,10 @@ def overhead(out: Out = None) -> None:
 def step(
     name: Name = None, overrides: Overrides = None,
     against: Annotated[str | None, typer.Option(help="a second subject, timed in turn: hf (Hugging Face's Llama), a cell, or path=value")] = None,
-    cell: Annotated[str | None, typer.Option(help="one arm of the experiment [full, else the first]")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="of a window [100; on a CPU 10]")] = None,
+    cell: Annotated[str | None, typer.Option(help="one arm of the experiment (full, else the first)")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="of a window (100; on a CPU 10)")] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="of each subject; their median counts [3]")] = None,
-    warm_up: Annotated[int | None, typer.Option(min=0, help="steps before the first window [50; on a CPU 3]")] = None,
+    warm_up: Annotated[int | None, typer.Option(min=0, help="steps before the first window (50; on a CPU 3)")] = None,
     plugins: Plugins = None, out: Out = None,
 ) -> None:  # fmt: skip
     """Tokens/s, MFU, memory, launches, and where each millisecond of a training step goes; random tokens."""
@@ -57,8 +57,8 @@ def kernels(
 @app.command()
 def grid(
     name: Name = None, overrides: Overrides = None,
-    cells: Annotated[int | None, typer.Option(min=2, help="runs of the grid [12; without a GPU 4]")] = None,
-    seconds: Annotated[float | None, typer.Option(min=0.1, help="of training a cell [60; without a GPU 3]")] = None,
+    cells: Annotated[int | None, typer.Option(min=2, help="runs of the grid (12; without a GPU 4)")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.1, help="of training a cell (60; without a GPU 3)")] = None,
     mlflow: Annotated[bool, typer.Option(help="also show the runs in MLflow, whose time then counts")] = False,
     plugins: Plugins = None, out: Out = None,
 ) -> None:  # fmt: skip
