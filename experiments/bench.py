@@ -59,9 +59,6 @@ def overhead() -> list[Row]:
         ]
 
 
-BENCHES: dict[str, Callable[[], list[Row]]] = {"overhead": overhead}
-
-
 def show_bench(rows: list[Row], out: Path | None) -> None:
     """Print a line for each row; write all of it as JSON to `out`."""
     width = max(len(row.what) for row in rows)

@@ -12,7 +12,7 @@ import typer
 
 from ablab.core.errors import UserError
 from ablab.core.record import Store, store_root
-from ablab.experiments import check_cli, data_cli
+from ablab.experiments import bench_cli, check_cli, data_cli
 
 INTERRUPTED = 130
 EXITS = """Exit codes: 0 done (a run that diverged is done); 1 runs failed, or ablab broke; 2 the request cannot be met as asked;
@@ -24,6 +24,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(data_cli.app, name="data")
 app.add_typer(check_cli.app, name="check")
+app.add_typer(bench_cli.app, name="bench")
 new = typer.Typer(no_args_is_help=True, help="Write a new file from a template.")
 app.add_typer(new, name="new")
 
@@ -167,19 +168,6 @@ def ui(host: Annotated[str, typer.Option()] = "127.0.0.1", port: Annotated[int, 
     from ablab.experiments.ui import serve
 
     serve(_store(store).root, host, port, typer.echo)
-
-
-@app.command()
-def bench(
-    what: Annotated[str, typer.Argument(help="overhead")] = "overhead", out: Annotated[Path | None, typer.Option(help="also write JSON here")] = None
-) -> None:
-    """Measure ablab itself against its targets, on this machine."""
-    from ablab.core.part import near
-    from ablab.experiments.bench import BENCHES, show_bench
-
-    if what not in BENCHES:
-        raise UserError(f"unknown benchmark {what!r}. {near(what, BENCHES)}Known: {', '.join(BENCHES)}")
-    show_bench(BENCHES[what](), out)
 
 
 @new.command("intervention")
