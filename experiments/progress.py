@@ -2,11 +2,23 @@
 
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from ablab.core.record import FINISHED, Result
 from ablab.experiments.experiment import Run
-from ablab.experiments.standing import Line
+
+
+@dataclass(frozen=True)
+class Line:
+    """One arm.  `best` is None until a trial has finished; `ends` counts the trials that did not, by how they ended."""
+
+    cell: str
+    done: int
+    total: int  # as many as are planned; a widening adds more
+    best: float | None
+    at: dict[str, Any]
+    ends: dict[str, int]
 
 
 class Quiet:

@@ -20,7 +20,7 @@ from ablab.core.record import RETRY, Record, Result, Store
 from ablab.core.runtime import Runtime, code_fingerprint, visible_gpus
 from ablab.experiments.experiment import Experiment, Run, merged_plan
 from ablab.experiments.processes import Workers
-from ablab.experiments.standing import Line
+from ablab.experiments.progress import Line
 from ablab.experiments.trackers import Trackers, trackers_for
 from ablab.experiments.worker import Job
 

@@ -1,22 +1,10 @@
 """How a study stands while it runs: trials done and the best so far, for each arm."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from ablab.analysis.tuning import COMPLETE
 from ablab.core.record import FINISHED, Result
-
-
-@dataclass(frozen=True)
-class Line:
-    """One arm.  `best` is None until a trial has finished; `ends` counts the trials that did not, by how they ended."""
-
-    cell: str
-    done: int
-    total: int  # as many as are planned; a widening adds more
-    best: float | None
-    at: dict[str, Any]
-    ends: dict[str, int]
+from ablab.experiments.progress import Line
 
 
 class Standing:

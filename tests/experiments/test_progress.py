@@ -6,8 +6,7 @@ import pytest
 
 from ablab.core.record import FAILED, FINISHED, Result
 from ablab.experiments.experiment import Run
-from ablab.experiments.progress import Live, watcher
-from ablab.experiments.standing import Line
+from ablab.experiments.progress import Line, Live, watcher
 
 
 class Terminal(io.StringIO):
