@@ -23,14 +23,15 @@ from ablab.kernels import attention_backward, attention_forward
 
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Powers of two >= 16, then warps and pipeline stages.  prepare: tokens; forward, queries: rows of queries, keys per
-# step; keys: keys, rows of queries per step.  Chosen by reading registers and spills, not yet by timing.
+# Powers of two >= 16, then warps, pipeline stages, and the most registers a thread may have (0: no limit).  prepare:
+# tokens; forward, queries: rows of queries, keys per step; keys: keys, rows of queries per step.  Chosen by reading
+# registers and spills for sm_90, not yet by timing.
 TILES = {
-    32: {"prepare": (128, 4, 1), "forward": (128, 64, 4, 3), "queries": (128, 64, 8, 3), "keys": (128, 64, 8, 3)},
-    64: {"prepare": (64, 4, 1), "forward": (128, 64, 4, 3), "queries": (128, 64, 8, 2), "keys": (128, 64, 8, 2)},
-    128: {"prepare": (32, 4, 1), "forward": (128, 64, 8, 2), "queries": (128, 64, 8, 2), "keys": (64, 64, 8, 2)},
+    32: {"prepare": (128, 4, 1), "forward": (128, 64, 4, 3, 0), "queries": (128, 64, 8, 3, 0), "keys": (128, 64, 8, 3, 0)},
+    64: {"prepare": (64, 4, 1), "forward": (128, 64, 4, 3, 0), "queries": (128, 64, 8, 2, 128), "keys": (128, 64, 8, 2, 0)},
+    128: {"prepare": (32, 4, 1), "forward": (128, 64, 8, 2, 0), "queries": (128, 64, 8, 2, 0), "keys": (128, 32, 8, 2, 0)},
 }
-WIDE_TILES = {"prepare": (32, 4, 1), "forward": (32, 32, 4, 1), "queries": (32, 32, 4, 1), "keys": (32, 32, 4, 1)}  # fp32: for tests, not for speed
+WIDE_TILES = {"prepare": (32, 4, 1), "forward": (16, 16, 4, 1, 0), "queries": (16, 16, 4, 1, 0), "keys": (16, 16, 4, 1, 0)}  # fp32
 
 
 def reference(qkv, heads, kv_heads, cos, sin, q_gain=None, k_gain=None, eps=1e-6, first=None, weights=None, gate=None):
@@ -77,7 +78,7 @@ def attention(
 
 
 def serves(head_dim: int, dtype: torch.dtype, heads: int = 1, kv_heads: int = 1) -> str:
-    """"" if `attention` takes these shapes, else a line that says which it does not take, and what it would."""
+    """Empty if `attention` takes these shapes, else a line that says which it does not take, and what it would."""
     if head_dim not in HEAD_DIMS:
         return f"head_dim={head_dim}: the attention kernel serves {', '.join(map(str, HEAD_DIMS))}"
     if dtype not in DTYPES:
@@ -156,7 +157,8 @@ def _differentiate(ctx, dy, _):
     if dy is None:
         return (None,) * 12
     grads = _attention_backward(dy, qkv, y, bits, ctx.heads, ctx.kv_heads, cos, sin, q_gain, k_gain, ctx.eps, first, weights, gate, ctx.tiles)
-    dqkv, dq_gain, dk_gain, dfirst, dweights, dgate = (g if x is not None else None for g, x in zip(grads, (qkv, q_gain, k_gain, first, weights, gate), strict=True))
+    inputs = (qkv, q_gain, k_gain, first, weights, gate)
+    dqkv, dq_gain, dk_gain, dfirst, dweights, dgate = (None if x is None else g for g, x in zip(grads, inputs, strict=True))
     return dqkv, None, None, None, None, dq_gain, dk_gain, None, dfirst, dweights, dgate, None
 
 

@@ -6,7 +6,7 @@ With P = softmax(scores), dP = dy v^T and g the gate (1 without one), row by row
     dq = scale ds k,   dk = scale ds^T q,   dv = (g P)^T dy
 then each passes back through its rotation and its norm.  Turned keys and mixed values wait in the slots of d_qkv that
 their own gradients overwrite: `_keys` reads a block of them before it writes that block, and no other program does.
-`_queries` leaves its scaled and turned queries in a buffer [B,H,T,D] for `_keys`, and share in another [B,H,T].
+`_queries` leaves `_keys` its scaled and turned queries [B,H,T,D], and share and the gate as fp32 [B,H,T].
 """
 
 import triton
@@ -16,6 +16,7 @@ from ablab.kernels.attention_forward import (
     LOG2E,
     at,
     inverse_rms,
+    launch,
     load_halves,
     load_tile,
     precision,
@@ -78,7 +79,7 @@ def _sweep_keys(
 
 @triton.jit
 def _queries(
-    q, k, v, y, dy, gate, q_gain, cos, sin, bits, dq, turned, shares, sums,
+    q, k, v, y, dy, gate, q_gain, cos, sin, bits, dq, turned, shares, strengths, sums,
     q_b, q_t, k_b, k_t, v_b, v_t, dy_b, dy_t, gate_b, gate_t, gate_h, dq_b, dq_t, T, H, scale, log2_scale, eps,
     NORM: tl.constexpr, GATED: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -88,8 +89,7 @@ def _queries(
     b, h = tl.program_id(0) // blocks // H, tl.program_id(0) // blocks % H
     rows = first_row + tl.arange(0, M)
     q = at(q, b, 0, q_b, q_t) + h * D
-    query = turned_tile(q, q_gain, cos, sin, first_row, q_t, T, eps, NORM, M, D // 2)
-    query = (query * log2_scale).to(y.dtype.element_ty)
+    query = turned_tile(q, q_gain, cos, sin, first_row, q_t, T, log2_scale, eps, NORM, M, D // 2)
     store_tile(at(turned, b, h, H * T * D, T * D), query, first_row, D, T, M, D)
     dy_tile = load_tile(at(dy, b, 0, dy_b, dy_t) + h * D, first_row, dy_t, T, M, D)
     y_tile = load_tile(at(y, b, 0, T * H * D, H * D) + h * D, first_row, H * D, T, M, D)
@@ -99,16 +99,13 @@ def _queries(
     if GATED:
         address = at(gate, b, first_row, gate_b, gate_t) + h * gate_h + tl.arange(0, M) * gate_t
         strength = tl.load(address, mask=rows < T, other=0.0).to(tl.float32)
+        tl.store(at(strengths, b, h, H * T, T) + rows, strength, mask=rows < T)
     k, v = at(k, b, 0, k_b, k_t) + h // GROUP * D, at(v, b, 0, v_b, v_t) + h // GROUP * D
     grad = tl.zeros([M, D], tl.float32)
     share = tl.zeros([M], tl.float32)
     whole, last = first_row // N * N, tl.minimum(first_row + M, T)
-    grad, share = _sweep_keys(
-        grad, share, query, dy_tile, strength, delta, top, k, v, first_row, 0, whole, k_t, v_t, T, False, GATED, M, N, D, PRECISION
-    )
-    grad, share = _sweep_keys(
-        grad, share, query, dy_tile, strength, delta, top, k, v, first_row, whole, last, k_t, v_t, T, True, GATED, M, N, D, PRECISION
-    )
+    grad, share = _sweep_keys(grad, share, query, dy_tile, strength, delta, top, k, v, first_row, 0, whole, k_t, v_t, T, False, GATED, M, N, D, PRECISION)
+    grad, share = _sweep_keys(grad, share, query, dy_tile, strength, delta, top, k, v, first_row, whole, last, k_t, v_t, T, True, GATED, M, N, D, PRECISION)
     if not GATED:
         share = delta
     tl.store(at(shares, b, h, H * T, T) + rows, share, mask=rows < T)
@@ -118,7 +115,7 @@ def _queries(
 
 @triton.jit
 def _sweep_queries(
-    dk, dv, key, value, q, dy, gate, bits, shares, first_key, low, high, dy_t, gate_t, T,
+    dk, dv, key, value, q, dy, strengths, bits, shares, first_key, low, high, dy_t, T,
     DIAGONAL: tl.constexpr, GATED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Queries low..high-1 of one head against one block of keys; tiles [N keys, M queries].  From row T on all is 0."""
@@ -133,8 +130,7 @@ def _sweep_queries(
         out = load_tile(dy, start, dy_t, T, M, D)
         dp = tl.dot(value, tl.trans(out), input_precision=PRECISION)
         if GATED:
-            strength = tl.load(gate + tl.cast(start, tl.int64) * gate_t + rows * gate_t, mask=seen, other=0.0)
-            p = p * strength.to(tl.float32)[None, :]
+            p = p * tl.load(strengths + start + rows, mask=seen, other=0.0)[None, :]
         dv = tl.dot(p.to(out.dtype), out, dv, input_precision=PRECISION)
         share = tl.load(shares + start + rows, mask=seen, other=0.0)
         ds = p * (dp - share[None, :])
@@ -144,8 +140,8 @@ def _sweep_queries(
 
 @triton.jit
 def _keys(
-    q, k, k_raw, v, v_raw, first, dy, gate, k_gain, weights, cos, sin, bits, shares, dk, dv, dfirst, gain_sums, weight_sums,
-    k_b, k_t, v_b, v_t, raw_b, raw_t, first_b, first_t, first_h, dy_b, dy_t, gate_b, gate_t, gate_h, dk_b, dk_t, T, H, KV, scale, eps,
+    q, k, k_raw, v, v_raw, first, dy, strengths, k_gain, weights, cos, sin, bits, shares, dk, dv, dfirst, gain_sums, weight_sums,
+    k_b, k_t, v_b, v_t, raw_b, raw_t, first_b, first_t, first_h, dy_b, dy_t, dk_b, dk_t, T, H, KV, scale, eps,
     NORM: tl.constexpr, MIX: tl.constexpr, GATED: tl.constexpr, GROUP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -161,15 +157,15 @@ def _keys(
         head = h * GROUP + member
         queries, out = at(q, b, head, H * T * D, T * D), at(dy, b, 0, dy_b, dy_t) + head * D
         top, share = at(bits, b, head, H * T, T), at(shares, b, head, H * T, T)
-        strengths = gate
+        strength = share
         if GATED:
-            strengths = at(gate, b, 0, gate_b, gate_t) + head * gate_h
+            strength = at(strengths, b, head, H * T, T)
         k_grad, v_grad = _sweep_queries(
-            k_grad, v_grad, key, value, queries, out, strengths, top, share, first_key, low, tl.minimum(whole, T), dy_t, gate_t, T,
+            k_grad, v_grad, key, value, queries, out, strength, top, share, first_key, low, tl.minimum(whole, T), dy_t, T,
             True, GATED, M, N, D, PRECISION,
         )  # fmt: skip
         k_grad, v_grad = _sweep_queries(
-            k_grad, v_grad, key, value, queries, out, strengths, top, share, first_key, whole, T, dy_t, gate_t, T,
+            k_grad, v_grad, key, value, queries, out, strength, top, share, first_key, whole, T, dy_t, T,
             False, GATED, M, N, D, PRECISION,
         )  # fmt: skip
     if MIX:
@@ -193,24 +189,24 @@ def backward(dy, qkv, y, bits, heads, kv_heads, cos, sin, q_gain, k_gain, eps, f
     values = dv if mix else v
     common = dict(NORM=norm, GATED=gate is not None, GROUP=heads // kv_heads, D=d, PRECISION=precision(qkv.dtype))
 
-    m, n, warps, depth = tiles[7:11]
+    m, n, *how = tiles[8:13]
     programs = triton.cdiv(t, m) * b * heads
-    turned, shares = qkv.new_empty(b, heads, t, d), bits.new_empty(bits.shape)
+    turned, shares, strengths = qkv.new_empty(b, heads, t, d), bits.new_empty(bits.shape), bits.new_empty(bits.shape) if gate is not None else None
     q_sums = cos.new_empty(programs, d) if norm else None
     _queries[(programs,)](
-        q, dk, values, y, dy, gate, q_gain, cos, sin, bits, dq, turned, shares, q_sums,
+        q, dk, values, y, dy, gate, q_gain, cos, sin, bits, dq, turned, shares, strengths, q_sums,
         *strides(q, 2), *strides(dk, 2), *strides(values, 2), *strides(dy, 2), *strides(gate, 3), *strides(dq, 2), t, heads,
-        d**-0.5, d**-0.5 * LOG2E, eps, M=m, N=n, num_warps=warps, num_stages=depth, **common,
+        d**-0.5, d**-0.5 * LOG2E, eps, M=m, N=n, **launch(*how), **common,
     )  # fmt: skip
 
-    n, m, warps, depth = tiles[11:15]
+    n, m, *how = tiles[13:18]
     programs = triton.cdiv(t, n) * b * kv_heads
     k_sums = cos.new_empty(programs, d) if norm else None
     dfirst, weight_sums = (first.new_empty(first.shape), cos.new_empty(programs, 2)) if mix else (None, None)
     _keys[(programs,)](
-        turned, dk, k, values, v, first, dy, gate, k_gain, weights, cos, sin, bits, shares, dk, dv, dfirst, k_sums, weight_sums,
-        *strides(dk, 2), *strides(values, 2), *strides(k, 2), *strides(first, 3), *strides(dy, 2), *strides(gate, 3), *strides(dk, 2),
-        t, heads, kv_heads, 1 / LOG2E, eps, MIX=mix, M=m, N=n, num_warps=warps, num_stages=depth, **common,
+        turned, dk, k, values, v, first, dy, strengths, k_gain, weights, cos, sin, bits, shares, dk, dv, dfirst, k_sums, weight_sums,
+        *strides(dk, 2), *strides(values, 2), *strides(k, 2), *strides(first, 3), *strides(dy, 2), *strides(dk, 2),
+        t, heads, kv_heads, 1 / LOG2E, eps, MIX=mix, M=m, N=n, **launch(*how), **common,
     )  # fmt: skip
     gains = (q_sums.sum(0), k_sums.sum(0)) if norm else (None, None)
     return grads, *gains, dfirst, weight_sums.sum(0) if mix else None, gate.new_empty(gate.shape).copy_(shares.mT) if gate is not None else None

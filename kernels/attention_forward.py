@@ -50,8 +50,8 @@ def inverse_rms(a, b, start, T, eps, ROWS: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def turned_tile(base, gain, cos, sin, start, stride_t, T, eps, NORM: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr):
-    """Raw queries or keys -> normed, gained, turned to their positions; fp32 [ROWS, D]."""
+def turned_tile(base, gain, cos, sin, start, stride_t, T, scale, eps, NORM: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr):
+    """Raw queries or keys -> normed, gained, turned to their positions, times scale; [ROWS, D] in their dtype."""
     a, b = load_halves(base, start, stride_t, T, ROWS, HALF)
     if NORM:
         channel = tl.arange(0, HALF)
@@ -60,7 +60,9 @@ def turned_tile(base, gain, cos, sin, start, stride_t, T, eps, NORM: tl.constexp
         b = b * r[:, None] * tl.load(gain + HALF + channel)[None, :]
     c = load_tile(cos, start, HALF, T, ROWS, HALF)
     s = load_tile(sin, start, HALF, T, ROWS, HALF)
-    pair = tl.join(a * c - b * s, b * c + a * s)  # [ROWS, D/2, 2]
+    # Rounded before they are joined: half as many bytes change threads.
+    dtype = base.dtype.element_ty
+    pair = tl.join(((a * c - b * s) * scale).to(dtype), ((b * c + a * s) * scale).to(dtype))  # [ROWS, D/2, 2]
     return tl.reshape(tl.permute(pair, (0, 2, 1)), (ROWS, 2 * HALF))
 
 
@@ -80,7 +82,7 @@ def _prepare(
     """One block of tokens of one kv head: k -> normed and turned, v -> own v + first_weight first."""
     blocks = tl.cdiv(T, ROWS)
     start, b, h = tl.program_id(0) % blocks * ROWS, tl.program_id(0) // blocks // KV, tl.program_id(0) // blocks % KV
-    tile = turned_tile(at(k, b, 0, in_b, in_t) + h * D, k_gain, cos, sin, start, in_t, T, eps, NORM, ROWS, D // 2)
+    tile = turned_tile(at(k, b, 0, in_b, in_t) + h * D, k_gain, cos, sin, start, in_t, T, 1.0, eps, NORM, ROWS, D // 2)
     store_tile(at(k_out, b, 0, out_b, out_t) + h * D, tile, start, out_t, T, ROWS, D)
     if MIX:
         own = load_tile(at(v, b, 0, in_b, in_t) + h * D, start, in_t, T, ROWS, D).to(tl.float32)
@@ -119,8 +121,7 @@ def _forward(
     blocks = tl.cdiv(T, M)
     first_row = (blocks - 1 - tl.program_id(0) % blocks) * M  # the longest rows first
     b, h = tl.program_id(0) // blocks // H, tl.program_id(0) // blocks % H
-    turned = turned_tile(at(q, b, 0, q_b, q_t) + h * D, q_gain, cos, sin, first_row, q_t, T, eps, NORM, M, D // 2)
-    query = (turned * scale).to(y.dtype.element_ty)
+    query = turned_tile(at(q, b, 0, q_b, q_t) + h * D, q_gain, cos, sin, first_row, q_t, T, scale, eps, NORM, M, D // 2)
     k, v = at(k, b, 0, k_b, k_t) + h // GROUP * D, at(v, b, 0, v_b, v_t) + h // GROUP * D
     out = tl.zeros([M, D], tl.float32)
     total = tl.zeros([M], tl.float32)
@@ -151,13 +152,18 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"  # says nothing to 16-bit inputs
 
 
+def launch(warps: int, stages: int, registers: int = 0) -> dict:
+    """Triton's launch options.  registers: most a thread may have; 0: as many as the compiler likes."""
+    return {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
+
+
 def prepare(k, v, first, weights, k_gain, cos, sin, eps, k_out, v_out, tile):
     """Launch `_prepare` into k_out and, when mixing, v_out: [B,T,KV,D] views of one buffer."""
     rows, warps, depth = tile
     b, t, kv, d = k.shape
     _prepare[(triton.cdiv(t, rows) * b * kv,)](
         k, v, first, k_out, v_out, k_gain, weights, cos, sin, *strides(k, 2), *strides(first, 3), *strides(k_out, 2), t, kv, eps,
-        NORM=k_gain is not None, MIX=first is not None, ROWS=rows, D=d, num_warps=warps, num_stages=depth,
+        NORM=k_gain is not None, MIX=first is not None, ROWS=rows, D=d, **launch(warps, depth),
     )  # fmt: skip
 
 
@@ -169,10 +175,10 @@ def forward(qkv, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights,
     ready = qkv.new_empty(b, t, kv_heads * (1 + (first is not None)), d)
     k_ready, v_ready = ready[:, :, :kv_heads], ready[:, :, kv_heads:] if first is not None else v
     prepare(k, v, first, weights, k_gain, cos, sin, eps, k_ready, v_ready, tiles[:3])
-    m, n, warps, depth = tiles[3:7]
+    m, n, *how = tiles[3:8]
     _forward[(triton.cdiv(t, m) * b * heads,)](
         q, k_ready, v_ready, gate, q_gain, cos, sin, y, bits, *strides(q, 2), *strides(k_ready, 2), *strides(v_ready, 2), *strides(gate, 3),
         t, heads, d**-0.5 * LOG2E, eps, NORM=q_gain is not None, GATED=gate is not None, GROUP=heads // kv_heads,
-        M=m, N=n, D=d, PRECISION=precision(qkv.dtype), num_warps=warps, num_stages=depth,
+        M=m, N=n, D=d, PRECISION=precision(qkv.dtype), **launch(*how),
     )  # fmt: skip
     return y, bits
