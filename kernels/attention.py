@@ -7,7 +7,8 @@
 over heads of D channels, where turn() rotates channel i with i + D/2 (Su et al., arXiv:2104.09864) after the RMSNorm
 of each head (Henry et al., arXiv:2010.04245).  The softmax is FlashAttention-2's (Dao, arXiv:2307.08691), written in
 Triton: kernels/attention_forward.py and kernels/attention_backward.py.  Saved for the backward pass: qkv, y, and one
-fp32 number per row; y is saved as it leaves, gated, because the next projection keeps that tensor anyway.
+fp32 number per row; y is saved as it leaves, gated, because the next projection keeps that tensor anyway.  Memory held
+only while an op runs: one K (and V, when mixing) forward, one Q backward.
 
 Tolerance: q, k, v and P are rounded to the dtype of qkv once each, just before a product; everything else, the norm,
 the rotation and the gate too, is fp32.  A torch path rounds after each stage, so the error against fp64 is held to at
@@ -72,9 +73,14 @@ def attention(
     """
     head_dim = qkv.shape[-1] // (heads + 2 * kv_heads)
     _check(qkv, heads, kv_heads, head_dim, cos, sin, q_gain, k_gain, first, weights, gate)
-    chosen = (TILES[head_dim] if qkv.element_size() == 2 else WIDE_TILES) | (tiles or {})
-    flat = [number for name in ("prepare", "forward", "queries", "keys") for number in chosen[name]]
+    flat = flat_tiles(head_dim, qkv.dtype, tiles)
     return _attention(qkv, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, flat)[0]
+
+
+def flat_tiles(head_dim: int, dtype: torch.dtype, tiles: dict | None = None) -> list[int]:
+    """The numbers of TILES that hold here, in a row: what an op may take."""
+    chosen = (TILES[head_dim] if dtype.itemsize == 2 else WIDE_TILES) | (tiles or {})
+    return [number for name in ("prepare", "forward", "queries", "keys") for number in chosen[name]]
 
 
 def serves(head_dim: int, dtype: torch.dtype, heads: int = 1, kv_heads: int = 1) -> str:

@@ -152,7 +152,7 @@ def _keys(
     key = load_tile(at(k, b, 0, k_b, k_t) + h * D, first_key, k_t, T, N, D)
     value = load_tile(at(v, b, 0, v_b, v_t) + h * D, first_key, v_t, T, N, D)
     k_grad, v_grad = tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
-    low, whole = first_key // M * M, tl.cdiv(first_key + N, M) * M  # queries from `whole` on see every key
+    whole = first_key + tl.cdiv(N, M) * M  # queries from here on see every key
     for member in tl.range(0, GROUP):
         head = h * GROUP + member
         queries, out = at(q, b, head, H * T * D, T * D), at(dy, b, 0, dy_b, dy_t) + head * D
@@ -161,7 +161,7 @@ def _keys(
         if GATED:
             strength = at(strengths, b, head, H * T, T)
         k_grad, v_grad = _sweep_queries(
-            k_grad, v_grad, key, value, queries, out, strength, top, share, first_key, low, tl.minimum(whole, T), dy_t, T,
+            k_grad, v_grad, key, value, queries, out, strength, top, share, first_key, first_key, tl.minimum(whole, T), dy_t, T,
             True, GATED, M, N, D, PRECISION,
         )  # fmt: skip
         k_grad, v_grad = _sweep_queries(

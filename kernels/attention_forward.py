@@ -1,9 +1,9 @@
 """The forward half of kernels/attention.py: what a tile of queries or keys goes through, and two kernels.
 
 `_prepare` writes the keys once, normed and turned (and the values mixed), so that `_forward` is left with the loop of
-FlashAttention-2 (Dao, arXiv:2307.08691) alone and its loads of K and V can be pipelined: doing it again for every
-block of queries would put half the arithmetic of an exponential per score between a load and its product.  Queries
-are needed once, so they are normed and turned in `_forward` and never stored.
+FlashAttention-2 (Dao, arXiv:2307.08691): its loads of K and V go straight to shared memory while products run, with no
+arithmetic in between.  The price is one more write and read of K, in a buffer that lives as long as the forward pass
+of the op.  Queries are needed once, so they are normed and turned in `_forward` and never stored.
 
 Offsets: a tensor's base moves by int64 (row of the batch, then token); inside a tile they are int32.  Heads lie D apart.
 """

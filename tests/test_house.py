@@ -23,7 +23,7 @@ MAY_IMPORT = {
 READ_ONLY_CORE = {"ablab.core.record", "ablab.core.errors", "ablab.core.files"}  # all that analysis may use of core
 TORCH = {  # the files that work on tensors; everything else can be imported, listed and hashed without torch
     *(f"core/{name}.py" for name in ("checkpoint", "data", "evaluate", "init", "layers", "loss", "model", "optimizer", "stopwatch", "trainer")),
-    *(f"kernels/{name}.py" for name in ("attention", "attention_backward", "attention_forward")),
+    *(f"kernels/{name}.py" for name in ("attention", "attention_forward")),
     "ablations/coords.py", "ablations/liveness.py", "experiments/bench_plain.py",
 }  # fmt: skip
 HEAVY = {"torch", "mlflow", "optuna"}
