@@ -1,0 +1,281 @@
+"""The attention kernel against fp64: output, every gradient, every flag, ragged and strided shapes, and its life as a torch op.
+
+The tolerances are those of kernels/attention.py.  Without a GPU the kernels run in Triton's interpreter, in fp32 and
+fp16 only, for it multiplies bf16 wrongly.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ablab.kernels import attention as kernel
+from ablab.kernels.attention import attention, flops, reference, serves
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EVERYTHING = ("norm", "mix", "gate")
+SMALL = {"prepare": (16, 4, 1), "forward": (32, 16, 4, 1, 0), "queries": (16, 32, 4, 1, 0), "keys": (32, 16, 4, 1, 0)}
+TALL = {"prepare": (32, 4, 1), "forward": (16, 32, 4, 1, 0), "queries": (32, 16, 4, 1, 0), "keys": (16, 32, 4, 1, 0)}
+SUMS = {"q_gain", "k_gain", "weights", "gate"}  # sums of terms of both signs: relative to the sum the error is larger
+
+
+def inputs(B, T, H, KV, D, parts=EVERYTHING, dtype=torch.float32, seed=0, device=DEVICE):
+    """Random arguments of `attention`, differentiable where it is; the first gate is 0; the tables are longer than T."""
+    draw = torch.Generator(device).manual_seed(seed)
+    normal = lambda *shape: torch.randn(shape, generator=draw, device=device)  # noqa: E731
+    angle = normal(T + 3, D // 2)
+    made = {"qkv": normal(B, T, (H + 2 * KV) * D).to(dtype), "cos": angle.cos(), "sin": angle.sin()}
+    if "norm" in parts:
+        made |= {"q_gain": 1 + 0.3 * normal(D), "k_gain": 1 + 0.3 * normal(D)}
+    if "mix" in parts:
+        made |= {"first": normal(B, T, KV, D).to(dtype), "weights": normal(2)}
+    if "gate" in parts:
+        made["gate"] = (2 * normal(B, T, H).sigmoid()).to(dtype)
+        made["gate"][0, 0, 0] = 0
+    for name in made.keys() - {"cos", "sin"}:
+        made[name].requires_grad_()
+    return made
+
+
+def run(function, made, H, KV, **more):
+    """Output and gradients by name, for a random dy rounded to the dtype of qkv (of `low` for the formula in fp64)."""
+    low = more.pop("low", made["qkv"].dtype)
+    y = function(heads=H, kv_heads=KV, **made, **more)
+    dy = torch.randn(y.shape, generator=torch.Generator(y.device).manual_seed(1), device=y.device).to(low)
+    wanted = {name: x for name, x in made.items() if x.requires_grad}
+    return {"y": y.detach()} | dict(zip(wanted, torch.autograd.grad(y, tuple(wanted.values()), dy.to(y.dtype)), strict=True))
+
+
+def exact(made, H, KV):
+    wide = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in made.items()}
+    return run(reference, wide, H, KV, low=made["qkv"].dtype)
+
+
+def error(got, want):
+    """Relative Frobenius error; absolute below a norm of 1: a lone token's gain has a gradient of exactly 0."""
+    return ((got.double() - want).norm() / want.norm().clamp_min(1)).item()
+
+
+class Poisoned:
+    """New memory holds NaN, so that a value never written shows."""
+
+    def __enter__(self):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+
+    def __exit__(self, *_):
+        torch.use_deterministic_algorithms(False)
+
+
+# ---- the formula ----
+
+
+def test_the_reference_is_the_formula_written_token_by_token():
+    B, T, H, KV, D = 1, 5, 4, 2, 32
+    made = {name: x.detach().double() for name, x in inputs(B, T, H, KV, D, device="cpu").items()}
+    rows = made["qkv"][0].view(T, H + 2 * KV, D)
+    turn = torch.complex(made["cos"], made["sin"])
+
+    def placed(x, t, gain):
+        x = x / ((x * x).sum() / D + 1e-6).sqrt() * gain
+        return torch.complex(x[: D // 2], x[D // 2 :]) * turn[t]
+
+    for t in range(T):
+        for h in range(H):
+            q = placed(rows[t, h], t, made["q_gain"])
+            scores = [(q.conj() * placed(rows[s, H + h // 2], s, made["k_gain"])).sum().real / D**0.5 for s in range(t + 1)]
+            odds = torch.stack(scores).exp() / torch.stack(scores).exp().sum()
+            own, first = made["weights"]
+            values = own * rows[: t + 1, H + KV + h // 2] + first * made["first"][0, : t + 1, h // 2]
+            want = made["gate"][0, t, h] * (odds[:, None] * values).sum(0)
+            got = reference(heads=H, kv_heads=KV, **made)[0, t, h * D : (h + 1) * D]
+            assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
+# ---- the kernels ----
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(
+    B=st.integers(1, 2), T=st.integers(1, 34), shape=st.sampled_from([(1, 1), (2, 2), (2, 1), (3, 1)]), D=st.sampled_from([32, 64]),
+    parts=st.sets(st.sampled_from(EVERYTHING)), tiles=st.sampled_from([SMALL, TALL]), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_output_and_every_gradient_equal_fp64(B, T, shape, D, parts, tiles, seed):
+    made = inputs(B, T, *shape, D, parts, seed=seed)
+    with Poisoned():
+        got = run(attention, made, *shape, tiles=tiles)
+    for name, want in exact(made, *shape).items():
+        assert error(got[name], want) < (2e-5 if name in SUMS else 2e-6), name
+
+
+@pytest.mark.parametrize(("T", "D", "tiles"), [(1, 64, None), (16, 128, None), (33, 32, SMALL), (50, 32, TALL)])
+def test_one_token_a_full_block_and_one_token_more_equal_fp64(T, D, tiles):
+    made = inputs(1, T, 2, 1, D)
+    got = run(attention, made, 2, 1, tiles=tiles)
+    for name, want in exact(made, 2, 1).items():
+        assert error(got[name], want) < (2e-5 if name in SUMS else 2e-6), name
+
+
+def test_16_bit_tiles_are_right_where_the_block_is_larger_than_the_text():
+    """The tiles of TILES, in fp16: their shapes, not their speed."""
+    made = inputs(1, 70, 1, 1, 64, dtype=torch.float16)
+    got, want = run(attention, made, 1, 1), exact(made, 1, 1)
+    assert all(error(got[name], want[name]) < 2e-3 for name in want)
+
+
+def test_fp16_errs_at_most_a_tenth_more_than_the_torch_path():
+    made = inputs(1, 37, 4, 2, 32, dtype=torch.float16)
+    want = exact(made, 4, 2)
+    got, plain = run(attention, made, 4, 2, tiles=SMALL), run(reference, made, 4, 2)
+    assert {name: (error(got[name], x), error(plain[name], x)) for name, x in want.items() if error(got[name], x) > 1.1 * error(plain[name], x)} == {}
+
+
+def test_a_gate_of_zero_gets_its_gradient():
+    made = inputs(1, 9, 2, 1, 32)
+    with torch.no_grad():
+        made["gate"][0, 4:] = 0
+    got, want = run(attention, made, 2, 1)["gate"], exact(made, 2, 1)["gate"]
+    assert want[0, 4:].abs().min() > 1e-3 and error(got[0, 4:], want[0, 4:]) < 2e-6
+
+
+def test_strided_views_give_the_bits_of_contiguous_tensors():
+    B, T, H, KV, D = 2, 19, 2, 1, 32
+    made = inputs(B, T, H, KV, D)
+    wide = torch.full((T, B, (H + 2 * KV) * D + 32), float("nan"), device=DEVICE)
+    packed = torch.full((B, T, H + 2 * KV, D), float("nan"), device=DEVICE)
+    gates = torch.full((H, B, T), float("nan"), device=DEVICE)
+    views = {"qkv": wide.transpose(0, 1)[..., : (H + 2 * KV) * D], "first": packed[:, :, H + KV :], "gate": gates.permute(1, 2, 0)}
+    for name, view in views.items():
+        view.copy_(made[name].detach())
+    views = made | {name: view.detach().requires_grad_() for name, view in views.items()}
+    one, other = run(attention, made, H, KV, tiles=SMALL), run(attention, views, H, KV, tiles=SMALL)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_incoming_gradient_of_any_strides_is_read():
+    made = inputs(2, 9, 2, 1, 32, ())
+    y = attention(heads=2, kv_heads=1, **made)
+    dy = torch.randn(64, 9, 2, device=DEVICE).permute(2, 1, 0)
+    for strided in (dy, torch.ones((), device=DEVICE).expand(y.shape)):
+        assert torch.equal(*(torch.autograd.grad(y, made["qkv"], each, retain_graph=True)[0] for each in (strided, strided.contiguous())))
+
+
+def test_runs_repeat_bitwise_and_do_not_read_what_they_did_not_write():
+    made = inputs(1, 37, 4, 2, 32)
+    one = run(attention, made, 4, 2, tiles=SMALL)
+    with Poisoned():
+        other = run(attention, made, 4, 2, tiles=SMALL)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_later_token_changes_no_earlier_output():
+    made = inputs(1, 20, 1, 1, 32)
+    y = attention(heads=1, kv_heads=1, **made, tiles=SMALL)
+    with torch.no_grad():
+        made["qkv"][0, 13:] += 1
+    changed = attention(heads=1, kv_heads=1, **made, tiles=SMALL)
+    assert torch.equal(y[:, :13], changed[:, :13]) and not torch.equal(y[:, 13:], changed[:, 13:])
+
+
+# ---- the op ----
+
+
+@pytest.mark.parametrize("parts", [(), EVERYTHING], ids=["plain", "everything"])
+def test_the_op_keeps_its_contract_with_torch(parts):
+    made = inputs(1, 5, 2, 1, 32, parts)
+    absent = dict.fromkeys(("q_gain", "k_gain", "first", "weights", "gate"))
+    flat = [number for tile in SMALL.values() for number in tile]
+    named = absent | made | {"heads": 2, "kv_heads": 1, "eps": 1e-6, "tiles": flat}
+    order = ("qkv", "heads", "kv_heads", "cos", "sin", "q_gain", "k_gain", "eps", "first", "weights", "gate", "tiles")
+    torch.library.opcheck(kernel._attention, tuple(named[name] for name in order))
+
+
+def test_compile_keeps_it_one_op_forward_and_one_backward():
+    from torch._dynamo.testing import AotEagerAndRecordGraphs
+
+    made, backend = inputs(1, 9, 2, 1, 32), AotEagerAndRecordGraphs()
+    compiled = torch.compile(attention, fullgraph=True, backend=backend)
+    one, other = run(attention, made, 2, 1), run(compiled, made, 2, 1)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    called = [[str(node.target) for node in graph.graph.nodes if "ablab" in str(node.target)] for graph in backend.fw_graphs + backend.bw_graphs]
+    assert called == [["ablab.attention.default"], ["ablab.attention_backward.default"]]
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_an_h100_onto_its_matrix_units(tmp_path):
+    """In a process of its own, because the interpreter is chosen at import; nothing is launched, so no GPU is needed."""
+    pytest.importorskip("triton.backends.nvidia")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    told = subprocess.run([sys.executable, Path(__file__).with_name("attention_sm90.py")], env=environment, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    rows = [line.split() for line in told.stdout.splitlines()]
+    assert [row[0] for row in rows] == ["_prepare", "_forward", "_prepare", "_queries", "_keys"]
+    assert all(int(row[-1]) > 0 for row in rows if row[0] != "_prepare"), told.stdout
+
+
+# ---- what it refuses, and what it costs ----
+
+
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [
+        ((64, torch.bfloat16, 12, 4), ""),
+        ((48, torch.bfloat16), "head_dim=48: the attention kernel serves 32, 64, 128"),
+        ((64, torch.float64), "dtype=torch.float64: the attention kernel serves torch.bfloat16, torch.float16, torch.float32"),
+        ((64, torch.float16, 6, 4), "kv_heads=4: the attention kernel serves divisors of heads=6"),
+    ],
+)
+def test_serves_names_the_shape_and_the_rule(shape, told):
+    assert serves(*shape) == told
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"k_gain": None}, "q_gain and k_gain go together"), ({"weights": None}, "first and weights go together"),
+        ({"gate": torch.ones(1, 9, 3)}, r"gate is torch.float32 \[1, 9, 3\].*\[1, 9, 2\]"),
+        ({"weights": torch.ones(2).half()}, r"weights is torch.float16 \[2\].*float32 \[2\]"),
+        ({"cos": torch.ones(8, 16)}, r"cos is torch.float32 \[8, 16\].*\[9 or more, 16\]"),
+        ({"qkv": torch.ones(1, 256, 9)[:, ::2].transpose(1, 2)}, "qkv has channels 18 apart"),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_are_named(change, told):
+    with pytest.raises(ValueError, match=told):
+        attention(heads=2, kv_heads=1, **(inputs(1, 9, 2, 1, 32, device="cpu") | change))
+
+
+def test_flops_are_those_of_mfu():
+    """70M shape: 6 T W FLOPs per token and layer make 14.2 MFLOP over 8 layers."""
+    forward, backward = flops(96, 384, 12, 64)
+    assert (backward, 8 * (forward + backward) / (96 * 384)) == (2 * forward, 8 * 6 * 384 * 768)
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("parts", [(), ("norm",), EVERYTHING], ids=["plain", "norm", "everything"])
+@pytest.mark.parametrize("shape", [(96, 384, 12, 12, 64), (24, 768, 18, 6, 64), (3, 1000, 4, 2, 128), (5, 77, 4, 4, 32)], ids=str)
+def test_bf16_errs_at_most_a_tenth_more_than_the_torch_path(shape, parts):
+    B, T, H, KV, D = shape
+    made = inputs(B, T, H, KV, D, parts, torch.bfloat16, seed=int.from_bytes(os.urandom(4), "little"))
+    with Poisoned():
+        got = run(attention, made, H, KV)
+    plain, want = run(reference, made, H, KV), exact(made, H, KV)
+    seen = {name: (error(got[name], x), error(plain[name], x)) for name, x in want.items()}
+    bad = {name: pair for name, pair in seen.items() if not (pair[0] <= 1.1 * pair[1] and pair[0] <= (5e-3 if name == "y" else 1e-2))}
+    assert not bad, seen
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
+def test_bf16_repeats_bitwise_at_the_shape_of_430m():
+    made = inputs(48, 768, 18, 6, 64, dtype=torch.bfloat16)
+    one, other = run(attention, made, 18, 6), run(attention, made, 18, 6)
+    assert all(torch.equal(one[name], other[name]) for name in one)
