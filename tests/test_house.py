@@ -24,6 +24,7 @@ READ_ONLY_CORE = {"ablab.core.record", "ablab.core.errors", "ablab.core.files"} 
 TORCH = {  # the files that work on tensors; everything else can be imported, listed and hashed without torch
     *(f"core/{name}.py" for name in ("checkpoint", "data", "evaluate", "init", "layers", "loss", "model", "optimizer", "stopwatch", "trainer")),
     "ablations/coords.py", "ablations/liveness.py", "experiments/bench_plain.py",
+    *(f"kernels/{path.name}" for path in MODULES if path.parent.name == "kernels" and path.name != "__init__.py"),
 }  # fmt: skip
 HEAVY = {"torch", "mlflow", "optuna"}
 ENVIRONMENT = {  # below experiments/, who touches an environment variable, and why; none of them runs in a step

@@ -10,8 +10,8 @@ from ablab.kernels import newton_schulz as kernel
 from ablab.kernels.newton_schulz import TILES, orthogonalise, plain_symmetric, symmetric
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-examples = settings(max_examples=12, deadline=None)
-SMALL = {24: (16, 32, 4, 2), 2**31: (32, 16, 4, 2)}  # several tiles to a side of a small matrix
+examples = settings(max_examples=10, deadline=None)
+SMALL = {16: (16, 16, 4, 2), 2**31: (32, 32, 4, 2)}  # several tiles to a side of a small matrix
 RANGES = {"kj5": (0.68, 1.14), "polar5": (0.85, 1.15), "polar7": (0.91, 1.09), "you5": (0.97, 1.04)}  # where [0.01, 1] lands
 IN_FP32 = {2**31: (64, 32, 4, 2)}  # on the GPU: fp32 tiles fill shared memory sooner
 
@@ -98,22 +98,26 @@ def test_an_empty_batch_gives_an_empty_batch():
 def test_pytorch_finds_the_operator_registered_as_it_behaves():
     x = randn(2, 20, 30)
     for y in (None, symmetric(x, tiles=SMALL)):
-        torch.library.opcheck(kernel._symmetric, (x, y, 1.0, 0.5, *SMALL[24]))
+        torch.library.opcheck(kernel._symmetric, (x, y, 1.0, 0.5, *SMALL[16]))
 
 
 # ---- Newton-Schulz ----
 
 
-@pytest.mark.parametrize("coefficients", COEFFICIENTS)
-@pytest.mark.parametrize("shape", [(2, 20, 45), (2, 45, 20), (1, 33, 33), (3, 1, 9)], ids=str)
-def test_results_equal_fp64_as_closely_as_plain_products(coefficients, shape):
+@pytest.mark.parametrize(("coefficients", "shape"), zip(COEFFICIENTS, [(4, 30, 60), (4, 60, 30), (2, 40, 40), (4, 30, 60)], strict=True))
+def test_in_fp16_results_are_as_close_to_fp64_as_plain_products(coefficients, shape):
     matrices = randn(*shape)
     expected = newton_schulz(matrices.double(), coefficients, torch.float64)
-    for dtype in (torch.float32, torch.float16):
-        ours = orthogonalise(matrices, *COEFFICIENTS[coefficients], dtype, SMALL)
-        assert ours.dtype == torch.float32 and ours.shape == shape
-        rounding = {torch.float32: 1e-6, torch.float16: 1e-3}[dtype]  # of one number: the plain path may be lucky with few
-        assert error(ours, expected) <= max(1.1 * error(newton_schulz(matrices, coefficients, dtype), expected), rounding)
+    ours, plain = orthogonalise(matrices, *COEFFICIENTS[coefficients], torch.float16, SMALL), newton_schulz(matrices, coefficients, torch.float16)
+    assert ours.dtype == torch.float32 and ours.shape == shape
+    assert error(ours, expected) <= 1.1 * error(plain, expected)  # 0.3 to 0.7 times, seen over seeds
+
+
+@pytest.mark.parametrize("shape", [(2, 20, 45), (2, 45, 20), (1, 33, 33), (3, 1, 9), (3, 9, 1)], ids=str)
+def test_in_fp32_results_equal_fp64(shape):
+    matrices = randn(*shape)
+    ours = orthogonalise(matrices, *COEFFICIENTS["polar7"], torch.float32, SMALL)
+    assert error(ours, newton_schulz(matrices.double(), "polar7", torch.float64)) < 1e-5
 
 
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
@@ -126,9 +130,9 @@ def test_singular_values_land_in_the_range_of_the_coefficients(coefficients):
 
 
 def test_a_view_of_split_rows_gives_the_result_of_a_copy():
-    for piece in randn(2, 50, 24).split((15, 35), dim=-2):
+    for piece in randn(2, 50, 24).split((16, 34), dim=-2):
         ours, copied = (orthogonalise(each, *COEFFICIENTS["polar7"], torch.float32, SMALL) for each in (piece, piece.contiguous()))
-        assert error(ours, copied.double()) < 1e-6
+        assert torch.equal(ours, copied)
 
 
 def test_zero_matrices_stay_zero():
