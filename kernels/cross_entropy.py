@@ -36,51 +36,58 @@ def squash(x: Tensor, cap: float, cap_form: str) -> Tensor:
 
 
 @triton.jit
-def _read(row, columns, vocab, multiplier, cap, FORM: tl.constexpr):
+def _read(row, columns, vocab, width, multiplier, cap, FORM: tl.constexpr):
     """z [BLOCK] in fp32, -inf beyond the vocabulary.  tanh by exp(-2|x|/cap), which cannot overflow."""
-    inside = columns < vocab
-    z = multiplier * tl.load(row + columns, mask=inside, other=0.0).to(tl.float32)
+    z = multiplier * tl.load(row + columns, mask=columns < width, other=0.0).to(tl.float32)
     if FORM == "tanh":
         decay = tl.exp(-2.0 / cap * tl.abs(z))
         size = cap * (1.0 - decay) / (1.0 + decay)
         z = tl.where(z < 0.0, -size, size)
     elif FORM == "rational":
         z = cap * z * tl.rsqrt(z * z + cap * cap)
-    return tl.where(inside, z, float("-inf"))
+    return tl.where(columns < vocab, z, float("-inf"))
 
 
 @triton.jit
-def _write_gradient(row, columns, vocab, z, target, lse, multiplier, cap, z_weight, scale, FORM: tl.constexpr):
+def _write_gradient(row, columns, width, z, target, lse, multiplier, cap, z_weight, scale, FORM: tl.constexpr):
     """scale * dloss/draw over the logits.  dz/dx comes from z alone, so that no more than z is kept: with
     u = 1 - (z / cap)^2, it is u for tanh and u^1.5 for the rational form."""
     odds = tl.exp(z - lse) * (1.0 + 2.0 * z_weight * lse)
     gradient = tl.where(columns == target, odds - 1.0, odds) * (multiplier * scale)
     if FORM == "tanh":
-        gradient *= 1.0 - (z / cap) * (z / cap)
+        share = z * (1.0 / cap)
+        gradient *= 1.0 - share * share
     elif FORM == "rational":
-        rest = tl.maximum(1.0 - (z / cap) * (z / cap), 0.0)
+        share = z * (1.0 / cap)
+        rest = tl.maximum(1.0 - share * share, 0.0)
         gradient *= rest * tl.sqrt(rest)
-    tl.store(row + columns, gradient.to(row.dtype.element_ty), mask=columns < vocab)
+    tl.store(row + columns, gradient.to(row.dtype.element_ty), mask=columns < width)
 
 
 @triton.jit
-def _whole_row(logits, targets, nats, lses, vocab, stride, multiplier, cap, z_weight, scale, FORM: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+def _whole_row(
+    logits, targets, nats, lses, vocab, width, stride, multiplier, cap, z_weight, scale,
+    FORM: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
     row = logits + index * stride
     target = tl.load(targets + index).to(tl.int32)
     columns = tl.arange(0, BLOCK)
-    z = _read(row, columns, vocab, multiplier, cap, FORM)
+    z = _read(row, columns, vocab, width, multiplier, cap, FORM)
     top = tl.max(z, axis=0)
     picked = tl.sum(tl.where(columns == target, z, 0.0), axis=0)
     lse = top + tl.log(tl.sum(tl.exp(z - top), axis=0))
     tl.store(nats + index, lse - picked)
     tl.store(lses + index, lse)
     if GRADIENT:
-        _write_gradient(row, columns, vocab, z, target, lse, multiplier, cap, z_weight, scale, FORM)
+        _write_gradient(row, columns, width, z, target, lse, multiplier, cap, z_weight, scale, FORM)
 
 
 @triton.jit
-def _long_row(logits, targets, nats, lses, vocab, stride, multiplier, cap, z_weight, scale, FORM: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+def _long_row(
+    logits, targets, nats, lses, vocab, width, stride, multiplier, cap, z_weight, scale,
+    FORM: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
     row = logits + index * stride
     target = tl.load(targets + index).to(tl.int32)
@@ -89,7 +96,7 @@ def _long_row(logits, targets, nats, lses, vocab, stride, multiplier, cap, z_wei
     picked = 0.0
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = _read(row, columns, vocab, multiplier, cap, FORM)
+        z = _read(row, columns, vocab, width, multiplier, cap, FORM)
         higher = tl.maximum(top, tl.max(z, axis=0))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), axis=0)
         picked += tl.sum(tl.where(columns == target, z, 0.0), axis=0)
@@ -100,8 +107,8 @@ def _long_row(logits, targets, nats, lses, vocab, stride, multiplier, cap, z_wei
     if GRADIENT:
         for start in range(0, vocab, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            z = _read(row, columns, vocab, multiplier, cap, FORM)
-            _write_gradient(row, columns, vocab, z, target, lse, multiplier, cap, z_weight, scale, FORM)
+            z = _read(row, columns, vocab, width, multiplier, cap, FORM)
+            _write_gradient(row, columns, width, z, target, lse, multiplier, cap, z_weight, scale, FORM)
 
 
 # ---- launch ----
@@ -109,12 +116,14 @@ def _long_row(logits, targets, nats, lses, vocab, stride, multiplier, cap, z_wei
 
 def cross_entropy_(
     logits: Tensor, targets: Tensor, multiplier: float = 1.0, cap: float = 0.0, cap_form: str = "none", z_weight: float = 0.0,
-    scale: float = 1.0, gradient: bool = True, whole: int = WHOLE, part: int = PART,
+    scale: float = 1.0, gradient: bool = True, padded: bool = False, whole: int = WHOLE, part: int = PART,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Per-row cross-entropy and logsumexp of squash(multiplier * logits), fp32 [N] each, in nats.
 
     logits: [N, V] with adjacent columns; if `gradient`, overwritten by scale * d(nats + z_weight lse^2)/d(logits) in their
-    dtype, else left alone.  targets: int64 [N] in [0, V), unchecked.  whole, part: WHOLE and PART, for tuning.
+    dtype, else left alone.  targets: int64 [N] in [0, V), unchecked.  padded: the columns from V to the row stride are there
+    and may be overwritten; with a mask at an odd V, every logit is read and written on its own, 2 bytes at a time.
+    whole, part: WHOLE and PART, for tuning.
     """
     rows, vocab = logits.shape
     nats = torch.empty(rows, dtype=torch.float32, device=logits.device)
@@ -124,7 +133,7 @@ def cross_entropy_(
         block = max(triton.next_power_of_2(vocab), 128) if fits else part
         kernel, warps = (_whole_row if fits else _long_row), min(max(block // 1024, 4), 32)
         kernel[(rows,)](
-            logits, targets, nats, lses, vocab, logits.stride(0), multiplier, cap, z_weight, scale,
+            logits, targets, nats, lses, vocab, logits.stride(0) if padded else vocab, logits.stride(0), multiplier, cap, z_weight, scale,
             FORM=cap_form, GRADIENT=gradient, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return nats, lses

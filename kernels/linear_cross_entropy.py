@@ -78,7 +78,7 @@ def _value(
     for start in range(0, rows, max(logits.shape[0], 1)):
         piece = slice(start, start + logits.shape[0])
         some = torch.mm(x[piece], weight.mT, out=logits[: x[piece].shape[0]])
-        nats[piece], lses[piece] = cross_entropy_(some, targets[piece], multiplier, cap, cap_form, z_weight, gradient=False)
+        nats[piece], lses[piece] = cross_entropy_(some, targets[piece], multiplier, cap, cap_form, z_weight, gradient=False, padded=True)
     return _sums(nats, lses, z_weight)
 
 
@@ -93,7 +93,7 @@ def _whole(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, nats, g [N, V])."""
     logits = torch.mm(x, weight.mT, out=_padded(x.shape[0], weight.shape[0], x))
-    nats, lses = cross_entropy_(logits, targets, multiplier, cap, cap_form, z_weight)
+    nats, lses = cross_entropy_(logits, targets, multiplier, cap, cap_form, z_weight, padded=True)
     return *_sums(nats, lses, z_weight), logits
 
 
@@ -141,7 +141,7 @@ def _chunked(
     for start in range(0, rows, chunk):
         piece = slice(start, start + chunk)
         logits = torch.mm(x[piece], weight.mT, out=buffer[: x[piece].shape[0]])
-        nats[piece], lses[piece] = cross_entropy_(logits, targets[piece], multiplier, cap, cap_form, z_weight)
+        nats[piece], lses[piece] = cross_entropy_(logits, targets[piece], multiplier, cap, cap_form, z_weight, padded=True)
         dx[piece] = _product(logits, weight)
         dw += _product(logits.mT, x[piece])
     return *_sums(nats, lses, z_weight), dx, dw

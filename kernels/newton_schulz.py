@@ -128,8 +128,11 @@ def orthogonalise(
     """An approximate polar factor U V^T of each matrix [N, r, c], in the dtype of `matrices`; products in `dtype`, the norm in fp32.
 
     Each step takes singular values s to a s + b s^3 + c s^5; `divisor` and `triples` are one entry of the table of
-    coefficients.  Matrices may be a view of any strides.  The Gram form, which iterates on [r, r] alone, is not offered:
-    it recovers x from a product of the polynomials, and in bf16 loses the small singular values with it.
+    coefficients.  Matrices may be a view of any strides.
+
+    Not the Gram form, which iterates on [r, r] alone and multiplies by x at the end: on a 128 x 512 matrix with singular
+    values from 0.001 to 1, in bf16 with the seven steps of polar7, it gave NaN, and with a restart after two steps 2e4
+    and more, where this form keeps them in [0.90, 1.09].
     """
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) * divisor + 1e-7)
     tall = x.shape[-2] > x.shape[-1]

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton import language as tl
 
 from ablab.core.transforms import COEFFICIENTS, newton_schulz, polar_factor
 from ablab.kernels import newton_schulz as kernel
-from ablab.kernels.newton_schulz import TILES, orthogonalise, plain_symmetric, symmetric
+from ablab.kernels.newton_schulz import TILES, _tile_of, orthogonalise, plain_symmetric, symmetric
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 examples = settings(max_examples=10, deadline=None)
@@ -43,22 +45,18 @@ def error(measured, expected):
 # ---- the symmetric product ----
 
 
+@triton.jit
+def decode(rows, columns, side):
+    row, column = _tile_of(tl.program_id(0), side)
+    tl.store(rows + tl.program_id(0), row)
+    tl.store(columns + tl.program_id(0), column)
+
+
 @pytest.mark.parametrize("side", range(1, 14))
 def test_every_tile_on_or_below_the_diagonal_has_one_index(side):
-    import triton
-    from triton import language as tl
-
-    tile_of = kernel._tile_of  # a name that a kernel finds
-
-    @triton.jit
-    def decode(rows, columns, side, TILE_OF: tl.constexpr):
-        row, column = TILE_OF(tl.program_id(0), side)
-        tl.store(rows + tl.program_id(0), row)
-        tl.store(columns + tl.program_id(0), column)
-
     count, device = side * (side + 1) // 2, "cuda" if torch.cuda.is_available() else "cpu"
     rows, columns = torch.full((2, count), -1, dtype=torch.int32, device=device)
-    decode[(count,)](rows, columns, side, TILE_OF=tile_of)
+    decode[(count,)](rows, columns, side)
     assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == [(row, column) for row in range(side) for column in range(row + 1)]
 
 
