@@ -10,6 +10,7 @@ from ablab.kernels import linear_cross_entropy as fused
 from ablab.kernels.cross_entropy import CAPS, cross_entropy_
 from ablab.kernels.linear_cross_entropy import linear_cross_entropy, reference, serves
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 examples = settings(max_examples=12, deadline=None)
 objectives = st.fixed_dictionaries(
@@ -31,12 +32,12 @@ def unset_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-def draw(rows, width, vocab, seed, dtype=torch.float32, spread=1.0, device="cpu"):
+def draw(rows, width, vocab, seed, dtype=torch.float32, spread=1.0):
     """x, weight, targets; logits have a standard deviation of `spread`."""
     draw = torch.Generator().manual_seed(seed)
     x, weight = torch.randn(rows, width, generator=draw), torch.randn(vocab, width, generator=draw) * spread / width**0.5
     targets = torch.randint(vocab, (rows,), generator=draw)
-    return x.to(device, dtype), weight.to(device, dtype), targets.to(device)
+    return x.to(DEVICE, dtype), weight.to(DEVICE, dtype), targets.to(DEVICE)
 
 
 def by_hand(logits, targets, multiplier=1.0, cap=0.0, cap_form="none", z_weight=0.0):
@@ -85,8 +86,8 @@ def test_rows_in_registers_and_rows_in_parts_both_equal_the_sums_by_hand(rows, v
     nats, lse, gradient = by_hand(logits, targets, **objective)
     measured = cross_entropy_(logits, targets, **objective, scale=0.5, whole=whole, part=128)
     assert measured[0].dtype == measured[1].dtype == torch.float32
-    assert np.abs(measured[0].double().numpy() - nats).max() < 2e-5 and np.abs(measured[1].double().numpy() - lse).max() < 2e-5
-    assert (logits.double() - 0.5 * torch.from_numpy(gradient)).abs().max() < 2e-6 * max(1, np.abs(gradient).max())
+    assert np.abs(measured[0].double().cpu().numpy() - nats).max() < 2e-5 and np.abs(measured[1].double().cpu().numpy() - lse).max() < 2e-5
+    assert (logits.double().cpu() - 0.5 * torch.from_numpy(gradient)).abs().max() < 2e-6 * max(1, np.abs(gradient).max())
 
 
 def test_without_a_gradient_the_logits_stay():
@@ -99,7 +100,7 @@ def test_without_a_gradient_the_logits_stay():
 
 def test_only_the_vocabulary_of_a_padded_row_is_written():
     x, weight, targets = draw(4, 8, 50, 0)
-    buffer = torch.full((4, 64), 7.0)
+    buffer = torch.full((4, 64), 7.0, device=DEVICE)
     buffer[:, :50] = x @ weight.T
     cross_entropy_(buffer[:, :50], targets)
     assert (buffer[:, 50:] == 7).all() and buffer[:, :50].sum(-1).abs().max() < 1e-6  # softmax minus one-hot adds to 0
@@ -108,7 +109,7 @@ def test_only_the_vocabulary_of_a_padded_row_is_written():
 def test_what_stands_in_the_padding_changes_nothing():
     x, weight, targets = draw(4, 8, 50, 0)
     for whole in (0, 64):
-        buffer = torch.full((4, 64), float("nan"))
+        buffer = torch.full((4, 64), float("nan"), device=DEVICE)
         buffer[:, :50] = x @ weight.T
         logits = buffer[:, :50].clone()
         for ours, alone in zip(cross_entropy_(buffer[:, :50], targets, padded=True, whole=whole, part=128), cross_entropy_(logits, targets), strict=True):
@@ -119,15 +120,15 @@ def test_what_stands_in_the_padding_changes_nothing():
 def test_huge_logits_lose_nothing():
     for form, cap, worst in (("none", 0.0, 2e4), ("tanh", 15.0, 30.0), ("rational", 15.0, 30.0)):
         for whole in (0, 64):
-            logits = torch.tensor([[1e4, 0.0, -1e4]] * 2)
-            nats, _ = cross_entropy_(logits, torch.tensor([0, 2]), cap=cap, cap_form=form, whole=whole, part=128)
-            assert logits.isfinite().all() and (nats - torch.tensor([0.0, worst])).abs().max() < 1e-3
+            logits = torch.tensor([[1e4, 0.0, -1e4]] * 2, device=DEVICE)
+            nats, _ = cross_entropy_(logits, torch.tensor([0, 2], device=DEVICE), cap=cap, cap_form=form, whole=whole, part=128)
+            assert logits.isfinite().all() and (nats.cpu() - torch.tensor([0.0, worst])).abs().max() < 1e-3
 
 
 def test_a_nan_logit_makes_its_row_nan_and_no_other():
-    logits = torch.zeros(2, 40)
+    logits = torch.zeros(2, 40, device=DEVICE)
     logits[1, 3] = float("nan")
-    nats, _ = cross_entropy_(logits, torch.tensor([0, 0]))
+    nats, _ = cross_entropy_(logits, torch.tensor([0, 0], device=DEVICE))
     assert nats.isnan().tolist() == [False, True]
 
 
@@ -209,7 +210,7 @@ def test_pytorch_finds_the_operators_registered_as_they_behave(operator, chunk):
 
 
 def test_pytorch_finds_the_scaled_product_registered_as_it_behaves():
-    torch.library.opcheck(fused._scaled_product, (torch.ones(70, 6).mT, torch.ones(70, 8), torch.tensor(0.5)))
+    torch.library.opcheck(fused._scaled_product, (torch.ones(70, 6, device=DEVICE).mT, torch.ones(70, 8, device=DEVICE), torch.tensor(0.5, device=DEVICE)))
 
 
 @pytest.mark.parametrize("chunk", [0, 4])
@@ -238,12 +239,12 @@ class TestOnTheGpu:
     @pytest.mark.parametrize("chunk", [0, 128])
     @pytest.mark.parametrize("vocab", [1000, 32_000, 50_257])
     def test_in_bf16_it_is_as_exact_as_plain_torch(self, vocab, chunk, cap_form):
-        inputs = draw(301, 256, vocab, torch.seed() % 2**31, torch.bfloat16, spread=3.0, device="cuda")
+        inputs = draw(301, 256, vocab, torch.seed() % 2**31, torch.bfloat16, spread=3.0)
         compare_with_plain_torch(inputs, chunk, cap_form, gradient=1e-2)
 
     @pytest.mark.parametrize("chunk", [0, 300])
     def test_results_repeat_to_the_bit_and_compiled_ones_agree(self, chunk):
-        inputs = draw(1111, 256, 32_000, torch.seed() % 2**31, torch.bfloat16, device="cuda")
+        inputs = draw(1111, 256, 32_000, torch.seed() % 2**31, torch.bfloat16)
         compiled = torch.compile(linear_cross_entropy, fullgraph=True)
         once, again, graph = (gradients(function, inputs, 0.3, chunk=chunk) for function in (linear_cross_entropy, linear_cross_entropy, compiled))
         assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
@@ -251,7 +252,7 @@ class TestOnTheGpu:
 
     def test_chunks_need_a_fraction_of_the_memory(self):
         """4,096 x 32,000 logits in bf16 are 250 MiB; 512 rows are 31, and dW in fp32 is 31 more."""
-        inputs = draw(4096, 256, 32_000, 0, torch.bfloat16, device="cuda")
+        inputs = draw(4096, 256, 32_000, 0, torch.bfloat16)
         peaks = []
         for chunk in (0, 512):
             torch.cuda.reset_peak_memory_stats()
