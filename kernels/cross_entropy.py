@@ -15,7 +15,9 @@ from torch import Tensor
 from triton import language as tl
 
 CAPS = ("none", "tanh", "rational")
-WHOLE = 32_768  # logits: 32 to a thread; a row of 65,536 has more than the 64 registers that each of 1,024 threads may use
+# Logits of the longest row in registers, 32 to a thread.  Compiled for sm_90 by Triton 3.6, a thread then spills 0 bytes, 40
+# to 80 with a cap; with rows of 65,536 it spills 136, and 1,040 to 2,808 with a cap.
+WHOLE = 32_768
 PART = 8_192  # logits a block of a longer row
 
 
@@ -133,7 +135,7 @@ def cross_entropy_(
         block = max(triton.next_power_of_2(vocab), 128) if fits else part
         kernel, warps = (_whole_row if fits else _long_row), min(max(block // 1024, 4), 32)
         kernel[(rows,)](
-            logits, targets, nats, lses, vocab, logits.stride(0) if padded else vocab, logits.stride(0), multiplier, cap, z_weight, scale,
+            logits, targets.contiguous(), nats, lses, vocab, logits.stride(0) if padded else vocab, logits.stride(0), multiplier, cap, z_weight, scale,
             FORM=cap_form, GRADIENT=gradient, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return nats, lses

@@ -117,6 +117,12 @@ def test_what_stands_in_the_padding_changes_nothing():
         assert (buffer[:, :50] - logits).abs().max() < 1e-6
 
 
+def test_targets_may_be_a_column_of_something():
+    x, weight, targets = draw(4, 8, 50, 0)
+    column = torch.stack((targets, torch.zeros_like(targets)), dim=1)[:, 0]
+    assert torch.equal(cross_entropy_(x @ weight.T, column)[0], cross_entropy_(x @ weight.T, targets)[0])
+
+
 def test_huge_logits_lose_nothing():
     for form, cap, worst in (("none", 0.0, 2e4), ("tanh", 15.0, 30.0), ("rational", 15.0, 30.0)):
         for whole in (0, 64):
