@@ -46,6 +46,8 @@ def places(recipe: Recipe, runtime: Mapping[str, Any]) -> dict[str, Place]:
         if asked == "triton":
             raise UserError("runtime.kernels=triton needs a CUDA GPU, and there is none; use runtime.kernels=auto")
         return dict.fromkeys(flaws, Place(False, "torch: no GPU"))
+    if asked == "auto" and runtime["dtype"] != "bf16":
+        return dict.fromkeys(flaws, Place(False, f"torch: the kernels are written for bf16, not {runtime['dtype']}"))
     return {place: _place(place, flaw, asked) for place, flaw in flaws.items()}
 
 
@@ -82,7 +84,10 @@ def _attention_flaw(plan: Plan, recipe: Recipe, dtype: str) -> str:
                 return f"{slot} holds {unknown}, which the kernel does not know"
         if flaw := _gate_flaw(block.attention, recipe):
             return flaw
-    return attention.serves(recipe.model.attention.head_dim, dtype)
+    import torch
+
+    model = recipe.model
+    return attention.serves(model.attention.head_dim, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], model.heads, model.kv_heads)
 
 
 def _gate_flaw(plan: AttentionPlan, recipe: Recipe) -> str:
