@@ -73,7 +73,7 @@ def show_bench(rows: list[Row], out: Path | None) -> None:
 
 
 # -- commands and grids ------------------------------------------------------------------------------------------------
-def _timed(call: Callable[[], Any]) -> float:
+def timed(call: Callable[[], Any]) -> float:
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
@@ -82,7 +82,7 @@ def _timed(call: Callable[[], Any]) -> float:
 def _command(*words: str, times: int = 5) -> float:
     """Seconds of `ablab WORDS`, the best of `times`."""
     line = [sys.executable, "-m", "ablab.experiments.cli", *words]
-    return min(_timed(lambda: subprocess.run(line, check=True, capture_output=True)) for _ in range(times))
+    return min(timed(lambda: subprocess.run(line, check=True, capture_output=True)) for _ in range(times))
 
 
 def _grid(folder: Path) -> tuple[Store, Experiment]:
@@ -112,7 +112,7 @@ def _resume_check(store: Store, experiment: Experiment) -> float:
         outcome = execute(experiment, store, runs, Quiet(), mlflow=False)
         assert len(outcome.reused) == len(runs) and not outcome.trained
 
-    return min(_timed(check) for _ in range(2))
+    return min(timed(check) for _ in range(2))
 
 
 def _tracking(store: Store, count: int = 2000) -> float:
@@ -130,7 +130,7 @@ def _tracking(store: Store, count: int = 2000) -> float:
             record.log(step, scalars, pace)
             theirs.send(("log", (step, scalars | pace, 12.3)))
 
-    seconds = _timed(log) / count / LOG_EVERY
+    seconds = timed(log) / count / LOG_EVERY
     reader.join()
     return seconds
 
@@ -166,5 +166,5 @@ def _step_ratio(store: Store, experiment: Experiment) -> float:
 
     times: dict[Any, list[float]] = {ours: [], plain.step: []}
     for step in [ours, plain.step] + [ours, plain.step, plain.step, ours] * ROUNDS:
-        times[step].append(_timed(lambda step=step: [step() for _ in range(WINDOW)]))
+        times[step].append(timed(lambda step=step: [step() for _ in range(WINDOW)]))
     return median(times[ours][1:]) / median(times[plain.step][1:])  # the first window of each warms up

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Measure on this machine: ablab's own cost, a training step, the kernels, a whole grid.")
+app = typer.Typer(no_args_is_help=True, help="Measure on this machine: ablab's own cost, a study's, a training step, the kernels, a whole grid.")
 
 Name = Annotated[str | None, typer.Argument(help="a catalog entry, a size such as 70m, or a path to a .yaml (loo_70m; without a GPU quickstart)")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="path=value: a recipe path, with.NAME.DOSE, runtime.X")]
@@ -20,6 +20,15 @@ def overhead(out: Out = None) -> None:
     from ablab.experiments import bench
 
     bench.show_bench(bench.overhead(), out)
+
+
+@app.command()
+def study(out: Out = None) -> None:
+    """What the coordinator of an Optuna study costs a trial, and what opening a large study takes."""
+    from ablab.experiments.bench import show_bench
+    from ablab.experiments.bench_study import bench_study
+
+    show_bench(bench_study(), out)
 
 
 @app.command()

@@ -78,6 +78,23 @@ def test_grouped_heads_and_everything_at_once_too(tiny):
     assert far(evaluated(recipe, {"attention", "loss"}), evaluated(recipe, set())) == {}
 
 
+@cpu
+@pytest.mark.parametrize("recompute", [0, 2])
+def test_a_model_with_kernels_compiles_as_one_graph_to_the_same_bits(tiny, recompute):
+    recipe = tiny([*STACK, "ln_scaling"], **SHAPE | {"data__context": 16})
+    model = Transformer(recipe, recompute=recompute)
+    initialise(model, recipe)
+    fuse.fuse_attention(model)
+    loss, seen = fuse.fused_loss(model, recipe), []
+    block = torch.randint(recipe.data.vocab, (2, 17), generator=torch.Generator().manual_seed(1))
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        total, nats = function(block)
+        total.backward()
+        seen.append([total.detach(), nats, *(value.grad for value in model.parameters())])
+        model.zero_grad()
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
 def test_what_a_kernel_cannot_serve_is_named_and_torch_serves_it(tiny, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(fuse, "_gpu", lambda: "this GPU")
