@@ -11,6 +11,7 @@ kernel.  The model is the same function of the same parameters: no flag enters i
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from ablab.core.declare import Stage
@@ -18,6 +19,7 @@ from ablab.core.errors import UserError
 from ablab.core.plan import AttentionPlan, Plan, Stages, plan_of
 from ablab.core.recipe import Recipe
 
+KERNELS = {"attention": "attention", "loss": "linear_cross_entropy", "newton_schulz": "newton_schulz"}  # place -> module of kernels/
 FASTER: dict[str, tuple[str, ...]] = {}  # place -> names of GPUs on which `ablab bench kernels` found the kernel faster
 
 
@@ -36,7 +38,7 @@ def places(recipe: Recipe, runtime: Mapping[str, Any]) -> dict[str, Place]:
     flaws: dict[str, Callable[[], str]] = {
         "attention": lambda: _attention_flaw(plan, recipe, runtime["dtype"]),
         "loss": lambda: _loss_flaw(plan, recipe),
-        "newton_schulz": lambda: _newton_schulz_flaw(),
+        "newton_schulz": lambda: "",
     }
     if not _orthogonalizes(recipe):
         del flaws["newton_schulz"]
@@ -54,11 +56,19 @@ def places(recipe: Recipe, runtime: Mapping[str, Any]) -> dict[str, Place]:
 def _place(place: str, flaw: Callable[[], str], asked: str) -> Place:
     if asked == "auto" and (gpu := _gpu()) not in FASTER.get(place, ()):
         return Place(False, f"torch: the kernel is not known to be faster on {gpu}")
-    if not (said := flaw()):
+    if not (said := _missing(KERNELS[place]) or flaw()):
         return Place(True, "triton")
     if asked == "triton":
         raise UserError(f"runtime.kernels=triton cannot serve the {place}: {said}; use runtime.kernels=auto")
     return Place(False, f"torch: {said}", flaw=True)
+
+
+def _missing(kernel: str) -> str:
+    try:
+        import_module(f"ablab.kernels.{kernel}")
+    except ImportError as lacking:
+        return f"{lacking.name} is not installed"
+    return ""
 
 
 def _gpu() -> str:
@@ -72,10 +82,10 @@ KNOWN = {"on_qk": ("qk_norm",), "on_values": ("remember", "mix", "mix_normalised
 
 
 def _attention_flaw(plan: Plan, recipe: Recipe, dtype: str) -> str:
-    try:
-        from ablab.kernels import attention
-    except ImportError as lacking:
-        return f"{lacking.name} is not installed"
+    import torch
+
+    from ablab.kernels.attention import serves
+
     for block in plan.blocks:
         if name_of(block.attention.position) != "rope":
             return f"positions by {block.attention.position.function.__name__}, which the kernel does not know"
@@ -84,10 +94,8 @@ def _attention_flaw(plan: Plan, recipe: Recipe, dtype: str) -> str:
                 return f"{slot} holds {unknown}, which the kernel does not know"
         if flaw := _gate_flaw(block.attention, recipe):
             return flaw
-    import torch
-
     model = recipe.model
-    return attention.serves(model.attention.head_dim, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], model.heads, model.kv_heads)
+    return serves(model.attention.head_dim, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], model.heads, model.kv_heads)
 
 
 def _gate_flaw(plan: AttentionPlan, recipe: Recipe) -> str:
@@ -102,24 +110,12 @@ def _unknown(stages: Stages, known: tuple[str, ...]) -> str:
 
 
 def _loss_flaw(plan: Plan, recipe: Recipe) -> str:
-    try:
-        from ablab.kernels import linear_cross_entropy  # noqa: F401
-    except ImportError as lacking:
-        return f"{lacking.name} is not installed"
     names = [name_of(stage) for stage in plan.on_logits.values()]
     factors = [name for name in names if name == "multiply"]
     if names not in (factors, [*factors, "tanh"], [*factors, "rational"]):
         return f"on_logits holds {', '.join(plan.on_logits)}, which the kernel does not know"
     strange = [part.kind for part in recipe.objective if not hasattr(part, "of_squares")]
     return f"the objective holds {', '.join(strange)}, which the kernel does not know" if strange else ""
-
-
-def _newton_schulz_flaw() -> str:
-    try:
-        from ablab.kernels import newton_schulz  # noqa: F401
-    except ImportError as lacking:
-        return f"{lacking.name} is not installed"
-    return ""
 
 
 def _orthogonalizes(recipe: Recipe) -> bool:
