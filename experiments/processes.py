@@ -61,9 +61,11 @@ class Workers:
                 pipe.send(run)
 
     def close(self) -> None:
+        """An idle worker sees its pipe close and tidies up behind itself; one at work is ended."""
         for pipe, process in self.processes.items():
             pipe.close()
-            process.terminate()
+            if not any(pipe is one for one in self.idle):
+                process.terminate()
         until = time.monotonic() + 3
         for process in self.processes.values():
             process.join(timeout=max(until - time.monotonic(), 0.01))
