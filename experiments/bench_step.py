@@ -28,6 +28,7 @@ from ablab.core.trainer import Trainer
 from ablab.experiments import bench_timing as timing
 from ablab.experiments.bench_random import NAME, experiment_on_random_tokens
 from ablab.experiments.bench_timing import Marks
+from ablab.experiments.worker import keep_freed_memory
 
 HF = "hf"
 STEPS, WINDOWS, WARM_UP = {"cuda": 100, "cpu": 10}, {"cuda": 3, "cpu": 3}, {"cuda": 50, "cpu": 3}
@@ -94,6 +95,7 @@ def bench_step(
     name: str, overrides: dict[str, Any], against: str | None, cell: str | None, steps: int | None, windows: int | None, warm_up: int | None
 ) -> dict[str, Any]:
     """Time one subject, or two in turn.  None: the device's own number.  Raises UserError."""
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         subjects = _subjects(name, overrides, against, cell, Path(folder))
         device = torch.device(subjects[0].settled["device"])
