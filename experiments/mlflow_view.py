@@ -128,7 +128,17 @@ def _arms(plan: Plan) -> dict[str, object]:
         "runsHiddenMode": "SHOW_ALL",
         "orderByKey": columns[0],
         "orderByAsc": plan.better == "lower",
+        "compareRunCharts": _curves([plan.metric, "train/loss", "tokens_per_second", "train/grad_norm", "optim/lr"]),
+        "compareRunSections": [{"uuid": ARMS, "name": "Arms", "display": True, "isReordered": False, "isGenerated": False}],
+        "isAccordionReordered": True,
     }
+
+
+def _curves(metrics: list[str]) -> list[dict[str, object]]:
+    """A curve over steps for each metric, the experiment's own first."""
+    card = {"type": "LINE", "xAxisKey": "step", "xAxisScaleType": "linear", "yAxisKey": "metric", "scaleType": "linear", "lineSmoothness": 0,
+            "metricSectionId": ARMS, "runsCountToCompare": 100, "deleted": False, "isGenerated": False, "useGlobalXaxisKey": True}  # fmt: skip
+    return [card | {"uuid": f"{ARMS}-{i}", "metricKey": metric, "selectedMetricKeys": [metric]} for i, metric in enumerate(metrics)]
 
 
 def _to_stderr(line: str) -> None:

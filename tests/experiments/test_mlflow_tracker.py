@@ -19,7 +19,7 @@ from ablab.core.errors import UserError
 from ablab.core.record import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, PRUNED, Plan, Planned, Result, Store
 from ablab.experiments import mlflow_tracker, ui
 from ablab.experiments.mlflow_tracker import MlflowTracker, card_of, replay, summary_of, sync
-from ablab.experiments.mlflow_view import MlflowView, database
+from ablab.experiments.mlflow_view import MlflowView, experiment_tags, database
 
 STARTED = 1.76e9  # unix seconds
 RECIPE = "data: {name: web, digest: 0123abcd}\nseed: 0\n"
@@ -455,6 +455,14 @@ def test_the_ui_links_to_the_arms_and_leaves_nothing_behind_after_ctrl_c(store):
     time.sleep(0.2)
     assert ui._refusal("127.0.0.1", served.port) is None
     assert str(store.root) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+
+
+def test_the_saved_view_of_a_grid_draws_its_own_metric_first(store):
+    plan = planned(store)
+    view = json.loads(experiment_tags(store, plan.name)["mlflow.sharedViewState.arms"])
+    drawn = [chart["metricKey"] for chart in view["compareRunCharts"]]
+    assert drawn[0] == plan.metric and len({*drawn}) == len({chart["uuid"] for chart in view["compareRunCharts"]}) == len(drawn)
+    assert len(json.dumps(view)) < 5000  # MLflow's limit of a tag
 
 
 @pytest.mark.slow
