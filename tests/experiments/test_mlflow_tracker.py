@@ -19,7 +19,7 @@ from ablab.core.errors import UserError
 from ablab.core.record import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, PRUNED, Plan, Planned, Result, Store
 from ablab.experiments import mlflow_tracker, ui
 from ablab.experiments.mlflow_tracker import MlflowTracker, card_of, replay, summary_of, sync
-from ablab.experiments.mlflow_view import MlflowView, experiment_tags, database
+from ablab.experiments.mlflow_view import MlflowView, database, experiment_tags
 
 STARTED = 1.76e9  # unix seconds
 RECIPE = "data: {name: web, digest: 0123abcd}\nseed: 0\n"
