@@ -28,8 +28,8 @@ MORE = {
     "mup, rms muon": "{mup: {readout: zero}}, {muon: {scale: rms, lr: 10}}",
 }
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="path=value of the small recipe, such as 'model.attention.on_qk=[qk_norm]'")]
-With = Annotated[list[str] | None, typer.Option("--with", help="an arm, such as 'qk_norm, mup, {muon: {scale: rms}}'; repeat for more [mup]")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="path=value of the small recipe, such as 'model.attention.on_qk=\\[qk_norm]'")]
+With = Annotated[list[str] | None, typer.Option("--with", help="an arm, such as 'qk_norm, mup, {muon: {scale: rms}}'; repeat for more (mup)")]
 
 
 @app.callback()
@@ -46,7 +46,7 @@ def coords(
     lr: Annotated[float, typer.Option(help="learning rate of every step, deliberately high")] = 0.02,
     with_: With = None,
     every: Annotated[bool, typer.Option("--all", help="also muP with a zero readout, under AdamW and each Muon")] = False,
-    base_width: Annotated[int | None, typer.Option(min=1, help="of muP [a quarter of the smallest width]")] = None,
+    base_width: Annotated[int | None, typer.Option(min=1, help="of muP (a quarter of the smallest width)")] = None,
     out: Annotated[Path | None, typer.Option(help="a folder for coords.png and coords.json")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,

@@ -45,6 +45,14 @@ def test_help_says_how_it_ends(ablab):
     assert ablab().code == 2
 
 
+def test_help_shows_every_default_and_bracket_that_was_written(ablab):
+    """A terminal takes [word] for markup and shows nothing in its place."""
+    wanted = {"show": "(the first)", "run": "(one a GPU, else", "study": "(STORE/optuna.db)", "sync": "(all in the store)"}
+    assert all(said in " ".join(ablab(command, "--help").out.replace("│", " ").split()) for command, said in wanted.items())
+    coords = "".join(ablab("check", "coords", "--help").out.replace("│", " ").split())
+    assert "on_qk=[qk_norm]" in coords and "(aquarterofthesmallestwidth)" in coords
+
+
 def test_list_names_every_intervention_with_its_control(ablab):
     from ablab.core.intervention import REGISTRY
 
