@@ -160,6 +160,8 @@ def _wanted(hint: Any) -> str:
         return " or ".join(_wanted(option) for option in options)
     if origin is list:
         return f"a list, each {_wanted(options[0])}" if options[0] in WORDS or get_origin(options[0]) else "a list"
+    if origin is dict and options[1] is not Any:
+        return f"a mapping, each {_wanted(options[1])}"
     return WORDS.get(origin or hint, str(hint))
 
 

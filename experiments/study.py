@@ -29,6 +29,10 @@ from ablab.experiments.standing import Standing
 from ablab.experiments.trackers import trackers_for
 
 Stops = Callable[[Run, int, dict[str, float]], bool]
+FIXED = {  # path -> why no trial can differ in it
+    "seed": "each trial runs on study.seeds; list more of them there",
+    **dict.fromkeys(("data.name", "data.digest"), "all trials of a study read one token folder; start one study for each, with data.name=..."),
+}
 
 
 @dataclass(frozen=True)
@@ -206,6 +210,8 @@ def check_paths(experiment: Experiment, axes: list[Axis]) -> None:
     holders = {name: cell for cell in experiment.cells for name in cell.treatment}
     doses = [f"with.{name}.{dose}" for name, cell in holders.items() for dose in fields_of(type(cell.treatment[name]))]
     for axis in axes:
+        if why := FIXED.get(axis.path):
+            raise UserError(f"study.space: {axis.path} cannot be searched: {why}")
         if axis.path.startswith("with.") and axis.path not in doses:
             raise UserError(f"study.space: unknown path {axis.path!r}. {near(axis.path, doses)}Doses of this experiment: {', '.join(doses) or 'none'}")
         for end in axis.ends:
