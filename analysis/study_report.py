@@ -23,7 +23,7 @@ from ablab.analysis.report import NONE, bullets, markdown_table, text
 from ablab.analysis.transfer import movements, transfer
 from ablab.analysis.tuning import COMPLETE, EVALUATED, RUNNING, WIDTH, StudyRecord, Winner, axis
 from ablab.core.files import write_atomically
-from ablab.core.record import FINISHED, PRUNED, Store
+from ablab.core.record import FINISHED, PRUNED, Store, command
 
 METHOD = """\
 The winner is an arm's best finished trial.  It is read only if it beats what was tried on both sides of it; a diverged or
@@ -120,7 +120,7 @@ def _warnings(study: StudyRecord, winners: dict[str, Winner], moved: pd.DataFram
         yield f"the arms have unequal numbers of evaluated trials ({counts}); the best of more looks better by luck alone"
     states = Counter(trial.state for trial in study.trials)
     if states[RUNNING]:
-        yield f"{states[RUNNING]} trials have no result yet; continue with: ablab study {study.name}"
+        yield f"{states[RUNNING]} trials have no result yet; continue with: {command(study.name, 'study')}"
     if states[PRUNED]:
         yield f"{states[PRUNED]} trials were pruned, before the cooldown could change their rank; a pruned neighbour is weak evidence"
 

@@ -28,7 +28,7 @@ from scipy.special import stdtrit
 
 from ablab.core.errors import UserError
 from ablab.core.files import write_atomically
-from ablab.core.record import DIVERGED, PRUNED, Store
+from ablab.core.record import DIVERGED, PRUNED, Store, command
 
 LR, WIDTH, COMPLETE, RUNNING = "optim.lr", "model.width", "complete", "running"
 EVALUATED = (COMPLETE, DIVERGED, PRUNED)
@@ -134,7 +134,7 @@ def write(store: Store, record: StudyRecord) -> None:
 
 def read(store: Store, name: str) -> StudyRecord:
     """UserError when the study is missing or damaged, or when none of its trials has finished."""
-    path, again = study_path(store, name), f"ablab study {name}"
+    path, again = study_path(store, name), command(name, "study")
     try:
         record = msgspec.json.decode(path.read_bytes(), type=StudyRecord)
     except FileNotFoundError:

@@ -158,13 +158,13 @@ def _sheet(content: dict[str, Any]) -> Sheet:
 
 def _title(stem: str, overrides: Mapping[str, Any]) -> str:
     """quickstart@optim.lr=0.01; where that would be too long for a file's name, its digest."""
-    told = "".join(f"@{key}={_whole(value)}" for key, value in sorted(overrides.items())).replace("/", "_")
+    told = "".join(f"@{key}={_written(value)}" for key, value in sorted(overrides.items())).replace("/", "_")
     return stem + (told if len(stem + told) < 150 else f"@{hashlib.sha256(told.encode()).hexdigest()[:12]}")
 
 
-def _whole(value: Any) -> Any:
-    """20000.0 as 20000: one recipe, one name, however its budget was written."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _written(value: Any) -> Any:
+    """20000.0 as 20000, None as null: one recipe has one name, and the name can be typed again."""
+    return "null" if value is None else int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _find(name: str) -> Path:
