@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -56,6 +57,9 @@ def count(number: int) -> str:
     return f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}"
 
 
+SPARE = ("x reference", "tokens/s", "method", "sd", "runs")  # columns of a report; its page has them all
+
+
 def show_report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {}) -> None:
     """The verdicts.  Raises UserError where no run has finished."""
     from ablab.analysis import report as reports
@@ -65,7 +69,7 @@ def show_report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {
         return typer.echo(json.dumps(reports.as_json(found) | more, indent=1))
     path = reports.write(store, name, folder)
     typer.echo(f"\n{found.plan.question}")
-    table(reports.table(found.effects))
+    table(reports.table(found.effects), SPARE)
     for effect in found.effects:
         if effect.sentence:
             typer.echo(f"  {effect.sentence}")
@@ -97,17 +101,29 @@ def show_study(store: Store, name: str, as_json: bool) -> None:
     typer.echo(f"\nreport: {path}\nMLflow: ablab ui --store {store.root}")
 
 
-def table(rows: list[dict[str, str]]) -> None:
-    """A rich table on a terminal, aligned columns elsewhere."""
-    heads = list(rows[0])
+def table(rows: list[dict[str, str]], spare: Iterable[str] = ()) -> None:
+    """A rich table on a terminal, aligned columns elsewhere.  spare: what a narrow terminal goes without, the first to go first."""
+    widths = {head: max(len(head), *(len(row[head]) for row in rows)) for head in rows[0]}
     if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
+        return _drawn(rows, widths, spare)
+    for line in ({head: head for head in widths}, *rows):
+        typer.echo("  ".join(line[head].ljust(width) for head, width in widths.items()).rstrip())
 
-        drawn = Table(*heads, header_style="bold", box=None)
-        for row in rows:
-            drawn.add_row(*(row[head].replace("[", "\\[") for head in heads))
-        return Console().print(drawn)
-    widths = [max(len(head), *(len(row[head]) for row in rows)) for head in heads]
-    for line in (dict(zip(heads, heads, strict=True)), *rows):
-        typer.echo("  ".join(line[head].ljust(width) for head, width in zip(heads, widths, strict=True)).rstrip())
+
+def _drawn(rows: list[dict[str, str]], widths: dict[str, int], spare: Iterable[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console, without = Console(), []
+    for head in spare:
+        if sum(widths.values()) + 2 * (len(widths) - 1) > console.width:
+            del widths[head]
+            without.append(head)
+    drawn = Table(header_style="bold", box=None, pad_edge=False)
+    for i, head in enumerate(widths):
+        drawn.add_column(head, no_wrap=i == 0)  # the name of an arm is never cut
+    for row in rows:
+        drawn.add_row(*(row[head].replace("[", "\\[") for head in widths))
+    console.print(drawn)
+    if without:
+        typer.echo(f"(too narrow for: {', '.join(without)})")

@@ -64,6 +64,20 @@ def test_list_names_every_intervention_with_its_control(ablab):
     assert all(f"  {one['name']}" in text and one["off"] in text for one in listed["interventions"])
 
 
+@pytest.mark.parametrize(("columns", "without"), [(140, []), (80, ["x reference", "tokens/s", "method", "sd", "runs"])])
+def test_a_narrow_terminal_leaves_columns_out_and_says_so_but_cuts_no_name_or_number(monkeypatch, capsys, columns, without):
+    from ablab.experiments.printing import SPARE, table
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    row = {"arm": "- muon (and normuon)", "pairs": "3", "mean": "2.7781", "sd": "0.0057", "delta": "+0.0299", "95 % interval": "-0.0213 to +0.0810",
+           "method": "Welch", "verdict": "too few seeds", "tokens/s": "5,690", "x reference": "1.43", "runs": "3 finished"}  # fmt: skip
+    table([row], SPARE)
+    _, line, *note = capsys.readouterr().out.splitlines()
+    assert all(text in line for head, text in row.items() if head not in without) and len(line) <= columns
+    assert note == ([f"(too narrow for: {', '.join(without)})"] if without else [])
+
+
 def test_show_prints_a_recipe_that_reads_back_as_the_same_run(ablab):
     import yaml
 
