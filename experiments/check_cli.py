@@ -56,6 +56,8 @@ def coords(
     Exit code 0: every muP arm is flat and the standard parametrization is not; 1: not so, and a line says which tensor.
     """
     setting = {"widths": _numbers(widths, "--widths"), "seeds": _numbers(seeds, "--seeds"), "steps": steps, "lr": lr}
+    if not 0 < lr < math.inf:
+        raise UserError(f"--lr {lr:g} must be a number above 0; try 0.02")
     base_width = base_width or max(min(setting["widths"]) // 4, 1)
     texts = {text: text for text in with_} if with_ else ARMS
     found = _measure(_recipes(texts | MORE if every else texts, base_width, overrides), setting, device) | {"base_width": base_width}
@@ -147,7 +149,7 @@ def _flaw(found: dict[str, Any]) -> str | None:
         if arm["parametrization"] == "mup" and arm["failing"]:
             worst = arm["failing"][0]
             slope = arm["slopes"][worst]
-            said = "has no finite slope" if slope is None else f"grows as width^{slope:+.2f}, beyond {found['flat']:g}"
+            said = "has no finite slope" if slope is None else f"changes as width^{slope:+.2f}, beyond {found['flat']:g} either way"
             return f"arm {arm['name']!r} fails: {worst} {said}"
         if arm["control"] and not arm["failing"]:
             return f"the standard parametrization passes, so the check shows nothing: every change is within {found['flat']:g}; raise --lr or widen --widths"
