@@ -147,7 +147,7 @@ def report(name: Name, overrides: Overrides = None, plugins: Plugins = None, sto
     where = _store(store)
     held = where.experiments()
     if not name.endswith((".yaml", ".yml")) and name not in (*held, *catalog()):
-        raise UserError(f"no experiment {name!r} in {where.root}. {near(name, held)}It holds: {', '.join(held) or 'none'}")
+        raise UserError(f"no experiment {name!r} in {where.root}. {near(name, [*held, *catalog()])}It holds: {', '.join(held) or 'none'}")
     if overrides or name not in held:
         name = _prepare(name, overrides, plugins, where)[0].name
     show_report(where, name, as_json)

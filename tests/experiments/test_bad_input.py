@@ -148,6 +148,7 @@ def test_other_commands_refuse_the_same_way(lab, ablab):
     assert "no cell 'bas'. Did you mean 'base'?" in refused(lab, ablab, "show", "good.yaml", "--diff", "bas")
     assert "experiment 'good' has no runs" in refused(lab, ablab, "report", "good.yaml")
     assert "no experiment 'gut'" in refused(lab, ablab, "report", "gut")
+    assert "no experiment 'quickstrt'" in (said := refused(lab, ablab, "report", "quickstrt")) and "Did you mean 'quickstart'?" in said
     assert "No such command 'overhaed'. Did you mean 'overhead'?" in refused(lab, ablab, "bench", "overhaed")
     assert "'My Idea' cannot name an intervention" in refused(lab, ablab, "new", "intervention", "My Idea")
     assert "'muon' exists already" in refused(lab, ablab, "new", "intervention", "muon")
