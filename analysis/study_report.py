@@ -2,6 +2,7 @@
 
     write()      OUT/study.md and its pictures
     table()      a row of text per arm, for the terminal
+    compared()   a row per arm of the confirmation: its delta at one setting for all, and at its own
     as_json()    the same as plain data
 
 A study without a finished trial has no report: UserError.
@@ -79,6 +80,11 @@ def write(store: Store, name: str, out: str | Path) -> Path:
 def table(store: Store, name: str) -> list[dict[str, str]]:
     """A row of text per arm, for a terminal; the keys are the headings."""
     return _rows(read(store, name))
+
+
+def compared(store: Store, name: str) -> list[dict[str, str]]:
+    """A row of text per arm that was confirmed, for a terminal; none where nothing was."""
+    return _compared_rows(read(store, name))
 
 
 def as_json(store: Store, name: str) -> dict[str, Any]:
@@ -185,11 +191,14 @@ def _transfer_rows(moved: pd.DataFrame) -> list[dict[str, str]]:
     ]
 
 
-def _compared(report: StudyReport) -> str:
-    """The deltas of the plan at one setting for all arms beside those at each arm's own winner."""
+def _pairs(report: StudyReport) -> list[tuple[Effect, Effect]]:
+    """Each arm's effect at the shared setting, and at its own."""
     tuned = {effect.cell: effect for effect in report.tuned}
-    pairs = [(one, tuned[one.cell]) for one in report.shared if one.cell in tuned and one.verdict != REFERENCE]
-    rows = [
+    return [(one, tuned[one.cell]) for one in report.shared if one.cell in tuned and one.verdict != REFERENCE]
+
+
+def _compared_rows(report: StudyReport) -> list[dict[str, str]]:
+    return [
         {
             "arm": one.cell,
             "delta, shared setting": _delta(one),
@@ -199,15 +208,19 @@ def _compared(report: StudyReport) -> str:
             "verdict, own setting": own.verdict,
             "tuning moves it by": text(_difference(own.delta, one.delta), "+.4f"),
         }
-        for one, own in pairs
+        for one, own in _pairs(report)
     ]
+
+
+def _compared(report: StudyReport) -> str:
+    """The deltas of the plan at one setting for all arms beside those at each arm's own winner."""
     references = {effect.cell: _setting(report.winners.get(effect.cell)) for effect in report.tuned if effect.verdict == REFERENCE}
     notes = [f"`{cell}`, measured against: {setting}" for cell, setting in references.items()]
-    notes += [f"`{one.cell}` is {one.verdict} at the shared setting, {own.verdict} at its own" for one, own in pairs
+    notes += [f"`{one.cell}` is {one.verdict} at the shared setting, {own.verdict} at its own" for one, own in _pairs(report)
               if one.verdict != own.verdict and {one.verdict, own.verdict} <= {BETTER, WORSE, INCONCLUSIVE}]  # fmt: skip
-    if wrong := [f"`{cell}`" for cell in tuned if cell in report.winners and not report.winners[cell].admissible]:
+    if wrong := [f"`{one.cell}`" for one in report.tuned if one.cell in report.winners and not report.winners[one.cell].admissible]:
         notes.append(f"{', '.join(wrong)} won at an edge: its delta is still that of an untuned arm")
-    return markdown_table(rows) + "\n\n" + bullets(notes)
+    return markdown_table(_compared_rows(report)) + "\n\n" + bullets(notes)
 
 
 def _setting(won: Winner | None) -> str:

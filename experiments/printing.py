@@ -97,7 +97,10 @@ def show_study(store: Store, name: str, as_json: bool) -> None:
     if as_json:
         return typer.echo(json.dumps(study_report.as_json(store, name), indent=1))
     path = study_report.write(store, name, store.root / "reports" / name)
-    table(study_report.table(store, name))
+    table(study_report.table(store, name), ("95 % interval", "optimum"))
+    if confirmed := study_report.compared(store, name):
+        typer.echo("\nOn other seeds, at one setting for all arms and at each arm's own")
+        table(confirmed, ("tuning moves it by", "verdict", "own setting"))
     typer.echo(f"\nreport: {path}\nMLflow: ablab ui --store {store.root}")
 
 
