@@ -47,7 +47,8 @@ def part(kind: str):
 
 def near(word: str, known) -> str:
     """`Did you mean ...? ` or nothing."""
-    close = get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.55)
+    word, names = str(word), [str(name) for name in known]
+    close = [name for name in names if len(word) > 2 and name.startswith(f"{word} ")] or get_close_matches(word, names, n=1, cutoff=0.55)
     return f"Did you mean {close[0]!r}? " if close else ""
 
 

@@ -145,6 +145,7 @@ class Flat:
 def test_other_commands_refuse_the_same_way(lab, ablab):
     (lab.root / "good.yaml").write_text(sheet())
     assert "no cell 'ful'. Did you mean 'full'?" in refused(lab, ablab, "show", "good.yaml", "--cell", "ful")
+    assert "no cell '- muon'. Did you mean '- muon (and normuon)'?" in refused(lab, ablab, "show", "quickstart", "--cell", "- muon")
     assert "no cell 'bas'. Did you mean 'base'?" in refused(lab, ablab, "show", "good.yaml", "--diff", "bas")
     assert "experiment 'good' has no runs" in refused(lab, ablab, "report", "good.yaml")
     assert "no experiment 'gut'" in refused(lab, ablab, "report", "gut")
