@@ -29,10 +29,15 @@ def show_difference(experiment: str, run: Any, other: Any, name: str) -> None:
     _head(experiment, run)
     changes = diff(plain(replace(other, seed=run.recipe.seed)), plain(run.recipe))
     for path, sides in changes.items():
-        old, now = ("absent" if side is None else side for side in sides)
+        old, now = ("absent" if side is None else _written(side) for side in sides)
         typer.echo(f"{path}: {old} -> {now}")
     if not changes:
         typer.echo(f"no difference from {name}")
+
+
+def _written(value: Any) -> str:
+    """As the recipe shows it: true, 1e-10, a word."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _head(experiment: str, run: Any) -> None:

@@ -93,6 +93,7 @@ def test_show_diff_prints_what_differs_and_nothing_else(ablab):
     assert lines and all(line.startswith("model.attention.on_qk.qk_norm.") and ": absent -> " in line for line in lines)
     assert "optim.lr" not in "".join(ablab("show", "grid.yaml", "optim.lr=0.5", "--diff", "base").out.splitlines()[2:])  # both have it
     assert "no difference from base" in ablab("show", "grid.yaml", "--cell", "base", "--diff", "base").out
+    assert "nesterov: absent -> true\n" in ablab("show", "doses.yaml", "--diff", "base").out  # as YAML has it
 
 
 def test_show_counts_parameters_as_the_model_has_them(ablab, build):
