@@ -145,7 +145,7 @@ def report(name: Name, overrides: Overrides = None, plugins: Plugins = None, sto
     from ablab.experiments.printing import show_report
 
     where = _store(store)
-    held = where.experiments()
+    held = list(dict.fromkeys(word for one in where.experiments() for word in (one.removesuffix("@study"), one)))
     if not name.endswith((".yaml", ".yml")) and name not in (*held, *catalog()):
         raise UserError(f"no experiment {name!r} in {where.root}. {near(name, [*held, *catalog()])}It holds: {', '.join(held) or 'none'}")
     if overrides or name not in held:

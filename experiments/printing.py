@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ablab.core.errors import UserError
-from ablab.core.record import Store
+from ablab.core.record import Store, command
 
 
 def show_recipe(experiment: Any, run: Any) -> None:
@@ -66,9 +66,12 @@ SPARE = ("x reference", "tokens/s", "method", "sd", "runs")  # columns of a repo
 
 
 def show_report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {}) -> None:
-    """The verdicts.  Raises UserError where no run has finished."""
+    """The verdicts; of a study that confirms nothing, the winners.  Raises UserError where no run has finished."""
     from ablab.analysis import report as reports
+    from ablab.analysis.tuning import study_path
 
+    if not store.plan_path(name).is_file() and study_path(store, name).is_file():
+        return show_study(store, name, as_json)
     found, folder = reports.read(store, name), store.root / "reports" / name
     if as_json:
         return typer.echo(json.dumps(reports.as_json(found) | more, indent=1))
@@ -82,6 +85,8 @@ def show_report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {
         typer.echo(f"warning: {warning}", err=True)
     plots = ", ".join(str(picture) for picture in (folder / "forest.png", folder / "curves.png") if picture.exists())
     typer.echo(f"\nreport: {path}\nplots:  {plots}\nMLflow: ablab ui --store {store.root}")
+    if study_path(store, name).is_file():
+        typer.echo(f"study:  {command(name, 'study')}")
 
 
 def show_outcome(store: Store, name: str, outcome: Any, as_json: bool) -> None:

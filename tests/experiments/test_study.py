@@ -271,6 +271,13 @@ def test_an_experiment_without_a_study_says_what_to_add(lab):
         Study(experiment, Store(lab.store), watcher())
 
 
+def test_the_report_of_a_study_that_confirms_nothing_is_the_studys(lab, ablab):
+    study(lab, "unconfirmed", {"space": {"optim.lr": {"log": [0.1, 1]}}, "trials_per_cell": 1}, seeds=[]).tune(1, (), False)
+    for name in ("unconfirmed", "unconfirmed.yaml"):
+        ended = ablab("report", name)
+        assert ended.code == 0 and "winner" in ended.out and "reports/unconfirmed/study.md" in ended.out
+
+
 def test_a_study_without_a_finished_trial_is_not_confirmed_and_not_reported(lab, no_training):
     from ablab.analysis import study_report
 
