@@ -172,7 +172,7 @@ def _effect(cell: str, cells: dict[str, pd.DataFrame], metric: str, better: str)
 def _reference(cell: str, done: pd.DataFrame, statuses: dict[str, int], metric: str) -> Effect:
     mean, sd = _mean_sd(_column(done, metric))
     speed, _ = _mean_sd(done.tokens_per_second.dropna())
-    sentence = "what the others are measured against"
+    sentence = f"{cell}: what the others are measured against"
     return Effect(cell, None, REFERENCE, sentence, len(done), tuple(map(int, done.index)), statuses, mean, sd, tokens_per_second=speed)
 
 

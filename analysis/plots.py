@@ -117,7 +117,8 @@ def curves(frame: pd.DataFrame, path: Path, metric: str = "val/loss") -> Path:
             _differences(axes[1], deltas, colours, reference)
             axes[1].set(ylabel=f"difference ({unit(metric)})", title=f"Minus {reference}, same seeds")
         others = ", grey: the other arms" if any(colours[cell] == BACKGROUND for cell in deltas) else ""
-        key = f"line: mean over seeds, band: lowest to highest seed{others}"
+        scale = "\nthe differences are on the scale of their second half" if deltas else ""
+        key = f"line: mean over seeds, band: lowest to highest seed{others}{scale}"
         axes[-1].set(xlim=(0, frame.tokens.max()), xlabel=f"training tokens\n{key}")
         axes[-1].xaxis.set_major_formatter(lambda tokens, _: _count(tokens))
         return save(figure, path)

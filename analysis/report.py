@@ -18,7 +18,7 @@ from ablab.analysis import frame, plots
 from ablab.analysis.effects import ENDED_BADLY, INERT, REFERENCE, Effect, ingredient, measure
 from ablab.core.errors import UserError
 from ablab.core.files import write_atomically
-from ablab.core.record import FINISHED, Plan, Store
+from ablab.core.record import FINISHED, Plan, Store, command
 
 FEWEST_PAIRS = 3  # below, an interval is a formality: t(0.975) is 12.7 at one degree of freedom
 NONE = "–"
@@ -52,7 +52,7 @@ def read(store: Store, experiment: str) -> Report:
     statuses = Counter(runs.status if len(runs) else ())
     if not statuses[FINISHED]:
         counts = _counts(statuses) or "none planned"
-        raise UserError(f"experiment {experiment!r} has no finished run ({counts}); start or continue it with: ablab run {experiment}")
+        raise UserError(f"experiment {experiment!r} has no finished run ({counts}); start or continue it with: {command(experiment)}")
     effects = measure(runs, plan.metric, plan.better)
     return Report(plan, runs, effects, list(_warnings(plan, runs, effects)))
 
@@ -121,7 +121,8 @@ def _warnings(plan: Plan, runs: pd.DataFrame, effects: list[Effect]) -> Iterator
         yield f"`{cell}`: {_counts(Counter(lost.status))} of {planned} runs; {first.run} at step {first.step}{why}"
     absent = Counter(status for status in runs.status if status in (frame.MISSING, frame.INTERRUPTED))
     if absent:
-        yield f"{_counts(absent)} of {len(runs)} runs (interrupted: killed, or still running); continue with: ablab run {plan.name}"
+        why = " (interrupted: killed, or still running)" if absent[frame.INTERRUPTED] else ""
+        yield f"{_counts(absent)} of {len(runs)} runs{why}; continue with: {command(plan.name)}"
     few = [f"`{effect.cell}` ({effect.n})" for effect in effects if effect.n < FEWEST_PAIRS and effect.verdict != INERT]
     if few:
         yield f"fewer than {FEWEST_PAIRS} finished seeds: {', '.join(few)}; no verdict to rely on, add seeds"

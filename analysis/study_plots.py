@@ -12,7 +12,7 @@ from ablab.analysis.frame import unit
 from ablab.analysis.plots import BACKGROUND, DISTINCT, FAINT, INK, NEUTRAL, STYLE, label_ends, save
 from ablab.analysis.tuning import COMPLETE, WIDTH, StudyRecord, Winner, axis, winner
 from ablab.core.errors import UserError
-from ablab.core.record import DIVERGED, PRUNED
+from ablab.core.record import DIVERGED, PRUNED, command
 
 ABOVE = 3.0  # losses beyond this many times (median - best) above the best stand on the edge as triangles
 PANELS = 4  # side by side
@@ -26,7 +26,7 @@ def curves(study: StudyRecord, path: Path) -> Path:
     along, colour = _along(study), colours(study)
     wins = {cell: won for cell, trials in study.cells.items() if (won := _winner(trials, study, along))}
     if not wins:
-        raise UserError(f"study {study.name!r} has no finished trial of {along}; continue it with: ablab study {study.name}")
+        raise UserError(f"study {study.name!r} has no finished trial of {along}; continue it with: {command(study.name, 'study')}")
     with rc_context(STYLE):
         figure, (top, strip) = _canvas(6.8, 4.1 + 0.24 * len(wins), 2, 1, sharex=True, height_ratios=[3.3, 0.3 + 0.24 * len(wins)])
         lines, heights = [won.line for won in wins.values()], Counter()

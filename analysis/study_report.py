@@ -2,6 +2,7 @@
 
     write()      OUT/study.md and its pictures
     table()      a row of text per arm, for the terminal
+    compared()   a row per arm of the confirmation: its delta at one setting for all, and at its own
     as_json()    the same as plain data
 
 A study without a finished trial has no report: UserError.
@@ -23,7 +24,7 @@ from ablab.analysis.report import NONE, bullets, markdown_table, text
 from ablab.analysis.transfer import movements, transfer
 from ablab.analysis.tuning import COMPLETE, EVALUATED, RUNNING, WIDTH, StudyRecord, Winner, axis
 from ablab.core.files import write_atomically
-from ablab.core.record import FINISHED, PRUNED, Store
+from ablab.core.record import FINISHED, PRUNED, Store, command
 
 METHOD = """\
 The winner is an arm's best finished trial.  It is read only if it beats what was tried on both sides of it; a diverged or
@@ -81,6 +82,11 @@ def table(store: Store, name: str) -> list[dict[str, str]]:
     return _rows(read(store, name))
 
 
+def compared(store: Store, name: str) -> list[dict[str, str]]:
+    """A row of text per arm that was confirmed, for a terminal; none where nothing was."""
+    return _compared_rows(read(store, name))
+
+
 def as_json(store: Store, name: str) -> dict[str, Any]:
     """The report as plain data: numbers, strings, lists and None."""
     report = read(store, name)
@@ -120,7 +126,7 @@ def _warnings(study: StudyRecord, winners: dict[str, Winner], moved: pd.DataFram
         yield f"the arms have unequal numbers of evaluated trials ({counts}); the best of more looks better by luck alone"
     states = Counter(trial.state for trial in study.trials)
     if states[RUNNING]:
-        yield f"{states[RUNNING]} trials have no result yet; continue with: ablab study {study.name}"
+        yield f"{states[RUNNING]} trials have no result yet; continue with: {command(study.name, 'study')}"
     if states[PRUNED]:
         yield f"{states[PRUNED]} trials were pruned, before the cooldown could change their rank; a pruned neighbour is weak evidence"
 
@@ -185,11 +191,14 @@ def _transfer_rows(moved: pd.DataFrame) -> list[dict[str, str]]:
     ]
 
 
-def _compared(report: StudyReport) -> str:
-    """The deltas of the plan at one setting for all arms beside those at each arm's own winner."""
+def _pairs(report: StudyReport) -> list[tuple[Effect, Effect]]:
+    """Each arm's effect at the shared setting, and at its own."""
     tuned = {effect.cell: effect for effect in report.tuned}
-    pairs = [(one, tuned[one.cell]) for one in report.shared if one.cell in tuned and one.verdict != REFERENCE]
-    rows = [
+    return [(one, tuned[one.cell]) for one in report.shared if one.cell in tuned and one.verdict != REFERENCE]
+
+
+def _compared_rows(report: StudyReport) -> list[dict[str, str]]:
+    return [
         {
             "arm": one.cell,
             "delta, shared setting": _delta(one),
@@ -199,15 +208,19 @@ def _compared(report: StudyReport) -> str:
             "verdict, own setting": own.verdict,
             "tuning moves it by": text(_difference(own.delta, one.delta), "+.4f"),
         }
-        for one, own in pairs
+        for one, own in _pairs(report)
     ]
+
+
+def _compared(report: StudyReport) -> str:
+    """The deltas of the plan at one setting for all arms beside those at each arm's own winner."""
     references = {effect.cell: _setting(report.winners.get(effect.cell)) for effect in report.tuned if effect.verdict == REFERENCE}
     notes = [f"`{cell}`, measured against: {setting}" for cell, setting in references.items()]
-    notes += [f"`{one.cell}` is {one.verdict} at the shared setting, {own.verdict} at its own" for one, own in pairs
+    notes += [f"`{one.cell}` is {one.verdict} at the shared setting, {own.verdict} at its own" for one, own in _pairs(report)
               if one.verdict != own.verdict and {one.verdict, own.verdict} <= {BETTER, WORSE, INCONCLUSIVE}]  # fmt: skip
-    if wrong := [f"`{cell}`" for cell in tuned if cell in report.winners and not report.winners[cell].admissible]:
+    if wrong := [f"`{one.cell}`" for one in report.tuned if one.cell in report.winners and not report.winners[one.cell].admissible]:
         notes.append(f"{', '.join(wrong)} won at an edge: its delta is still that of an untuned arm")
-    return markdown_table(rows) + "\n\n" + bullets(notes)
+    return markdown_table(_compared_rows(report)) + "\n\n" + bullets(notes)
 
 
 def _setting(won: Winner | None) -> str:

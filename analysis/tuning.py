@@ -28,7 +28,7 @@ from scipy.special import stdtrit
 
 from ablab.core.errors import UserError
 from ablab.core.files import write_atomically
-from ablab.core.record import DIVERGED, PRUNED, Store
+from ablab.core.record import DIVERGED, PRUNED, Store, command
 
 LR, WIDTH, COMPLETE, RUNNING = "optim.lr", "model.width", "complete", "running"
 EVALUATED = (COMPLETE, DIVERGED, PRUNED)
@@ -134,7 +134,7 @@ def write(store: Store, record: StudyRecord) -> None:
 
 def read(store: Store, name: str) -> StudyRecord:
     """UserError when the study is missing or damaged, or when none of its trials has finished."""
-    path, again = study_path(store, name), f"ablab study {name}"
+    path, again = study_path(store, name), command(name, "study")
     try:
         record = msgspec.json.decode(path.read_bytes(), type=StudyRecord)
     except FileNotFoundError:
@@ -178,7 +178,7 @@ def winner(trials: Sequence[Trial], space: Mapping[str, Any], hard: Mapping[str,
         return Winner(best.params, best.value, True, "no log-scaled path in the space, so no edge to check", (None, None), None, None, [best])
     line = [trial for trial in trials if {**trial.params, path: 0} == {**best.params, path: 0}]
     sides = _neighbour(best, line, path, -1), _neighbour(best, line, path, +1)
-    wrong = _wrong(best, line, path, sides, hard.get(path))
+    wrong = _wrong(best, line, path, sides, space[path]["log"], hard.get(path))
     points = [trial for trial in line if trial.state == COMPLETE]
     fit = quadratic(np.array([trial.params[path] for trial in points]), np.array([trial.value for trial in points]), best.params[path], better)
     return Winner(best.params, best.value, not wrong, wrong or _right(path, sides), sides, fit, path, line)
@@ -191,18 +191,20 @@ def _neighbour(best: Trial, line: list[Trial], path: str, side: int) -> Trial | 
     return min(beyond, key=lambda one: one[:3])[3] if beyond else None
 
 
-def _wrong(best: Trial, line: list[Trial], path: str, sides: tuple, hard: Sequence[float] | None) -> str:
+def _wrong(best: Trial, line: list[Trial], path: str, sides: tuple, searched: Sequence[float], hard: Sequence[float] | None) -> str:
     """Why the winner may not be read; empty if it may."""
     name, lr, tried = path.rpartition(".")[2], best.params[path], _tried(line, path)
     if len(tried) == 1:
         return f"{name}={lr:.4g} won, but no evaluated trial differs from it in {name} alone; add some before reading the result"
-    for end, bound, neighbour, side in zip((tried[0], tried[-1]), hard or (None, None), sides, (-1, 1), strict=True):
+    for end, declared, bound, neighbour, side in zip((tried[0], tried[-1]), searched, hard or (None, None), sides, (-1, 1), strict=True):
         if neighbour is None:
             if bound and side * np.log2(bound / end) < CLOSE:
                 return f"{name}={lr:.4g} won, but it is the edge of the hard bounds [{hard[0]:.4g}, {hard[1]:.4g}]; move them before reading the result"
             lost = [f"; {name}={trial.params[path]:.4g}: {trial.state.replace('_', ' ')}" for trial in line if side * (trial.params[path] - end) > 0]
-            edge = f"{name}={lr:.4g} won, but it is the edge of the searched range [{tried[0]:.4g}, {tried[-1]:.4g}]"
-            return f"{edge}; widen it before reading the result{''.join(lost)}"
+            what, cure = "the searched range", "widen it, or raise study.widenings," if bound else "widen it"
+            if side * np.log2(declared / end) >= CLOSE:  # the range goes on, but no trial of this line went there
+                what, cure = "what was tried here,", "add trials"
+            return f"{name}={lr:.4g} won, but it is the edge of {what} [{tried[0]:.4g}, {tried[-1]:.4g}]; {cure} before reading the result{''.join(lost)}"
         if neighbour.value == best.value:
             return f"{name}={lr:.4g} won, but {name}={neighbour.params[path]:.4g} ends at the same {best.value:.6g}; check that {path} reaches the run"
     return ""

@@ -100,7 +100,7 @@ def _lines(file, path: Path, field: str):
         except ValueError as flaw:
             raise UserError(f"{place} is not JSON ({flaw}); each line must hold one object with the key {field!r}") from None
         if not isinstance(record, dict) or field not in record:
-            keys = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
+            keys = ", ".join(record) or "{}" if isinstance(record, dict) else f"a {type(record).__name__}"
             raise UserError(f"{place} has no key {field!r}, only: {keys}; choose one with --field")
         yield place, record[field]
 

@@ -47,7 +47,8 @@ def part(kind: str):
 
 def near(word: str, known) -> str:
     """`Did you mean ...? ` or nothing."""
-    close = get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.55)
+    word, names = str(word), [str(name) for name in known]
+    close = [name for name in names if len(word) > 2 and name.startswith(f"{word} ")] or get_close_matches(word, names, n=1, cutoff=0.55)
     return f"Did you mean {close[0]!r}? " if close else ""
 
 
@@ -160,6 +161,8 @@ def _wanted(hint: Any) -> str:
         return " or ".join(_wanted(option) for option in options)
     if origin is list:
         return f"a list, each {_wanted(options[0])}" if options[0] in WORDS or get_origin(options[0]) else "a list"
+    if origin is dict and options[1] is not Any:
+        return f"a mapping, each {_wanted(options[1])}"
     return WORDS.get(origin or hint, str(hint))
 
 

@@ -11,6 +11,7 @@ Every file is whole at every instant, or a log whose last line may be torn: a re
 """
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -108,12 +109,20 @@ class Store:
         try:
             return msgspec.json.decode(path.read_bytes(), type=Plan)
         except FileNotFoundError:
-            raise UserError(f"experiment {experiment!r} has no runs in {self.root}; start it with: ablab run {experiment}") from None
+            raise UserError(f"experiment {experiment!r} has no runs in {self.root}; start it with: {command(experiment)}") from None
         except msgspec.MsgspecError as flaw:
-            raise UserError(f"{path} is damaged ({flaw}); `ablab run {experiment}` writes it again") from None
+            raise UserError(f"{path} is damaged ({flaw}); `{command(experiment)}` writes it again") from None
 
     def experiments(self) -> list[str]:
         return sorted(path.stem for path in (self.root / "experiments").glob("*.json"))
+
+
+def command(experiment: str, verb: str = "run") -> str:
+    """What to type to go on with an experiment; its name ends in its overrides, or in what a study made of it."""
+    name, *parts = experiment.split("@")
+    verb = "study" if {"study", "tuned"} & set(parts) else verb
+    overrides = [part if "=" in part else "..." for part in parts if part not in ("study", "tuned")]  # a digest: too long for a name
+    return f"ablab {verb} {shlex.join([name, *overrides])}"
 
 
 class Record:

@@ -28,8 +28,8 @@ MORE = {
     "mup, rms muon": "{mup: {readout: zero}}, {muon: {scale: rms, lr: 10}}",
 }
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="path=value of the small recipe, such as 'model.attention.on_qk=[qk_norm]'")]
-With = Annotated[list[str] | None, typer.Option("--with", help="an arm, such as 'qk_norm, mup, {muon: {scale: rms}}'; repeat for more [mup]")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="path=value of the small recipe, such as 'model.attention.on_qk=\\[qk_norm]'")]
+With = Annotated[list[str] | None, typer.Option("--with", help="an arm, such as 'qk_norm, mup, {muon: {scale: rms}}'; repeat for more (mup)")]
 
 
 @app.callback()
@@ -46,7 +46,7 @@ def coords(
     lr: Annotated[float, typer.Option(help="learning rate of every step, deliberately high")] = 0.02,
     with_: With = None,
     every: Annotated[bool, typer.Option("--all", help="also muP with a zero readout, under AdamW and each Muon")] = False,
-    base_width: Annotated[int | None, typer.Option(min=1, help="of muP [a quarter of the smallest width]")] = None,
+    base_width: Annotated[int | None, typer.Option(min=1, help="of muP (a quarter of the smallest width)")] = None,
     out: Annotated[Path | None, typer.Option(help="a folder for coords.png and coords.json")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
@@ -56,6 +56,8 @@ def coords(
     Exit code 0: every muP arm is flat and the standard parametrization is not; 1: not so, and a line says which tensor.
     """
     setting = {"widths": _numbers(widths, "--widths"), "seeds": _numbers(seeds, "--seeds"), "steps": steps, "lr": lr}
+    if not 0 < lr < math.inf:
+        raise UserError(f"--lr {lr:g} must be a number above 0; try 0.02")
     base_width = base_width or max(min(setting["widths"]) // 4, 1)
     texts = {text: text for text in with_} if with_ else ARMS
     found = _measure(_recipes(texts | MORE if every else texts, base_width, overrides), setting, device) | {"base_width": base_width}
@@ -147,7 +149,7 @@ def _flaw(found: dict[str, Any]) -> str | None:
         if arm["parametrization"] == "mup" and arm["failing"]:
             worst = arm["failing"][0]
             slope = arm["slopes"][worst]
-            said = "has no finite slope" if slope is None else f"grows as width^{slope:+.2f}, beyond {found['flat']:g}"
+            said = "has no finite slope" if slope is None else f"changes as width^{slope:+.2f}, beyond {found['flat']:g} either way"
             return f"arm {arm['name']!r} fails: {worst} {said}"
         if arm["control"] and not arm["failing"]:
             return f"the standard parametrization passes, so the check shows nothing: every change is within {found['flat']:g}; raise --lr or widen --widths"

@@ -31,7 +31,7 @@ app.add_typer(new, name="new")
 Name = Annotated[str, typer.Argument(help="a catalog entry, or a path to an experiment's .yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="path=value: a recipe path, with.NAME.DOSE, runtime.X, seeds, design")]
 Plugins = Annotated[list[Path] | None, typer.Option("--plugins", help="a folder with interventions of your own; repeat for more")]
-Where = Annotated[Path | None, typer.Option("--store", help="where ablab writes [$ABLAB_STORE or ./ablab-store]")]
+Where = Annotated[Path | None, typer.Option("--store", help="where ablab writes ($ABLAB_STORE, else ./ablab-store)")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -56,7 +56,7 @@ def list_(plugins: Plugins = None, as_json: Json = False) -> None:
 
 @app.command()
 def show(
-    name: Name, overrides: Overrides = None, cell: Annotated[str | None, typer.Option(help="one arm of the experiment [the first]")] = None,
+    name: Name, overrides: Overrides = None, cell: Annotated[str | None, typer.Option(help="one arm of the experiment (the first)")] = None,
     diff: Annotated[str | None, typer.Option(help="another cell, or `base`: print only what differs from it")] = None,
     plugins: Plugins = None, store: Where = None,
 ) -> None:  # fmt: skip
@@ -76,8 +76,8 @@ def run(
     name: Name, overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="cells, identities, what is missing and what it would cost")] = False,
     only: Annotated[list[str] | None, typer.Option(help="cells to run: a name, a pattern, or !pattern; repeat for more")] = None,
-    seeds: Annotated[str | None, typer.Option(help="such as 0-4 or 0,3,7 [the experiment's]")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time [one a GPU, or cores/threads]")] = None,
+    seeds: Annotated[str | None, typer.Option(help="such as 0-4 or 0,3,7 (the experiment's)")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time (one a GPU, else cores/threads)")] = None,
     mlflow: Annotated[bool, typer.Option(help="show the runs in MLflow")] = True,
     run_inert: Annotated[bool, typer.Option("--run-inert", help="also train arms that compute the same bits as their reference")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")] = False,
@@ -113,8 +113,8 @@ def run(
 @app.command()
 def study(
     name: Name, overrides: Overrides = None,
-    storage: Annotated[str | None, typer.Option(help="an Optuna URL, or journal:PATH [STORE/optuna.db]")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time [one a GPU, or cores/threads]")] = None,
+    storage: Annotated[str | None, typer.Option(help="an Optuna URL, or journal:PATH (STORE/optuna.db)")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time (one a GPU, else cores/threads)")] = None,
     mlflow: Annotated[bool, typer.Option(help="show the trials in MLflow")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")] = False,
     plugins: Plugins = None, store: Where = None, as_json: Json = False,
@@ -145,16 +145,16 @@ def report(name: Name, overrides: Overrides = None, plugins: Plugins = None, sto
     from ablab.experiments.printing import show_report
 
     where = _store(store)
-    held = where.experiments()
+    held = list(dict.fromkeys(word for one in where.experiments() for word in (one.removesuffix("@study"), one)))
     if not name.endswith((".yaml", ".yml")) and name not in (*held, *catalog()):
-        raise UserError(f"no experiment {name!r} in {where.root}. {near(name, held)}It holds: {', '.join(held) or 'none'}")
+        raise UserError(f"no experiment {name!r} in {where.root}. {near(name, [*held, *catalog()])}It holds: {', '.join(held) or 'none'}")
     if overrides or name not in held:
         name = _prepare(name, overrides, plugins, where)[0].name
     show_report(where, name, as_json)
 
 
 @app.command()
-def sync(names: Annotated[list[str] | None, typer.Argument(help="experiments [all in the store]")] = None, store: Where = None, as_json: Json = False) -> None:
+def sync(names: Annotated[list[str] | None, typer.Argument(help="experiments (all in the store)")] = None, store: Where = None, as_json: Json = False) -> None:
     """Rebuild the MLflow view from the run folders; sends only what it lacks."""
     from ablab.experiments.mlflow_tracker import sync as send
 

@@ -38,7 +38,7 @@ def tokenize(
     tokenizer: Annotated[Path, typer.Option(help="a byte-level tokenizer.json")],
     name: Annotated[str, typer.Option(help="the folder's name in STORE/data, and `data.name` in a recipe")],
     val: Annotated[list[str] | None, typer.Option(help="held-out text; repeat for more")] = None,
-    val_fraction: Annotated[float | None, typer.Option(help="without --val: documents held out by hash [0.01]")] = None,
+    val_fraction: Annotated[float | None, typer.Option(help="without --val: documents held out by hash (0.01)")] = None,
     field: Field = "text",
     store: Store = STORE,
 ) -> None:

@@ -131,13 +131,19 @@ def load(name: str, overrides: Mapping[str, Any] = {}, digest_of: Callable[[str]
         sheet = assign(sheet, key, value)
     doses = {p: v for p, v in overrides.items() if p.startswith("with.")}
     paths = {p: v for p, v in overrides.items() if p not in sheet_overrides and p not in doses}
-    other_data = {"data.digest": None} if "data.name" in paths else {}  # the digest in the config is of the data named there
-    base = recipe_from(sheet.base, sheet.set | other_data | paths, beside=path.parent)
+    if "seed" in sheet.set | paths:
+        raise UserError(f"seed={(sheet.set | paths)['seed']} would be overwritten: each run has its own; write seeds: [3], or give --seeds 3")
+    base = recipe_from(sheet.base, _other_data(sheet.set) | _other_data(paths), beside=path.parent)
     rows_at_once(sheet.runtime, base.data.batch)
     if base.data.digest is None:
         base = replace(base, data=replace(base.data, digest=digest_of(base.data.name)))
     renaming = {p: v for p, v in overrides.items() if p.split(".")[0] not in ("runtime", "seeds")}
     return Experiment(_title(path.stem, renaming), sheet, base, cells_of(sheet.design, _dosed(treatment, doses)))
+
+
+def _other_data(paths: Mapping[str, Any]) -> dict[str, Any]:
+    """The digest in a config is of the data named there: another name leaves it open."""
+    return ({"data.digest": None} if "data.name" in paths else {}) | dict(paths)
 
 
 def _sheet(content: dict[str, Any]) -> Sheet:
@@ -152,8 +158,13 @@ def _sheet(content: dict[str, Any]) -> Sheet:
 
 def _title(stem: str, overrides: Mapping[str, Any]) -> str:
     """quickstart@optim.lr=0.01; where that would be too long for a file's name, its digest."""
-    told = "".join(f"@{key}={value}" for key, value in sorted(overrides.items())).replace("/", "_")
+    told = "".join(f"@{key}={_written(value)}" for key, value in sorted(overrides.items())).replace("/", "_")
     return stem + (told if len(stem + told) < 150 else f"@{hashlib.sha256(told.encode()).hexdigest()[:12]}")
+
+
+def _written(value: Any) -> Any:
+    """20000.0 as 20000, None as null: one recipe has one name, and the name can be typed again."""
+    return "null" if value is None else int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _find(name: str) -> Path:
@@ -184,7 +195,10 @@ def chosen(runs: Iterable[Run], patterns: Iterable[str]) -> list[Run]:
             raise UserError(f"--only {pattern!r} fits no cell. {near(pattern, cells)}Cells: {', '.join(cells)}")
     wanted = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
     barred = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
-    return [run for run in runs if any(_fits(run.cell, p) for p in wanted) and not any(_fits(run.cell, p) for p in barred)]
+    kept = [run for run in runs if any(_fits(run.cell, p) for p in wanted) and not any(_fits(run.cell, p) for p in barred)]
+    if runs and not kept:
+        raise UserError(f"--only {' --only '.join(map(repr, patterns))} leaves no cell to run; drop one of them. Cells: {', '.join(cells)}")
+    return kept
 
 
 def _fits(cell: str, pattern: str) -> bool:

@@ -2,13 +2,14 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
 import typer
 
 from ablab.core.errors import UserError
-from ablab.core.record import Store
+from ablab.core.record import Store, command
 
 
 def show_recipe(experiment: Any, run: Any) -> None:
@@ -28,10 +29,15 @@ def show_difference(experiment: str, run: Any, other: Any, name: str) -> None:
     _head(experiment, run)
     changes = diff(plain(replace(other, seed=run.recipe.seed)), plain(run.recipe))
     for path, sides in changes.items():
-        old, now = ("absent" if side is None else side for side in sides)
+        old, now = ("absent" if side is None else _written(side) for side in sides)
         typer.echo(f"{path}: {old} -> {now}")
     if not changes:
         typer.echo(f"no difference from {name}")
+
+
+def _written(value: Any) -> str:
+    """As the recipe shows it: true, 1e-10, a word."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _head(experiment: str, run: Any) -> None:
@@ -56,16 +62,22 @@ def count(number: int) -> str:
     return f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}"
 
 
-def show_report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {}) -> None:
-    """The verdicts.  Raises UserError where no run has finished."""
-    from ablab.analysis import report as reports
+SPARE = ("x reference", "tokens/s", "method", "sd", "runs")  # columns of a report; its page has them all
 
+
+def show_report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {}) -> None:
+    """The verdicts; of a study that confirms nothing, the winners.  Raises UserError where no run has finished."""
+    from ablab.analysis import report as reports
+    from ablab.analysis.tuning import study_path
+
+    if not store.plan_path(name).is_file() and study_path(store, name).is_file():
+        return show_study(store, name, as_json)
     found, folder = reports.read(store, name), store.root / "reports" / name
     if as_json:
         return typer.echo(json.dumps(reports.as_json(found) | more, indent=1))
     path = reports.write(store, name, folder)
     typer.echo(f"\n{found.plan.question}")
-    table(reports.table(found.effects))
+    table(reports.table(found.effects), SPARE)
     for effect in found.effects:
         if effect.sentence:
             typer.echo(f"  {effect.sentence}")
@@ -73,6 +85,8 @@ def show_report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {
         typer.echo(f"warning: {warning}", err=True)
     plots = ", ".join(str(picture) for picture in (folder / "forest.png", folder / "curves.png") if picture.exists())
     typer.echo(f"\nreport: {path}\nplots:  {plots}\nMLflow: ablab ui --store {store.root}")
+    if study_path(store, name).is_file():
+        typer.echo(f"study:  {command(name, 'study')}")
 
 
 def show_outcome(store: Store, name: str, outcome: Any, as_json: bool) -> None:
@@ -93,21 +107,36 @@ def show_study(store: Store, name: str, as_json: bool) -> None:
     if as_json:
         return typer.echo(json.dumps(study_report.as_json(store, name), indent=1))
     path = study_report.write(store, name, store.root / "reports" / name)
-    table(study_report.table(store, name))
+    table(study_report.table(store, name), ("95 % interval", "optimum"))
+    if confirmed := study_report.compared(store, name):
+        typer.echo("\nOn other seeds, at one setting for all arms and at each arm's own")
+        table(confirmed, ("tuning moves it by", "verdict", "own setting"))
     typer.echo(f"\nreport: {path}\nMLflow: ablab ui --store {store.root}")
 
 
-def table(rows: list[dict[str, str]]) -> None:
-    """A rich table on a terminal, aligned columns elsewhere."""
-    heads = list(rows[0])
+def table(rows: list[dict[str, str]], spare: Iterable[str] = ()) -> None:
+    """A rich table on a terminal, aligned columns elsewhere.  spare: what a narrow terminal goes without, the first to go first."""
+    widths = {head: max(len(head), *(len(row[head]) for row in rows)) for head in rows[0]}
     if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
+        return _drawn(rows, widths, spare)
+    for line in ({head: head for head in widths}, *rows):
+        typer.echo("  ".join(line[head].ljust(width) for head, width in widths.items()).rstrip())
 
-        drawn = Table(*heads, header_style="bold", box=None)
-        for row in rows:
-            drawn.add_row(*(row[head].replace("[", "\\[") for head in heads))
-        return Console().print(drawn)
-    widths = [max(len(head), *(len(row[head]) for row in rows)) for head in heads]
-    for line in (dict(zip(heads, heads, strict=True)), *rows):
-        typer.echo("  ".join(line[head].ljust(width) for head, width in zip(heads, widths, strict=True)).rstrip())
+
+def _drawn(rows: list[dict[str, str]], widths: dict[str, int], spare: Iterable[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console, without = Console(), []
+    for head in spare:
+        if sum(widths.values()) + 2 * (len(widths) - 1) > console.width:
+            del widths[head]
+            without.append(head)
+    drawn = Table(header_style="bold", box=None, pad_edge=False)
+    for i, head in enumerate(widths):
+        drawn.add_column(head, no_wrap=i == 0)  # the name of an arm is never cut
+    for row in rows:
+        drawn.add_row(*(row[head].replace("[", "\\[") for head in widths))
+    console.print(drawn)
+    if without:
+        typer.echo(f"(too narrow for: {', '.join(without)})")

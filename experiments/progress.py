@@ -96,7 +96,8 @@ class Live(Lines):
     def planned(self, total: int, done: int, jobs: int) -> None:
         super().planned(total, done, jobs)
         self.left, self.steps = total - done, 0
-        self.bars.reset(self.grid, total=None, description=self._runs())
+        self.bars.reset(self.grid, description=self._runs())
+        self.bars.tasks[0].total = None if self.left else 0  # None: a bar that waits; reset() takes it for "as before"
 
     def started(self, run: Run) -> None:
         steps = run.recipe.steps

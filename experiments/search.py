@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from ablab.core.errors import UserError
+from ablab.core.recipe import Natural, Whole
 from ablab.core.record import FAILED
 
-Whole = Annotated[int, Meta(ge=1)]
 RETRIES = 4  # questions to a sampler that repeats itself: a GP on a small space does so for ever, at 0.1 to 1 s each
 
 
@@ -26,16 +26,16 @@ RETRIES = 4  # questions to a sampler that repeats itself: a GP on a small space
 class StudySheet:
     """The `study:` block of an experiment file."""
 
-    space: dict[str, dict[str, Any]]  # path -> {log: [a, b]} | {uniform: [a, b]} | {int: [a, b]} | {choices: [...]}; `points` for a grid
+    space: dict[str, Any]  # path -> {log: [a, b]} | {uniform: [a, b]} | {int: [a, b]} | {choices: [...]}; `points` for a grid
     trials_per_cell: Whole = 8  # for a grid: all of its points, whatever this says
-    seeds: list[int] = field(default_factory=lambda: [100])  # selection seeds; a trial's value is the mean over them
+    seeds: list[Natural] = field(default_factory=lambda: [100])  # selection seeds; a trial's value is the mean over them
     sampler: Literal["gp", "tpe", "qmc", "random", "grid"] = "gp"
     sampler_seed: int = 0
     generation: Whole = 4  # trials proposed at once for each cell; fixes the proposals, whatever --jobs is
     pruner: Literal["none", "median", "asha", "hyperband"] = "none"
     hard: dict[str, list[float]] = field(default_factory=dict)  # path -> bounds within which an edge optimum widens the range
     widenings: Annotated[int, Meta(ge=0)] = 4  # extra trials a cell may spend on that
-    hours: float | None = None  # no new generation is started after so long
+    hours: Annotated[float, Meta(ge=0)] | None = None  # no new generation is started after so long
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,15 @@ def axes_of(space: Mapping[str, Mapping[str, Any]]) -> list[Axis]:
     """Read a `space:` block.  Raises UserError for an empty or inverted range and for an unknown kind."""
     if not space:
         raise UserError("study.space is empty; name at least one path, such as optim.lr: {log: [1.0e-3, 3.0e-2]}")
-    return [_axis(path, dict(spec)) for path, spec in space.items()]
+    return [_axis(path, spec) for path, spec in space.items()]
 
 
-def _axis(path: str, spec: dict[str, Any]) -> Axis:
+def _axis(path: str, spec: Any) -> Axis:
+    spec = dict(spec) if isinstance(spec, Mapping) else {"": spec}
     points = spec.pop("points", 5)
     kind, values = next(iter(spec.items()), ("", None))
     if len(spec) != 1 or kind not in ("log", "uniform", "int", "choices"):
-        raise UserError(f"study.space.{path} must be one of log, uniform, int: [low, high] or choices: [...]; it says {spec}")
+        raise UserError(f"study.space.{path} must be one of log, uniform, int: [low, high] or choices: [...]; it says {spec.get('', spec)}")
     if not isinstance(values, list) or not values:
         raise UserError(f"study.space.{path}: {kind} needs a list with something in it, not {values!r}")
     if type(points) is not int or points < 1:

@@ -18,7 +18,7 @@ from ablab.core.intervention import at
 from ablab.core.load import assign
 from ablab.core.part import fields_of, near
 from ablab.core.recipe import Recipe
-from ablab.core.record import PRUNED, Plan, Store
+from ablab.core.record import PRUNED, Plan, Store, command
 from ablab.experiments import storage
 from ablab.experiments.arm import Arm, Trial, tuned_recipe
 from ablab.experiments.experiment import Experiment, Run
@@ -29,6 +29,10 @@ from ablab.experiments.standing import Standing
 from ablab.experiments.trackers import trackers_for
 
 Stops = Callable[[Run, int, dict[str, float]], bool]
+FIXED = {  # path -> why no trial can differ in it
+    "seed": "each trial runs on study.seeds; list more of them there",
+    **dict.fromkeys(("data.name", "data.digest"), "all trials of a study read one token folder; start one study for each, with data.name=..."),
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Study:
         """url: of the Optuna storage; default STORE/optuna.db."""
         sheet = experiment.sheet.study
         if sheet is None:
-            raise UserError(f"{experiment.name} has no study: block; add one with a space, or start it with: ablab run {experiment.name}")
+            raise UserError(f"{experiment.name} has no study: block; add one with a space, or start it with: {command(experiment.name)}")
         if shared := sorted(set(sheet.seeds) & set(experiment.sheet.seeds)):
             raise UserError(f"study.seeds and seeds share {shared}; selection and confirmation need disjoint seeds")
         self.experiment, self.store, self.watcher, self.sheet = experiment, store, watcher, sheet
@@ -164,7 +168,7 @@ class Study:
 
         Raises UserError where no trial of any arm has finished.
         """
-        tuning.finished(record.trials, f"study {self.experiment.name!r}", f"it with: ablab study {self.experiment.name}")
+        tuning.finished(record.trials, f"study {self.experiment.name!r}", f"it with: {command(self.experiment.name, 'study')}")
         best, width = {}, self.experiment.base.model.width
         for cell, spent in record.cells.items():
             spent = [trial for trial in spent if trial.params.get(tuning.WIDTH, width) == width]
@@ -206,6 +210,8 @@ def check_paths(experiment: Experiment, axes: list[Axis]) -> None:
     holders = {name: cell for cell in experiment.cells for name in cell.treatment}
     doses = [f"with.{name}.{dose}" for name, cell in holders.items() for dose in fields_of(type(cell.treatment[name]))]
     for axis in axes:
+        if why := FIXED.get(axis.path):
+            raise UserError(f"study.space: {axis.path} cannot be searched: {why}")
         if axis.path.startswith("with.") and axis.path not in doses:
             raise UserError(f"study.space: unknown path {axis.path!r}. {near(axis.path, doses)}Doses of this experiment: {', '.join(doses) or 'none'}")
         for end in axis.ends:

@@ -183,7 +183,7 @@ def test_a_mup_arm_that_is_not_flat_is_named_with_its_tensor():
     """The exponent 0 is the standard parametrization's."""
     result = call(*QUICK, "--lr", "0.05", "--with", "mup: {adam_lr: 0.0, base_width: 16}")
     assert result.exit_code == 1 and "FAIL" in result.stdout
-    assert "arm 'mup: {adam_lr: 0.0, base_width: 16}' fails: " in result.stderr and "grows as width^+" in result.stderr
+    assert "arm 'mup: {adam_lr: 0.0, base_width: 16}' fails: " in result.stderr and "changes as width^+" in result.stderr
 
 
 def test_a_standard_parametrization_that_passes_shows_nothing():
@@ -197,6 +197,7 @@ def test_a_standard_parametrization_that_passes_shows_nothing():
     (["--widths", "64,wide"], "--widths '64,wide' must list whole numbers"), (["--seeds", "0..2"], "--seeds '0..2' must list"),
     (["--with", "mupp"], "unknown intervention 'mupp'. Did you mean 'mup'"), (["--with", "mup, {"], "must list interventions as an experiment does"),
     (["--device", "gpu"], "device='gpu' must be one of auto, cpu, cuda"), (["model.widht=3"], "unknown path 'model.widht'"),
+    (["--lr", "-1"], "--lr -1 must be a number above 0"), (["--lr", "inf"], "--lr inf must be a number above 0"),
     (["--widths", "64,128,256"], "at least 4 widths"), (["--widths", "64,128,256,500"], "model.width=500"),
 ])  # fmt: skip
 def test_what_cannot_be_met_is_one_line(words, said):

@@ -4,7 +4,7 @@ import pytest
 
 from ablab.analysis import report
 from ablab.core.errors import UserError
-from ablab.core.record import DIVERGED
+from ablab.core.record import DIVERGED, command
 
 FULL, WITHOUT = [3.000, 3.001, 3.002], [3.020, 3.022, 3.021]
 
@@ -70,7 +70,21 @@ def test_arms_that_ran_differently_are_warned_about(lab, tmp_path, changed, word
 def test_missing_interrupted_and_few_seeds_are_warned_about(lab, tmp_path):
     text = page(lab.cell("full", FULL, None).cell("- x", [3.1, "missing", "interrupted"]), tmp_path)
     assert "1 missing, 1 interrupted of 6 runs" in text and "continue with: ablab run loo" in text
-    assert "fewer than 3 finished seeds: `- x` (1)" in text
+    assert "fewer than 3 finished seeds: `- x` (1)" in text and "killed, or still running" in text
+
+
+def test_runs_that_were_never_started_are_not_called_interrupted(lab, tmp_path):
+    text = page(lab.cell("full", FULL, None).cell("- x", [3.1, "missing", "missing"]), tmp_path)
+    assert "2 missing of 6 runs; continue with: ablab run loo" in text and "interrupted" not in text
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("loo", "ablab run loo"), ("loo@budget.tokens=20000@optim.lr=0.1", "ablab run loo budget.tokens=20000 optim.lr=0.1"),
+    ("loo@objective=['z_loss']", """ablab run loo 'objective=['"'"'z_loss'"'"']'"""), ("loo@0123456789ab", "ablab run loo ..."),
+    ("lr@tuned", "ablab study lr"), ("lr@optim.clip=null@study", "ablab study lr optim.clip=null"),
+])  # fmt: skip
+def test_a_message_names_a_command_that_can_be_typed(name, words):
+    assert command(name) == words
 
 
 def test_a_pipe_in_a_name_does_not_break_the_table(lab, tmp_path):

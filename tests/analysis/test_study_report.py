@@ -179,6 +179,8 @@ def test_json_is_strict_and_says_what_the_table_says(lab):
     assert arm["winner"]["admissible"] is True and arm["winner"]["neighbours"][1]["params"][LR] == 0.004
     assert data["transfer"][-1]["gap"] is None and data["transfer"][0]["gap"] == 0 and len(data["trials"]) == 48
     assert data["deltas"][1]["shared"]["delta"] == pytest.approx(0.2) and data["deltas"][1]["tuned"]["delta"] == pytest.approx(0.1)
+    (arm,) = study_report.compared(lab.store, "lr_width")
+    assert arm["delta, shared setting"].startswith("+0.2000 [") and arm["delta, own setting"].startswith("+0.1000 [")
     rows = study_report.table(lab.store, "lr_width")
     assert rows[1]["trials"] == "21 complete, 3 diverged" and rows[1]["optim.lr"] == "0.002" and rows[0].keys() == rows[1].keys()
     assert all(isinstance(text, str) for row in rows for text in row.values())

@@ -78,9 +78,16 @@ def test_a_winner_between_worse_neighbours_is_read():
 
 @pytest.mark.parametrize(("optimum", "edge"), [(0.1, "0.03"), (0.0001, "0.002")])
 def test_a_winner_at_either_edge_is_not_read(optimum, edge):
-    won = winner(bowl([0.002, 0.004, 0.008, 0.016, 0.03], optimum), SPACE, HARD)
+    trials, space = bowl([0.002, 0.004, 0.008, 0.016, 0.03], optimum), {LR: {"log": [0.002, 0.03]}}
+    won, edge = winner(trials, space, {}), f"lr={edge} won, but it is the edge of the searched range [0.002, 0.03]"
     assert not won.admissible and None in won.neighbours
-    assert won.reason == f"lr={edge} won, but it is the edge of the searched range [0.002, 0.03]; widen it before reading the result"
+    assert won.reason == f"{edge}; widen it before reading the result"
+    assert winner(trials, space, HARD).reason == f"{edge}; widen it, or raise study.widenings, before reading the result"
+
+
+def test_a_winner_with_untried_range_beside_it_asks_for_trials_not_for_a_wider_range():
+    won = winner(bowl([0.004, 0.008, 0.016], 0.03), SPACE, HARD)
+    assert won.reason == "lr=0.016 won, but it is the edge of what was tried here, [0.004, 0.016]; add trials before reading the result"
 
 
 @pytest.mark.parametrize(("beyond", "admissible"), [("diverged", True), ("pruned", True), ("out_of_memory", False), ("failed", False), ("running", False)])
@@ -96,7 +103,7 @@ def test_a_winner_at_the_hard_bounds_asks_for_other_bounds():
 
 
 def test_a_crowd_of_trials_at_the_edge_does_not_make_an_interior():
-    won = winner(sweep({0.008: 2.5, 0.0295: 2.41, 0.0298: 2.40, 0.03: 2.41}), SPACE, HARD)
+    won = winner(sweep({0.008: 2.5, 0.0295: 2.41, 0.0298: 2.40, 0.03: 2.41}), {LR: {"log": [0.008, 0.03]}}, HARD)
     assert not won.admissible and "edge of the searched range [0.008, 0.03]" in won.reason
 
 

@@ -55,6 +55,8 @@ WORDS = {
     "good.yaml runtime.device=gpu": ["runtime.device='gpu' must be one of auto, cpu, cuda"],
     "good.yaml runtime.micro_batch=3": ["runtime.micro_batch=3 does not divide data.batch=4; nearest: 2, 4"],
     "good.yaml --only nothing": ["--only 'nothing' fits no cell", "Cells: full, base, - qk_norm"],
+    "good.yaml --only base --only !base": ["--only 'base' --only '!base' leaves no cell to run", "Cells: full, base, - qk_norm"],
+    "good.yaml seed=3": ["seed=3 would be overwritten: each run has its own; write seeds: [3], or give --seeds 3"],
     "good.yaml --seeds 3-1": ["--seeds '3-1' must look like 0-4 or 0,3,7"],
     "good.yaml --jobs none": ["--jobs"],
     "good.yaml --plugins missing": ["--plugins missing is not a folder"],
@@ -102,6 +104,10 @@ FILES = {
     "unknown design": (sheet(design="loo"), ["unknown design 'loo'", "leave_one_out"]),
     "unknown metric": (sheet(metric="{name: val/los}"), ["metric.name='val/los' must be one of", "Did you mean 'val/loss'?"]),
     "metric direction": (sheet(metric="{better: down}"), ["metric.better='down' must be one of lower, higher"]),
+    "seed in set": (sheet(set="{seed: 3}"), ["seed=3 would be overwritten", "seeds: [3]"]),
+    "negative study seed": (sheet(study="{space: {optim.lr: {log: [0.1, 1]}}, seeds: [-3]}"), ["study.seeds=[-3] must be a list, each a whole number >= 0"]),
+    "negative hours": (sheet(study="{space: {optim.lr: {log: [0.1, 1]}}, hours: -1}"), ["study.hours=-1 must be a number >= 0 or null"]),
+    "hard bounds": (sheet(study="{space: {}, hard: {optim.lr: 3}}"), ["study.hard={'optim.lr': 3} must be a mapping, each a list, each a number"]),
     "unknown path in set": (sheet(set="{optim.lrr: 1}"), ["unknown path 'optim.lrr'", "Did you mean 'lr'?"]),
     "runtime": (sheet(runtime="{devise: cpu}"), ["unknown key 'runtime.devise'", "Did you mean 'device'?"]),
     "no seeds": (sheet(seeds="[]"), ["bad names no seeds"]),
@@ -139,9 +145,11 @@ class Flat:
 def test_other_commands_refuse_the_same_way(lab, ablab):
     (lab.root / "good.yaml").write_text(sheet())
     assert "no cell 'ful'. Did you mean 'full'?" in refused(lab, ablab, "show", "good.yaml", "--cell", "ful")
+    assert "no cell '- muon'. Did you mean '- muon (and normuon)'?" in refused(lab, ablab, "show", "quickstart", "--cell", "- muon")
     assert "no cell 'bas'. Did you mean 'base'?" in refused(lab, ablab, "show", "good.yaml", "--diff", "bas")
     assert "experiment 'good' has no runs" in refused(lab, ablab, "report", "good.yaml")
     assert "no experiment 'gut'" in refused(lab, ablab, "report", "gut")
+    assert "no experiment 'quickstrt'" in (said := refused(lab, ablab, "report", "quickstrt")) and "Did you mean 'quickstart'?" in said
     assert "No such command 'overhaed'. Did you mean 'overhead'?" in refused(lab, ablab, "bench", "overhaed")
     assert "'My Idea' cannot name an intervention" in refused(lab, ablab, "new", "intervention", "My Idea")
     assert "'muon' exists already" in refused(lab, ablab, "new", "intervention", "muon")

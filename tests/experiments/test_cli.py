@@ -45,6 +45,14 @@ def test_help_says_how_it_ends(ablab):
     assert ablab().code == 2
 
 
+def test_help_shows_every_default_and_bracket_that_was_written(ablab):
+    """A terminal takes [word] for markup and shows nothing in its place."""
+    wanted = {"show": "(the first)", "run": "(one a GPU, else", "study": "(STORE/optuna.db)", "sync": "(all in the store)"}
+    assert all(said in " ".join(ablab(command, "--help").out.replace("│", " ").split()) for command, said in wanted.items())
+    coords = "".join(ablab("check", "coords", "--help").out.replace("│", " ").split())
+    assert "on_qk=[qk_norm]" in coords and "(aquarterofthesmallestwidth)" in coords
+
+
 def test_list_names_every_intervention_with_its_control(ablab):
     from ablab.core.intervention import REGISTRY
 
@@ -54,6 +62,20 @@ def test_list_names_every_intervention_with_its_control(ablab):
     assert {"name": "quickstart", "question": next(e["question"] for e in listed["experiments"] if e["name"] == "quickstart")} in listed["experiments"]
     text = ablab("list").out
     assert all(f"  {one['name']}" in text and one["off"] in text for one in listed["interventions"])
+
+
+@pytest.mark.parametrize(("columns", "without"), [(140, []), (80, ["x reference", "tokens/s", "method", "sd", "runs"])])
+def test_a_narrow_terminal_leaves_columns_out_and_says_so_but_cuts_no_name_or_number(monkeypatch, capsys, columns, without):
+    from ablab.experiments.printing import SPARE, table
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    row = {"arm": "- muon (and normuon)", "pairs": "3", "mean": "2.7781", "sd": "0.0057", "delta": "+0.0299", "95 % interval": "-0.0213 to +0.0810",
+           "method": "Welch", "verdict": "too few seeds", "tokens/s": "5,690", "x reference": "1.43", "runs": "3 finished"}  # fmt: skip
+    table([row], SPARE)
+    _, line, *note = capsys.readouterr().out.splitlines()
+    assert all(text in line for head, text in row.items() if head not in without) and len(line) <= columns
+    assert note == ([f"(too narrow for: {', '.join(without)})"] if without else [])
 
 
 def test_show_prints_a_recipe_that_reads_back_as_the_same_run(ablab):
@@ -71,6 +93,7 @@ def test_show_diff_prints_what_differs_and_nothing_else(ablab):
     assert lines and all(line.startswith("model.attention.on_qk.qk_norm.") and ": absent -> " in line for line in lines)
     assert "optim.lr" not in "".join(ablab("show", "grid.yaml", "optim.lr=0.5", "--diff", "base").out.splitlines()[2:])  # both have it
     assert "no difference from base" in ablab("show", "grid.yaml", "--cell", "base", "--diff", "base").out
+    assert "nesterov: absent -> true\n" in ablab("show", "doses.yaml", "--diff", "base").out  # as YAML has it
 
 
 def test_show_counts_parameters_as_the_model_has_them(ablab, build):

@@ -54,7 +54,7 @@ def test_what_a_run_computes_renames_the_experiment_and_exactly_the_runs_it_touc
     ids = {run.cell: run.id for run in read().runs([0])}
     for overrides, touched in (
         ({"optim.lr": 0.5}, {"full", "base", "- qk_norm", "- value_residual"}),
-        ({"with.qk_norm.scale": 2.0}, {"full", "- value_residual"}),
+        ({"with.qk_norm.scale": 2.5}, {"full", "- value_residual"}),
     ):
         other = read(overrides)
         assert {run.cell for run in other.runs([0]) if run.id != ids[run.cell]} == touched
@@ -72,6 +72,16 @@ def test_other_data_is_not_held_to_the_digest_of_the_config():
     assert load("quickstart").base.data.digest == "f1114b0699edd867"
     assert load("quickstart", {"data.name": "mine"}, lambda data: f"digest of {data}").base.data.digest == "digest of mine"
     assert load("quickstart", {"data.name": "mine", "data.digest": "given"}).base.data.digest == "given"
+
+
+def test_data_named_in_the_file_is_not_held_to_the_digest_of_the_config_either(read):
+    named = {"base": ["base", "size/tiny", "data/embedded"], "set": {"data.name": "mine"}}
+    assert read(**named).base.data.digest == "0" * 16
+    assert read(**named | {"set": {"data.name": "mine", "data.digest": "given"}}).base.data.digest == "given"
+
+
+def test_a_recipe_has_one_name_however_its_numbers_are_written(read):
+    assert read({"budget.tokens": 2e4}).name == read({"budget.tokens": 20000}).name == "sheet@budget.tokens=20000"
 
 
 def test_a_config_beside_the_file_comes_before_a_shipped_one(lab, read):

@@ -44,6 +44,16 @@ def test_a_terminal_gets_bars_that_leave_and_lines_that_stay(runs, monkeypatch):
     assert "\x1b[?25h" in said  # the cursor is back
 
 
+def test_a_grid_that_is_done_already_is_a_full_bar_and_none_that_waits(monkeypatch):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    watching = Live("val/loss")
+    watching.planned(6, 6, 0)
+    assert watching.bars.tasks[0].total == 0
+    watching.planned(6, 4, 2)
+    assert watching.bars.tasks[0].total is None  # until the first run says how long it is
+    watching.close()
+
+
 def test_a_pipe_gets_plain_lines_and_quiet_only_what_must_not_be_missed(runs, capsys):
     play(watcher("val/loss", quiet=False), runs)
     lines = [line.split("s  ", 1)[1] for line in capsys.readouterr().err.splitlines()]

@@ -134,7 +134,7 @@ def test_a_report_can_be_asked_for_later_by_name_or_by_file(lab, first, ablab):
 
 def test_an_override_is_an_experiment_of_its_own_and_shares_what_is_equal(lab, first):
     ended = lab.run("run", "grid.yaml", "with.qk_norm.scale=2.0", "--seeds", "0", "--no-mlflow", "--jobs", "1", "--json")
-    assert ended.code == 0 and ended.json["experiment"] == "grid@with.qk_norm.scale=2.0"
+    assert ended.code == 0 and ended.json["experiment"] == "grid@with.qk_norm.scale=2"
     assert len(ended.json["outcome"]["trained"]) == 2 and len(ended.json["outcome"]["reused"]) == 2  # base and `- qk_norm` have no such dose
     assert {result["status"] for result in lab.results("grid").values()} == {FINISHED}
 

@@ -58,6 +58,7 @@ def searched(asked: StudySheet, study="valley/base", better="lower"):
         ({"model.width": {"int": [1.5, 3]}}, "two whole numbers"),
         ({"optim.lr": {"logg": [0.1, 1]}}, "must be one of log, uniform, int"),
         ({"optim.lr": {"log": [0.1, 1], "uniform": [0.1, 1]}}, "must be one of"),
+        ({"optim.lr": [0.1, 1]}, r"optim.lr must be one of log, uniform, int: .*; it says \[0.1, 1\]$"),
         ({"optim.lr": {"log": [0.1, 1], "points": 0}}, "points=0 must be a whole number, 1 or more"),
     ],
 )

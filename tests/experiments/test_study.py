@@ -244,6 +244,8 @@ def test_an_arm_whose_curves_cross_late_is_never_pruned(lab):
         ({"space": {"with.gating.per": {"choices": ["head"]}}}, {}, "cell 'base' has nothing to tune: none of with.gating.per is in it; add a recipe path"),
         ({"space": {"optim.lr": {"log": [1, 0.1]}}}, {}, r"\[1, 0.1\] is empty or inverted"),
         ({"space": {}}, {}, "study.space is empty"),
+        ({"space": {"seed": {"choices": [1, 2]}}}, {}, "seed cannot be searched: each trial runs on study.seeds"),
+        ({"space": {"data.name": {"choices": ["tiny", "web"]}}}, {}, "data.name cannot be searched: all trials of a study read one token folder"),
         ({"space": {"model.width": {"choices": [16, 20]}}}, {}, r"the corner model.width=20 of cell 'base' cannot be built: model.width=20"),
         ({"space": {"model.width": {"int": [16, 32]}}}, {}, "the point model.width=17 of cell 'base' cannot be built"),
         ({"space": {"model.width": {"choices": [32, 64]}}}, {}, r"width=\[32, 64\] lacks 16, the width at which arms are confirmed; add it, or"),
@@ -267,6 +269,13 @@ def test_an_experiment_without_a_study_says_what_to_add(lab):
     experiment = load(str(lab.root / lab.sheet("plain")), {}, lambda data: "00000000deadbeef")
     with pytest.raises(UserError, match="has no study: block; add one with a space, or start it with: ablab run plain"):
         Study(experiment, Store(lab.store), watcher())
+
+
+def test_the_report_of_a_study_that_confirms_nothing_is_the_studys(lab, ablab):
+    study(lab, "unconfirmed", {"space": {"optim.lr": {"log": [0.1, 1]}}, "trials_per_cell": 1}, seeds=[]).tune(1, (), False)
+    for name in ("unconfirmed", "unconfirmed.yaml"):
+        ended = ablab("report", name)
+        assert ended.code == 0 and "winner" in ended.out and "reports/unconfirmed/study.md" in ended.out
 
 
 def test_a_study_without_a_finished_trial_is_not_confirmed_and_not_reported(lab, no_training):
