@@ -145,8 +145,9 @@ def _effect(cell: str, cells: dict[str, pd.DataFrame], metric: str, better: str)
     delta = float(x.mean() - y.mean()) if len(x) else None
     ci = interval(x, y) if len(x) > 1 and not inert else None
     verdict = INERT if inert else _verdict(delta, ci, statuses, better)
-    speed, speed_reference = (_mean_sd(done[column].dropna())[0] for column in ("tokens_per_second", "tokens_per_second/reference"))
-    mean, sd = _mean_sd(x)
+    own = done if len(done) else rows[rows.status == FINISHED]  # without a reference, a cell still has its own mean
+    speed, speed_reference = (_mean_sd(of[column].dropna())[0] for of, column in ((own, "tokens_per_second"), (done, "tokens_per_second/reference")))
+    mean, sd = _mean_sd(_column(own, metric))
     reference_mean, reference_sd = _mean_sd(y)
     return Effect(
         cell=cell,

@@ -130,6 +130,11 @@ def test_a_pair_whose_reference_is_absent_is_told(lab):
     assert effect.n == 2 and "no reference for 1 of 3 pairs (1 missing)" in effect.note
 
 
+def test_a_cell_without_any_reference_shows_its_own_mean_and_speed_and_no_delta(lab):
+    effect = effects(lab.cell("full", ["missing", "missing"], None).cell("base", [3.2, 3.4], speed=5e4))["base"]
+    assert (effect.mean, effect.tokens_per_second, effect.delta, effect.n) == (pytest.approx(3.3), 5e4, None, 0)
+
+
 def test_an_arm_that_never_finished_has_failed(lab):
     effect = effects(lab.cell("full", [3.0, 3.1], None).cell("- x", ["diverged", "out_of_memory"]))["- x"]
     assert effect.verdict == "failed" and effect.delta is None
