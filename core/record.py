@@ -193,14 +193,16 @@ class Record:
 
 
 def _lines(path: Path) -> Iterator[dict[str, float]]:
-    """Each whole JSON line; stops at a line torn by a kill."""
+    """Each whole JSON line; stops at a last line that a kill has torn.  Raises UserError for any other that is none."""
     if not path.exists():
         return
     with open(path, "rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             try:
                 yield msgspec.json.decode(line)
-            except msgspec.DecodeError:
+            except msgspec.DecodeError as flaw:
+                if line.endswith(b"\n"):
+                    raise UserError(f"{path}:{number} is damaged ({flaw}); delete {path.parent} to train that run again") from None
                 return
 
 

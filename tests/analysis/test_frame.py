@@ -44,3 +44,14 @@ def test_an_unknown_experiment_is_named(tmp_path):
 @pytest.mark.parametrize(("metric", "unit"), [("val/loss", "nats/token"), ("raw/val/loss", "nats/token"), ("val/bits_per_byte", "bits/byte"), ("acc", "acc")])
 def test_units_follow_the_last_part_of_the_name(metric, unit):
     assert frame.unit(metric) == unit
+
+
+def test_a_damaged_line_is_named_with_its_cure_and_a_torn_last_one_is_left_out(lab):
+    store = lab.cell("full", [3.1], None, points=3).write()
+    record = store.run(lab.rows[0].run)
+    whole = record.metrics_path.read_bytes()
+    record.metrics_path.write_bytes(whole + b'{"step": 4, "tok')
+    assert len(frame.curves(store, "loo")) == 3
+    record.metrics_path.write_bytes(whole.replace(b'{"step":200', b"\0\0\0", 1))
+    with pytest.raises(UserError, match=rf"{record.metrics_path}:2 is damaged \(.*\); delete {record.folder} to train that run again"):
+        frame.curves(store, "loo")
