@@ -71,6 +71,8 @@ def treatment_of(listed: Iterable[str | Mapping[str, Any]], path: str = "with") 
     treatment: dict[str, Intervention] = {}
     for item in listed:
         name, dose = next(iter(item.items())) if isinstance(item, Mapping) and len(item) == 1 else (item, {})
+        if isinstance(name, Mapping):
+            raise UserError(f"{path} lists {dict(name)!r}; an item is one intervention, as qk_norm or {{gating: {{per: head}}}}")
         if not isinstance(name, str) or name not in REGISTRY:
             known = ", ".join(sorted(REGISTRY))
             raise UserError(f"unknown intervention {name!r}. {near(name, REGISTRY)}Registered: {known}; one of your own needs --plugins FOLDER")

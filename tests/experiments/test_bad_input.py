@@ -96,6 +96,7 @@ FILES = {
     "no data": (sheet(base="[base]"), ["the recipe names no data"]),
     "with is a word": (sheet(**{"with": "qk_norm"}), ["with='qk_norm' must be a list of interventions"]),
     "treatment": (sheet(treatment="[qk_norm]"), ["unknown key 'treatment'", "`with`"]),
+    "two interventions in an item": (sheet(**{"with": "[{qk_norm: {}, muon: {}}]"}), ["with lists {'qk_norm': {}, 'muon': {}}; an item is one intervention"]),
     "unknown intervention": (sheet(**{"with": "[qk_nrom]"}), ["unknown intervention 'qk_nrom'", "Did you mean 'qk_norm'?", "--plugins"]),
     "intervention twice": (sheet(**{"with": "[qk_norm, qk_norm]"}), ["with names 'qk_norm' twice"]),
     "unknown dose": (sheet(**{"with": "[{gating: {par: head}}]"}), ["unknown key 'with.gating.par'", "Did you mean 'per'?"]),
