@@ -70,10 +70,10 @@ def _plan(model: Model, parametrization: Part, vocab: int, context: int) -> Plan
 
 
 def _product(parts: tuple[Part, ...], path: str, declared: Linear) -> Callable | None:
-    chosen = {part: product for part in parts if (product := part.product(path, declared))}
+    chosen = [(part.kind, product) for part in parts if (product := part.product(path, declared))]
     if len(chosen) > 1:
-        raise UserError(f"model.products: {' and '.join(part.kind for part in chosen)} all multiply {path}; keep one of them")
-    return next(iter(chosen.values()), None)
+        raise UserError(f"model.products: {' and '.join(kind for kind, _ in chosen)} each multiply {path}; keep one of them")
+    return chosen[0][1] if chosen else None
 
 
 def _where(model: Model, layer: int, context: int) -> Where:

@@ -245,9 +245,10 @@ def test_a_tied_head_has_no_readout_to_act_on(tiny):
 
 
 def test_two_parts_that_multiply_one_map_are_refused(tiny):
-    twice = assign(tiny(), "model.products", [{"kind": "fp8"}, {"kind": "fp8", "gradient": "e4m3"}])
-    with pytest.raises(UserError, match=r"model.products: fp8 and fp8 all multiply blocks.0.ffn.inner.gate_up; keep one of them"):
-        plan_of(twice)
+    for gradient in FORMATS:
+        twice = assign(tiny(), "model.products", [{"kind": "fp8"}, {"kind": "fp8", "gradient": gradient}])
+        with pytest.raises(UserError, match=r"model.products: fp8 and fp8 each multiply blocks.0.ffn.inner.gate_up; keep one of them"):
+            plan_of(twice)
 
 
 # ---- on a GPU ----
