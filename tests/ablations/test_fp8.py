@@ -253,12 +253,10 @@ def test_two_parts_that_multiply_one_map_are_refused(tiny):
 
 # ---- on a GPU ----
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 class TestOnAGPU:
-    pytestmark = gpu
-
     @pytest.mark.parametrize("gradient", FORMATS)
     @pytest.mark.parametrize(("k", "n"), [(768, 4096), (2048, 768), (768, 32_000)], ids=["gate_up", "down", "readout"])
     def test_the_matrix_units_equal_the_emulation_within_bf16_rounding(self, k, n, gradient):
