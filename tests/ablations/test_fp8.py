@@ -198,14 +198,14 @@ def test_evaluation_multiplies_plainly(tiny, build, batch):
     assert 0.01 < error(both(tokens), plain(tokens)) < 0.2  # six products in a row, 4 % each, on activations that silu and products sharpen
 
 
-def test_gradients_of_the_model_are_near_the_plain_ones(tiny, build, batch):
-    gradients = []
-    for treatment in ([], [{"fp8": {"where": "both"}}]):
+def test_gradients_of_the_model_are_near_the_plain_ones_and_nearer_in_e4m3(tiny, build, batch):
+    found = []
+    for treatment in ([], *([{"fp8": {"where": "both", "gradient": form}}] for form in FORMATS)):
         model = build(tiny(treatment), stirred=0.1)
         loss_of(model, ())(batch(tiny()))[0].backward()
-        gradients.append({name: value.grad for name, value in model.named_parameters()})
-    assert gradients[0].keys() == gradients[1].keys()
-    assert all(0.01 < error(gradients[1][name], value) < 0.3 for name, value in gradients[0].items())
+        found.append([value.grad for value in model.parameters()])
+    precise, wide = ([error(*pair) for pair in zip(ours, found[0], strict=True)] for ours in found[1:])
+    assert all(0.01 < size < 0.3 for size in precise + wide) and sum(precise) < 0.9 * sum(wide)
 
 
 @pytest.mark.parametrize("gradient", FORMATS)
@@ -276,6 +276,7 @@ class TestOnAGPU:
 
     @pytest.mark.parametrize("where", ["ffn", "readout", "both"])
     def test_compiled_steps_follow_the_emulation(self, tiny, token_folder, monkeypatch, where):
+        """Other roundings of bf16 flip those to 8 bits: of one formula, activations in bf16 and in fp32 lie 0.036 apart; two seeds 0.7."""
         recipe = tiny([{"fp8": {"where": where}}], model__width=64, model__attention__head_dim=16, budget__tokens=40 * 64)
 
         def curve(native, compiled):
@@ -285,8 +286,7 @@ class TestOnAGPU:
                 trainer = Trainer(recipe, Runtime(device="cuda", dtype="bf16", compile=compiled), token_folder)
                 return [(trainer.advance(), trainer.close_window())[1] for _ in range(40)]
 
-        emulated = curve(False, False)
-        assert max(abs(a - b) for a, b in zip(curve(True, True), emulated, strict=True)) < 0.05
+        assert max(abs(a - b) for a, b in zip(curve(True, True), curve(False, False), strict=True)) < 0.1
 
     def test_the_step_holds_eight_bit_products_and_repeats_its_bits(self, tiny, token_folder):
         recipe = tiny([{"fp8": {"where": "both"}}], model__width=64, model__attention__head_dim=16)
