@@ -5,7 +5,7 @@ are counted, initialised and given learning rates; core/layers.py turns each sta
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 
@@ -49,9 +49,10 @@ class Param:
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x W^T, W [fan_out, fan_in], no bias."""
+    """y = x W^T, W [fan_out, fan_in], no bias.  product: (x, W) -> y where it is not the plain one."""
 
     weight: Param
+    product: Callable[[Any, Any], Any] | None = None
 
     @property
     def fan_in(self) -> int:
@@ -90,6 +91,26 @@ def params(tree: Any, path: str = "") -> Iterator[tuple[str, Param]]:
             yield from params(dict(enumerate(tree)), path)
         case _ if is_dataclass(tree):
             yield from params({field.name: getattr(tree, field.name) for field in fields(tree)}, path)
+
+
+def multiplied(tree: Any, choose: Callable[[str, Linear], Callable | None], path: str = "") -> Any:
+    """The same tree with the product that `choose(dotted name, map)` has for each linear map; names as `params` gives them."""
+
+    def below(named: dict) -> dict:
+        return {key: multiplied(value, choose, f"{path}.{key}" if path else str(key)) for key, value in named.items()}
+
+    match tree:
+        case Linear():
+            return replace(tree, product=choose(path, tree))
+        case Stage():
+            return Stage(tree.function, **below(tree.bound))
+        case dict():
+            return below(tree)
+        case tuple():
+            return tuple(below(dict(enumerate(tree))).values())
+        case _ if is_dataclass(tree) and not isinstance(tree, Param | Table):
+            return replace(tree, **below({field.name: getattr(tree, field.name) for field in fields(tree)}))
+    return tree
 
 
 def fusable(name: str) -> Callable[[Callable], Callable]:

@@ -114,6 +114,9 @@ def _loss_flaw(plan: Plan, recipe: Recipe) -> str:
     factors = [name for name in names if name == "multiply"]
     if names not in (factors, [*factors, "tanh"], [*factors, "rational"]):
         return f"on_logits holds {', '.join(plan.on_logits)}, which the kernel does not know"
+    if plan.readout and plan.readout.product:
+        kind = next(part.kind for part in recipe.model.products if part.product("readout", plan.readout))
+        return f"the readout multiplies by {kind}, which the kernel does not know"
     strange = [part.kind for part in recipe.objective if not hasattr(part, "of_squares")]
     return f"the objective holds {', '.join(strange)}, which the kernel does not know" if strange else ""
 

@@ -8,14 +8,19 @@ from ablab.core.declare import Linear, Param, Stage, Table
 
 
 class LinearMap(nn.Module):
-    """y = x W^T in the dtype of x; the weight [fan_out, fan_in] itself stays fp32."""
+    """y = x W^T in the dtype of x, by the declared product; the weight [fan_out, fan_in] itself stays fp32."""
 
     def __init__(self, declared: Linear):
         super().__init__()
         self.weight = parameter(declared.weight)
+        self.product = declared.product or plain_product
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return self.product(x, self.weight)
+
+
+def plain_product(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight.to(x.dtype))
 
 
 class StageModule(nn.Module):

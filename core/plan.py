@@ -1,10 +1,12 @@
 """The plan of a model: every stage and parameter it will have, before any tensor exists.  No torch here."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from ablab.core.blocks import multiply, rms_norm
-from ablab.core.declare import Linear, Param, Stage, Where, linear, params
+from ablab.core.declare import Linear, Param, Stage, Where, linear, multiplied, params
+from ablab.core.errors import UserError
 from ablab.core.part import Part
 from ablab.core.recipe import Model, Recipe
 
@@ -56,7 +58,7 @@ def plan_of(recipe: Recipe) -> Plan:
 def _plan(model: Model, parametrization: Part, vocab: int, context: int) -> Plan:
     scale = parametrization.multipliers(model)
     on_logits = build_stages(model.on_logits, _where(model, 0, context))
-    return Plan(
+    plan = Plan(
         embedding=Stage(embed, table=Param((vocab, model.width), "embedding")),
         on_embedding=_factor(scale.embedding),
         blocks=tuple(_block(model, _where(model, layer, context), scale.branch) for layer in range(model.layers)),
@@ -64,6 +66,14 @@ def _plan(model: Model, parametrization: Part, vocab: int, context: int) -> Plan
         readout=None if model.tied else linear(model.width, vocab, role="readout"),
         on_logits={**_factor(scale.logits), **on_logits},
     )
+    return multiplied(plan, partial(_product, model.products)) if model.products else plan
+
+
+def _product(parts: tuple[Part, ...], path: str, declared: Linear) -> Callable | None:
+    chosen = [(part.kind, product) for part in parts if (product := part.product(path, declared))]
+    if len(chosen) > 1:
+        raise UserError(f"model.products: {' and '.join(kind for kind, _ in chosen)} each multiply {path}; keep one of them")
+    return chosen[0][1] if chosen else None
 
 
 def _where(model: Model, layer: int, context: int) -> Where:

@@ -53,6 +53,7 @@ class Model:
     ffn: Part = field(default_factory=blocks.SwiGLU)
     on_norm: tuple[Part, ...] = ()  # x [B,T,W] -> x; after both norms of every block, not after the final norm
     on_logits: tuple[Part, ...] = ()  # logits [B,T,V] -> logits
+    products: tuple[Part, ...] = ()  # how a linear map multiplies: its dotted name and declaration -> (x, weight) -> y, or None
 
     @property
     def heads(self) -> int:
@@ -161,6 +162,7 @@ def _slots(recipe: Recipe) -> Iterator[tuple[str, str, tuple[Part, ...]]]:
     yield "model.attention.position", "build", (attention.position,)
     for name in ("on_norm", "on_logits"):
         yield f"model.{name}", "build", getattr(model, name)
+    yield "model.products", "product", model.products
     for name in ("on_qk", "on_values", "on_heads"):
         yield f"model.attention.{name}", "build", getattr(attention, name)
     for role, chain in recipe.optim.chains.items():

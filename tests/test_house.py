@@ -25,7 +25,7 @@ TORCH = {  # the files that work on tensors; everything else can be imported, li
     *(f"core/{name}.py" for name in ("checkpoint", "data", "evaluate", "init", "layers", "loss", "model", "optimizer", "stopwatch", "trainer")),
     "ablations/coords.py", "ablations/liveness.py",
     *(f"experiments/bench_{name}.py" for name in ("attention", "cases", "entropy", "hf", "kernels", "optimizer", "plain", "step", "timing")),
-    *(f"kernels/{name}.py" for name in ("attention", "attention_forward", "cross_entropy", "linear_cross_entropy", "newton_schulz")),
+    *(f"kernels/{name}.py" for name in ("attention", "attention_forward", "cross_entropy", "fp8", "linear_cross_entropy", "newton_schulz")),
 }  # fmt: skip
 HEAVY = {"torch", "mlflow", "optuna"}
 ENVIRONMENT = {  # below experiments/, who touches an environment variable, and why; none of them runs in a step

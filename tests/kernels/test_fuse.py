@@ -102,13 +102,15 @@ def test_what_a_kernel_cannot_serve_is_named_and_torch_serves_it(tiny, monkeypat
     cases = [
         (tiny(), "attention", "head_dim=8: the attention kernel serves 32, 64, 128"),
         (tiny([{"gating": {"per": "elementwise"}}], **SHAPE), "attention", "64 gates for 2 heads; the kernel knows one a head"),
+        (tiny([{"fp8": {"where": "both"}}], **SHAPE), "loss", "the readout multiplies by fp8, which the kernel does not know"),
     ]
     for recipe, place, said in cases:
         auto = fuse.places(recipe, ASKED | {"kernels": "auto", "dtype": "bf16"})[place]
         assert (auto.kernel, auto.flaw, auto.why) == (False, True, f"torch: {said}")
         with pytest.raises(UserError, match=f"runtime.kernels=triton cannot serve the {place}: {said}; use runtime.kernels=auto"):
             fuse.places(recipe, ASKED)
-    assert fuse.places(tiny(**SHAPE), ASKED | {"kernels": "auto", "dtype": "bf16"})["loss"].kernel
+    for served in ([], ["fp8"]):  # fp8 in the feed-forward alone
+        assert fuse.places(tiny(served, **SHAPE), ASKED | {"kernels": "auto", "dtype": "bf16"})["loss"].kernel
 
 
 def test_auto_takes_no_kernel_that_was_not_measured_to_be_faster_here(tiny, monkeypatch):
