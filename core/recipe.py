@@ -173,9 +173,8 @@ def _slots(recipe: Recipe) -> Iterator[tuple[str, str, tuple[Part, ...]]]:
 
 def plain(recipe: Any) -> Any:
     """The tree as dicts, lists, numbers and words: what recipe.yaml holds.  Refuses anything else."""
-    tree = msgspec.to_builtins(recipe)
     _refuse_exotic(recipe, "recipe")
-    return tree
+    return msgspec.to_builtins(recipe)
 
 
 def _refuse_exotic(value: Any, path: str) -> None:
@@ -194,13 +193,23 @@ def _refuse_exotic(value: Any, path: str) -> None:
         _refuse_exotic(part, path + name)
 
 
+def _filled(tree: Any) -> Any:
+    """The tree without its empty lists."""
+    match tree:
+        case dict():
+            return {key: _filled(value) for key, value in tree.items() if value != []}
+        case list():
+            return [_filled(value) for value in tree]
+    return tree
+
+
 def run_id(recipe: Recipe) -> str:
     """sha256 of the canonical full recipe and the schema number, 16 hex digits.
 
-    A part from a user's own file brings the digest of that file: an idea that was edited is another run.
+    An empty slot is left out, so that a new slot renames no run that does not use it.  A part from a user's own file
+    brings the digest of that file: an idea that was edited is another run.
     """
-    _refuse_exotic(recipe, "recipe")
-    canonical = msgspec.json.encode({"schema": SCHEMA, "recipe": recipe}, order="deterministic")
+    canonical = msgspec.json.encode({"schema": SCHEMA, "recipe": _filled(plain(recipe))}, order="deterministic")
     for kind, digest in sorted(Part.foreign.items()):
         if f'"kind":"{kind}"'.encode() in canonical:
             canonical += f"{kind} {digest}".encode()

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from ablab.core import recipe as recipes
 from ablab.core.errors import UserError
 from ablab.core.part import Part
 from ablab.core.recipe import run_id
@@ -163,6 +164,18 @@ def test_what_a_tracker_shows_names_the_toggles_the_dials_and_what_differs(read)
     assert shown["with.qk_norm"] is False and shown["with.gating"] is True and shown["seed"] == 3 and shown["model.width"] == 16
     assert shown["model.attention.on_heads.gating.per"] == "elementwise" and not any("qk_norm." in name for name in shown)
     assert json.dumps(shown)
+
+
+def test_an_empty_slot_leaves_no_trace_in_an_identity_and_a_filled_one_does(tiny, monkeypatch):
+    """So a slot that is added to the house renames no run that does not use it."""
+    plain_id, capped_id = run_id(tiny()), run_id(tiny(["soft_cap"]))
+    assert plain_id != capped_id
+    everything = recipes.plain
+    added = lambda recipe: everything(recipe) | {"on_tomorrow": []}  # noqa: E731
+    monkeypatch.setattr(recipes, "plain", added)
+    assert (run_id(tiny()), run_id(tiny(["soft_cap"]))) == (plain_id, capped_id)
+    monkeypatch.setattr(recipes, "plain", lambda recipe: everything(recipe) | {"on_tomorrow": [1]})
+    assert run_id(tiny()) != plain_id
 
 
 def test_a_recipe_that_is_not_plain_data_has_no_id(read):
