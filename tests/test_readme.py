@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SMALL = "data.name=docs data.vocab=32000 data.held_out=1024 data.batch=2 budget.tokens=1.5e3 schedule.warmup_steps=2 'study.space={optim.lr: {log: [0.004, 0.016], points: 2}}'"
+SMALL = (
+    "data.name=docs data.vocab=32000 data.held_out=1024 data.batch=2 budget.tokens=1.5e3 schedule.warmup_steps=2"
+    " 'study.space={optim.lr: {log: [0.004, 0.016], points: 2}}'"
+)
 WRITTEN = ""
 HELP = "--help"  # takes minutes at any size, or a GPU: what it does is tested in tests/experiments, here only that it exists
 COMMANDS = {  # in an order in which each finds what it needs -> what is added to it
