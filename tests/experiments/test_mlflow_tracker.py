@@ -475,10 +475,9 @@ def test_the_ui_shows_four_arms_of_three_seeds(store, tmp_path):
     served = Served(store.root)
     try:
         for mode in ("TABLE", "CHART"):
-            command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'chromium'}", f"{served.link}&compareRunsMode={mode}"]
             picture = Path(os.environ.get("ABLAB_PICTURES", tmp_path)) / f"ui-{mode}.png"
-            subprocess.run([*command, f"--screenshot={picture}"], capture_output=True, timeout=120)
-            page = subprocess.run([*command, "--dump-dom"], capture_output=True, text=True, timeout=120).stdout
+            command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'chromium'}", f"--screenshot={picture}", "--dump-dom"]
+            page = subprocess.run([*command, f"{served.link}&compareRunsMode={mode}"], capture_output=True, text=True, timeout=120).stdout
             assert picture.stat().st_size > 50_000
             assert "Which arm helps?" in page
             assert [cell for cell in cells if f"Group: {cell}" not in page] == []

@@ -147,8 +147,8 @@ def lacks(page: str, words: tuple[str, ...], name: str, folder: Path) -> list[st
 
 def pictured(page: str, name: str, folder: Path) -> str:
     """Photograph a page; returns what it says."""
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'chromium'}"]
     picture = Path(os.environ.get("ABLAB_PICTURES", folder)) / f"{name}.png"
-    subprocess.run([*command, f"--screenshot={picture}", page], capture_output=True, timeout=120)
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'chromium'}", f"--screenshot={picture}", "--dump-dom", page]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     assert picture.stat().st_size > 40_000
-    return subprocess.run([*command, "--dump-dom", page], capture_output=True, text=True, timeout=120).stdout
+    return said
