@@ -15,8 +15,8 @@ from torch import Tensor
 from triton import language as tl
 
 CAPS = ("none", "tanh", "rational")
-# Logits of the longest row in registers, 32 to a thread.  Compiled for sm_90 by Triton 3.6, a thread then spills 0 bytes, 40
-# to 80 with a cap; with rows of 65,536 it spills 136, and 1,040 to 2,808 with a cap.
+# Logits of the longest row in registers, 32 to a thread.  Compiled for sm_90 by Triton 3.6 (tests/kernels/compile_sm90.py), a
+# thread then spills 0 bytes, 40 to 80 with a cap; with rows of 65,536 it spills 136, and 1,040 to 2,808 with a cap.
 WHOLE = 32_768
 PART = 8_192  # logits a block of a longer row
 
