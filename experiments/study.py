@@ -18,7 +18,7 @@ from ablab.core.intervention import at
 from ablab.core.load import assign
 from ablab.core.part import fields_of, near
 from ablab.core.recipe import Recipe
-from ablab.core.record import PRUNED, Plan, Store, command
+from ablab.core.record import PRUNED, Plan, Result, Store, command
 from ablab.experiments import storage
 from ablab.experiments.arm import Arm, Trial, tuned_recipe
 from ablab.experiments.experiment import Experiment, Run
@@ -86,9 +86,7 @@ class Study:
                         break
                     plan = self.plan([trial for _, trial in trials])
                     self.store.write_plan(plan)
-                    missing = self._missing(trials, jobs)
-                    open_ = {run.id for run in missing}
-                    known = {run.id: self.store.run(run.id).result() for _, trial in trials for run in trial.runs if run.id not in open_}
+                    missing, known = self._missing(trials, jobs)
                     self.watcher.generation([trial for _, trial in trials], known)
                     if missing:
                         pool = pool or Pool(self.experiment, self.store, self.watcher, jobs, plugins)
@@ -123,17 +121,20 @@ class Study:
         finally:
             lock.release()
 
-    def _missing(self, trials: list[tuple[Arm, Trial]], jobs: int | None) -> list[Run]:
-        """The runs to train: without a result, or pruned where this study would let them go on."""
-        wanted, missing = _by_run(trials), []
+    def _missing(self, trials: list[tuple[Arm, Trial]], jobs: int | None) -> tuple[list[Run], dict[str, Result]]:
+        """The runs to train: without a result, or pruned where this study would let them go on.  And the results of the others, by run id."""
+        wanted, missing, known = _by_run(trials), [], {}
         for id, wanted_by in wanted.items():
             record = self.store.run(id)
-            if result_of(record, self.watcher.say) or ((held := record.result()) and held.status == PRUNED and self._ends(wanted_by)):
-                continue
-            missing.append(next(run for run in wanted_by[0][1].runs if run.id == id))
+            if found := result_of(record, self.watcher.say):
+                known[id] = found
+            elif (held := record.result()) and held.status == PRUNED and self._ends(wanted_by):
+                known[id] = held
+            else:
+                missing.append(next(run for run in wanted_by[0][1].runs if run.id == id))
         at_once = min(jobs or default_jobs(self.experiment.sheet.runtime), len(missing))
-        self.watcher.planned(len(wanted), len(wanted) - len(missing), at_once)
-        return missing
+        self.watcher.planned(len(wanted), len(known), at_once)
+        return missing, known
 
     def _ends(self, wanted_by: list[tuple[Arm, Trial]]) -> bool:
         return all(arm.verdict(trial, self.store) is not None for arm, trial in wanted_by)
