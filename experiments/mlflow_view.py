@@ -14,7 +14,7 @@ from typing import Any
 
 from ablab.core.errors import UserError
 from ablab.core.record import Plan, Store
-from ablab.experiments.study_view import view_of
+from ablab.experiments.study_view import section, view_of
 
 PREFIX = "ablab/"  # of our experiments' names, on a server that others use too
 ARMS = "arms"  # the saved view that averages the seeds of each cell: ...?viewStateShareKey=arms
@@ -128,17 +128,14 @@ def _arms(plan: Plan) -> dict[str, object]:
         "runsHiddenMode": "SHOW_ALL",
         "orderByKey": columns[0],
         "orderByAsc": plan.better == "lower",
-        "compareRunCharts": _curves([plan.metric, "train/loss", "tokens_per_second", "train/grad_norm", "optim/lr"]),
-        "compareRunSections": [{"uuid": ARMS, "name": "Arms", "display": True, "isReordered": False, "isGenerated": False}],
-        "isAccordionReordered": True,
-    }
+    } | section(ARMS, _curves([plan.metric, "train/loss", "tokens_per_second", "train/grad_norm", "optim/lr"]))
 
 
 def _curves(metrics: list[str]) -> list[dict[str, object]]:
     """A curve over steps for each metric, the experiment's own first."""
-    card = {"type": "LINE", "xAxisKey": "step", "xAxisScaleType": "linear", "yAxisKey": "metric", "scaleType": "linear", "lineSmoothness": 0,
-            "metricSectionId": ARMS, "runsCountToCompare": 100, "deleted": False, "isGenerated": False, "useGlobalXaxisKey": True}  # fmt: skip
-    return [card | {"uuid": f"{ARMS}-{i}", "metricKey": metric, "selectedMetricKeys": [metric]} for i, metric in enumerate(metrics)]
+    line = {"type": "LINE", "xAxisKey": "step", "xAxisScaleType": "linear", "yAxisKey": "metric", "scaleType": "linear", "lineSmoothness": 0,
+            "useGlobalXaxisKey": True}  # fmt: skip
+    return [line | {"metricKey": metric, "selectedMetricKeys": [metric]} for metric in metrics]
 
 
 def _to_stderr(line: str) -> None:

@@ -25,8 +25,15 @@ def view_of(store: Store, plan: Plan) -> dict[str, Any]:
         "groupBy": None,
         "useGroupedValuesInCharts": False,
         "runsHiddenMode": "SHOW_ALL",
-        "compareRunCharts": _charts(paths, plan.metric),
-        "compareRunSections": [{"uuid": SECTION, "name": "Study", "display": True, "isReordered": False, "isGenerated": False}],
+    } | section(SECTION, _charts(paths, plan.metric))
+
+
+def section(name: str, charts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The part of a saved view that draws `charts`, in one section of that name, in this order."""
+    card = {"metricSectionId": name, "runsCountToCompare": 100, "deleted": False, "isGenerated": False}
+    return {
+        "compareRunCharts": [card | chart | {"uuid": f"{name}-{i}"} for i, chart in enumerate(charts)],
+        "compareRunSections": [{"uuid": name, "name": name.capitalize(), "display": True, "isReordered": False, "isGenerated": False}],
         "isAccordionReordered": True,
     }
 
@@ -41,10 +48,8 @@ def _paths(store: Store, plan: Plan) -> list[str]:
 
 
 def _charts(paths: list[str], metric: str) -> list[dict[str, Any]]:
-    card = {"deleted": False, "isGenerated": False, "metricSectionId": SECTION, "runsCountToCompare": 100}
     param = lambda path: {"key": path, "type": "PARAM"}  # noqa: E731
     value = {"key": metric, "type": "METRIC"}
-    charts = [{**card, "type": "PARALLEL", "selectedParams": paths[::-1], "selectedMetrics": [metric]}]
-    charts += [{**card, "type": "SCATTER", "xaxis": param(path), "yaxis": value} for path in paths]
-    charts += [{**card, "type": "CONTOUR", "xaxis": param(paths[0]), "yaxis": param(paths[1]), "zaxis": value}] if len(paths) > 1 else []
-    return [chart | {"uuid": f"{SECTION}-{i}"} for i, chart in enumerate(charts)]
+    charts = [{"type": "PARALLEL", "selectedParams": paths[::-1], "selectedMetrics": [metric]}]
+    charts += [{"type": "SCATTER", "xaxis": param(path), "yaxis": value} for path in paths]
+    return charts + ([{"type": "CONTOUR", "xaxis": param(paths[0]), "yaxis": param(paths[1]), "zaxis": value}] if len(paths) > 1 else [])
