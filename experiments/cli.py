@@ -29,7 +29,7 @@ new = typer.Typer(no_args_is_help=True, help="Write a new file from a template."
 app.add_typer(new, name="new")
 
 Name = Annotated[str, typer.Argument(help="a catalog entry, or a path to an experiment's .yaml")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="path=value: a recipe path, with.NAME.DOSE, runtime.X, seeds, design")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="path=value: a recipe path, with.NAME.DOSE, runtime.X, study.X, seeds, design")]
 Plugins = Annotated[list[Path] | None, typer.Option("--plugins", help="a folder with interventions of your own; repeat for more")]
 Where = Annotated[Path | None, typer.Option("--store", help="where ablab writes ($ABLAB_STORE, else ./ablab-store)")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]

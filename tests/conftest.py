@@ -5,10 +5,11 @@
 
 import json
 import os
-from glob import glob
+
+from ablab.core.runtime import visible_gpus
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the order of sums, and so the bits, depends on it
-if not glob("/dev/nvidia[0-9]*"):
+if not visible_gpus():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: without a GPU its kernels run in the CPU interpreter
 
 import numpy as np
