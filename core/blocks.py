@@ -85,6 +85,7 @@ class SwiGLU(Part):
         )
 
 
+@fusable("swiglu")
 def swiglu(x, *, gate_up, down):
     """x: [B,T,W] -> [B,T,W]."""
     from torch.nn.functional import silu

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ablab.core.declare import Param
 from ablab.core.recipe import Chain, Recipe
+from ablab.core.replay import OnDevice
 from ablab.core.transforms import COEFFICIENTS, Now, newton_schulz
 
 
@@ -38,16 +39,17 @@ class Optimizer:
 
     compiled: the whole step is one compiled function; all that may differ between runs of one structure (learning
     rate, schedule, scales, state) enters as tensors, so `restart` recompiles nothing.  kernel: symmetric products by
-    kernels/newton_schulz.py.
+    kernels/newton_schulz.py.  replay: the whole step is one CUDA graph.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, compiled: bool = False, kernel: bool = False):
+    def __init__(self, model: nn.Module, recipe: Recipe, compiled: bool = False, kernel: bool = False, replay: bool = False):
         self.device = next(model.parameters()).device
         self.newton_schulz = _symmetric() if kernel else newton_schulz
         self.banks = [self._bank(members, recipe) for members in _grouped(model).values()]
         self.restart(recipe)
         move = _move(self.banks, _clip_to(recipe.optim.clip))
-        self.move = torch.compile(move, dynamic=False) if compiled else move
+        move = torch.compile(move, dynamic=False) if compiled else move
+        self.move = OnDevice(lambda numbers: move(numbers[0], Now(*numbers[1:].unbind())), self.device, replay)
 
     def _bank(self, members: list[tuple[str, nn.Parameter]], recipe: Recipe) -> Bank:
         names, weights = zip(*members, strict=True)
@@ -77,13 +79,7 @@ class Optimizer:
     def step(self, t: int) -> Tensor:
         """Optimizer step t (from 1): clip, move, clear the gradients.  Returns the gradient norm before clipping, 0-D."""
         multiplier = self.schedule.multiplier(t, self.steps)
-        lr, *now = self._scalars(self.lr * multiplier, t, t / self.steps, multiplier)
-        return self.move(lr, Now(*now))
-
-    def _scalars(self, *values: float) -> tuple[Tensor, ...]:
-        """Numbers of this step as 0-D tensors on the device, in one copy that nobody waits for."""
-        packed = torch.tensor(values, dtype=torch.float32)
-        return (packed.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else packed).unbind()
+        return self.move(torch.tensor([self.lr * multiplier, t, t / self.steps, multiplier]))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every state tensor by name: what a checkpoint must hold besides the parameters."""

@@ -23,6 +23,7 @@ class Runtime:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of activations; weights and optimizer state are always fp32
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: ours where they measured faster; `ablab show` says which serves what
     compile: bool | None = None  # null: on CUDA only
+    replay: bool | None = None  # record a step as CUDA graphs and replay them; null: on CUDA only
     micro_batch: Whole | None = None  # rows a forward pass; null: the whole batch
     recompute: Natural = 0  # first blocks that keep no activations
     deterministic: bool = False  # the same bits every time on the same GPU, without its fastest attention; a CPU repeats its bits anyway
@@ -46,6 +47,8 @@ def settle(runtime: Runtime, rows: int) -> dict[str, Any]:
         settled["dtype"] = "bf16" if settled["device"] == "cuda" else "fp32"
     if runtime.compile is None:
         settled["compile"] = settled["device"] == "cuda"
+    if runtime.replay is None:
+        settled["replay"] = settled["device"] == "cuda"
     settled["micro_batch"] = rows_at_once(runtime, rows)
     return settled
 

@@ -26,6 +26,7 @@ from ablab.core.optimizer import Optimizer
 from ablab.core.parametrize import Standard
 from ablab.core.recipe import Budget, Recipe, plain, run_id
 from ablab.core.record import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, Record, Result
+from ablab.core.replay import OnDevice, use_recordable_stream
 from ablab.core.runtime import Runtime, code_fingerprint, environment, settle
 from ablab.core.schedule import Constant
 from ablab.core.stopwatch import Stopwatch
@@ -57,16 +58,21 @@ class Trainer:
         torch.set_num_threads(runtime.threads)
         torch.use_deterministic_algorithms(runtime.deterministic)
         self.device = torch.device(self.runtime["device"])
+        use_recordable_stream(self.device)
         self.model = Transformer(recipe, DTYPES[self.runtime["dtype"]], runtime.recompute).to(self.device)
         kernels = {place for place, served in fuse.places(recipe, self.runtime).items() if served.kernel}
         if "attention" in kernels:
             fuse.fuse_attention(self.model)
-        self.optimizer = Optimizer(self.model, recipe, self.runtime["compile"], "newton_schulz" in kernels)
+        if "ffn" in kernels:
+            fuse.fuse_ffn(self.model)
+        replay = self.runtime["replay"]
+        self.optimizer = Optimizer(self.model, recipe, self.runtime["compile"], "newton_schulz" in kernels, replay)
         self.weights = [bank.weight for bank in self.optimizer.banks]
         compiled = torch.compile if self.runtime["compile"] else lambda function: function
         self.forward = compiled(self.model)
         self.loss = compiled(fuse.fused_loss(self.model, recipe) if "loss" in kernels else loss_of(self.model, recipe.objective))
         self.window = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats and tokens since the last log
+        self.descend = OnDevice(self._descend, self.device, replay)
         self.restart(recipe, data_folder)
 
     def restart(self, recipe: Recipe, data_folder: Path) -> None:
@@ -85,10 +91,7 @@ class Trainer:
         """One optimizer step.  Returns the gradient norm before clipping, 0-D; nothing waits for the device."""
         rows = self.runtime["micro_batch"]
         for first in range(0, self.recipe.data.batch, rows):
-            block = self._to_device(self.tokens.rows(self.step, first, rows))
-            loss, nats = self.loss(block)
-            (loss / self.recipe.tokens_per_step).backward()
-            self.window[0] += nats
+            self.descend(self.tokens.rows(self.step, first, rows))
         self.window[1] += self.recipe.tokens_per_step
         self.step += 1
         norm = self.optimizer.step(self.step)
@@ -96,8 +99,15 @@ class Trainer:
             part.advance(state, self.weights, self.step, self.recipe.steps)
         return norm
 
-    def _to_device(self, block: Tensor) -> Tensor:
-        return block.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else block
+    def _descend(self, block: Tensor) -> None:
+        """Add the gradients of one micro-batch, int [B,T+1], and its cross-entropy."""
+        loss, nats = self.loss(block)
+        (loss / self.recipe.tokens_per_step).backward()
+        self.window[0] += nats
+
+    def peak_memory(self) -> int:
+        """Bytes on the GPU; 0 without one."""
+        return max(torch.cuda.max_memory_allocated(), self.descend.peak) if self.device.type == "cuda" else 0
 
     # -- reading ---------------------------------------------------------------------------------------------------
     def evaluate(self) -> dict[str, float]:
@@ -250,10 +260,9 @@ def _loop(trainer: Trainer, record: Record, tracker: Tracker) -> dict[str, float
 def _result(recipe: Recipe, trainer: Trainer | None, status: str, error: str, metrics: dict[str, float]) -> Result:
     step = trainer.step if trainer else 0
     watch = trainer.watch if trainer else Stopwatch()
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return Result(
-        run_id(recipe), status, step, step * recipe.tokens_per_step, metrics, watch.seconds, watch.rate(recipe.tokens_per_step), peak, error,
-        code_fingerprint(), trainer.runtime if trainer else {}, trainer.digest() if status == FINISHED else "",
+        run_id(recipe), status, step, step * recipe.tokens_per_step, metrics, watch.seconds, watch.rate(recipe.tokens_per_step),
+        trainer.peak_memory() if trainer else 0, error, code_fingerprint(), trainer.runtime if trainer else {}, trainer.digest() if status == FINISHED else "",
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """A kernel's case: inputs of one shape, the forms that compute the same thing from them, and the work that it is.
 
-The cases stand in bench_attention.py, bench_entropy.py and bench_optimizer.py; bench_kernels.py lists and times them.  Work is
+The cases stand in bench_attention.py, bench_ffn.py, bench_entropy.py and bench_optimizer.py; bench_kernels.py lists and times them.  Work is
 counted once: products that a form recomputes do not count for it.
 """
 

@@ -68,6 +68,7 @@ def linear_cross_entropy(device: torch.device, folder: Path) -> Iterable[Case]:
         served(ours(device, "linear_cross_entropy", "serves")(x.dtype, device))
         return Form(lambda x, weight, targets: fused(x, weight, targets, z_weight=Z, chunk=chunk)[0])
 
-    forms = {"torch": lambda: Form(compiled(plain, device)), "liger-kernel": liger, "ablab": partial(own, 0), "ablab, chunks of 4096": partial(own, 4096)}
+    chunks = {"ablab": 0, "ablab, all logits at once": n, "ablab, chunks of 4096": 4096}
+    forms = {"torch": lambda: Form(compiled(plain, device)), "liger-kernel": liger} | {name: partial(own, chunk) for name, chunk in chunks.items()}
     least = 2 * n * v * x.element_size()
     yield Case("linear_cross_entropy", f"N {n}, V {v}, W {w}", (x, weight, targets), forms, plain, 6 * n * v * w, least, lambda a, b: a + b)

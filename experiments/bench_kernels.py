@@ -26,10 +26,12 @@ from ablab.experiments import bench_timing as timing
 from ablab.experiments.bench_attention import attention
 from ablab.experiments.bench_cases import OURS, Case, Cases, Form
 from ablab.experiments.bench_entropy import cross_entropy, linear_cross_entropy
+from ablab.experiments.bench_ffn import swiglu
 from ablab.experiments.bench_optimizer import optimizer, orthogonal
 
 KERNELS: dict[str, Cases] = {
     "attention": attention,
+    "swiglu": swiglu,
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
     "newton_schulz": orthogonal,

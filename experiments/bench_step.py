@@ -32,7 +32,7 @@ from ablab.experiments.worker import keep_freed_memory
 
 HF = "hf"
 STEPS, WINDOWS, WARM_UP = {"cuda": 100, "cpu": 10}, {"cuda": 3, "cpu": 3}, {"cuda": 50, "cpu": 3}
-SHOWN = ("dtype", "compile", "micro_batch", "recompute", "deterministic", "threads", "kernels")  # of the runtime
+SHOWN = ("dtype", "compile", "replay", "micro_batch", "recompute", "deterministic", "threads", "kernels")  # of the runtime
 SPLIT = 5  # steps whose host time is split
 GIB = 2**30
 
@@ -46,11 +46,17 @@ class Ours:
         trainer.tokens.rows = marks.around(trainer.tokens.rows, "data", "data")
         trainer.optimizer.step = marks.around(trainer.optimizer.step, "optimizer", "optimizer")
         self.flops_per_token = cost_of(recipe).flops_per_token
+        self.replayed = (trainer.descend, trainer.optimizer.move)
         self.about = ", ".join(f"{name}={value}" for name, value in trainer.runtime.items() if name in SHOWN)
 
     def step(self) -> None:
         self.marks("data")
         self.trainer.advance()
+
+    def show_phases(self) -> None:
+        """From here on without replays: the kernels are the same, but launched one by one, each by its phase."""
+        for one in self.replayed:
+            one.replay = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ def bench_step(
         rate = timing.matmul_rate(device)
         for (one, marks, timed), spans in zip(made, times, strict=True):
             rate_it(timed, spans, rate, kind)
+            one.show_phases()
             _split(timed, one.step, marks, device)
     timed = [timed for _, _, timed in made]
     ratio = {"ratio": timed[0].tokens_per_second / timed[1].tokens_per_second} if len(timed) > 1 else {}

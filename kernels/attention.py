@@ -29,7 +29,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # registers and spills for sm_90, not yet by timing.
 TILES = {
     32: {"prepare": (128, 4, 1), "forward": (128, 64, 4, 3, 0), "queries": (128, 64, 8, 3, 0), "keys": (128, 64, 8, 3, 0)},
-    64: {"prepare": (64, 4, 1), "forward": (128, 64, 4, 3, 0), "queries": (128, 64, 8, 2, 128), "keys": (128, 64, 8, 2, 0)},
+    64: {"prepare": (32, 4, 1), "forward": (64, 64, 4, 3, 0), "queries": (64, 32, 4, 3, 128), "keys": (64, 32, 4, 3, 0)},
     128: {"prepare": (32, 4, 1), "forward": (128, 64, 8, 2, 0), "queries": (128, 64, 8, 2, 0), "keys": (128, 32, 8, 2, 0)},
 }
 WIDE_TILES = {"prepare": (32, 4, 1), "forward": (16, 16, 4, 1, 0), "queries": (16, 16, 4, 1, 0), "keys": (16, 16, 4, 1, 0)}  # fp32
@@ -141,7 +141,7 @@ def _attention_backward(
     dy: Tensor, qkv: Tensor, y: Tensor, bits: Tensor, heads: int, kv_heads: int, cos: Tensor, sin: Tensor, q_gain: Tensor | None,
     k_gain: Tensor | None, eps: float, first: Tensor | None, weights: Tensor | None, gate: Tensor | None, tiles: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of qkv, q_gain, k_gain, first, weights, gate; an empty tensor for what is absent: an op returns no None."""
+    """As `attention_backward.backward`; an empty tensor for what is absent: an op returns no None."""
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     grads = attention_backward.backward(dy, qkv, y, bits, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, tiles)
     return tuple(qkv.new_empty(0) if x is None else x for x in grads)
@@ -149,7 +149,8 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(dy, qkv, y, bits, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, tiles):
-    return tuple(qkv.new_empty(0) if x is None else x.new_empty(x.shape) for x in (qkv, q_gain, k_gain, first, weights, gate))
+    parts = attention_backward.parts(qkv, heads, kv_heads, q_gain, first, gate, tiles)
+    return tuple(qkv.new_empty(0) if x is None else x for x in (qkv.new_empty(qkv.shape), *parts))
 
 
 def _save(ctx, inputs, output):
@@ -163,9 +164,10 @@ def _differentiate(ctx, dy, _):
     if dy is None:
         return (None,) * 12
     grads = _attention_backward(dy, qkv, y, bits, ctx.heads, ctx.kv_heads, cos, sin, q_gain, k_gain, ctx.eps, first, weights, gate, ctx.tiles)
-    inputs = (qkv, q_gain, k_gain, first, weights, gate)
-    dqkv, dq_gain, dk_gain, dfirst, dweights, dgate = (None if x is None else g for g, x in zip(grads, inputs, strict=True))
-    return dqkv, None, None, None, None, dq_gain, dk_gain, None, dfirst, dweights, dgate, None
+    dqkv, q_sums, k_sums, dfirst, weight_sums, shares = grads
+    gains = (None, None) if q_gain is None else (q_sums.sum(0), k_sums.sum(0))
+    mixed = (None, None) if first is None else (dfirst, weight_sums.sum(0))
+    return dqkv, None, None, None, None, *gains, None, *mixed, None if gate is None else shares.mT.to(gate.dtype), None
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)

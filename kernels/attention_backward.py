@@ -9,6 +9,7 @@ their own gradients overwrite: `_keys` reads a block of them before it writes th
 `_queries` leaves `_keys` its scaled and turned queries [B,H,T,D], and share and the gate as fp32 [B,H,T].
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -180,33 +181,40 @@ def _keys(
     store_raw_gradient(k_grad * scale, k_raw, dk, k_gain, gain_sums, cos, sin, first_key, raw_t, dk_t, T, eps, NORM, N, D // 2)
 
 
+def parts(qkv, heads, kv_heads, q_gain, first, gate, tiles) -> tuple:
+    """Unset results of `backward` but the first: what each program adds to sums, still apart, so that who sums may fuse it."""
+    b, t, width = qkv.shape
+    d, numbers = width // (heads + 2 * kv_heads), {"dtype": torch.float32}
+    of_queries, of_keys = triton.cdiv(t, tiles[8]) * b * heads, triton.cdiv(t, tiles[13]) * b * kv_heads
+    gains = (None, None) if q_gain is None else (qkv.new_empty(of_queries, d, **numbers), qkv.new_empty(of_keys, d, **numbers))
+    mixed = (None, None) if first is None else (first.new_empty(first.shape), qkv.new_empty(of_keys, 2, **numbers))
+    return *gains, *mixed, qkv.new_empty(b, heads, t, **numbers)
+
+
 def backward(dy, qkv, y, bits, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, tiles):
-    """Gradients of qkv, q_gain, k_gain, first, weights, gate; None for what is absent."""
+    """d of qkv; parts [programs, D] of the gains' gradients, of q and of k; d of first; parts [programs, 2] of d weights;
+    d gate as fp32 [B,H,T], of no meaning without a gate.  None for what is absent.
+    """
     (q, k, v), grads = split(qkv, heads, kv_heads), qkv.new_empty(qkv.shape)
     dq, dk, dv = split(grads, heads, kv_heads)
     (b, t, _, d), norm, mix = q.shape, q_gain is not None, first is not None
+    q_sums, k_sums, dfirst, weight_sums, shares = parts(qkv, heads, kv_heads, q_gain, first, gate, tiles)
     prepare(k, v, first, weights, k_gain, cos, sin, eps, dk, dv, tiles[:3])
     values = dv if mix else v
     common = dict(NORM=norm, GATED=gate is not None, GROUP=heads // kv_heads, D=d, PRECISION=precision(qkv.dtype))
 
     m, n, *how = tiles[8:13]
-    programs = triton.cdiv(t, m) * b * heads
-    turned, shares, strengths = qkv.new_empty(b, heads, t, d), bits.new_empty(bits.shape), bits.new_empty(bits.shape) if gate is not None else None
-    q_sums = cos.new_empty(programs, d) if norm else None
-    _queries[(programs,)](
+    turned, strengths = qkv.new_empty(b, heads, t, d), bits.new_empty(bits.shape) if gate is not None else None
+    _queries[(triton.cdiv(t, m) * b * heads,)](
         q, dk, values, y, dy, gate, q_gain, cos, sin, bits, dq, turned, shares, strengths, q_sums,
         *strides(q, 2), *strides(dk, 2), *strides(values, 2), *strides(dy, 2), *strides(gate, 3), *strides(dq, 2), t, heads,
         d**-0.5, d**-0.5 * LOG2E, eps, M=m, N=n, **launch(*how), **common,
     )  # fmt: skip
 
     n, m, *how = tiles[13:18]
-    programs = triton.cdiv(t, n) * b * kv_heads
-    k_sums = cos.new_empty(programs, d) if norm else None
-    dfirst, weight_sums = (first.new_empty(first.shape), cos.new_empty(programs, 2)) if mix else (None, None)
-    _keys[(programs,)](
+    _keys[(triton.cdiv(t, n) * b * kv_heads,)](
         turned, dk, k, values, v, first, dy, strengths, k_gain, weights, cos, sin, bits, shares, dk, dv, dfirst, k_sums, weight_sums,
         *strides(dk, 2), *strides(values, 2), *strides(k, 2), *strides(first, 3), *strides(dy, 2), *strides(dk, 2),
         t, heads, kv_heads, 1 / LOG2E, eps, MIX=mix, M=m, N=n, **launch(*how), **common,
     )  # fmt: skip
-    gains = (q_sums.sum(0), k_sums.sum(0)) if norm else (None, None)
-    return grads, *gains, dfirst, weight_sums.sum(0) if mix else None, gate.new_empty(gate.shape).copy_(shares.mT) if gate is not None else None
+    return grads, q_sums, k_sums, dfirst, weight_sums, shares

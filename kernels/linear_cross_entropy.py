@@ -3,8 +3,8 @@
     logits = x W^T          loss = sum_rows nats + z_weight lse^2, of squash(multiplier * logits)
     dx = g W                dW = g^T x                              with g = dloss/dlogits, written over the logits
 
-chunk = 0: g, [N, V] in the dtype of x, is kept for the backward pass.
-chunk = n: n rows at a time, and dx [N, W] and dW [V, W], fp32, are ready after the forward pass; nothing of size N x V exists.
+Some rows at a time, so that at most LOGITS of them exist, and dx and dW are ready after the forward pass; the backward
+pass multiplies them by the gradient that comes from above, where a compiler can fuse that with what follows.
 The rows of logits are padded to whole 128-byte lines, so that a vocabulary such as 50,257 is read in wide words.
 
 Tolerance: as the plain path, this rounds logits, g and the two results once each to the dtype of x, and nothing else; so
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ablab.kernels.cross_entropy import CAPS, cross_entropy_, squash
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LOGITS = 1 << 30  # bytes of logits in memory; halving it adds one read and write of dW for each further chunk
 
 
 def serves(dtype: torch.dtype, device: torch.device, cap: float = 0.0, cap_form: str = "none") -> str:
@@ -57,11 +58,16 @@ def _sums(nats: Tensor, lses: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
     return (nats + z_weight * lses.square()).sum(), nats.sum()
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in fp32 whatever their dtype: the factor of the upstream gradient is still to come, and two roundings are one too many."""
+def _chunks(rows: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """out = a b, or out + a b, in fp32 whatever the dtype of a and b."""
     if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()  # the CPU has no product wider than its factors
+        torch.addmm(out, a, b, beta=int(add), out_dtype=torch.float32, out=out)
+    else:
+        out.addmm_(a.float(), b.float(), beta=int(add))  # the CPU has no product wider than its factors
 
 
 # ---- operators ----
@@ -73,12 +79,11 @@ def _value(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(loss, nats) without any gradient."""
     rows = x.shape[0]
-    logits = _padded(min(chunk or rows, rows), weight.shape[0], x)
+    buffer = _padded(min(chunk, rows), weight.shape[0], x)
     nats, lses = x.new_empty(2, rows, dtype=torch.float32)
-    for start in range(0, rows, max(logits.shape[0], 1)):
-        piece = slice(start, start + logits.shape[0])
-        some = torch.mm(x[piece], weight.mT, out=logits[: x[piece].shape[0]])
-        nats[piece], lses[piece] = cross_entropy_(some, targets[piece], multiplier, cap, cap_form, z_weight, gradient=False, padded=True)
+    for piece in _chunks(rows, chunk):
+        logits = torch.mm(x[piece], weight.mT, out=buffer[: x[piece].shape[0]])
+        nats[piece], lses[piece] = cross_entropy_(logits, targets[piece], multiplier, cap, cap_form, z_weight, gradient=False, padded=True)
     return _sums(nats, lses, z_weight)
 
 
@@ -87,84 +92,41 @@ def _(x, weight, targets, multiplier, cap, cap_form, z_weight, chunk):
     return x.new_empty((), dtype=torch.float32), x.new_empty((), dtype=torch.float32)
 
 
-@torch.library.custom_op("ablab::linear_cross_entropy_whole", mutates_args=())
-def _whole(
-    x: Tensor, weight: Tensor, targets: Tensor, multiplier: float, cap: float, cap_form: str, z_weight: float
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, nats, g [N, V])."""
-    logits = torch.mm(x, weight.mT, out=_padded(x.shape[0], weight.shape[0], x))
-    nats, lses = cross_entropy_(logits, targets, multiplier, cap, cap_form, z_weight, padded=True)
-    return *_sums(nats, lses, z_weight), logits
-
-
-@_whole.register_fake
-def _(x, weight, targets, multiplier, cap, cap_form, z_weight):
-    return x.new_empty((), dtype=torch.float32), x.new_empty((), dtype=torch.float32), _padded(x.shape[0], weight.shape[0], x)
-
-
-@torch.library.custom_op("ablab::scaled_product", mutates_args=())
-def _scaled_product(a: Tensor, b: Tensor, by: Tensor) -> Tensor:
-    """by * (a b) in the dtype of a, rounded once.  by: 0-D fp32, not waited for."""
-    return torch.mul(_product(a, b), by, out=a.new_empty(a.shape[0], b.shape[1]))
-
-
-@_scaled_product.register_fake
-def _(a, b, by):
-    return a.new_empty(a.shape[0], b.shape[1])
-
-
-def _keep_whole(ctx, inputs, output):
-    _, nats, gradient = output
-    ctx.mark_non_differentiable(nats, gradient)
-    ctx.save_for_backward(inputs[0], inputs[1], gradient)
-
-
-def _whole_backward(ctx, upstream, *_):
-    x, weight, gradient = ctx.saved_tensors
-    for_x, for_weight = ctx.needs_input_grad[:2]
-    dx = _scaled_product(gradient, weight, upstream) if for_x else None
-    return dx, _scaled_product(gradient.mT, x, upstream) if for_weight else None, None, None, None, None, None
-
-
-_whole.register_autograd(_whole_backward, setup_context=_keep_whole)
-
-
-@torch.library.custom_op("ablab::linear_cross_entropy_chunked", mutates_args=())
-def _chunked(
+@torch.library.custom_op("ablab::linear_cross_entropy", mutates_args=())
+def _with_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, multiplier: float, cap: float, cap_form: str, z_weight: float, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, nats, dx [N, W], dW [V, W]), both fp32."""
+    """(loss, nats, dx [N, W], dW [V, W]), all fp32."""
     rows = x.shape[0]
     buffer = _padded(min(chunk, rows), weight.shape[0], x)
     nats, lses = x.new_empty(2, rows, dtype=torch.float32)
-    dx, dw = x.new_empty(x.shape, dtype=torch.float32), x.new_zeros(weight.shape, dtype=torch.float32)
-    for start in range(0, rows, chunk):
-        piece = slice(start, start + chunk)
+    dx, dw = x.new_empty(x.shape, dtype=torch.float32), x.new_empty(weight.shape, dtype=torch.float32)
+    for piece in _chunks(rows, chunk):
         logits = torch.mm(x[piece], weight.mT, out=buffer[: x[piece].shape[0]])
         nats[piece], lses[piece] = cross_entropy_(logits, targets[piece], multiplier, cap, cap_form, z_weight, padded=True)
-        dx[piece] = _product(logits, weight)
-        dw += _product(logits.mT, x[piece])
+        _product(logits, weight, dx[piece], add=False)
+        _product(logits.mT, x[piece], dw, add=piece.start > 0)
     return *_sums(nats, lses, z_weight), dx, dw
 
 
-@_chunked.register_fake
+@_with_gradients.register_fake
 def _(x, weight, targets, multiplier, cap, cap_form, z_weight, chunk):
     loss, nats = x.new_empty((), dtype=torch.float32), x.new_empty((), dtype=torch.float32)
     return loss, nats, x.new_empty(x.shape, dtype=torch.float32), x.new_empty(weight.shape, dtype=torch.float32)
 
 
-def _keep_chunked(ctx, inputs, output):
+def _keep(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[2:])
 
 
-def _chunked_backward(ctx, upstream, *_):
+def _backward(ctx, upstream, *_):
     scaled = [(gradient * upstream).to(ctx.dtype) if needed else None for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)]
     return *scaled, None, None, None, None, None, None
 
 
-_chunked.register_autograd(_chunked_backward, setup_context=_keep_chunked)
+_with_gradients.register_autograd(_backward, setup_context=_keep)
 
 
 # ---- the function ----
@@ -177,11 +139,14 @@ def linear_cross_entropy(
 
     x: activations [N, W]; weight: [V, W] of the same dtype; targets: int64 [N] in [0, V), unchecked.  Logits are multiplied
     by `multiplier`, then capped: cap_form "none", "tanh" or "rational" (`squash`).  nats has no gradient.
-    chunk: rows of logits in memory at a time, 0 for all.  It costs two fp32 [V, W] and an addition of one to the other a chunk.
+    chunk: rows of logits in memory at a time; 0: as few equal chunks as LOGITS allows.
     """
     numbers = (float(multiplier), float(cap), cap_form, float(z_weight))
+    chunk = chunk or _rows_within(LOGITS, x.shape[0], weight.shape[0] * x.element_size())
     if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
         return _value(x, weight, targets, *numbers, chunk)
-    if chunk:
-        return _chunked(x, weight, targets, *numbers, chunk)[:2]
-    return _whole(x, weight, targets, *numbers)[:2]
+    return _with_gradients(x, weight, targets, *numbers, chunk)[:2]
+
+
+def _rows_within(limit: int, rows: int, row_bytes: int) -> int:
+    return max(-(-rows // -(-rows * row_bytes // limit)), 1) if rows else 1

@@ -13,11 +13,11 @@ from ablab.core.trainer import Trainer, run
 from ablab.experiments.experiment import load
 
 OTHER = {
-    "device": "cuda", "dtype": "bf16", "kernels": "torch", "compile": True, "micro_batch": 2, "recompute": 2, "deterministic": True, "threads": 2,
+    "device": "cuda", "dtype": "bf16", "kernels": "torch", "compile": True, "replay": True, "micro_batch": 2, "recompute": 2, "deterministic": True, "threads": 2,
     "log_every": 1, "evaluations": 3, "save_seconds": 0.0, "keep_weights": True,
 }  # fmt: skip
 # The other fields may round differently; `deterministic` and `kernels` do so on a GPU alone.
-KEEP_THE_BITS = ("kernels", "recompute", "deterministic", "log_every", "evaluations", "save_seconds", "keep_weights")
+KEEP_THE_BITS = ("kernels", "replay", "recompute", "deterministic", "log_every", "evaluations", "save_seconds", "keep_weights")
 every_field = pytest.mark.parametrize("field", [field.name for field in fields(Runtime)])
 
 
@@ -73,6 +73,7 @@ OBSERVED = {
     "dtype": lambda seen: (seen.dtype, seen.result.weights),
     "kernels": lambda seen: seen.about["kernels"],
     "compile": lambda seen: seen.compiled > 0,
+    "replay": lambda seen: (seen.trainer.descend.replay, seen.trainer.optimizer.move.replay),  # core/replay.py; tests/core/test_gpu.py
     "micro_batch": lambda seen: seen.rows,
     "recompute": lambda seen: seen.blocks,  # forward passes of the first block: twice where it is recomputed
     "deterministic": lambda seen: seen.deterministic,

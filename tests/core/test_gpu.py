@@ -1,5 +1,7 @@
 """What only a GPU can show: bf16 and compiled runs, and the same bits again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -72,6 +74,27 @@ def test_a_warm_trainer_on_the_gpu_gives_the_bits_of_a_fresh_one(tiny, token_fol
         for _ in range(4):
             trainer.advance()
     assert again.digest() == fresh.digest()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_replayed_steps_are_the_steps_themselves(tiny, token_folder, compile):
+    recipe, seen = tiny(FULL, **SIZE), []
+    for replay in (False, True):
+        trainer = Trainer(recipe, Runtime(device="cuda", deterministic=True, compile=compile, replay=replay, micro_batch=1), token_folder)
+        norms = [trainer.advance().item() for _ in range(9)]
+        assert (trainer.descend.graph is not None) == (trainer.optimizer.move.graph is not None) == replay
+        seen.append((norms, trainer.close_window(), trainer.evaluate(), trainer.digest()))
+    assert seen[0] == seen[1]
+
+
+def test_a_run_reports_the_memory_of_its_replays(tiny, token_folder, tmp_path):
+    recipe, peaks = tiny([], **SIZE | {"model__width": 512, "model__attention__head_dim": 64}), []
+    for replay in (False, True):
+        warm = Warm()
+        for seed in (0, 1):
+            runtime = Runtime(device="cuda", compile=False, replay=replay)
+            peaks.append(run(replace(recipe, seed=seed), runtime, token_folder, Record(tmp_path / f"{replay}{seed}"), warm=warm).peak_bytes)
+    assert max(peaks) < 1.3 * min(peaks), peaks
 
 
 def test_lack_of_gpu_memory_becomes_a_record_that_names_a_micro_batch(tiny, token_folder, tmp_path):

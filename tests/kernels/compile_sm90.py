@@ -20,7 +20,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
 
-from ablab.kernels import attention, attention_backward, attention_forward, cross_entropy, newton_schulz
+from ablab.kernels import attention, attention_backward, attention_forward, cross_entropy, newton_schulz, swiglu
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 
@@ -61,6 +61,8 @@ def main(B=96, T=384, H=12, KV=12, D=64, tiles="{}"):
     attention_backward.backward(y, packed, y, bits, *parts)
     gram = newton_schulz.symmetric(empty(16, 768, 2048))
     newton_schulz.symmetric(gram, 1.5, 0.5, gram)
+    packed = empty(16, 4096).requires_grad_()
+    swiglu.swiglu(packed).sum().backward()
     for form in cross_entropy.CAPS:
         cross_entropy.cross_entropy_(empty(16, 32_000), torch.zeros(16, dtype=torch.int64), cap=15.0, cap_form=form, z_weight=1e-4, padded=True)
 

@@ -79,12 +79,12 @@ def by_hand_through_the_readout(inputs, upstream, z_weight=0.0, **objective):
 
 
 @examples
-@given(rows=st.integers(1, 5), vocab=st.integers(2, 300), whole=st.sampled_from([0, 300]), objective=objectives, seed=st.integers(0, 99))
-def test_rows_in_registers_and_rows_in_parts_both_equal_the_sums_by_hand(rows, vocab, whole, objective, seed):
+@given(rows=st.integers(1, 5), vocab=st.integers(2, 300), block=st.sampled_from([128, 512]), objective=objectives, seed=st.integers(0, 99))
+def test_rows_of_one_block_and_of_many_both_equal_the_sums_by_hand(rows, vocab, block, objective, seed):
     x, weight, targets = draw(rows, 8, vocab, seed, spread=4.0)
     logits = x @ weight.T
     nats, lse, gradient = by_hand(logits, targets, **objective)
-    measured = cross_entropy_(logits, targets, **objective, scale=0.5, whole=whole, part=128)
+    measured = cross_entropy_(logits, targets, **objective, scale=0.5, block=block)
     assert measured[0].dtype == measured[1].dtype == torch.float32
     assert np.abs(measured[0].double().cpu().numpy() - nats).max() < 2e-5 and np.abs(measured[1].double().cpu().numpy() - lse).max() < 2e-5
     assert (logits.double().cpu() - 0.5 * torch.from_numpy(gradient)).abs().max() < 2e-6 * max(1, np.abs(gradient).max())
@@ -108,11 +108,11 @@ def test_only_the_vocabulary_of_a_padded_row_is_written():
 
 def test_what_stands_in_the_padding_changes_nothing():
     x, weight, targets = draw(4, 8, 50, 0)
-    for whole in (0, 64):
+    for block in (16, 64):
         buffer = torch.full((4, 64), float("nan"), device=DEVICE)
         buffer[:, :50] = x @ weight.T
         logits = buffer[:, :50].clone()
-        for ours, alone in zip(cross_entropy_(buffer[:, :50], targets, padded=True, whole=whole, part=128), cross_entropy_(logits, targets), strict=True):
+        for ours, alone in zip(cross_entropy_(buffer[:, :50], targets, padded=True, block=block), cross_entropy_(logits, targets), strict=True):
             assert (ours - alone).abs().max() < 1e-5
         assert (buffer[:, :50] - logits).abs().max() < 1e-6
 
@@ -125,9 +125,9 @@ def test_targets_may_be_a_column_of_something():
 
 def test_huge_logits_lose_nothing():
     for form, cap, worst in (("none", 0.0, 2e4), ("tanh", 15.0, 30.0), ("rational", 15.0, 30.0)):
-        for whole in (0, 64):
+        for block in (2, 128):
             logits = torch.tensor([[1e4, 0.0, -1e4]] * 2, device=DEVICE)
-            nats, _ = cross_entropy_(logits, torch.tensor([0, 2], device=DEVICE), cap=cap, cap_form=form, whole=whole, part=128)
+            nats, _ = cross_entropy_(logits, torch.tensor([0, 2], device=DEVICE), cap=cap, cap_form=form, block=block)
             assert logits.isfinite().all() and (nats.cpu() - torch.tensor([0.0, worst])).abs().max() < 1e-3
 
 
@@ -208,15 +208,21 @@ def test_no_chunked_step_holds_logits_of_all_rows(monkeypatch):
     assert sizes == [4] and [tuple(saved.shape) for saved in loss.grad_fn.saved_tensors] == [(13, 8), (70, 8)]
 
 
-@pytest.mark.parametrize(("operator", "chunk"), [(fused._value, (4,)), (fused._whole, ()), (fused._chunked, (4,))], ids=["value", "whole", "chunked"])
+@pytest.mark.parametrize(("operator", "chunk"), [(fused._value, 4), (fused._with_gradients, 6), (fused._with_gradients, 4)], ids=["value", "whole", "chunked"])
 def test_pytorch_finds_the_operators_registered_as_they_behave(operator, chunk):
     x, weight, targets = draw(6, 8, 70, 0)
     trained = operator is not fused._value
-    torch.library.opcheck(operator, (x.requires_grad_(trained), weight.requires_grad_(trained), targets, 0.5, 5.0, "tanh", 1e-3, *chunk))
+    torch.library.opcheck(operator, (x.requires_grad_(trained), weight.requires_grad_(trained), targets, 0.5, 5.0, "tanh", 1e-3, chunk))
 
 
-def test_pytorch_finds_the_scaled_product_registered_as_it_behaves():
-    torch.library.opcheck(fused._scaled_product, (torch.ones(70, 6, device=DEVICE).mT, torch.ones(70, 8, device=DEVICE), torch.tensor(0.5, device=DEVICE)))
+def test_without_a_number_there_are_as_few_equal_chunks_as_the_limit_allows(monkeypatch):
+    asked = []
+    monkeypatch.setattr(fused, "_chunks", lambda rows, chunk: asked.append(chunk) or [slice(0, rows)])
+    for limit, chunk in ((13 * 70 * 4, 13), (13 * 70 * 4 - 1, 7), (5 * 70 * 4, 5), (1, 1)):
+        monkeypatch.setattr(fused, "LOGITS", limit)
+        monkeypatch.setattr(fused, "_padded", lambda rows, vocab, like: like.new_empty(13, vocab))
+        linear_cross_entropy(*draw(13, 8, 70, 1))
+        assert asked.pop() == chunk
 
 
 @pytest.mark.parametrize("chunk", [0, 4])
@@ -260,7 +266,7 @@ class TestOnTheGpu:
         """4,096 x 32,000 logits in bf16 are 250 MiB; 512 rows are 31, and dW in fp32 is 31 more."""
         inputs = draw(4096, 256, 32_000, 0, torch.bfloat16)
         peaks = []
-        for chunk in (0, 512):
+        for chunk in (4096, 512):
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             gradients(linear_cross_entropy, inputs, 1.0, chunk=chunk)

@@ -1,0 +1,55 @@
+"""Work for a GPU, recorded once as a CUDA graph and then replayed: one launch instead of hundreds."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WARM_UP = 3  # calls that run as they are, in which compilers and libraries set themselves up
+
+
+class OnDevice:
+    """A function of one tensor on the device, called with one on the host; nobody waits for the copy.
+
+    replay: record the call that comes after WARM_UP others, and replay it from then on.  So the function must do the
+    same work each time, on tensors that stay where they are; what it returns is overwritten by the next call.  Off, it
+    runs as it is.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Any], device: torch.device, replay: bool):
+        self.function, self.device, self.replay = function, device, replay
+        self.calls, self.graph, self.given, self.result = 0, None, None, None
+        self.peak = 0  # bytes in use at the height of the recorded call, which a replay does not report
+
+    def __call__(self, given: Tensor) -> Any:
+        if self.device.type != "cuda":
+            return self.function(given)
+        given = given.pin_memory()
+        if not self.replay or self.calls < WARM_UP:
+            self.calls += 1
+            return self.function(given.to(self.device, non_blocking=True))
+        if self.graph is None:
+            self._record(given)
+        self.given.copy_(given, non_blocking=True)
+        self.graph.replay()
+        return self.result
+
+    def _record(self, like: Tensor) -> None:
+        self.given, self.graph = torch.empty_like(like, device=self.device), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            self.result = self.function(self.given)
+        self.peak = torch.cuda.max_memory_allocated()
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def use_recordable_stream(device: torch.device) -> None:
+    """From here on this thread works on a stream of ours: the default one cannot be recorded."""
+    if device.type == "cuda" and torch.cuda.current_stream() != _stream(device):
+        _stream(device).wait_stream(torch.cuda.current_stream())
+        torch.cuda.set_stream(_stream(device))
