@@ -21,7 +21,8 @@ from ablab.core.plan import AttentionPlan, Plan, Stages, plan_of
 from ablab.core.recipe import Recipe
 
 KERNELS = {"attention": "attention", "ffn": "swiglu", "loss": "linear_cross_entropy", "newton_schulz": "newton_schulz"}  # place -> module of kernels/
-FASTER: dict[str, tuple[str, ...]] = {}  # place -> names of GPUs on which `ablab bench kernels` found the kernel faster
+H100 = "NVIDIA H100 80GB HBM3"
+FASTER = dict.fromkeys(KERNELS, (H100,))  # place -> names of GPUs on which `ablab bench kernels` found the kernel faster
 
 
 @dataclass(frozen=True)

@@ -88,13 +88,14 @@ def test_replayed_steps_are_the_steps_themselves(tiny, token_folder, compile):
 
 
 def test_a_run_reports_the_memory_of_its_replays(tiny, token_folder, tmp_path):
+    """Beside it, two graphs keep a workspace of cuBLAS each."""
     recipe, peaks = tiny([], **SIZE | {"model__width": 512, "model__attention__head_dim": 64}), []
     for replay in (False, True):
         warm = Warm()
         for seed in (0, 1):
             runtime = Runtime(device="cuda", compile=False, replay=replay)
             peaks.append(run(replace(recipe, seed=seed), runtime, token_folder, Record(tmp_path / f"{replay}{seed}"), warm=warm).peak_bytes)
-    assert max(peaks) < 1.3 * min(peaks), peaks
+    assert all(peaks[0] <= peak < peaks[0] + 256 * 2**20 for peak in peaks), peaks
 
 
 def test_lack_of_gpu_memory_becomes_a_record_that_names_a_micro_batch(tiny, token_folder, tmp_path):

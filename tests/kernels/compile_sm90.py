@@ -60,7 +60,7 @@ def main(B=96, T=384, H=12, KV=12, D=64, tiles="{}"):
     y, bits = attention_forward.forward(packed, *parts)
     attention_backward.backward(y, packed, y, bits, *parts)
     gram = newton_schulz.symmetric(empty(16, 768, 2048))
-    newton_schulz.symmetric(gram, 1.5, 0.5, gram)
+    newton_schulz.symmetric(gram, 1.5, 0.5, gram, 2.0)
     packed = empty(16, 4096).requires_grad_()
     swiglu.swiglu(packed).sum().backward()
     for form in cross_entropy.CAPS:

@@ -214,7 +214,10 @@ def test_every_kernel_compiles_for_an_h100_onto_its_matrix_units(tmp_path):
     told = subprocess.run([sys.executable, Path(__file__).with_name("compile_sm90.py")], env=environment, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     rows = [line.split() for line in told.stdout.splitlines()]
-    products, passes = ["_prepare", "_forward", "_prepare", "_queries", "_keys", "_symmetric_kernel", "_symmetric_kernel"], ["_forward", "_backward", *["_row"] * 3]
+    products, passes = (
+        ["_prepare", "_forward", "_prepare", "_queries", "_keys", "_symmetric_kernel", "_symmetric_kernel"],
+        ["_forward", "_backward", *["_row"] * 3],
+    )
     assert [row[0] for row in rows] == products + passes
     assert all(int(row[-1]) > 0 for row in rows[: len(products)] if row[0] != "_prepare"), told.stdout
 

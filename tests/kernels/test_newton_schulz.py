@@ -3,7 +3,7 @@
 import pytest
 import torch
 import triton
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from triton import language as tl
 
@@ -64,15 +64,17 @@ def test_every_tile_on_or_below_the_diagonal_has_one_index(side):
 @examples
 @given(
     count=st.integers(1, 3), rows=st.integers(1, 70), columns=st.integers(1, 70), alpha=st.sampled_from([1.0, -0.7]),
-    beta=st.sampled_from([None, 2.5]), seed=st.integers(0, 99),
+    beta=st.sampled_from([None, 2.5]), diagonal=st.sampled_from([0.0, -3.0]), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_products_equal_fp64_and_are_symmetric_to_the_bit(count, rows, columns, alpha, beta, seed):
+@example(count=2, rows=64, columns=32, alpha=1.0, beta=2.5, diagonal=1.5, seed=0)  # nothing to mask
+def test_products_equal_fp64_and_are_symmetric_to_the_bit(count, rows, columns, alpha, beta, diagonal, seed):
     x, y = randn(count, rows, columns, seed=seed), randn(count, rows, rows, seed=seed + 1)
-    added = () if beta is None else (beta, y + y.mT)
-    expected = alpha * torch.einsum("nik,njk->nij", x.double(), x.double()) + (added[0] * added[1].double() if added else 0)
-    product = symmetric(x, alpha, *added, tiles=SMALL)
-    assert error(product, expected) < 1e-6 and torch.equal(product, product.mT)
-    assert error(plain_symmetric(x.double(), alpha, *added), expected) < 1e-7
+    added = (0.0, None) if beta is None else (beta, y + y.mT)
+    expected = alpha * torch.einsum("nik,njk->nij", x.double(), x.double()) + (added[0] * added[1].double() if beta else 0)
+    expected = expected + diagonal * torch.eye(rows, device=DEVICE)
+    product = symmetric(x, alpha, *added, diagonal, tiles=SMALL)
+    assert error(product, expected) < 2e-6 and torch.equal(product, product.mT)
+    assert error(plain_symmetric(x.double(), alpha, *added, diagonal), expected) < 1e-7
 
 
 def test_a_square_in_fp16_is_symmetric_to_the_bit_and_as_exact_as_a_plain_one():
@@ -97,13 +99,13 @@ def test_an_empty_batch_gives_an_empty_batch():
 def test_pytorch_finds_the_operator_registered_as_it_behaves():
     x = randn(2, 20, 30)
     for y in (None, symmetric(x, tiles=SMALL)):
-        torch.library.opcheck(kernel._symmetric, (x, y, 1.0, 0.5, *SMALL[16]))
+        torch.library.opcheck(kernel._symmetric, (x, y, 1.0, 0.5, 2.0, *SMALL[16]))
 
 
 # ---- Newton-Schulz ----
 
 
-@pytest.mark.parametrize(("coefficients", "shape"), zip(COEFFICIENTS, [(4, 30, 60), (4, 60, 30), (2, 40, 40), (4, 30, 60)], strict=True))
+@pytest.mark.parametrize(("coefficients", "shape"), list(zip(COEFFICIENTS, [(4, 30, 60), (4, 60, 30), (2, 40, 40), (4, 30, 60)], strict=True)))
 def test_in_fp16_results_are_as_close_to_fp64_as_plain_products(coefficients, shape):
     matrices = randn(*shape)
     expected = newton_schulz(matrices.double(), coefficients, torch.float64)
@@ -160,13 +162,13 @@ class TestOnTheGpu:
     def test_a_bf16_product_is_symmetric_to_the_bit_and_as_exact_as_a_plain_one(self, shape):
         x = randn(*shape, seed=torch.seed() % 2**31).bfloat16() / shape[-1] ** 0.5
         gram = symmetric(x)
-        square = symmetric(gram, 0.5, -1.5, gram)
+        square = symmetric(gram, 0.5, -1.5, gram, 2.0)
         for ours, plain, truth in (
             (gram, plain_symmetric(x), plain_symmetric(x.double())),
-            (square, plain_symmetric(gram, 0.5, -1.5, gram), plain_symmetric(gram.double(), 0.5, -1.5, gram.double())),
+            (square, plain_symmetric(gram, 0.5, -1.5, gram, 2.0), plain_symmetric(gram.double(), 0.5, -1.5, gram.double(), 2.0)),
         ):
             assert torch.equal(ours, ours.mT) and error(ours, truth) <= min(max(1.1 * error(plain, truth), 2e-3), 5e-3)
-        assert torch.equal(square, symmetric(gram, 0.5, -1.5, gram))
+        assert torch.equal(square, symmetric(gram, 0.5, -1.5, gram, 2.0))
 
     @pytest.mark.parametrize("coefficients", COEFFICIENTS)
     @pytest.mark.parametrize("shape", [(2, 768, 2048), (2, 768, 256), (6, 64, 768), (1, 131, 517)], ids=str)

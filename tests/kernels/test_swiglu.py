@@ -59,7 +59,11 @@ def test_huge_gates_give_no_nan():
 
 def test_strided_and_empty_inputs_are_served():
     packed, dy = drawn((6, 5, 8), torch.float32)
-    for one, other in zip(both(lambda x: swiglu(x.transpose(0, 1)), packed, dy.transpose(0, 1)), both(lambda x: reference(x.transpose(0, 1)), packed, dy.transpose(0, 1)), strict=True):
+    for one, other in zip(
+        both(lambda x: swiglu(x.transpose(0, 1)), packed, dy.transpose(0, 1)),
+        both(lambda x: reference(x.transpose(0, 1)), packed, dy.transpose(0, 1)),
+        strict=True,
+    ):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
     assert swiglu(packed[:0]).shape == (0, 5, 8)
 
