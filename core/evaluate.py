@@ -5,12 +5,11 @@ import math
 import torch
 
 from ablab.core.data import Tokens
-from ablab.core.loss import token_losses
 
 
 @torch.no_grad()
-def held_out_loss(forward, tokens: Tokens, rows: int, device: torch.device) -> dict[str, float]:
-    """forward: int [rows, T] -> logits.  Returns loss (nats/token over all tokens) and bits_per_byte.
+def held_out_loss(nats_of, tokens: Tokens, rows: int, device: torch.device) -> dict[str, float]:
+    """nats_of: tokens, int [rows,T+1] -> cross-entropy of each from those before it, [rows,T].  Returns loss (nats/token over all tokens) and bits_per_byte.
 
     Every batch has `rows` rows, the last one padded by repetition and cut after the forward: one compiled shape.
     """
@@ -20,7 +19,7 @@ def held_out_loss(forward, tokens: Tokens, rows: int, device: torch.device) -> d
         count = min(rows, total - first)
         block = tokens.held_out_batch(first, count)
         block = block[torch.arange(rows) % count].to(device, non_blocking=True)
-        losses = token_losses(forward(block[:, :-1]), block[:, 1:])[:count].double()
+        losses = nats_of(block)[:count].double()
         weight = table[block[:count, 1:]]
         nats += losses.sum()
         counted += (losses * (weight > 0)).sum()

@@ -219,21 +219,24 @@ def _sole(stages: Mapping[str, Any]) -> dict[str, Any]:
     return next((values_of(stage) for stage in stages.values()), {})
 
 
-def fused_loss(model: Any, recipe: Recipe) -> Callable:
-    """tokens int [B,T+1] -> (loss to descend, cross-entropy to report), sums over tokens in nats, fp32; the logits stay inside."""
-    from ablab.kernels.linear_cross_entropy import linear_cross_entropy
+def fused_heads(model: Any, penalties: tuple[Any, ...]) -> tuple[Callable, Callable]:
+    """As `heads_of` of core/loss.py; most of the logits never exist."""
+    from ablab.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
 
     bound = [(stage.function.fusable, values_of(stage)) for stage in model.on_logits.values()]
-    how: dict[str, Any] = {"multiplier": 1.0, "z_weight": sum(part.of_squares for part in recipe.objective)}
+    how: dict[str, Any] = {"multiplier": 1.0}
     for name, values in bound:
         how |= {"multiplier": how["multiplier"] * values["factor"]} if name == "multiply" else {"cap": values["cap"], "cap_form": name}
-    weight = model.readout.weight if hasattr(model, "readout") else model.embedding.table
+    table, of_squares = model.readout.weight if hasattr(model, "readout") else model.embedding.table, sum(part.of_squares for part in penalties)
 
-    def loss(block):
-        x = model.features(block[:, :-1]).flatten(0, 1)
-        return linear_cross_entropy(x, weight.to(x.dtype), block[:, 1:].flatten(), **how)
+    def read(x, targets):
+        x = model.norm(x).flatten(0, 1)
+        return x, table.to(x.dtype), targets.flatten()
 
-    return loss
+    return (
+        lambda x, targets: linear_cross_entropy(*read(x, targets), **how, z_weight=of_squares),
+        lambda x, targets: token_losses(*read(x, targets), **how).view(targets.shape),
+    )
 
 
 def values_of(stage: Any) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Cross-entropy in nats, bits per byte, and the penalties that a recipe adds.  fp32 throughout."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from ablab.core.part import Part
+
+Head = Callable[[Tensor, Tensor], Any]  # (what the trunk leaves [B,T,W], targets int [B,T]) -> numbers
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -28,7 +31,16 @@ def objective_of(penalties: tuple[Part, ...]) -> Callable[[Tensor, Tensor], tupl
     return objective
 
 
-def loss_of(model: Callable[[Tensor], Tensor], penalties: tuple[Part, ...]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Rows of tokens, int [B,T+1] -> the objective of predicting each from those before it."""
+def heads_of(model: Any, penalties: tuple[Part, ...]) -> tuple[Head, Head]:
+    """What may follow the trunk: the objective, and the cross-entropy of each token, in nats [B,T] fp32."""
     objective = objective_of(penalties)
-    return lambda block: objective(model(block[:, :-1]), block[:, 1:])
+
+    def logits(x: Tensor) -> Tensor:
+        return model.logits(model.norm(x))
+
+    return lambda x, targets: objective(logits(x), targets), lambda x, targets: token_losses(logits(x), targets)
+
+
+def of_rows(model: Any, head: Head) -> Callable[[Tensor], Any]:
+    """Rows of tokens, int [B,T+1] -> the head of predicting each from those before it."""
+    return lambda rows: head(model.trunk(rows[:, :-1]), rows[:, 1:])

@@ -140,10 +140,14 @@ class Transformer(nn.Module):
 
     def features(self, tokens: Tensor) -> Tensor:
         """What the readout reads: tokens int [B,T] -> normed [B,T,W]."""
+        return self.norm(self.trunk(tokens))
+
+    def trunk(self, tokens: Tensor) -> Tensor:
+        """What the blocks leave: tokens int [B,T] -> [B,T,W]."""
         x, carry = self.embed(tokens), {}
         for block in self.run:
             x, carry = block(x, carry)
-        return self.norm(x)
+        return x
 
     def extend(self, tokens: Tensor, cache: list[Past] | None) -> tuple[Tensor, list[Past]]:
         """Logits [B,T,V] of T new tokens, given the cache of the tokens before them (None: there are none)."""

@@ -20,7 +20,7 @@ from ablab.core.evaluate import held_out_loss
 from ablab.core.files import write_atomically
 from ablab.core.init import initialise
 from ablab.core.load import dump
-from ablab.core.loss import loss_of
+from ablab.core.loss import Head, heads_of, of_rows
 from ablab.core.model import Transformer
 from ablab.core.optimizer import Optimizer
 from ablab.core.parametrize import Standard
@@ -66,11 +66,10 @@ class Trainer:
         if "ffn" in kernels:
             fuse.fuse_ffn(self.model)
         replay = self.runtime["replay"]
-        self.optimizer = Optimizer(self.model, recipe, self.runtime["compile"], "newton_schulz" in kernels, replay)
+        self.optimizer = Optimizer(self.model, recipe, bool(self.runtime["compile"]), "newton_schulz" in kernels, replay)
         self.weights = [bank.weight for bank in self.optimizer.banks]
-        compiled = torch.compile if self.runtime["compile"] else lambda function: function
-        self.forward = compiled(self.model)
-        self.loss = compiled(fuse.fused_loss(self.model, recipe) if "loss" in kernels else loss_of(self.model, recipe.objective))
+        heads = (fuse.fused_heads if "loss" in kernels else heads_of)(self.model, recipe.objective)
+        self.loss, self.nats = _compiled(self.model, heads, self.runtime["compile"])
         self.window = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats and tokens since the last log
         self.descend = OnDevice(self._descend, self.device, replay)
         self.restart(recipe, data_folder)
@@ -120,7 +119,7 @@ class Trainer:
         return scores
 
     def _held_out(self) -> dict[str, float]:
-        return held_out_loss(self.forward, self.tokens, self.runtime["micro_batch"], self.device)
+        return held_out_loss(self.nats, self.tokens, self.runtime["micro_batch"], self.device)
 
     @contextmanager
     def _weights_of(self, readout: list[Tensor]):
@@ -168,6 +167,18 @@ class Trainer:
         for name, value in self.model.named_parameters():
             total.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
         return total.hexdigest()[:16]
+
+
+def _compiled(model: Transformer, heads: tuple[Head, Head], how: bool | str) -> list[Callable[[Tensor], Any]]:
+    """The heads of rows of tokens, int [B,T+1], compiled as `Runtime.compile` says."""
+    torch._dynamo.config.recompile_limit = 64  # kinds of blocks, each with and without gradients; beyond it they would run eagerly
+    if how == "blocks":
+        for block in model.blocks:
+            block.compile()
+        model.embed = torch.compile(model.embed)
+        return [of_rows(model, torch.compile(head)) for head in heads]
+    compiled = torch.compile if how else lambda function: function
+    return [compiled(of_rows(model, head)) for head in heads]
 
 
 class Warm:

@@ -74,22 +74,20 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
 
 
 @torch.library.custom_op("ablab::linear_cross_entropy_value", mutates_args=())
-def _value(
-    x: Tensor, weight: Tensor, targets: Tensor, multiplier: float, cap: float, cap_form: str, z_weight: float, chunk: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(loss, nats) without any gradient."""
+def _value(x: Tensor, weight: Tensor, targets: Tensor, multiplier: float, cap: float, cap_form: str, chunk: int) -> tuple[Tensor, Tensor]:
+    """(nats, logsumexp) of each row, fp32 [N], without any gradient."""
     rows = x.shape[0]
     buffer = _padded(min(chunk, rows), weight.shape[0], x)
-    nats, lses = x.new_empty(2, rows, dtype=torch.float32)
+    nats, lses = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
     for piece in _chunks(rows, chunk):
         logits = torch.mm(x[piece], weight.mT, out=buffer[: x[piece].shape[0]])
-        nats[piece], lses[piece] = cross_entropy_(logits, targets[piece], multiplier, cap, cap_form, z_weight, gradient=False, padded=True)
-    return _sums(nats, lses, z_weight)
+        nats[piece], lses[piece] = cross_entropy_(logits, targets[piece], multiplier, cap, cap_form, gradient=False, padded=True)
+    return nats, lses
 
 
 @_value.register_fake
-def _(x, weight, targets, multiplier, cap, cap_form, z_weight, chunk):
-    return x.new_empty((), dtype=torch.float32), x.new_empty((), dtype=torch.float32)
+def _(x, weight, targets, multiplier, cap, cap_form, chunk):
+    return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("ablab::linear_cross_entropy", mutates_args=())
@@ -141,12 +139,18 @@ def linear_cross_entropy(
     by `multiplier`, then capped: cap_form "none", "tanh" or "rational" (`squash`).  nats has no gradient.
     chunk: rows of logits in memory at a time; 0: as few equal chunks as LOGITS allows.
     """
-    numbers = (float(multiplier), float(cap), cap_form, float(z_weight))
-    chunk = chunk or _rows_within(LOGITS, x.shape[0], weight.shape[0] * x.element_size())
     if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
-        return _value(x, weight, targets, *numbers, chunk)
-    return _with_gradients(x, weight, targets, *numbers, chunk)[:2]
+        return _sums(*_value(x, weight, targets, float(multiplier), float(cap), cap_form, chunk or _rows_within(x, weight)), z_weight)
+    numbers = (float(multiplier), float(cap), cap_form, float(z_weight))
+    return _with_gradients(x, weight, targets, *numbers, chunk or _rows_within(x, weight))[:2]
 
 
-def _rows_within(limit: int, rows: int, row_bytes: int) -> int:
-    return max(-(-rows // -(-rows * row_bytes // limit)), 1) if rows else 1
+def token_losses(x: Tensor, weight: Tensor, targets: Tensor, multiplier: float = 1.0, cap: float = 0.0, cap_form: str = "none") -> Tensor:
+    """Cross-entropy of each row in nats, fp32 [N], without any gradient; arguments as above."""
+    return _value(x, weight, targets, float(multiplier), float(cap), cap_form, _rows_within(x, weight))[0]
+
+
+def _rows_within(x: Tensor, weight: Tensor) -> int:
+    """Rows of logits in as few equal chunks as LOGITS allows."""
+    rows, row_bytes = x.shape[0], weight.shape[0] * x.element_size()
+    return max(-(-rows // -(-rows * row_bytes // LOGITS)), 1) if rows else 1

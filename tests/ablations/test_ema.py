@@ -157,6 +157,7 @@ def test_the_average_of_a_run_is_the_shares_of_its_weights(tiny, token_folder, d
 
 def test_held_out_metrics_are_those_of_a_model_that_holds_the_average(tiny, build, token_folder):
     from ablab.core.evaluate import held_out_loss
+    from ablab.core.loss import heads_of, of_rows
 
     trainer = Trainer(tiny([{"ema": {"horizon": 6}}], optim__lr=0.02), CPU, token_folder)
     for _ in range(12):
@@ -166,6 +167,6 @@ def test_held_out_metrics_are_those_of_a_model_that_holds_the_average(tiny, buil
     for bank, average in zip(trainer.optimizer.banks, part.readout(state, trainer.weights), strict=True):
         for name, value in zip(bank.names, average, strict=True):
             model.get_parameter(name).data.copy_(value)
-    expected = held_out_loss(model, trainer.tokens, 4, torch.device("cpu"))
+    expected = held_out_loss(of_rows(model, heads_of(model, ())[1]), trainer.tokens, 4, torch.device("cpu"))
     assert scores["val/loss"] == pytest.approx(expected["loss"], abs=1e-9) and scores["val/bits_per_byte"] == pytest.approx(expected["bits_per_byte"], abs=1e-9)
     assert abs(scores["raw/val/loss"] - scores["val/loss"]) > 1e-4

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ablab.core.errors import UserError
 from ablab.core.layers import LinearMap, plain_product
 from ablab.core.load import assign
-from ablab.core.loss import loss_of
+from ablab.core.loss import heads_of, of_rows
 from ablab.core.plan import plan_of
 from ablab.core.runtime import Runtime
 from ablab.core.trainer import Trainer
@@ -202,7 +202,7 @@ def test_gradients_of_the_model_are_near_the_plain_ones_and_the_dose_shows_in_al
     found = []
     for treatment in ([], *([{"fp8": {"where": "both", "gradient": form}}] for form in FORMATS)):
         model = build(tiny(treatment), stirred=0.1)
-        loss_of(model, ())(batch(tiny()))[0].backward()
+        of_rows(model, heads_of(model, ())[0])(batch(tiny()))[0].backward()
         found.append([value.grad for value in model.parameters()])
     precise, wide = ([error(*pair) for pair in zip(ours, found[0], strict=True)] for ours in found[1:])
     assert all(0.01 < size < 0.3 for size in precise + wide) and all(one != other for one, other in zip(precise, wide, strict=True))
@@ -229,7 +229,7 @@ def test_a_model_compiles_as_one_graph_to_the_same_bits(tiny, build, batch, reco
     recipe, seen = tiny([{"fp8": {"where": "both"}}], model__layers=2), []
     model = build(recipe, recompute=recompute)
     for compiled in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")):
-        loss, _ = compiled(loss_of(model, recipe.objective))(batch(recipe))
+        loss, _ = compiled(of_rows(model, heads_of(model, recipe.objective)[0]))(batch(recipe))
         loss.backward()
         seen.append([loss.detach(), *(value.grad for value in model.parameters())])
         model.zero_grad()

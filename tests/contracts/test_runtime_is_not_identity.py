@@ -13,8 +13,8 @@ from ablab.core.trainer import Trainer, run
 from ablab.experiments.experiment import load
 
 OTHER = {
-    "device": "cuda", "dtype": "bf16", "kernels": "torch", "compile": True, "replay": True, "micro_batch": 2, "recompute": 2, "deterministic": True, "threads": 2,
-    "log_every": 1, "evaluations": 3, "save_seconds": 0.0, "keep_weights": True,
+    "device": "cuda", "dtype": "bf16", "kernels": "torch", "compile": True, "replay": True, "micro_batch": 2, "recompute": 2,
+    "deterministic": True, "threads": 2, "log_every": 1, "evaluations": 3, "save_seconds": 0.0, "keep_weights": True,
 }  # fmt: skip
 # The other fields may round differently; `deterministic` and `kernels` do so on a GPU alone.
 KEEP_THE_BITS = ("kernels", "replay", "recompute", "deterministic", "log_every", "evaluations", "save_seconds", "keep_weights")
@@ -54,8 +54,8 @@ class Seen:
         def watch(trainer, *given):
             make(trainer, *given)
             self.trainer = trainer
-            trainer.model.register_forward_pre_hook(lambda model, inputs: self.rows.add(len(inputs[0])))
-            trainer.model.register_forward_hook(lambda model, inputs, logits: setattr(self, "dtype", logits.dtype))
+            trainer.model.norm.register_forward_pre_hook(lambda norm, inputs: self.rows.add(len(inputs[0])))
+            trainer.model.norm.register_forward_hook(lambda norm, inputs, normed: setattr(self, "dtype", normed.dtype))
             trainer.model.blocks[0].register_forward_pre_hook(lambda *given: setattr(self, "blocks", self.blocks + 1))
 
         patch.setattr(checkpoint, "write", count_saves)

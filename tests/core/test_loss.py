@@ -79,6 +79,11 @@ def test_the_reported_cross_entropy_never_contains_a_penalty(case):
 # ---- held-out loss and bits per byte ----
 
 
+def nats_by(logits_of):
+    """tokens [rows,T+1] -> nats [rows,T], of a model that gives logits."""
+    return lambda block: token_losses(logits_of(block[:, :-1]), block[:, 1:])
+
+
 def scored(nats, sizes, rows=1) -> dict[str, float]:
     """Held-out metrics of one row whose i-th target costs nats[i] and stands for sizes[i] bytes."""
     vocab = len(nats) + 1
@@ -88,7 +93,7 @@ def scored(nats, sizes, rows=1) -> dict[str, float]:
     target = -torch.tensor(nats, dtype=torch.float64)
     logits = ((1 - target.exp()) / (vocab - 1)).log()[:, None].repeat(1, vocab)
     logits[torch.arange(len(nats)), torch.arange(1, vocab)] = target
-    return held_out_loss(lambda x: logits.expand(len(x), -1, -1), tokens, rows, torch.device("cpu"))
+    return held_out_loss(nats_by(lambda x: logits.expand(len(x), -1, -1)), tokens, rows, torch.device("cpu"))
 
 
 def test_bits_per_byte_hand_example():
@@ -115,7 +120,7 @@ def test_held_out_metrics_count_every_row_once_however_they_are_batched(tiny, to
     """20 rows of 16: 3 leaves 2 over, 64 is padded by repetition.  Logits depend on the token, so every row differs."""
     tokens = Tokens(tiny(), token_folder)
     table = 2 * randn(64, 64)
-    scores = held_out_loss(lambda x: table[x], tokens, rows, torch.device("cpu"))
+    scores = held_out_loss(nats_by(lambda x: table[x]), tokens, rows, torch.device("cpu"))
     ids = np.fromfile(token_folder / "val.bin", "<u2").astype(np.int64)[:321]
     nats = fp64_losses(table[torch.from_numpy(ids[:-1])], torch.from_numpy(ids[1:]))
     size = np.load(token_folder / "token_bytes.npy")[ids[1:]]
@@ -133,5 +138,5 @@ def test_held_out_losses_are_summed_in_fp64():
     )  # fmt: skip
     logits = torch.tensor([0.0, math.log(math.exp(4.000001) - 1)])
     one = token_losses(logits[None], torch.zeros(1, dtype=torch.int64)).item()
-    scores = held_out_loss(lambda x: logits.expand(*x.shape, 2), tokens, 3, torch.device("cpu"))
+    scores = held_out_loss(nats_by(lambda x: logits.expand(*x.shape, 2)), tokens, 3, torch.device("cpu"))
     assert abs(scores["loss"] - one) < 1e-10 and abs(scores["bits_per_byte"] - one / math.log(2)) < 1e-10

@@ -8,7 +8,7 @@ import torch
 from ablab.core import fuse
 from ablab.core.errors import UserError
 from ablab.core.init import initialise
-from ablab.core.loss import loss_of
+from ablab.core.loss import heads_of, of_rows
 from ablab.core.model import Transformer
 from ablab.core.record import Record
 from ablab.core.runtime import Runtime, settle
@@ -40,7 +40,8 @@ def evaluated(recipe, kernels: set[str]) -> dict[str, torch.Tensor]:
     block = torch.randint(recipe.data.vocab, (recipe.data.batch, recipe.data.context + 1), generator=draw)
     if "attention" in kernels:
         fuse.fuse_attention(model)
-    loss, nats = (fuse.fused_loss(model, recipe) if "loss" in kernels else loss_of(model, recipe.objective))(block)
+    descend, _ = (fuse.fused_heads if "loss" in kernels else heads_of)(model, recipe.objective)
+    loss, nats = of_rows(model, descend)(block)
     (loss / 7).backward()
     return {"loss": loss.detach(), "nats": nats} | {name: value.grad for name, value in model.named_parameters()}
 
@@ -85,7 +86,7 @@ def test_a_model_with_kernels_compiles_as_one_graph_to_the_same_bits(tiny):
     model = Transformer(recipe, recompute=2)
     initialise(model, recipe)
     fuse.fuse_attention(model)
-    loss, seen = fuse.fused_loss(model, recipe), []
+    loss, seen = of_rows(model, fuse.fused_heads(model, recipe.objective)[0]), []
     block = torch.randint(recipe.data.vocab, (2, 17), generator=torch.Generator().manual_seed(1))
     for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
         total, nats = function(block)
