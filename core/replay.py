@@ -42,6 +42,10 @@ class OnDevice:
             self.result = self.function(self.given)
         self.peak = torch.cuda.max_memory_allocated()
 
+    def stop_replaying(self) -> None:
+        """From here on it runs as it is, and the memory of the graph is free."""
+        self.replay, self.graph, self.given, self.result = False, None, None, None
+
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:

@@ -68,6 +68,7 @@ def grid(
     name: Name = None, overrides: Overrides = None,
     cells: Annotated[int | None, typer.Option(min=2, help="runs of the grid (12; without a GPU 4)")] = None,
     seconds: Annotated[float | None, typer.Option(min=0.1, help="of training a cell (60; without a GPU 3)")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="cells at a time; two on a GPU train one while they compile the other")] = 1,
     mlflow: Annotated[bool, typer.Option(help="also show the runs in MLflow, whose time then counts")] = False,
     plugins: Plugins = None, out: Out = None,
 ) -> None:  # fmt: skip
@@ -75,7 +76,7 @@ def grid(
     name, given = _asked(name, overrides, plugins)
     from ablab.experiments.bench_grid import bench_grid, show_grid
 
-    found = bench_grid(name, given, cells, seconds, mlflow, [str(folder.absolute()) for folder in plugins or ()])
+    found = bench_grid(name, given, cells, seconds, mlflow, [str(folder.absolute()) for folder in plugins or ()], jobs)
     show_grid(found)
     _write(found, out)
 

@@ -49,7 +49,10 @@ class Observer(Quiet):
     """Notes when each run's first log came and when it ended: seconds since the runner was called."""
 
     def __init__(self) -> None:
-        self.called, self.first, self.ended, self.order = time.perf_counter(), {}, {}, []
+        self.called, self.began, self.first, self.ended, self.order = time.perf_counter(), {}, {}, {}, []
+
+    def started(self, run: Run) -> None:
+        self.began[run.id] = time.perf_counter() - self.called
 
     def logged(self, run: Run, step: int, scalars: dict[str, float]) -> None:
         self.first.setdefault(run.id, time.perf_counter() - self.called)
@@ -60,10 +63,11 @@ class Observer(Quiet):
         self.order.append((run, result))
         self.ended[run.id] = time.perf_counter() - self.called
 
-    def times(self, store: Store) -> list[CellTime]:
-        """In the order in which the runs ended; one worker, so each begins where the one before ended."""
+    def times(self, store: Store, jobs: int = 1) -> list[CellTime]:
+        """In the order in which the runs ended; with one worker each begins where the one before ended."""
         cells, since = [], 0.0
         for run, result in self.order:
+            since = self.began[run.id] if jobs > 1 else since
             stepped = self.first[run.id] - first_pace(store.run(run.id))
             rest = self.ended[run.id] - stepped - result.seconds
             cells.append(CellTime(run.cell, run.recipe.seed, stepped - since, result.seconds, rest))
@@ -76,7 +80,9 @@ def first_pace(record: Record) -> float:
     return next(iter(record.pace()))["seconds"]
 
 
-def bench_grid(name: str, overrides: dict[str, Any], cells: int | None, seconds: float | None, mlflow: bool, plugins: list[str]) -> dict[str, Any]:
+def bench_grid(
+    name: str, overrides: dict[str, Any], cells: int | None, seconds: float | None, mlflow: bool, plugins: list[str], jobs: int = 1
+) -> dict[str, Any]:
     """Time a cold run, then a grid.  None: the device's own number.  Raises UserError, also where a cell does not finish."""
     with tempfile.TemporaryDirectory() as folder, _caches_in(Path(folder) / "caches"):
         root = Path(folder)
@@ -88,15 +94,16 @@ def bench_grid(name: str, overrides: dict[str, Any], cells: int | None, seconds:
         store, watcher = Store(root / "grid"), Observer()
         (store.root).mkdir()
         (store.root / "data").symlink_to(root / "data")
-        execute(experiment, store, runs, watcher, 1, plugins, mlflow)
+        execute(experiment, store, runs, watcher, jobs, plugins, mlflow)
         wall = time.perf_counter() - watcher.called
-        times = watcher.times(store)
+        times = watcher.times(store, jobs)
     if len(times) < 2:
         raise UserError(f"only {len(times)} of {count} cells trained, for the others compute the same bits; name an experiment with more live cells")
-    training = sum(one.training for one in times)
+    training, tokens = sum(one.training for one in times), sum(result.tokens for _, result in watcher.order)
     return {
-        "experiment": experiment.name.split("@")[0], "device": kind, "cells": len(times), "seconds_asked": asked, "mlflow": mlflow,
+        "experiment": experiment.name.split("@")[0], "device": kind, "cells": len(times), "jobs": jobs, "seconds_asked": asked, "mlflow": mlflow,
         "wall_seconds": wall, "training_seconds": training, "training_over_wall": training / wall, "tokens_per_second_cold_run": rate,
+        "tokens_per_second": tokens / wall, "of_lone_pace": tokens / wall / rate,
         "cold_start_seconds": cold.before, "first_cell_seconds": times[0].before, "second_cell_seconds": times[1].before,
         "median_later_cell_seconds": median(one.before for one in times[1:]), "times": [asdict(one) for one in times],
     }  # fmt: skip
@@ -149,10 +156,12 @@ def show_grid(found: dict[str, Any]) -> None:
     from ablab.experiments.printing import table
 
     logged = "with MLflow" if found["mlflow"] else "without MLflow"
-    typer.echo(f"{found['experiment']} on {found['device']}: {found['cells']} cells of about {found['seconds_asked']:g} s, one worker, {logged}; random tokens")
+    cells = f"{found['cells']} cells of about {found['seconds_asked']:g} s, {found['jobs']} at a time"
+    typer.echo(f"{found['experiment']} on {found['device']}: {cells}, {logged}; random tokens")
     table([_row(one) for one in found["times"]])
     rows: Iterable[tuple[str, str]] = (
         ("training / wall", f"{100 * found['training_over_wall']:.1f} %  ({found['training_seconds']:.1f} of {found['wall_seconds']:.1f} s)"),
+        ("tokens/s of the grid / of the cold run", f"{100 * found['of_lone_pace']:.1f} %  (grid {found['tokens_per_second']:,.0f})"),
         ("cold: new worker, empty compile caches", f"{found['cold_start_seconds']:.2f} s before the first step ended"),
         ("first cell: new worker, caches on disk", f"{found['first_cell_seconds']:.2f} s"),
         ("second cell: warm worker", f"{found['second_cell_seconds']:.2f} s"),

@@ -57,7 +57,9 @@ class Ours:
     def show_phases(self) -> None:
         """From here on without replays: the kernels are the same, but launched one by one, each by its phase."""
         for one in self.replayed:
-            one.replay = False
+            one.stop_replaying()
+        if self.trainer.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)

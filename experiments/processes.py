@@ -35,18 +35,20 @@ class Workers:
         self.idle: list[Any] = []  # pipes of workers that are ready and hold nothing
         self.holds: dict[Any, Job] = {}  # pipe -> the job in hand
 
-    def work(self, tasks: Iterable[Task], job_of: Callable[[Task], Job], heard: Heard) -> None:
+    def work(self, tasks: Iterable[Task], job_of: Callable[[Task], Job], heard: Heard, kind_of: Callable[[Task], str] = lambda task: "") -> None:
         """Hand out jobs until each is answered.  A job is made when it is given: ten thousand would fill the memory.
 
+        kind_of: tasks of one kind go to one worker, which is warm for it, while others find another kind.
         Raises UserError where a worker cannot start.
         """
-        tasks, later = deque(tasks), deque()  # later: (when, job)
+        tasks, later = deque((kind_of(task), task) for task in tasks), deque()  # later: (when, job)
         count = max(min(self.count, len(tasks)), len(self.processes))
         while tasks or later or self.holds:
             for slot in set(range(count)) - {process.slot for process in self.processes.values()}:
                 self._start(slot)
             while self.idle and (tasks or (later and later[0][0] < time.monotonic())):
-                self._give(self.idle.pop(), job_of(tasks.popleft()) if tasks else later.popleft()[1])
+                pipe = self.idle.pop()
+                self._give(pipe, job_of(self._suited(tasks, pipe)) if tasks else later.popleft()[1])
             for pipe in wait(list(self.processes), timeout=PATIENCE / 2):
                 word, job, payload = self._hear(pipe)
                 if word == "busy":
@@ -79,8 +81,17 @@ class Workers:
         with _no_interrupt():
             process.start()
         theirs.close()
-        process.slot, process.was_ready = slot, False
+        process.slot, process.was_ready, process.kind = slot, False, ""
         self.processes[ours] = process
+
+    def _suited(self, tasks: deque, pipe: Any) -> Any:
+        """Take out the first task of the kind that the worker had last; else of a kind that none has; else the first."""
+        taken = {process.kind for process in self.processes.values()}
+        wanted = (lambda kind: kind == self.processes[pipe].kind), (lambda kind: kind not in taken), (lambda kind: True)
+        place = next(i for suits in wanted for i, (kind, _) in enumerate(tasks) if suits(kind))
+        self.processes[pipe].kind, task = tasks[place]
+        del tasks[place]
+        return task
 
     def _give(self, pipe: Any, job: Job) -> None:
         self.holds[pipe] = job

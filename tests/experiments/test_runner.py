@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -250,3 +252,17 @@ def test_two_calls_at_once_train_each_run_once_and_both_end_well(new_lab):
     trained, others = one.json["outcome"]["trained"], two.json["outcome"]["trained"]
     assert sorted(trained + others) == sorted(result["run"] for result in lab.results("twice").values()) and len(trained + others) == 6
     assert count.stat().st_size == 6 * 20 * 2
+
+
+def test_a_worker_keeps_to_the_kind_it_is_warm_for_and_others_find_another():
+    """Two workers, three kinds: b must not wait for the worker of a, and no kind is compiled twice without need."""
+    from ablab.experiments.processes import Workers
+
+    workers = Workers(2)
+    one, two = object(), object()
+    workers.processes = {one: SimpleNamespace(kind=""), two: SimpleNamespace(kind="")}
+    tasks = deque((name[0], name) for name in ("a0", "a1", "b0", "a2", "b1", "c0"))
+    given = [(pipe is one, workers._suited(tasks, pipe)) for pipe in (one, two, one, two, one, two)]
+    assert given == [(True, "a0"), (False, "b0"), (True, "a1"), (False, "b1"), (True, "a2"), (False, "c0")]
+    plain = deque(("", number) for number in range(3))
+    assert [workers._suited(plain, one) for _ in range(3)] == [0, 1, 2]
