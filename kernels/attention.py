@@ -6,9 +6,9 @@
 
 over heads of D channels, where turn() rotates channel i with i + D/2 (Su et al., arXiv:2104.09864) after the RMSNorm
 of each head (Henry et al., arXiv:2010.04245).  The softmax is FlashAttention-2's (Dao, arXiv:2307.08691), written in
-Triton: kernels/attention_forward.py and kernels/attention_backward.py.  Saved for the backward pass: qkv, y, and one
-fp32 number per row; y is saved as it leaves, gated, because the next projection keeps that tensor anyway.  Memory held
-only while an op runs: one K (and V, when mixing) forward, one Q backward.
+Triton: kernels/attention_forward.py and kernels/attention_backward.py.  Saved for the backward pass: qkv, y, the keys as
+they are multiplied (and the values, when mixing), and one fp32 number per row; y is saved as it leaves, gated, because
+the next projection keeps that tensor anyway.  Memory held only while an op runs: one Q backward.
 
 Tolerance: q, k, v and P are rounded to the dtype of qkv once each, just before a product; everything else, the norm,
 the rotation and the gate too, is fp32.  A torch path rounds after each stage, so the error against fp64 is held to at
@@ -126,29 +126,30 @@ def _check(qkv, heads, kv_heads, head_dim, cos, sin, q_gain, k_gain, first, weig
 def _attention(
     qkv: Tensor, heads: int, kv_heads: int, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_gain: Tensor | None,
     eps: float, first: Tensor | None, weights: Tensor | None, gate: Tensor | None, tiles: list[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return attention_forward.forward(qkv, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, tiles)
 
 
 @_attention.register_fake
 def _(qkv, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, tiles):
     b, t, width = qkv.shape
-    return qkv.new_empty(b, t, width // (heads + 2 * kv_heads) * heads), qkv.new_empty(b, heads, t, dtype=torch.float32)
+    y, bits = qkv.new_empty(b, t, width // (heads + 2 * kv_heads) * heads), qkv.new_empty(b, heads, t, dtype=torch.float32)
+    return y, bits, qkv.new_empty(attention_forward.ready_shape(qkv, heads, kv_heads, first))
 
 
 @torch.library.custom_op("ablab::attention_backward", mutates_args=())
 def _attention_backward(
-    dy: Tensor, qkv: Tensor, y: Tensor, bits: Tensor, heads: int, kv_heads: int, cos: Tensor, sin: Tensor, q_gain: Tensor | None,
+    dy: Tensor, qkv: Tensor, y: Tensor, bits: Tensor, ready: Tensor, heads: int, kv_heads: int, cos: Tensor, sin: Tensor, q_gain: Tensor | None,
     k_gain: Tensor | None, eps: float, first: Tensor | None, weights: Tensor | None, gate: Tensor | None, tiles: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `attention_backward.backward`; an empty tensor for what is absent: an op returns no None."""
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    grads = attention_backward.backward(dy, qkv, y, bits, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, tiles)
+    grads = attention_backward.backward(dy, qkv, y, bits, ready, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, tiles)
     return tuple(qkv.new_empty(0) if x is None else x for x in grads)
 
 
 @_attention_backward.register_fake
-def _(dy, qkv, y, bits, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, tiles):
+def _(dy, qkv, y, bits, ready, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, tiles):
     parts = attention_backward.parts(qkv, heads, kv_heads, q_gain, first, gate, tiles)
     return tuple(qkv.new_empty(0) if x is None else x for x in (qkv.new_empty(qkv.shape), *parts))
 
@@ -159,11 +160,11 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dy, _):
-    qkv, y, bits, cos, sin, q_gain, k_gain, first, weights, gate = ctx.saved_tensors
+def _differentiate(ctx, dy, *_):
+    qkv, y, bits, ready, cos, sin, q_gain, k_gain, first, weights, gate = ctx.saved_tensors
     if dy is None:
         return (None,) * 12
-    grads = _attention_backward(dy, qkv, y, bits, ctx.heads, ctx.kv_heads, cos, sin, q_gain, k_gain, ctx.eps, first, weights, gate, ctx.tiles)
+    grads = _attention_backward(dy, qkv, y, bits, ready, ctx.heads, ctx.kv_heads, cos, sin, q_gain, k_gain, ctx.eps, first, weights, gate, ctx.tiles)
     dqkv, q_sums, k_sums, dfirst, weight_sums, shares = grads
     gains = (None, None) if q_gain is None else (q_sums.sum(0), k_sums.sum(0))
     mixed = (None, None) if first is None else (dfirst, weight_sums.sum(0))

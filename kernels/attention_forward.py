@@ -2,8 +2,8 @@
 
 `_prepare` writes the keys once, normed and turned (and the values mixed), so that `_forward` is left with the loop of
 FlashAttention-2 (Dao, arXiv:2307.08691): its loads of K and V go straight to shared memory while products run, with no
-arithmetic in between.  The price is one more write and read of K, in a buffer that lives as long as the forward pass
-of the op.  Queries are needed once, so they are normed and turned in `_forward` and never stored.
+arithmetic in between.  The backward pass needs the same, so they are kept.  Queries are needed once, so they are normed
+and turned in `_forward` and never stored.
 
 Offsets: a tensor's base moves by int64 (row of the batch, then token); inside a tile they are int32.  Heads lie D apart.
 """
@@ -75,6 +75,13 @@ def store_tile(base, tile, start, stride_t, T, ROWS: tl.constexpr, D: tl.constex
 
 
 @triton.jit
+def mixed(own, first, weights, start, first_t, T, ROWS: tl.constexpr, D: tl.constexpr):
+    """A tile of values and the same rows of the first layer's -> own v + first_weight first, in their dtype."""
+    old = load_tile(first, start, first_t, T, ROWS, D).to(tl.float32)
+    return (tl.load(weights) * own.to(tl.float32) + tl.load(weights + 1) * old).to(own.dtype)
+
+
+@triton.jit
 def _prepare(
     k, v, first, k_out, v_out, k_gain, weights, cos, sin, in_b, in_t, first_b, first_t, first_h, out_b, out_t, T, KV, eps,
     NORM: tl.constexpr, MIX: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
@@ -85,10 +92,9 @@ def _prepare(
     tile = turned_tile(at(k, b, 0, in_b, in_t) + h * D, k_gain, cos, sin, start, in_t, T, 1.0, eps, NORM, ROWS, D // 2)
     store_tile(at(k_out, b, 0, out_b, out_t) + h * D, tile, start, out_t, T, ROWS, D)
     if MIX:
-        own = load_tile(at(v, b, 0, in_b, in_t) + h * D, start, in_t, T, ROWS, D).to(tl.float32)
-        old = load_tile(at(first, b, 0, first_b, first_t) + h * first_h, start, first_t, T, ROWS, D).to(tl.float32)
-        mixed = tl.load(weights) * own + tl.load(weights + 1) * old
-        store_tile(at(v_out, b, 0, out_b, out_t) + h * D, mixed, start, out_t, T, ROWS, D)
+        own = load_tile(at(v, b, 0, in_b, in_t) + h * D, start, in_t, T, ROWS, D)
+        made = mixed(own, at(first, b, 0, first_b, first_t) + h * first_h, weights, start, first_t, T, ROWS, D)
+        store_tile(at(v_out, b, 0, out_b, out_t) + h * D, made, start, out_t, T, ROWS, D)
 
 
 @triton.jit
@@ -157,28 +163,27 @@ def launch(warps: int, stages: int, registers: int = 0) -> dict:
     return {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
 
 
-def prepare(k, v, first, weights, k_gain, cos, sin, eps, k_out, v_out, tile):
-    """Launch `_prepare` into k_out and, when mixing, v_out: [B,T,KV,D] views of one buffer."""
-    rows, warps, depth = tile
-    b, t, kv, d = k.shape
-    _prepare[(triton.cdiv(t, rows) * b * kv,)](
-        k, v, first, k_out, v_out, k_gain, weights, cos, sin, *strides(k, 2), *strides(first, 3), *strides(k_out, 2), t, kv, eps,
-        NORM=k_gain is not None, MIX=first is not None, ROWS=rows, D=d, **launch(warps, depth),
-    )  # fmt: skip
-
-
-def forward(qkv, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, tiles) -> tuple[Tensor, Tensor]:
-    """y [B,T,H*D] and log2 of the sum of 2^score, fp32 [B,H,T].  tiles: TILES of kernels/attention.py, flat."""
+def forward(qkv, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, tiles) -> tuple[Tensor, Tensor, Tensor]:
+    """y [B,T,H*D]; log2 of the sum of 2^score, fp32 [B,H,T]; `ready`.  tiles: TILES of kernels/attention.py, flat."""
     q, k, v = split(qkv, heads, kv_heads)
-    b, t, _, d = q.shape
+    (b, t, _, d), mix = q.shape, first is not None
     y, bits = qkv.new_empty(b, t, heads * d), qkv.new_empty(b, heads, t, dtype=torch.float32)
-    ready = qkv.new_empty(b, t, kv_heads * (1 + (first is not None)), d)
-    k_ready, v_ready = ready[:, :, :kv_heads], ready[:, :, kv_heads:] if first is not None else v
-    prepare(k, v, first, weights, k_gain, cos, sin, eps, k_ready, v_ready, tiles[:3])
-    m, n, *how = tiles[3:8]
+    made = qkv.new_empty(ready_shape(qkv, heads, kv_heads, first))
+    keys, values = made[:, :, :kv_heads], made[:, :, kv_heads:] if mix else v
+    norm, (rows, warps, depth), (m, n, *how) = q_gain is not None, tiles[:3], tiles[3:8]
+    _prepare[(triton.cdiv(t, rows) * b * kv_heads,)](
+        k, v, first, keys, values, k_gain, weights, cos, sin, *strides(k, 2), *strides(first, 3), *strides(keys, 2), t, kv_heads, eps,
+        NORM=norm, MIX=mix, ROWS=rows, D=d, **launch(warps, depth),
+    )  # fmt: skip
     _forward[(triton.cdiv(t, m) * b * heads,)](
-        q, k_ready, v_ready, gate, q_gain, cos, sin, y, bits, *strides(q, 2), *strides(k_ready, 2), *strides(v_ready, 2), *strides(gate, 3),
-        t, heads, d**-0.5 * LOG2E, eps, NORM=q_gain is not None, GATED=gate is not None, GROUP=heads // kv_heads,
+        q, keys, values, gate, q_gain, cos, sin, y, bits, *strides(q, 2), *strides(keys, 2), *strides(values, 2), *strides(gate, 3),
+        t, heads, d**-0.5 * LOG2E, eps, NORM=norm, GATED=gate is not None, GROUP=heads // kv_heads,
         M=m, N=n, D=d, PRECISION=precision(qkv.dtype), **launch(*how),
     )  # fmt: skip
-    return y, bits
+    return y, bits, made
+
+
+def ready_shape(qkv: Tensor, heads: int, kv_heads: int, first: Tensor | None) -> tuple[int, ...]:
+    """Of turned keys and, when mixing, mixed values: [B,T,KV or 2 KV,D]."""
+    b, t, width = qkv.shape
+    return b, t, kv_heads * (1 + (first is not None)), width // (heads + 2 * kv_heads)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ablab.kernels.cross_entropy import CAPS, cross_entropy_, squash
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LOGITS = 1 << 30  # bytes of logits in memory; halving it adds one read and write of dW for each further chunk
+LOGITS = 1 << 29  # bytes of logits in memory; halving it adds one read and write of dW for each further chunk
 
 
 def serves(dtype: torch.dtype, device: torch.device, cap: float = 0.0, cap_form: str = "none") -> str:

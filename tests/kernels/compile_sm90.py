@@ -57,8 +57,8 @@ def main(B=96, T=384, H=12, KV=12, D=64, tiles="{}"):
     packed, table, gain = empty(B, T, (H + 2 * KV) * D), empty(T, D // 2, dtype=torch.float32), empty(D, dtype=torch.float32)
     first = attention_forward.split(packed, H, KV)[2]
     parts = (H, KV, table, table, gain, gain, 1e-6, first, gain[:2], empty(B, T, H), attention.flat_tiles(D, packed.dtype, ast.literal_eval(tiles)))
-    y, bits = attention_forward.forward(packed, *parts)
-    attention_backward.backward(y, packed, y, bits, *parts)
+    kept = attention_forward.forward(packed, *parts)
+    attention_backward.backward(kept[0], packed, *kept, *parts)
     gram = newton_schulz.symmetric(empty(16, 768, 2048))
     newton_schulz.symmetric(gram, 1.5, 0.5, gram, 2.0)
     packed = empty(16, 4096).requires_grad_()

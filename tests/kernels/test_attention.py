@@ -215,7 +215,7 @@ def test_every_kernel_compiles_for_an_h100_onto_its_matrix_units(tmp_path):
     assert told.returncode == 0, told.stderr
     rows = [line.split() for line in told.stdout.splitlines()]
     products, passes = (
-        ["_prepare", "_forward", "_prepare", "_queries", "_keys", "_symmetric_kernel", "_symmetric_kernel"],
+        ["_prepare", "_forward", "_queries", "_keys", "_symmetric_kernel", "_symmetric_kernel"],
         ["_forward", "_backward", *["_row"] * 3],
     )
     assert [row[0] for row in rows] == products + passes
