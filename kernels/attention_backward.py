@@ -4,8 +4,8 @@ With P = softmax(scores), dP = dy v^T and g the gate (1 without one), row by row
     share = sum_j P_ij dP_ij        the gate's gradient: right at g = 0 too, where y / g would not be
     ds_ij = g P_ij (dP_ij - share)  g share = sum(dy * y) over the channels, known before the loop, y being gated
     dq = scale ds k,   dk = scale ds^T q,   dv = (g P)^T dy
-then each passes back through its rotation and its norm.  `_queries` reads the turned keys and mixed values that the
-forward pass kept; `_keys` makes its one block of them again, from what it must read for their gradients anyway.
+then each passes back through its rotation and its norm.  Both kernels read the turned keys and mixed values that
+the forward pass kept (to make a block of them again in `_keys` took 249 registers a thread for 160, and no less time).
 `_queries` leaves `_keys` its scaled and turned queries [B,H,T,D], and share and the gate as fp32 [B,H,T].
 """
 
@@ -20,7 +20,6 @@ from ablab.kernels.attention_forward import (
     launch,
     load_halves,
     load_tile,
-    mixed,
     precision,
     split,
     store_tile,
@@ -141,8 +140,8 @@ def _sweep_queries(
 
 @triton.jit
 def _keys(
-    q, k, v, first, dy, strengths, k_gain, weights, cos, sin, bits, shares, dk, dv, dfirst, gain_sums, weight_sums,
-    k_b, k_t, first_b, first_t, first_h, dy_b, dy_t, dk_b, dk_t, T, H, KV, scale, eps,
+    q, k, k_raw, v, v_raw, first, dy, strengths, k_gain, weights, cos, sin, bits, shares, dk, dv, dfirst, gain_sums, weight_sums,
+    k_b, k_t, v_b, v_t, raw_b, raw_t, first_b, first_t, first_h, dy_b, dy_t, dk_b, dk_t, T, H, KV, scale, eps,
     NORM: tl.constexpr, MIX: tl.constexpr, GATED: tl.constexpr, GROUP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -150,12 +149,8 @@ def _keys(
     blocks = tl.cdiv(T, N)
     program = tl.program_id(0)
     first_key, b, h = program % blocks * N, program // blocks // KV, program // blocks % KV  # the longest columns first
-    k, v = at(k, b, 0, k_b, k_t) + h * D, at(v, b, 0, k_b, k_t) + h * D
-    key = turned_tile(k, k_gain, cos, sin, first_key, k_t, T, 1.0, eps, NORM, N, D // 2)
-    value = load_tile(v, first_key, k_t, T, N, D)
-    if MIX:
-        first = at(first, b, 0, first_b, first_t) + h * first_h
-        value = mixed(value, first, weights, first_key, first_t, T, N, D)
+    key = load_tile(at(k, b, 0, k_b, k_t) + h * D, first_key, k_t, T, N, D)
+    value = load_tile(at(v, b, 0, v_b, v_t) + h * D, first_key, v_t, T, N, D)
     k_grad, v_grad = tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
     whole = first_key + tl.cdiv(N, M) * M  # queries from here on see every key
     for member in tl.range(0, GROUP):
@@ -174,15 +169,15 @@ def _keys(
             False, GATED, M, N, D, PRECISION,
         )  # fmt: skip
     if MIX:
-        own = load_tile(v, first_key, k_t, T, N, D).to(tl.float32)
-        old = load_tile(first, first_key, first_t, T, N, D).to(tl.float32)
+        own = load_tile(at(v_raw, b, 0, raw_b, raw_t) + h * D, first_key, raw_t, T, N, D).to(tl.float32)
+        old = load_tile(at(first, b, 0, first_b, first_t) + h * first_h, first_key, first_t, T, N, D).to(tl.float32)
         tl.store(weight_sums + program * 2, tl.sum(tl.sum(v_grad * own, 1), 0))
         tl.store(weight_sums + program * 2 + 1, tl.sum(tl.sum(v_grad * old, 1), 0))
         store_tile(at(dfirst, b, 0, T * KV * D, KV * D) + h * D, v_grad * tl.load(weights + 1), first_key, KV * D, T, N, D)
         v_grad = v_grad * tl.load(weights)
     store_tile(at(dv, b, 0, dk_b, dk_t) + h * D, v_grad, first_key, dk_t, T, N, D)
-    dk = at(dk, b, 0, dk_b, dk_t) + h * D
-    store_raw_gradient(k_grad * scale, k, dk, k_gain, gain_sums, cos, sin, first_key, k_t, dk_t, T, eps, NORM, N, D // 2)
+    k_raw, dk = at(k_raw, b, 0, raw_b, raw_t) + h * D, at(dk, b, 0, dk_b, dk_t) + h * D
+    store_raw_gradient(k_grad * scale, k_raw, dk, k_gain, gain_sums, cos, sin, first_key, raw_t, dk_t, T, eps, NORM, N, D // 2)
 
 
 def parts(qkv, heads, kv_heads, q_gain, first, gate, tiles) -> tuple:
@@ -216,8 +211,8 @@ def backward(dy, qkv, y, bits, ready, heads, kv_heads, cos, sin, q_gain, k_gain,
 
     n, m, *how = tiles[13:18]
     _keys[(triton.cdiv(t, n) * b * kv_heads,)](
-        turned, k, v, first, dy, strengths, k_gain, weights, cos, sin, bits, shares, dk, dv, dfirst, k_sums, weight_sums,
-        *strides(k, 2), *strides(first, 3), *strides(dy, 2), *strides(dk, 2),
+        turned, keys, k, values, v, first, dy, strengths, k_gain, weights, cos, sin, bits, shares, dk, dv, dfirst, k_sums, weight_sums,
+        *strides(keys, 2), *strides(values, 2), *strides(k, 2), *strides(first, 3), *strides(dy, 2), *strides(dk, 2),
         t, heads, kv_heads, 1 / LOG2E, eps, MIX=mix, M=m, N=n, **launch(*how), **common,
     )  # fmt: skip
     return grads, q_sums, k_sums, dfirst, weight_sums, shares

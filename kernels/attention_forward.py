@@ -75,13 +75,6 @@ def store_tile(base, tile, start, stride_t, T, ROWS: tl.constexpr, D: tl.constex
 
 
 @triton.jit
-def mixed(own, first, weights, start, first_t, T, ROWS: tl.constexpr, D: tl.constexpr):
-    """A tile of values and the same rows of the first layer's -> own v + first_weight first, in their dtype."""
-    old = load_tile(first, start, first_t, T, ROWS, D).to(tl.float32)
-    return (tl.load(weights) * own.to(tl.float32) + tl.load(weights + 1) * old).to(own.dtype)
-
-
-@triton.jit
 def _prepare(
     k, v, first, k_out, v_out, k_gain, weights, cos, sin, in_b, in_t, first_b, first_t, first_h, out_b, out_t, T, KV, eps,
     NORM: tl.constexpr, MIX: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
@@ -92,9 +85,10 @@ def _prepare(
     tile = turned_tile(at(k, b, 0, in_b, in_t) + h * D, k_gain, cos, sin, start, in_t, T, 1.0, eps, NORM, ROWS, D // 2)
     store_tile(at(k_out, b, 0, out_b, out_t) + h * D, tile, start, out_t, T, ROWS, D)
     if MIX:
-        own = load_tile(at(v, b, 0, in_b, in_t) + h * D, start, in_t, T, ROWS, D)
-        made = mixed(own, at(first, b, 0, first_b, first_t) + h * first_h, weights, start, first_t, T, ROWS, D)
-        store_tile(at(v_out, b, 0, out_b, out_t) + h * D, made, start, out_t, T, ROWS, D)
+        own = load_tile(at(v, b, 0, in_b, in_t) + h * D, start, in_t, T, ROWS, D).to(tl.float32)
+        old = load_tile(at(first, b, 0, first_b, first_t) + h * first_h, start, first_t, T, ROWS, D).to(tl.float32)
+        mixed = tl.load(weights) * own + tl.load(weights + 1) * old
+        store_tile(at(v_out, b, 0, out_b, out_t) + h * D, mixed, start, out_t, T, ROWS, D)
 
 
 @triton.jit
