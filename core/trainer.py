@@ -171,14 +171,16 @@ class Trainer:
 
 def _compiled(model: Transformer, heads: tuple[Head, Head], how: bool | str) -> list[Callable[[Tensor], Any]]:
     """The heads of rows of tokens, int [B,T+1], compiled as `Runtime.compile` says."""
+    if not how:
+        return [of_rows(model, head) for head in heads]
     torch._dynamo.config.recompile_limit = 64  # kinds of blocks, each with and without gradients; beyond it they would run eagerly
-    if how == "blocks":
-        for block in model.blocks:
-            block.compile()
-        model.embed = torch.compile(model.embed)
-        return [of_rows(model, torch.compile(head)) for head in heads]
-    compiled = torch.compile if how else lambda function: function
-    return [compiled(of_rows(model, head)) for head in heads]
+    torch._dynamo.config.specialize_float = True  # a number that differs from block to block would reach a GPU by way of a compiled CPU kernel
+    if how != "blocks":
+        return [torch.compile(of_rows(model, head)) for head in heads]
+    for block in model.blocks:
+        block.compile()
+    model.embed = torch.compile(model.embed)
+    return [of_rows(model, torch.compile(head)) for head in heads]
 
 
 class Warm:

@@ -4,8 +4,7 @@ The final norm is not scaled.  Not the same as starting the gain at 1/sqrt(l): t
 The authors advise against adding depth-scaled init.  Under QK-norm the scale survives only on values and MLP.
 """
 
-from ablab.core.blocks import multiply
-from ablab.core.declare import Stage, Where
+from ablab.core.declare import Stage, Table, Where
 from ablab.core.edit import append, edit
 from ablab.core.intervention import register
 from ablab.core.part import Part
@@ -25,4 +24,15 @@ class LayerNormScaling(Part):
         return edit(recipe, "model.on_norm", append(self))
 
     def build(self, where: Where) -> Stage | None:
-        return Stage(multiply, factor=(where.layer + 1) ** -self.power) if where.layer else None
+        return Stage(scale, factor=Table(lambda: _factor(where.layer, self.power))) if where.layer else None
+
+
+def scale(x, *, factor):
+    """x: [..., C] times factor: fp32 [1], in fp32.  A tensor, so that blocks which differ in it alone share a compiled graph."""
+    return (x * factor).to(x.dtype)
+
+
+def _factor(layer: int, power: float):
+    import torch
+
+    return torch.tensor([(layer + 1) ** -power])
