@@ -173,8 +173,11 @@ class Transformer(nn.Module):
 
 
 def _recomputed(block: Block) -> Callable:
-    """The block is bound here, not looked up in a loop: a late-bound loop variable recomputes the wrong block."""
-    return functools.partial(checkpoint, block, use_reentrant=False)
+    """The block is bound here, not looked up in a loop: a late-bound loop variable recomputes the wrong block.
+
+    Nothing in a block is random, and a CUDA graph cannot record the state of a generator.
+    """
+    return functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
 
 
 @torch.inference_mode()

@@ -37,9 +37,10 @@ class OnDevice:
         return self.result
 
     def _record(self, like: Tensor) -> None:
-        self.given, self.graph = torch.empty_like(like, device=self.device), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-            self.result = self.function(self.given)
+        given, graph = torch.empty_like(like, device=self.device), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            result = self.function(given)
+        self.graph, self.given, self.result = graph, given, result  # not before: it may lack the memory
         self.peak = torch.cuda.max_memory_allocated()
 
     def stop_replaying(self) -> None:

@@ -1,5 +1,6 @@
 """One run, from recipe to result.  No toggle in sight: what is off was never built."""
 
+import gc
 import hashlib
 import math
 import os
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ablab.core import checkpoint, fuse
+from ablab.core.compiled import compiled
 from ablab.core.data import Tokens
 from ablab.core.errors import Diverged, Pruned
 from ablab.core.evaluate import held_out_loss
 from ablab.core.files import write_atomically
 from ablab.core.init import initialise
 from ablab.core.load import dump
-from ablab.core.loss import Head, heads_of, of_rows
+from ablab.core.loss import heads_of
 from ablab.core.model import Transformer
 from ablab.core.optimizer import Optimizer
 from ablab.core.parametrize import Standard
@@ -56,7 +58,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, runtime: Runtime, data_folder: Path):
         self.runtime = settle(runtime, recipe.data.batch)
         torch.set_num_threads(runtime.threads)
-        torch.use_deterministic_algorithms(runtime.deterministic)
+        if torch.are_deterministic_algorithms_enabled() != runtime.deterministic:  # else the call costs 2 s: it imports the compiler
+            torch.use_deterministic_algorithms(runtime.deterministic)
         self.device = torch.device(self.runtime["device"])
         use_recordable_stream(self.device)
         self.model = Transformer(recipe, DTYPES[self.runtime["dtype"]], runtime.recompute).to(self.device)
@@ -69,7 +72,7 @@ class Trainer:
         self.optimizer = Optimizer(self.model, recipe, bool(self.runtime["compile"]), "newton_schulz" in kernels, replay)
         self.weights = [bank.weight for bank in self.optimizer.banks]
         heads = (fuse.fused_heads if "loss" in kernels else heads_of)(self.model, recipe.objective)
-        self.loss, self.nats = _compiled(self.model, heads, self.runtime["compile"])
+        self.loss, self.nats = compiled(self.model, heads, self.runtime["compile"])
         self.window = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats and tokens since the last log
         self.descend = OnDevice(self._descend, self.device, replay)
         self.restart(recipe, data_folder)
@@ -169,20 +172,6 @@ class Trainer:
         return total.hexdigest()[:16]
 
 
-def _compiled(model: Transformer, heads: tuple[Head, Head], how: bool | str) -> list[Callable[[Tensor], Any]]:
-    """The heads of rows of tokens, int [B,T+1], compiled as `Runtime.compile` says."""
-    if not how:
-        return [of_rows(model, head) for head in heads]
-    torch._dynamo.config.recompile_limit = 64  # kinds of blocks, each with and without gradients; beyond it they would run eagerly
-    torch._dynamo.config.specialize_float = True  # a number that differs from block to block would reach a GPU by way of a compiled CPU kernel
-    if how != "blocks":
-        return [torch.compile(of_rows(model, head)) for head in heads]
-    for block in model.blocks:
-        block.compile()
-    model.embed = torch.compile(model.embed)
-    return [of_rows(model, torch.compile(head)) for head in heads]
-
-
 class Warm:
     """Keeps the last trainer, and gives it to the next run of the same structure."""
 
@@ -193,7 +182,8 @@ class Warm:
         if self.key == (key := structure(recipe, runtime)):
             self.trainer.restart(recipe, data_folder)
         else:
-            self.key, self.trainer = "", None  # its memory goes before the next one's comes
+            self.key, self.trainer = "", None
+            gc.collect()  # its memory goes before the next one's comes
             torch.compiler.reset()  # graphs of another structure would fill dynamo's cache, 8 deep, and then run eagerly
             self.trainer = Trainer(recipe, runtime, data_folder)
             self.key = key

@@ -22,7 +22,8 @@ MAY_IMPORT = {
 }
 READ_ONLY_CORE = {"ablab.core.record", "ablab.core.errors", "ablab.core.files"}  # all that analysis may use of core
 TORCH = {  # the files that work on tensors; everything else can be imported, listed and hashed without torch
-    *(f"core/{name}.py" for name in ("checkpoint", "data", "evaluate", "init", "layers", "loss", "model", "optimizer", "replay", "stopwatch", "trainer")),
+    *(f"core/{name}.py" for name in ("checkpoint", "compiled", "data", "evaluate", "init", "layers", "loss", "model")),
+    *(f"core/{name}.py" for name in ("optimizer", "replay", "stopwatch", "trainer")),
     "ablations/coords.py", "ablations/liveness.py",
     *(f"experiments/bench_{name}.py" for name in ("attention", "cases", "entropy", "ffn", "hf", "kernels", "optimizer", "plain", "step", "timing")),
     *(f"kernels/attention{part}.py" for part in ("", "_forward", "_backward")),

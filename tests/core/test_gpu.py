@@ -80,7 +80,7 @@ def test_a_warm_trainer_on_the_gpu_gives_the_bits_of_a_fresh_one(tiny, token_fol
 def test_replayed_steps_are_the_steps_themselves(tiny, token_folder, compile):
     recipe, seen = tiny(FULL, **SIZE), []
     for replay in (False, True):
-        trainer = Trainer(recipe, Runtime(device="cuda", deterministic=True, compile=compile, replay=replay, micro_batch=1), token_folder)
+        trainer = Trainer(recipe, Runtime(device="cuda", deterministic=True, compile=compile, replay=replay, micro_batch=1, recompute=1), token_folder)
         norms = [trainer.advance().item() for _ in range(9)]
         assert (trainer.descend.graph is not None) == (trainer.optimizer.move.graph is not None) == replay
         seen.append((norms, trainer.close_window(), trainer.evaluate(), trainer.digest()))
