@@ -21,8 +21,15 @@ from ablab.core.plan import AttentionPlan, Plan, Stages, plan_of
 from ablab.core.recipe import Recipe
 
 KERNELS = {"attention": "attention", "ffn": "swiglu", "loss": "linear_cross_entropy", "newton_schulz": "newton_schulz"}  # place -> module of kernels/
-H100 = "NVIDIA H100 80GB HBM3"
-FASTER = dict.fromkeys(KERNELS, (H100,))  # place -> names of GPUs on which `ablab bench kernels` found the kernel faster
+# GPU -> place -> the shapes at which `ablab bench kernels` found the kernel faster.
+FASTER: dict[str, dict[str, Callable[[Recipe], bool]]] = {
+    "NVIDIA H100 80GB HBM3": {
+        "attention": lambda recipe: recipe.model.attention.head_dim == 64 and recipe.data.context <= 2048,
+        "ffn": lambda recipe: recipe.model.width >= 768,
+        "loss": lambda recipe: recipe.data.vocab >= 32_000,
+        "newton_schulz": lambda recipe: recipe.model.width >= 768,
+    }
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ def places(recipe: Recipe, runtime: Mapping[str, Any]) -> dict[str, Place]:
     plan, asked = plan_of(recipe), runtime["kernels"]
     flaws: dict[str, Callable[[], str]] = {
         "attention": lambda: _attention_flaw(plan, recipe, runtime["dtype"]),
-        "ffn": lambda: _ffn_flaw(plan),
+        "ffn": lambda: _ffn_flaw(plan, recipe),
         "loss": lambda: _loss_flaw(plan, recipe),
         "newton_schulz": lambda: "",
     }
@@ -53,12 +60,14 @@ def places(recipe: Recipe, runtime: Mapping[str, Any]) -> dict[str, Place]:
         return dict.fromkeys(flaws, Place(False, "torch: no GPU"))
     if asked == "auto" and runtime["dtype"] != "bf16":
         return dict.fromkeys(flaws, Place(False, f"torch: the kernels are written for bf16, not {runtime['dtype']}"))
-    return {place: _place(place, flaw, asked) for place, flaw in flaws.items()}
+    return {place: _place(place, recipe, flaw, asked) for place, flaw in flaws.items()}
 
 
-def _place(place: str, flaw: Callable[[], str], asked: str) -> Place:
-    if asked == "auto" and (gpu := _gpu()) not in FASTER.get(place, ()):
+def _place(place: str, recipe: Recipe, flaw: Callable[[], str], asked: str) -> Place:
+    if asked == "auto" and place not in (faster := FASTER.get(gpu := _gpu(), {})):
         return Place(False, f"torch: the kernel is not known to be faster on {gpu}")
+    if asked == "auto" and not faster[place](recipe):
+        return Place(False, f"torch: the kernel is not known to be faster at this shape on {gpu}")
     if not (said := _missing(KERNELS[place]) or flaw()):
         return Place(True, "triton")
     if asked == "triton":
@@ -112,9 +121,9 @@ def _unknown(stages: Stages, known: tuple[str, ...]) -> str:
     return strange or (" and ".join(stages) if len(stages) > 1 else "")
 
 
-def _ffn_flaw(plan: Plan) -> str:
-    strange = [block.ffn.inner.function.__name__ for block in plan.blocks if name_of(block.ffn.inner) != "swiglu"]
-    return f"the feed-forward is {strange[0]}, which the kernel does not know" if strange else ""
+def _ffn_flaw(plan: Plan, recipe: Recipe) -> str:
+    known = all(name_of(block.ffn.inner) == "swiglu" for block in plan.blocks)
+    return "" if known else f"the feed-forward is {recipe.model.ffn.kind}, which the kernel does not know"
 
 
 def _loss_flaw(plan: Plan, recipe: Recipe) -> str:

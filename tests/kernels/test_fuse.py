@@ -99,10 +99,11 @@ def test_a_model_with_kernels_compiles_as_one_graph_to_the_same_bits(tiny):
 def test_what_a_kernel_cannot_serve_is_named_and_torch_serves_it(tiny, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(fuse, "_gpu", lambda: "this GPU")
-    monkeypatch.setattr(fuse, "FASTER", {place: ("this GPU",) for place in ("attention", "loss")})
+    monkeypatch.setattr(fuse, "FASTER", {"this GPU": {place: lambda recipe: True for place in ("attention", "ffn", "loss")}})
     cases = [
         (tiny(), "attention", "head_dim=8: the attention kernel serves 32, 64, 128"),
         (tiny([{"gating": {"per": "elementwise"}}], **SHAPE), "attention", "64 gates for 2 heads; the kernel knows one a head"),
+        (tiny([{"relu2": {}}], **SHAPE), "ffn", "the feed-forward is relu2, which the kernel does not know"),
         (tiny([{"fp8": {"where": "both"}}], **SHAPE), "loss", "the readout multiplies by fp8, which the kernel does not know"),
     ]
     for recipe, place, said in cases:
@@ -120,6 +121,15 @@ def test_auto_takes_no_kernel_that_was_not_measured_to_be_faster_here(tiny, monk
     held = fuse.places(tiny(["muon"], **SHAPE), ASKED | {"kernels": "auto", "dtype": "bf16", "device": "cuda"})
     assert list(held) == ["attention", "ffn", "loss", "newton_schulz"]
     assert {(one.kernel, one.flaw, one.why) for one in held.values()} == {(False, False, "torch: the kernel is not known to be faster on this GPU")}
+
+
+@pytest.mark.parametrize(("shape", "served"), [({}, True), ({"model__attention__head_dim": 128}, False), ({"data__context": 4096}, False)], ids=str)
+def test_auto_takes_a_kernel_at_the_shapes_where_it_was_measured_alone(tiny, monkeypatch, shape, served):
+    monkeypatch.setattr(fuse, "_gpu", lambda: "NVIDIA H100 80GB HBM3")
+    recipe = tiny([], **{"model__width": 768, "model__attention__head_dim": 64, "data__context": 384, "budget__tokens": 10**6} | shape)
+    held = fuse.places(recipe, ASKED | {"kernels": "auto", "dtype": "bf16", "device": "cuda"})
+    assert held["attention"].kernel is served and held["ffn"].kernel
+    assert (held["attention"].why == "triton") is served and "at this shape on NVIDIA H100" in held["attention"].why + held["loss"].why
 
 
 @cpu
