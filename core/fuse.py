@@ -149,6 +149,12 @@ def name_of(stage: Stage) -> str:
 
 
 # -- putting it there --------------------------------------------------------------------------------------------------
+def fuse_blocks(model: Any, kernels: set[str]) -> None:
+    for place, fuse in (("attention", fuse_attention), ("ffn", fuse_ffn)):
+        if place in kernels:
+            fuse(model)
+
+
 def fuse_attention(model: Any) -> None:
     """One kernel for what lies between the packed projection and the heads' outputs, in every block."""
     for block in model.blocks:

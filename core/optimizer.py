@@ -39,17 +39,20 @@ class Optimizer:
 
     compiled: the whole step is one compiled function; all that may differ between runs of one structure (learning
     rate, schedule, scales, state) enters as tensors, so `restart` recompiles nothing.  kernel: symmetric products by
-    kernels/newton_schulz.py.  replay: the whole step is one CUDA graph.
+    kernels/newton_schulz.py.  replay, pool: the whole step is one CUDA graph (core/replay.py), if its parts can be recorded.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, compiled: bool = False, kernel: bool = False, replay: bool = False):
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, compiled: bool = False, kernel: bool = False, replay: bool = False, pool: Any = None
+    ):  # fmt: skip
         self.device = next(model.parameters()).device
         self.newton_schulz = _symmetric() if kernel else newton_schulz
         self.banks = [self._bank(members, recipe) for members in _grouped(model).values()]
         self.restart(recipe)
         move = _move(self.banks, _clip_to(recipe.optim.clip))
         move = torch.compile(move, dynamic=False) if compiled else move
-        self.move = OnDevice(lambda numbers: move(numbers[0], Now(*numbers[1:].unbind())), self.device, replay)
+        replay = replay and all(part.recordable for bank in self.banks for part in bank.chain.steps)
+        self.move = OnDevice(lambda numbers: move(numbers[0], Now(*numbers[1:].unbind())), self.device, replay, pool)
 
     def _bank(self, members: list[tuple[str, nn.Parameter]], recipe: Recipe) -> Bank:
         names, weights = zip(*members, strict=True)

@@ -14,14 +14,15 @@ class OnDevice:
     """A function of one tensor on the device, called with one on the host; nobody waits for the copy.
 
     replay: record the call that comes after WARM_UP others, and replay it from then on.  So the function must do the
-    same work each time, on tensors that stay where they are; what it returns is overwritten by the next call.  Off, it
-    runs as it is.
+    same work each time, on tensors that stay where they are, and must not wait for the device.  Off, it runs as it is.
+    pool: of `torch.cuda.graph_pool_handle`, shared by functions that take turns: they use the same memory.  What one of
+    them returns is overwritten by the next call of any.
     """
 
-    def __init__(self, function: Callable[[Tensor], Any], device: torch.device, replay: bool):
-        self.function, self.device, self.replay = function, device, replay
+    def __init__(self, function: Callable[[Tensor], Any], device: torch.device, replay: bool, pool: Any = None):
+        self.function, self.device, self.replay, self.pool = function, device, replay, pool
         self.calls, self.graph, self.given, self.result = 0, None, None, None
-        self.peak = 0  # bytes in use at the height of the recorded call, which a replay does not report
+        self.height = 0  # bytes that the recorded call takes above what was in use: a replay reports none
 
     def __call__(self, given: Tensor) -> Any:
         if self.device.type != "cuda":
@@ -37,15 +38,18 @@ class OnDevice:
         return self.result
 
     def _record(self, like: Tensor) -> None:
-        given, graph = torch.empty_like(like, device=self.device), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        given, graph, before = torch.empty_like(like, device=self.device), torch.cuda.CUDAGraph(), torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
             result = self.function(given)
         self.graph, self.given, self.result = graph, given, result  # not before: it may lack the memory
-        self.peak = torch.cuda.max_memory_allocated()
+        self.height = torch.cuda.max_memory_allocated() - before
 
     def stop_replaying(self) -> None:
-        """From here on it runs as it is, and the memory of the graph is free."""
+        """From here on it runs as it is, and the memory of the graph is free once no other shares its pool."""
         self.replay, self.graph, self.given, self.result = False, None, None, None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 @cache

@@ -64,17 +64,15 @@ class Trainer:
         use_recordable_stream(self.device)
         self.model = Transformer(recipe, DTYPES[self.runtime["dtype"]], runtime.recompute).to(self.device)
         kernels = {place for place, served in fuse.places(recipe, self.runtime).items() if served.kernel}
-        if "attention" in kernels:
-            fuse.fuse_attention(self.model)
-        if "ffn" in kernels:
-            fuse.fuse_ffn(self.model)
-        replay = self.runtime["replay"]
-        self.optimizer = Optimizer(self.model, recipe, bool(self.runtime["compile"]), "newton_schulz" in kernels, replay)
+        fuse.fuse_blocks(self.model, kernels)
+        replay = self.runtime["replay"], torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.optimizer = Optimizer(self.model, recipe, bool(self.runtime["compile"]), "newton_schulz" in kernels, *replay)
         self.weights = [bank.weight for bank in self.optimizer.banks]
         heads = (fuse.fused_heads if "loss" in kernels else heads_of)(self.model, recipe.objective)
         self.loss, self.nats = compiled(self.model, heads, self.runtime["compile"])
         self.window = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats and tokens since the last log
-        self.descend = OnDevice(self._descend, self.device, replay)
+        self.descend = OnDevice(self._descend, self.device, *replay)
+        self.replayed = (self.descend, self.optimizer.move)
         self.restart(recipe, data_folder)
 
     def restart(self, recipe: Recipe, data_folder: Path) -> None:
@@ -109,7 +107,8 @@ class Trainer:
 
     def peak_memory(self) -> int:
         """Bytes on the GPU; 0 without one."""
-        return max(torch.cuda.max_memory_allocated(), self.descend.peak) if self.device.type == "cuda" else 0
+        recorded = max(one.height for one in self.replayed)
+        return max(torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated() + recorded) if self.device.type == "cuda" else 0
 
     # -- reading ---------------------------------------------------------------------------------------------------
     def evaluate(self) -> dict[str, float]:
@@ -122,6 +121,16 @@ class Trainer:
         return scores
 
     def _held_out(self) -> dict[str, float]:
+        try:
+            return self._held_out_loss()
+        except torch.OutOfMemoryError:
+            if not any(one.graph for one in self.replayed):
+                raise
+        for one in self.replayed:
+            one.stop_replaying()  # a graph keeps its memory while others work
+        return self._held_out_loss()
+
+    def _held_out_loss(self) -> dict[str, float]:
         return held_out_loss(self.nats, self.tokens, self.runtime["micro_batch"], self.device)
 
     @contextmanager
@@ -280,7 +289,7 @@ def _memory_in_use() -> str:
         total = torch.cuda.get_device_properties(0).total_memory
     except (AssertionError, RuntimeError):  # no card: the host's memory, or a plugin that says so
         return "on the host"
-    return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of {total / 2**30:.1f} in use"
+    return f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GiB of {total / 2**30:.1f} in use"
 
 
 def _keep_weights(trainer: Trainer, folder: Path) -> None:

@@ -28,9 +28,13 @@ class Now(NamedTuple):
 
 
 class Transform(Part):
-    """Base of optimizer steps.  width_rule: how muP scales its learning rate (adam, spectral, rms); None: says nothing."""
+    """Base of optimizer steps.
 
-    width_rule = None
+    width_rule: how muP scales its learning rate (adam, spectral, rms); None: says nothing.
+    recordable: `update` never waits for the device, as a CUDA graph demands.
+    """
+
+    width_rule, recordable = None, True
 
     def state(self, weight, bank) -> dict[str, Any]:
         return {}
@@ -190,6 +194,10 @@ class Orthogonalize(Transform):
     @property
     def width_rule(self) -> str:
         return "rms" if self.scale == "rms" else "spectral"
+
+    @property
+    def recordable(self) -> bool:
+        return self.coefficients != "exact"  # the SVD reads from the device whether it converged
 
     def update(self, update, weight, state, bank, now):
         def orthogonal(piece):

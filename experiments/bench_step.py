@@ -47,7 +47,6 @@ class Ours:
         trainer.tokens.rows = marks.around(trainer.tokens.rows, "data", "data")
         trainer.optimizer.step = marks.around(trainer.optimizer.step, "optimizer", "optimizer")
         self.flops_per_token = cost_of(recipe).flops_per_token
-        self.replayed = (trainer.descend, trainer.optimizer.move)
         self.about = ", ".join(f"{name}={value}" for name, value in trainer.runtime.items() if name in SHOWN)
 
     def step(self) -> None:
@@ -56,10 +55,8 @@ class Ours:
 
     def show_phases(self) -> None:
         """From here on without replays: the kernels are the same, but launched one by one, each by its phase."""
-        for one in self.replayed:
+        for one in self.trainer.replayed:
             one.stop_replaying()
-        if self.trainer.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)

@@ -41,18 +41,22 @@ class Workers:
         kind_of: tasks of one kind go to one worker, which is warm for it, while others find another kind.
         Raises UserError where a worker cannot start.
         """
-        tasks, later = deque((kind_of(task), task) for task in tasks), deque()  # later: (when, job)
+        tasks, later = deque((kind_of(task), task) for task in tasks), deque()  # later: (when, kind, job)
         count = max(min(self.count, len(tasks)), len(self.processes))
         while tasks or later or self.holds:
             for slot in set(range(count)) - {process.slot for process in self.processes.values()}:
                 self._start(slot)
             while self.idle and (tasks or (later and later[0][0] < time.monotonic())):
                 pipe = self.idle.pop()
-                self._give(pipe, job_of(self._suited(tasks, pipe)) if tasks else later.popleft()[1])
+                if tasks:
+                    self._give(pipe, job_of(self._suited(tasks, pipe)))
+                else:
+                    _, self.processes[pipe].kind, job = later.popleft()
+                    self._give(pipe, job)
             for pipe in wait(list(self.processes), timeout=PATIENCE / 2):
                 word, job, payload = self._hear(pipe)
                 if word == "busy":
-                    later.append((time.monotonic() + PATIENCE, job))
+                    later.append((time.monotonic() + PATIENCE, self.processes[pipe].kind, job))
                 if job:
                     heard(word, job, payload)
 

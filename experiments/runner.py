@@ -140,7 +140,9 @@ class Pool:
         """On GPUs, equal for runs that share compiled graphs: a change of graph costs tens of seconds.  On CPUs all are alike."""
         if self.runtime.device == "cpu" or not visible_gpus():
             return ""
-        return repr((run.recipe.model, run.recipe.optim.chains, run.recipe.objective))
+        recipe = run.recipe  # what core/trainer.py:structure sees, without its price: two that differ in this share nothing
+        data, optim, multipliers = recipe.data, recipe.optim, recipe.parametrization.multipliers(recipe.model)
+        return repr((recipe.model, optim.chains, optim.clip, recipe.objective, data.batch, data.context, data.vocab, multipliers))
 
     def _told(self, word: str, run: Run, payload: Any, told: set[str]) -> None:
         name = f"{run.cell}, seed {run.recipe.seed}"

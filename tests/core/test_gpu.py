@@ -76,7 +76,7 @@ def test_a_warm_trainer_on_the_gpu_gives_the_bits_of_a_fresh_one(tiny, token_fol
     assert again.digest() == fresh.digest()
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, True, "blocks"])
 def test_replayed_steps_are_the_steps_themselves(tiny, token_folder, compile):
     recipe, seen = tiny(FULL, **SIZE), []
     for replay in (False, True):
@@ -85,6 +85,13 @@ def test_replayed_steps_are_the_steps_themselves(tiny, token_folder, compile):
         assert (trainer.descend.graph is not None) == (trainer.optimizer.move.graph is not None) == replay
         seen.append((norms, trainer.close_window(), trainer.evaluate(), trainer.digest()))
     assert seen[0] == seen[1]
+
+
+def test_a_chain_that_waits_for_the_device_is_not_recorded(tiny, token_folder):
+    """The exact polar factor is an SVD, which asks the device whether it converged."""
+    trainer = Trainer(tiny([{"muon": {"ns": "exact"}}], **SIZE), Runtime(device="cuda", compile=False), token_folder)
+    assert all(trainer.advance().isfinite() for _ in range(6))
+    assert trainer.descend.graph and not trainer.optimizer.move.graph
 
 
 def test_a_run_reports_the_memory_of_its_replays(tiny, token_folder, tmp_path):

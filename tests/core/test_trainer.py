@@ -279,10 +279,28 @@ def test_lack_of_memory_becomes_a_record(tiny, token_folder, tmp_path, monkeypat
 
     monkeypatch.setattr(Trainer, "advance", full)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Card)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**33)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**33)
     result, record = train(tiny(), token_folder, tmp_path)
     assert result.status == "out_of_memory" and record.result() == result
     assert "8.0 GiB of 16.0" in result.error and "try runtime.micro_batch=2" in result.error
+
+
+def test_an_evaluation_without_memory_is_repeated_without_the_graphs_that_hold_it(tiny, token_folder, monkeypatch):
+    trainer, called = Trainer(tiny(), CPU, token_folder), []
+    wanted, loss = trainer.evaluate(), trainer._held_out_loss
+
+    def full_once():
+        called.append(trainer.descend.graph)
+        if trainer.descend.graph:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss()
+
+    monkeypatch.setattr(trainer, "_held_out_loss", full_once)
+    trainer.descend.graph = "recorded"
+    assert trainer.evaluate() == wanted and called == ["recorded", None] and not trainer.optimizer.move.replay
+    monkeypatch.setattr(trainer, "_held_out_loss", lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.evaluate()
 
 
 # ---- evaluating ----
