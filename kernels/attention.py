@@ -26,7 +26,7 @@ HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Powers of two >= 16, then warps, pipeline stages, and the most registers a thread may have (0: no limit).  prepare:
 # tokens; forward, queries: rows of queries, keys per step; keys: keys, rows of queries per step.  Those of 64 channels are
-# the best of 47 timed on an H100 at T 384 and 768; those of 32 and 128 were chosen by registers and spills alone.
+# the best of some sixty timed on an H100 at T 384 and 768; those of 32 and 128 were chosen by registers and spills alone.
 TILES = {
     32: {"prepare": (128, 4, 1), "forward": (128, 64, 4, 3, 0), "queries": (128, 64, 8, 3, 0), "keys": (128, 64, 8, 3, 0)},
     64: {"prepare": (32, 4, 1), "forward": (64, 64, 4, 3, 128), "queries": (64, 32, 4, 3, 128), "keys": (64, 32, 4, 3, 0)},
