@@ -214,3 +214,12 @@ def run_id(recipe: Recipe) -> str:
         if f'"kind":"{kind}"'.encode() in canonical:
             canonical += f"{kind} {digest}".encode()
     return hashlib.sha256(canonical).hexdigest()[:16]
+
+
+def structure(recipe: Recipe, runtime: Any) -> str:
+    """Equal for recipes whose runs can share one Trainer: what the compiled graphs see, and nothing else."""
+    same = dataclasses.replace(
+        recipe, seed=0, budget=Budget(recipe.tokens_per_step), data=dataclasses.replace(recipe.data, name="", digest=None, held_out=1),
+        optim=dataclasses.replace(recipe.optim, lr=1.0), schedule=schedule.Constant(), parametrization=parametrize.Standard(), after_step=(),
+    )  # fmt: skip
+    return f"{run_id(same)} {recipe.parametrization.multipliers(recipe.model)} {runtime}"

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +24,16 @@ from ablab.core.load import dump
 from ablab.core.loss import heads_of
 from ablab.core.model import Transformer
 from ablab.core.optimizer import Optimizer
-from ablab.core.parametrize import Standard
-from ablab.core.recipe import Budget, Recipe, plain, run_id
+from ablab.core.recipe import Recipe, plain, run_id, structure
 from ablab.core.record import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, Record, Result
 from ablab.core.replay import OnDevice, use_recordable_stream
 from ablab.core.runtime import Runtime, code_fingerprint, environment, settle
-from ablab.core.schedule import Constant
 from ablab.core.stopwatch import Stopwatch
 from ablab.core.tracker import NullTracker, Tracker
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its bits only with a fixed workspace, and reads this once
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def structure(recipe: Recipe, runtime: Runtime) -> str:
-    """Equal for recipes whose runs can share one Trainer: what the compiled graphs see, and nothing else."""
-    same = replace(
-        recipe, seed=0, budget=Budget(recipe.tokens_per_step), data=replace(recipe.data, name="", digest=None, held_out=1),
-        optim=replace(recipe.optim, lr=1.0), schedule=Constant(), parametrization=Standard(), after_step=(),
-    )  # fmt: skip
-    return f"{run_id(same)} {recipe.parametrization.multipliers(recipe.model)} {runtime}"
 
 
 class Trainer:

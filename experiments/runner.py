@@ -15,7 +15,7 @@ import msgspec
 
 from ablab.core.errors import UserError
 from ablab.core.files import set_aside, write_atomically
-from ablab.core.recipe import Recipe, plain
+from ablab.core.recipe import Recipe, plain, structure
 from ablab.core.record import RETRY, Record, Result, Store
 from ablab.core.runtime import Runtime, code_fingerprint, visible_gpus
 from ablab.experiments.experiment import Experiment, Run, merged_plan
@@ -138,11 +138,7 @@ class Pool:
 
     def _kind(self, run: Run) -> str:
         """On GPUs, equal for runs that share compiled graphs: a change of graph costs tens of seconds.  On CPUs all are alike."""
-        if self.runtime.device == "cpu" or not visible_gpus():
-            return ""
-        recipe = run.recipe  # what core/trainer.py:structure sees, without its price: two that differ in this share nothing
-        data, optim, multipliers = recipe.data, recipe.optim, recipe.parametrization.multipliers(recipe.model)
-        return repr((recipe.model, optim.chains, optim.clip, recipe.objective, data.batch, data.context, data.vocab, multipliers))
+        return "" if self.runtime.device == "cpu" or not visible_gpus() else structure(run.recipe, self.runtime)
 
     def _told(self, word: str, run: Run, payload: Any, told: set[str]) -> None:
         name = f"{run.cell}, seed {run.recipe.seed}"

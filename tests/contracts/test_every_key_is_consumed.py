@@ -15,10 +15,10 @@ from ablab.core.errors import UserError
 from ablab.core.intervention import REGISTRY, resolve, treatment_of
 from ablab.core.load import assign
 from ablab.core.part import Part, fields_of, parse
-from ablab.core.recipe import Attention, Budget, Data, Model, Recipe, check, plain, run_id
+from ablab.core.recipe import Attention, Budget, Data, Model, Recipe, check, plain, run_id, structure
 from ablab.core.runtime import Runtime
 from ablab.core.schedule import Cosine
-from ablab.core.trainer import Trainer, Warm, structure
+from ablab.core.trainer import Trainer, Warm
 
 CPU = Runtime(device="cpu")
 DIGEST = "00000000deadbeef"  # of the token folder

@@ -10,9 +10,10 @@ import torch
 from ablab.core import checkpoint
 from ablab.core.data import Tokens
 from ablab.core.optimizer import Optimizer
+from ablab.core.recipe import structure
 from ablab.core.record import DIVERGED, FINISHED, Record
 from ablab.core.runtime import Runtime
-from ablab.core.trainer import Trainer, Warm, run, structure
+from ablab.core.trainer import Trainer, Warm, run
 
 CPU = Runtime(device="cpu", compile=False, log_every=1, evaluations=3)
 FULL = ["qk_norm", "gating", "value_residual", "ln_scaling", "mup", "muon", "normuon", "cautious_wd", "ema", "z_loss", "wsd"]
