@@ -214,10 +214,10 @@ def _pair(bound: Mapping[str, Any], ones: Any) -> Any:
 
 def _strengths(stages: Mapping[str, Any]) -> Callable:
     """normed x [B,T,W] -> what each head's output is multiplied by [B,T,H], or None."""
-    import torch
-
     if not (bound := _sole(stages)):
         return lambda x: None
+    import torch
+
     project, channels = bound["project"], bound["channels"]
     gates = project.weight.shape[0]
 

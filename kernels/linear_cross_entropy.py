@@ -98,7 +98,7 @@ def _with_gradients(
     rows = x.shape[0]
     buffer = _padded(min(chunk, rows), weight.shape[0], x)
     nats, lses = x.new_empty(2, rows, dtype=torch.float32)
-    dx, dw = x.new_empty(x.shape, dtype=torch.float32), x.new_empty(weight.shape, dtype=torch.float32)
+    dx, dw = x.new_empty(x.shape, dtype=torch.float32), (x.new_empty if rows else x.new_zeros)(weight.shape, dtype=torch.float32)
     for piece in _chunks(rows, chunk):
         logits = torch.mm(x[piece], weight.mT, out=buffer[: x[piece].shape[0]])
         nats[piece], lses[piece] = cross_entropy_(logits, targets[piece], multiplier, cap, cap_form, z_weight, padded=True)

@@ -200,6 +200,11 @@ def test_a_frozen_input_gets_no_gradient_and_the_other_gets_its_own(frozen, chun
     assert torch.equal(weight.grad, dw) and x.grad is None if frozen == "x" else torch.equal(x.grad, dx) and weight.grad is None
 
 
+def test_no_rows_cost_nothing_and_pull_at_nothing():
+    loss, nats, dx, dw = gradients(linear_cross_entropy, draw(0, 16, 70, 1), 1.0)
+    assert loss == nats == 0 and dx.shape == (0, 16) and not dw.any()
+
+
 def test_no_chunked_step_holds_logits_of_all_rows(monkeypatch):
     sizes, padded = [], fused._padded
     monkeypatch.setattr(fused, "_padded", lambda rows, vocab, like: sizes.append(rows) or padded(rows, vocab, like))

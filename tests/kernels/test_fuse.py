@@ -38,8 +38,7 @@ def evaluated(recipe, kernels: set[str]) -> dict[str, torch.Tensor]:
     for value in model.parameters():
         value.data += 0.1 * torch.randn(value.shape, generator=draw)
     block = torch.randint(recipe.data.vocab, (recipe.data.batch, recipe.data.context + 1), generator=draw)
-    if "attention" in kernels:
-        fuse.fuse_attention(model)
+    fuse.fuse_blocks(model, kernels)
     descend, _ = (fuse.fused_heads if "loss" in kernels else heads_of)(model, recipe.objective)
     loss, nats = of_rows(model, descend)(block)
     (loss / 7).backward()
@@ -74,9 +73,20 @@ def test_the_fused_attention_is_the_same_function_of_the_same_parameters(tiny, t
 
 
 @cpu
+def test_the_fused_feed_forward_is_the_same_function_of_the_same_parameters(tiny, monkeypatch):
+    from ablab.kernels import swiglu
+
+    called, kernel = [], swiglu.swiglu
+    monkeypatch.setattr(swiglu, "swiglu", lambda packed: called.append(packed.shape) or kernel(packed))
+    recipe = tiny([], **SHAPE)
+    assert fuse.places(recipe, ASKED)["ffn"].kernel
+    assert far(evaluated(recipe, {"ffn"}), evaluated(recipe, set())) == {} and len(called) == recipe.model.layers
+
+
+@cpu
 def test_grouped_heads_and_everything_at_once_too(tiny):
     recipe = tiny([*STACK, {"soft_cap": {"cap": 2.0}}], **SHAPE | {"model__width": 128, "model__attention__group": 2})
-    assert far(evaluated(recipe, {"attention", "loss"}), evaluated(recipe, set())) == {}
+    assert far(evaluated(recipe, {"attention", "ffn", "loss"}), evaluated(recipe, set())) == {}
 
 
 @cpu
