@@ -7,6 +7,7 @@ kernel.  The model is the same function of the same parameters: no flag enters i
     ffn            silu(gate) * up                                                        kernels/swiglu.py
     loss           readout, multiplier, soft cap, cross-entropy and z-loss                kernels/linear_cross_entropy.py
     newton_schulz  symmetric products of Muon                                             kernels/newton_schulz.py
+    optimizer      every chain, by core/fuse_step.py                                      kernels/optimizer_step.py
 """
 
 import os
@@ -17,10 +18,13 @@ from typing import Any
 
 from ablab.core.declare import Stage
 from ablab.core.errors import UserError
+from ablab.core.fuse_step import optimizer_flaw
 from ablab.core.plan import AttentionPlan, Plan, Stages, plan_of
 from ablab.core.recipe import Recipe
 
-KERNELS = {"attention": "attention", "ffn": "swiglu", "loss": "linear_cross_entropy", "newton_schulz": "newton_schulz"}  # place -> module of kernels/
+KERNELS = {  # place -> module of kernels/
+    "attention": "attention", "ffn": "swiglu", "loss": "linear_cross_entropy", "newton_schulz": "newton_schulz", "optimizer": "optimizer_step",
+}  # fmt: skip
 # GPU -> place -> the shapes at which `ablab bench kernels` found the kernel faster.
 FASTER: dict[str, dict[str, Callable[[Recipe], bool]]] = {
     "NVIDIA H100 80GB HBM3": {
@@ -28,6 +32,7 @@ FASTER: dict[str, dict[str, Callable[[Recipe], bool]]] = {
         "ffn": lambda recipe: recipe.model.width >= 768,
         "loss": lambda recipe: recipe.data.vocab >= 32_000,
         "newton_schulz": lambda recipe: recipe.model.width >= 768,
+        "optimizer": lambda recipe: recipe.model.width >= 768,
     }
 }
 
@@ -49,6 +54,7 @@ def places(recipe: Recipe, runtime: Mapping[str, Any]) -> dict[str, Place]:
         "ffn": lambda: _ffn_flaw(plan, recipe),
         "loss": lambda: _loss_flaw(plan, recipe),
         "newton_schulz": lambda: "",
+        "optimizer": lambda: optimizer_flaw(recipe),
     }
     if not _orthogonalizes(recipe):
         del flaws["newton_schulz"]

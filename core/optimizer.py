@@ -1,17 +1,19 @@
 """Banks: equal parameters of one role stacked in one tensor, moved by one chain.
 
-Parameters and gradients are views into their bank, so a step stacks nothing; the step of all banks is one function,
-compiled once (hyper-parameters are 0-D tensors) or run eagerly.
+Parameters and gradients are views into their bank, so a step stacks nothing; the step of all banks is one function of
+tensors (hyper-parameters too): kernels (core/fuse_step.py), or compiled once, or run eagerly.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ablab.core.declare import Param
+from ablab.core.fuse_step import fused_move
 from ablab.core.recipe import Chain, Recipe
 from ablab.core.replay import OnDevice
 from ablab.core.transforms import COEFFICIENTS, Now, newton_schulz
@@ -38,21 +40,21 @@ class Optimizer:
     """All banks of a model.  After construction the model's parameters and gradients live in them.
 
     compiled: the whole step is one compiled function; all that may differ between runs of one structure (learning
-    rate, schedule, scales, state) enters as tensors, so `restart` recompiles nothing.  kernel: symmetric products by
-    kernels/newton_schulz.py.  replay, pool: the whole step is one CUDA graph (core/replay.py), if its parts can be recorded.
+    rate, schedule, scales, state) enters as tensors, so `restart` recompiles nothing.  kernels: places that kernels serve,
+    `optimizer` (then there is nothing to compile) and `newton_schulz` (symmetric products).  replay, pool: the whole step
+    is one CUDA graph (core/replay.py), if its parts can be recorded.
     """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, compiled: bool = False, kernel: bool = False, replay: bool = False, pool: Any = None
+        self, model: nn.Module, recipe: Recipe, compiled: bool = False, kernels: Collection[str] = (), replay: bool = False, pool: Any = None
     ):  # fmt: skip
         self.device = next(model.parameters()).device
-        self.newton_schulz = _symmetric() if kernel else newton_schulz
+        self.newton_schulz = _symmetric() if "newton_schulz" in kernels else newton_schulz
         self.banks = [self._bank(members, recipe) for members in _grouped(model).values()]
         self.restart(recipe)
-        move = _move(self.banks, _clip_to(recipe.optim.clip))
-        move = torch.compile(move, dynamic=False) if compiled else move
         replay = replay and all(part.recordable for bank in self.banks for part in bank.chain.steps)
-        self.move = OnDevice(lambda numbers: move(numbers[0], Now(*numbers[1:].unbind())), self.device, replay, pool)
+        move = (fused_move if "optimizer" in kernels else partial(_move, compiled))(self.banks, _clip_to(recipe.optim.clip))
+        self.move = OnDevice(move, self.device, replay, pool)
 
     def _bank(self, members: list[tuple[str, nn.Parameter]], recipe: Recipe) -> Bank:
         names, weights = zip(*members, strict=True)
@@ -97,8 +99,11 @@ def _grouped(model: nn.Module) -> dict[Any, list[tuple[str, nn.Parameter]]]:
     return groups
 
 
-def _move(banks: list[Bank], clip_to: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Now], Tensor]:
-    """The function that moves every bank:  w <- w - lr * chain(clip * gradient)."""
+def _move(compiled: bool, banks: list[Bank], clip_to: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function that moves every bank:  w <- w - lr * chain(clip * gradient).
+
+    It is called with [learning rate, step, step / steps, the schedule's value] and returns the norm of the gradient.
+    """
     chains = [(bank, [(part, bank.state[part.kind]) for part in bank.chain.steps]) for bank in banks]
 
     def move(lr: Tensor, now: Now) -> Tensor:
@@ -114,7 +119,8 @@ def _move(banks: list[Bank], clip_to: Callable[[Tensor], Tensor]) -> Callable[[T
             bank.grad.zero_()
         return norm
 
-    return move
+    move = torch.compile(move, dynamic=False) if compiled else move
+    return lambda numbers: move(numbers[0], Now(*numbers[1:].unbind()))
 
 
 def _symmetric() -> Callable[[Tensor, str, torch.dtype], Tensor]:

@@ -54,7 +54,7 @@ class Trainer:
         kernels = {place for place, served in fuse.places(recipe, self.runtime).items() if served.kernel}
         fuse.fuse_blocks(self.model, kernels)
         replay = self.runtime["replay"], torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        self.optimizer = Optimizer(self.model, recipe, bool(self.runtime["compile"]), "newton_schulz" in kernels, *replay)
+        self.optimizer = Optimizer(self.model, recipe, bool(self.runtime["compile"]), kernels, *replay)
         self.weights = [bank.weight for bank in self.optimizer.banks]
         heads = (fuse.fused_heads if "loss" in kernels else heads_of)(self.model, recipe.objective)
         self.loss, self.nats = compiled(self.model, heads, self.runtime["compile"])

@@ -60,6 +60,9 @@ class HuggingFace:
         self.optimizer.zero_grad(set_to_none=True)
         self.t += 1
 
+    def peak_memory(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
     def show_phases(self) -> None:
         """Its kernels are launched one by one, each by its phase, already."""
 

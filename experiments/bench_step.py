@@ -53,6 +53,9 @@ class Ours:
         self.marks("data")
         self.trainer.advance()
 
+    def peak_memory(self) -> int:
+        return self.trainer.peak_memory()
+
     def show_phases(self) -> None:
         """From here on without replays: the kernels are the same, but launched one by one, each by its phase."""
         for one in self.trainer.replayed:
@@ -175,7 +178,7 @@ def _made(subject: Subject, warm_up: int, device: torch.device) -> tuple[Any, Ma
     except torch.OutOfMemoryError:
         rows = subject.settled["micro_batch"]
         raise UserError(f"{subject.name}: out of memory with micro-batches of {rows} rows; try runtime.micro_batch={max(rows // 2, 1)}") from None
-    peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = one.peak_memory() - before if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     costs = {"tokens_per_step": subject.recipe.tokens_per_step, "flops_per_token": one.flops_per_token}
     return one, marks, Timed(subject.name, one.about, **costs, peak_gib=peak / GIB, build_seconds=built - began, compile_seconds=stepped - built)
 

@@ -82,8 +82,8 @@ def _store(out, tile, rows, columns, height, EVEN: tl.constexpr):
 
 @triton.jit
 def _symmetric_kernel(
-    x, y, out, height, depth, side, x_batch, x_row, x_depth, y_batch, y_row, y_column, alpha, beta, diagonal,
-    ADD: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    x, y, scale, out, height, depth, side, x_batch, x_row, x_depth, y_batch, y_row, y_column, alpha, beta, diagonal,
+    ADD: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     tiles = side * (side + 1) // 2
     batch = (tl.program_id(0) // tiles).to(tl.int64)
@@ -99,6 +99,8 @@ def _symmetric_kernel(
             added = tl.load(address, mask=(rows[:, None] < height) & (columns[None, :] < height), other=0.0)
         total += beta * added.to(tl.float32)
     total += tl.where(rows[:, None] == columns[None, :], diagonal, 0.0)
+    if SCALED:
+        total *= tl.load(scale + batch)
     out += batch * height * height
     if tile_row == tile_column:
         result = tl.where(rows[:, None] >= columns[None, :], total, tl.trans(total)).to(out.dtype.element_ty)
@@ -114,7 +116,7 @@ def _symmetric_kernel(
 
 @torch.library.custom_op("ablab::symmetric_product", mutates_args=())
 def _symmetric(
-    x: Tensor, y: Tensor | None, alpha: float, beta: float, diagonal: float, block: int, depth: int, warps: int, stages: int
+    x: Tensor, y: Tensor | None, scale: Tensor | None, alpha: float, beta: float, diagonal: float, block: int, depth: int, warps: int, stages: int
 ) -> Tensor:  # fmt: skip
     """Opaque to the compiler (not a triton_op), because kernels in Triton's interpreter cannot be traced."""
     count, height, length = x.shape
@@ -122,43 +124,58 @@ def _symmetric(
     side = triton.cdiv(height, block)
     if out.numel():
         _symmetric_kernel[(count * (side * (side + 1) // 2),)](
-            x, x if y is None else y, out, height, length, side, *x.stride(), *(0, 0, 0) if y is None else y.stride(), alpha, beta, diagonal,
-            ADD=y is not None, EVEN=height % block == 0 and length % depth == 0, BLOCK=block, DEPTH=depth, num_warps=warps, num_stages=stages,
+            x, x if y is None else y, x if scale is None else scale, out, height, length, side, *x.stride(), *(0, 0, 0) if y is None else y.stride(),
+            alpha, beta, diagonal, ADD=y is not None, SCALED=scale is not None, EVEN=height % block == 0 and length % depth == 0,
+            BLOCK=block, DEPTH=depth, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out
 
 
 @_symmetric.register_fake
-def _(x, y, alpha, beta, diagonal, block, depth, warps, stages):
+def _(x, y, scale, alpha, beta, diagonal, block, depth, warps, stages):
     return x.new_empty(x.shape[0], x.shape[1], x.shape[1])
 
 
 Tiles = dict[int, tuple[int, int, int, int]]
 
 
-def symmetric(x: Tensor, alpha: float = 1.0, beta: float = 0.0, y: Tensor | None = None, diagonal: float = 0.0, tiles: Tiles = TILES) -> Tensor:
-    """alpha x x^T + beta y + diagonal I in the dtype of x, summed in fp32, rounded once, symmetric to the bit.  No gradient.
+def symmetric(
+    x: Tensor, alpha: float = 1.0, beta: float = 0.0, y: Tensor | None = None, diagonal: float = 0.0, scale: Tensor | None = None, tiles: Tiles = TILES
+) -> Tensor:  # fmt: skip
+    """(alpha x x^T + beta y + diagonal I) scale in the dtype of x, summed in fp32, rounded once, symmetric to the bit.  No gradient.
 
-    x: [N, r, c] of any strides, each matrix within 2^31 elements; y: symmetric [N, r, r] of the same dtype.
+    x: [N, r, c] of any strides, each matrix within 2^31 elements; y: symmetric [N, r, r] of the same dtype; scale: [N] in fp32.
     tiles: as TILES, for tuning.
     """
-    return _symmetric(x, y, float(alpha), float(beta), float(diagonal), *tiles[min(most for most in tiles if most >= x.shape[1])])
+    return _symmetric(x, y, scale, float(alpha), float(beta), float(diagonal), *tiles[min(most for most in tiles if most >= x.shape[1])])
 
 
-def orthogonalise(matrices: Tensor, divisor: float, triples: tuple[tuple[float, float, float], ...], dtype: torch.dtype, tiles: Tiles = TILES) -> Tensor:
+Triples = tuple[tuple[float, float, float], ...]
+
+
+def orthogonalise(matrices: Tensor, divisor: float, triples: Triples, dtype: torch.dtype, tiles: Tiles = TILES) -> Tensor:
     """An approximate polar factor U V^T of each matrix [N, r, c], in the dtype of `matrices`; products in `dtype`, the norm in fp32.
 
-    Each step takes singular values s to a s + b s^3 + c s^5; `divisor` and `triples` are one entry of the table of
-    coefficients.  Matrices may be a view of any strides.
+    `divisor` and `triples` are one entry of the table of coefficients.  Matrices may be a view of any strides.
+    """
+    x = (matrices / (matrices.norm(dim=(-2, -1), keepdim=True) * divisor + 1e-7)).to(dtype)
+    return iterate(x, triples, tiles=tiles).to(matrices.dtype)
+
+
+def iterate(x: Tensor, triples: Triples, scale: Tensor | None = None, tiles: Tiles = TILES) -> Tensor:
+    """Each step takes singular values s of the matrices x [N, r, c] to a s + b s^3 + c s^5; in the dtype of x.
+
+    scale: [N] in fp32, what x must be multiplied by before the first step; it enters the first products instead.
 
     Not the Gram form, which iterates on [r, r] alone and multiplies by x at the end: on a 128 x 512 matrix with singular
     values from 0.001 to 1, in bf16 with the seven steps of polar7, it gave NaN, and with a restart after two steps values
     above 1e11, where this form takes them to [0.90, 1.09].
     """
-    x = (matrices / (matrices.norm(dim=(-2, -1), keepdim=True) * divisor + 1e-7)).to(dtype)
     tall = x.shape[-2] > x.shape[-1]
+    squared = None if scale is None else scale.square()
     for a, b, c in triples:
-        gram = symmetric(x.mT if tall else x, tiles=tiles)
-        poly = symmetric(gram, c, b, gram, a, tiles)
+        gram = symmetric(x.mT if tall else x, scale=squared, tiles=tiles)
+        poly = symmetric(gram, c, b, gram, a, scale, tiles)
         x = x @ poly if tall else poly @ x
-    return x.to(matrices.dtype)
+        scale = squared = None
+    return x

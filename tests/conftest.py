@@ -91,10 +91,10 @@ def build_model(recipe, dtype=None, stirred=0.0, **more):
     return model
 
 
-def drive_parameters(recipe, start, gradients):
+def drive_parameters(recipe, start, gradients, device="cpu", **how):
     """Move free-standing parameters by the recipe's chains.
 
-    start: name -> (Param, first value); gradients: for each step, name -> gradient.
+    start: name -> (Param, first value); gradients: for each step, name -> gradient; how: as Optimizer takes it.
     Returns the weights before and after each step, name -> tensor, and the optimizer.
     """
     import torch
@@ -106,7 +106,7 @@ def drive_parameters(recipe, start, gradients):
     for name, (declared, value) in start.items():
         model.register_parameter(name, parameter(declared))
         getattr(model, name).data.copy_(value)
-    optimizer = Optimizer(model, recipe)
+    optimizer = Optimizer(model.to(device), recipe, **how)
     seen = [{name: value.detach().clone() for name, value in model.named_parameters()}]
     for t, gradient in enumerate(gradients, 1):
         for name, value in model.named_parameters():

@@ -27,7 +27,7 @@ TORCH = {  # the files that work on tensors; everything else can be imported, li
     "ablations/coords.py", "ablations/liveness.py",
     *(f"experiments/bench_{name}.py" for name in ("attention", "cases", "entropy", "ffn", "hf", "kernels", "optimizer", "plain", "step", "timing")),
     *(f"kernels/attention{part}.py" for part in ("", "_forward", "_backward")),
-    *(f"kernels/{name}.py" for name in ("cross_entropy", "fp8", "linear_cross_entropy", "newton_schulz", "swiglu")),
+    *(f"kernels/{name}.py" for name in ("cross_entropy", "fp8", "linear_cross_entropy", "newton_schulz", "optimizer_step", "swiglu")),
 }  # fmt: skip
 HEAVY = {"torch", "mlflow", "optuna"}
 ENVIRONMENT = {  # below experiments/, who touches an environment variable, and why; none of them runs in a step

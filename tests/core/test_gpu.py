@@ -102,7 +102,7 @@ def test_a_run_reports_the_memory_of_its_replays(tiny, token_folder, tmp_path):
         for seed in (0, 1):
             runtime = Runtime(device="cuda", compile=False, replay=replay)
             peaks.append(run(replace(recipe, seed=seed), runtime, token_folder, Record(tmp_path / f"{replay}{seed}"), warm=warm).peak_bytes)
-    assert all(peaks[0] <= peak < peaks[0] + 256 * 2**20 for peak in peaks), peaks
+    assert all(0.99 * peaks[0] < peak < peaks[0] + 256 * 2**20 for peak in peaks), peaks  # the first run also set up libraries
 
 
 def test_lack_of_gpu_memory_becomes_a_record_that_names_a_micro_batch(tiny, token_folder, tmp_path):

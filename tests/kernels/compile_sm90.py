@@ -20,7 +20,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
 
-from ablab.kernels import attention, attention_backward, attention_forward, cross_entropy, newton_schulz, swiglu
+from ablab.kernels import attention, attention_backward, attention_forward, cross_entropy, newton_schulz, optimizer_step, swiglu
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 
@@ -61,10 +61,19 @@ def main(B=96, T=384, H=12, KV=12, D=64, tiles="{}"):
     attention_backward.backward(kept[0], packed, *kept, *parts)
     gram = newton_schulz.symmetric(empty(16, 768, 2048))
     newton_schulz.symmetric(gram, 1.5, 0.5, gram, 2.0)
+    optimizer(*(torch.empty(2, 768, 2048) for _ in range(4)))
     packed = empty(16, 4096).requires_grad_()
     swiglu.swiglu(packed).sum().backward()
     for form in cross_entropy.CAPS:
         cross_entropy.cross_entropy_(empty(16, 32_000), torch.zeros(16, dtype=torch.int64), cap=15.0, cap_form=form, z_weight=1e-4, padded=True)
+
+
+def optimizer(weight, grad, mean, square):
+    one, numbers, rows = torch.ones(()), torch.ones(4), torch.empty(2, 768, 1)
+    optimizer_step.adam_step(weight, grad, mean, square, one, numbers, one, one, 0.9, 0.95, 1e-8, "cautious", "linear", 0.1)
+    u, _ = optimizer_step.momentum_step(grad, mean, one, numbers, 0.85, 0.95, 100, True, 1.0, torch.bfloat16)
+    scales = optimizer_step.row_scales(u, rows, 1.0, 0.95, 1e-8)
+    optimizer_step.apply_rows(weight, u, scales, numbers, one, one, 1.0, "cautious", "linear", 0.1)
 
 
 if __name__ == "__main__":

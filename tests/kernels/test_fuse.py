@@ -129,7 +129,7 @@ def test_auto_takes_no_kernel_that_was_not_measured_to_be_faster_here(tiny, monk
     monkeypatch.setattr(fuse, "FASTER", {})
     monkeypatch.setattr(fuse, "_gpu", lambda: "this GPU")
     held = fuse.places(tiny(["muon"], **SHAPE), ASKED | {"kernels": "auto", "dtype": "bf16", "device": "cuda"})
-    assert list(held) == ["attention", "ffn", "loss", "newton_schulz"]
+    assert list(held) == ["attention", "ffn", "loss", "newton_schulz", "optimizer"]
     assert {(one.kernel, one.flaw, one.why) for one in held.values()} == {(False, False, "torch: the kernel is not known to be faster on this GPU")}
 
 

@@ -1,0 +1,218 @@
+"""The banked optimizer step: what Newton-Schulz does not do, in as few passes over memory as there can be.
+
+With g = clip * gradient, keep b, decay rate d and mask c (all ones, or 1[u w >= 0] of cautious decay):
+
+    adam_step         m <- b1 m + (1-b1) g;  v <- b2 v + (1-b2) g^2;  u = (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)
+                      w <- w - lr (u + d c w)
+    momentum_step     m <- b m + (1-b) g;  u = (1-b) g + b m, or m;  and 1 / (divisor |u|_F) of each matrix
+    row_scales        e = shape^2 mean(o^2) of a row;  v <- b2 v + (1-b2) e;  s = shape / (sqrt(v) + eps), times a factor
+                      that leaves each matrix its Frobenius norm
+    apply_rows        w <- w - lr (s o + d c w)
+
+Gradients are cleared where they are read for the last time.  |u|_F is not divided out here: kernels/newton_schulz.py
+multiplies its first products by it, so u is rounded once and read by nobody else.  A gradient, a mean and a weight are
+thus read once and written once, u and the polar factor o are of the dtype of the products.
+
+The reference is the chain that these replace: Adam, Momentum, Orthogonalize, NorMuon and the decays, step for step.
+Tolerance: fp32 arithmetic in another order, 1e-5 of the largest element; u is rounded before its norm is divided out and
+not after, so o differs by the rounding of one input.
+
+numbers: fp32 [4] on the device: learning rate, step from 1, step / steps, the schedule's value.
+"""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+CHUNK = 2048  # elements of a program
+ROWS, COLUMNS = 8, 256  # of the tile of a program that works on rows
+MASKS = {"plain": 1, "cautious": 2, "strictly cautious": 3}  # every coordinate, where u w >= 0, where u w > 0
+SCHEDULES = ("constant", "linear", "lr")  # of the decay rate: 1, 1 - step / steps, the schedule's value
+
+
+# ---- kernels ----
+
+
+@triton.jit
+def _decayed(u, w, numbers, factor, rate, MASK: tl.constexpr, SCHEDULE: tl.constexpr):
+    """u + rate * schedule * mask * w."""
+    strength = rate * tl.load(factor)
+    if SCHEDULE == 1:
+        strength *= 1.0 - tl.load(numbers + 2)
+    if SCHEDULE == 2:
+        strength *= tl.load(numbers + 3)
+    decay = strength * w
+    if MASK == 2:
+        decay = tl.where(u * w >= 0, decay, 0.0)
+    if MASK == 3:
+        decay = tl.where(u * w > 0, decay, 0.0)
+    return u + decay
+
+
+@triton.jit
+def _adam_kernel(
+    weight, grad, mean, square, clip, numbers, lr_factor, decay_factor, size, keep1, keep2, log_keep1, log_keep2, eps, rate,
+    MASK: tl.constexpr, SCHEDULE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+    within = at < size
+    step = tl.load(numbers + 1)
+    g = tl.load(grad + at, mask=within, other=0.0) * tl.load(clip)
+    m = tl.load(mean + at, mask=within, other=0.0)
+    v = tl.load(square + at, mask=within, other=0.0)
+    w = tl.load(weight + at, mask=within, other=0.0)
+    m += (1.0 - keep1) * (g - m)
+    v += (1.0 - keep2) * (g * g - v)
+    u = m / (tl.sqrt_rn(v / (1.0 - tl.exp(step * log_keep2))) + eps) / (1.0 - tl.exp(step * log_keep1))
+    u = _decayed(u, w, numbers, decay_factor, rate, MASK, SCHEDULE)
+    tl.store(weight + at, w - u * (tl.load(numbers) * tl.load(lr_factor)), mask=within)
+    tl.store(mean + at, m, mask=within)
+    tl.store(square + at, v, mask=within)
+    tl.store(grad + at, tl.zeros_like(g), mask=within)
+
+
+@triton.jit
+def _momentum_kernel(grad, mean, out, squares, clip, numbers, stride, size, keep_from, keep_to, rise_over, nesterov, CHUNK: tl.constexpr):
+    chunk, matrix = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    at = chunk * CHUNK + tl.arange(0, CHUNK)
+    within = at < size
+    change = 1.0 - (keep_from + (keep_to - keep_from) * tl.minimum(tl.load(numbers + 1) / rise_over, 1.0))
+    g = tl.load(grad + matrix * stride + at, mask=within, other=0.0) * tl.load(clip)
+    m = tl.load(mean + matrix * stride + at, mask=within, other=0.0)
+    m += change * (g - m)
+    u = m + change * nesterov * (g - m)
+    tl.store(mean + matrix * stride + at, m, mask=within)
+    tl.store(grad + matrix * stride + at, tl.zeros_like(g), mask=within)
+    tl.store(out + matrix * size + at, u.to(out.dtype.element_ty), mask=within)
+    tl.store(squares + matrix * tl.num_programs(0) + chunk, tl.sum(u * u, 0))
+
+
+@triton.jit
+def _inverse_norm_kernel(squares, out, chunks, divisor, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    total = tl.sum(tl.load(squares + tl.program_id(0).to(tl.int64) * chunks + at, mask=at < chunks, other=0.0), 0)
+    tl.store(out + tl.program_id(0), 1.0 / (tl.sqrt_rn(total) * divisor + 1e-7))
+
+
+@triton.jit
+def _energy_kernel(matrices, energy, height, width, shape_factor, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """shape_factor^2 * the mean square of each row."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    matrix = tl.program_id(1).to(tl.int64)
+    start = matrices + matrix * height * width + rows[:, None] * width
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for first in range(0, width, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        o = tl.load(start + columns[None, :], mask=(rows[:, None] < height) & (columns[None, :] < width), other=0.0).to(tl.float32)
+        total += o * o
+    mean = tl.sum(total, 1) / width * (shape_factor * shape_factor)
+    tl.store(energy + matrix * height + rows, mean, mask=rows < height)
+
+
+@triton.jit
+def _scale_kernel(energy, square, scales, square_stride, height, width, shape_factor, keep, eps, BLOCK: tl.constexpr):
+    rows, matrix = tl.arange(0, BLOCK), tl.program_id(0).to(tl.int64)
+    within = rows < height
+    e = tl.load(energy + matrix * height + rows, mask=within, other=0.0)
+    v = tl.load(square + matrix * square_stride + rows, mask=within, other=0.0)
+    v += (1.0 - keep) * (e - v)
+    s = 1.0 / (tl.sqrt_rn(v) + eps)
+    kept = tl.sqrt_rn(tl.sum(e, 0) * width) / (tl.sqrt_rn(tl.sum(tl.where(within, e * s * s, 0.0), 0) * width) + eps)
+    tl.store(square + matrix * square_stride + rows, v, mask=within)
+    tl.store(scales + matrix * height + rows, s * kept * shape_factor, mask=within)
+
+
+@triton.jit
+def _apply_kernel(
+    weight, matrices, scales, numbers, lr_factor, decay_factor, weight_stride, height, width, shape_factor, rate,
+    SCALED: tl.constexpr, MASK: tl.constexpr, SCHEDULE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    matrix = tl.program_id(2).to(tl.int64)
+    at, within = rows[:, None] * width + columns[None, :], (rows[:, None] < height) & (columns[None, :] < width)
+    o = tl.load(matrices + matrix * height * width + at, mask=within, other=0.0).to(tl.float32)
+    w = tl.load(weight + matrix * weight_stride + at, mask=within, other=0.0)
+    if SCALED:
+        u = o * tl.load(scales + matrix * height + rows, mask=rows < height, other=0.0)[:, None]
+    else:
+        u = o * shape_factor
+    u = _decayed(u, w, numbers, decay_factor, rate, MASK, SCHEDULE)
+    tl.store(weight + matrix * weight_stride + at, w - u * (tl.load(numbers) * tl.load(lr_factor)), mask=within)
+
+
+# ---- operators ----
+
+
+@torch.library.custom_op("ablab::adam_step", mutates_args=("weight", "grad", "mean", "square"))
+def adam_step(
+    weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, clip: Tensor, numbers: Tensor, lr: Tensor, decay: Tensor,
+    beta1: float, beta2: float, eps: float, mask: str, schedule: str, rate: float,
+) -> None:  # fmt: skip
+    """Adam and a decay.  weight, grad, mean, square: contiguous fp32 of one shape; clip, lr, decay: factors, fp32 0-D."""
+    _adam_kernel[(triton.cdiv(weight.numel(), CHUNK),)](
+        weight, grad, mean, square, clip, numbers, lr, decay, weight.numel(), beta1, beta2, _log(beta1), _log(beta2), eps, rate,
+        MASK=MASKS[mask], SCHEDULE=SCHEDULES.index(schedule), CHUNK=CHUNK,
+    )  # fmt: skip
+
+
+def _log(keep: float) -> float:
+    return math.log(keep) if keep else -1e30  # of 0: exp(step * this) is 0 from step 1 on
+
+
+@torch.library.custom_op("ablab::momentum_step", mutates_args=("grad", "mean"))
+def momentum_step(
+    grad: Tensor, mean: Tensor, clip: Tensor, numbers: Tensor, keep_from: float, keep_to: float, rise_over: int, nesterov: bool,
+    divisor: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Momentum of matrices: (u [N,r,c] of `dtype`, 1 / (divisor |u|_F) [N] in fp32).
+
+    grad, mean: [N,r,c] in fp32, of the same strides, each matrix contiguous.  The keep rises from keep_from to keep_to over
+    `rise_over` steps.
+    """
+    count, height, width = grad.shape
+    chunks = triton.cdiv(height * width, CHUNK)
+    out = grad.new_empty(grad.shape, dtype=dtype)
+    squares, inverse = grad.new_empty(count, chunks), grad.new_empty(count)
+    _momentum_kernel[(chunks, count)](
+        grad, mean, out, squares, clip, numbers, grad.stride(0), height * width, keep_from, keep_to, float(rise_over), float(nesterov), CHUNK=CHUNK
+    )
+    _inverse_norm_kernel[(count,)](squares, inverse, chunks, divisor, BLOCK=triton.next_power_of_2(chunks))
+    return out, inverse
+
+
+@momentum_step.register_fake
+def _(grad, mean, clip, numbers, keep_from, keep_to, rise_over, nesterov, divisor, dtype):
+    return grad.new_empty(grad.shape, dtype=dtype), grad.new_empty(grad.shape[0])
+
+
+@torch.library.custom_op("ablab::row_scales", mutates_args=("square",))
+def row_scales(matrices: Tensor, square: Tensor, shape_factor: float, keep: float, eps: float) -> Tensor:
+    """What NorMuon multiplies the rows of contiguous matrices [N,r,c] by, [N,r] in fp32; square: [N,r,1], its running mean."""
+    count, height, width = matrices.shape
+    energy = matrices.new_empty(count, height, dtype=torch.float32)
+    scales = torch.empty_like(energy)
+    _energy_kernel[(triton.cdiv(height, ROWS), count)](matrices, energy, height, width, shape_factor, ROWS=ROWS, COLUMNS=COLUMNS)
+    _scale_kernel[(count,)](energy, square, scales, square.stride(0), height, width, shape_factor, keep, eps, BLOCK=triton.next_power_of_2(height))
+    return scales
+
+
+@row_scales.register_fake
+def _(matrices, square, shape_factor, keep, eps):
+    return matrices.new_empty(matrices.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("ablab::apply_rows", mutates_args=("weight",))
+def apply_rows(
+    weight: Tensor, matrices: Tensor, scales: Tensor | None, numbers: Tensor, lr: Tensor, decay: Tensor, shape_factor: float,
+    mask: str, schedule: str, rate: float,
+) -> None:  # fmt: skip
+    """Move weight [N,r,c], fp32, each matrix contiguous, by contiguous matrices [N,r,c] times scales [N,r], or times shape_factor."""
+    count, height, width = weight.shape
+    _apply_kernel[(triton.cdiv(width, COLUMNS), triton.cdiv(height, ROWS), count)](
+        weight, matrices, matrices if scales is None else scales, numbers, lr, decay, weight.stride(0), height, width, shape_factor, rate,
+        SCALED=scales is not None, MASK=MASKS[mask], SCHEDULE=SCHEDULES.index(schedule), ROWS=ROWS, COLUMNS=COLUMNS,
+    )  # fmt: skip

@@ -1,0 +1,169 @@
+"""The kernels of the optimizer step against the chains that they replace, and against fp64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ablab.core.declare import Param
+from ablab.core.fuse_step import optimizer_flaw
+from ablab.core.transforms import newton_schulz
+from ablab.kernels.optimizer_step import ROWS, adam_step, apply_rows, momentum_step, row_scales
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="products are in bf16 on a GPU, in fp32 here")
+OURS = {"kernels": {"optimizer", "newton_schulz"}}
+RISING = {"momentum": 0.9, "warmup_from": 0.7, "warmup_steps": 3}
+TREATMENTS = {
+    "adam": [], "adam, cautious": ["cautious_wd"], "adam, strictly cautious": [{"cautious_wd": {"ties": False}}],
+    "muon": ["muon"], "muon, heavy ball": [{"muon": {"nesterov": False, "scale": "rms", "ns": "kj5"}}],
+    "muon, rising": [{"muon": RISING | {"scale": "spectral", "ns": "you5"}}, "cautious_wd"],
+    "normuon": ["muon", "normuon"], "all": [{"muon": {"ns": "polar5"}}, {"normuon": {"beta2": 0.8, "eps": 1e-3}}, "cautious_wd"],
+    "heads": [{"muon": {"split": "heads"}}, "normuon"], "joint": [{"muon": {"split": "joint"}}, "normuon"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unset_memory_is_nan():
+    """Whatever a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.ones(3).new_empty(5).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parameters(rows, columns, blocks, head=0, count=2):
+    """`count` hidden matrices in one bank, an embedding and a vector."""
+    hidden = {f"w{i}": (Param((rows, columns), "hidden", blocks=blocks, head=head), randn(rows, columns, seed=i)) for i in range(count)}
+    return hidden | {"table": (Param((7, columns), "embedding"), randn(7, columns, seed=8)), "gain": (Param((columns,), "vector"), randn(columns, seed=9))}
+
+
+def gradients(start, steps=4, scale=0.3):
+    return [{name: scale * (t + 1) * randn(*one.shape, seed=50 * t + i) for i, (name, (one, _)) in enumerate(start.items())} for t in range(steps)]
+
+
+def apart(one, other):
+    """Relative Frobenius distance, in fp64."""
+    return ((one.double().cpu() - other.double().cpu()).norm() / other.double().cpu().norm().clamp(min=1e-12)).item()
+
+
+def both(drive, recipe, start, moves):
+    (ours, mine), (theirs, chain) = drive(recipe, start, moves, **OURS), drive(recipe, start, moves)
+    assert mine.tensors().keys() == chain.tensors().keys()
+    states = {name: apart(value, chain.tensors()[name]) for name, value in mine.tensors().items()}
+    weights = {f"{name} after {t}": apart(at[name], theirs[t][name]) for t, at in enumerate(ours) for name in at}
+    return states | weights, mine
+
+
+@cpu
+@settings(max_examples=25, deadline=None)
+@given(
+    treatment=st.sampled_from(sorted(TREATMENTS)), columns=st.integers(2, 40), sizes=st.sampled_from([(), (9, 9), (12, 4, 4), (600,)]),
+    clip=st.sampled_from([None, 0.5]), decay=st.sampled_from(["constant", "linear", "lr"]),
+)  # fmt: skip
+def test_every_chain_moves_as_it_is_written(tiny, drive, treatment, columns, sizes, clip, decay):
+    """In fp32, over four steps: matrices alone, equal and unequal blocks, more rows than a tile, a clip that bites or none."""
+    steps = [{"kind": "adam"}, {"kind": "decay", "rate": 0.3, "schedule": decay}]
+    recipe = tiny(TREATMENTS[treatment], optim__clip=clip, optim__lr=0.02, **{f"optim__chains__{role}__steps": steps for role in ("hidden", "embedding")})
+    assert optimizer_flaw(recipe) == ""
+    start = parameters(sum(sizes) or 11, columns, sizes if len(sizes) > 1 else (), head=3 if sizes == (9, 9) else 0)
+    found, mine = both(drive, recipe, start, gradients(start))
+    assert {name: far for name, far in found.items() if not far < 3e-5} == {}
+    assert all((bank.grad == 0).all() for bank in mine.banks)
+
+
+@cpu
+def test_adam_by_its_kernel_equals_torch_adamw_in_fp64(tiny, drive):
+    recipe = tiny(
+        optim__chains__hidden__steps=[{"kind": "adam", "beta2": 0.999, "eps": 0.1}, {"kind": "decay"}], schedule="constant", optim__clip=None, optim__lr=0.02
+    )
+    start = {"w": (Param((50, 70), "hidden"), randn(50, 70))}
+    moves = gradients(start, 10)
+    seen, _ = drive(recipe, start, moves, **OURS)
+    weight = start["w"][1].double().requires_grad_()
+    rule = torch.optim.AdamW([weight], lr=0.02, betas=(0.9, 0.999), eps=0.1, weight_decay=0.1)
+    for t, move in enumerate(moves, 1):
+        weight.grad = move["w"].double()
+        rule.step()
+        assert (seen[t]["w"] - weight).abs().max() < 3e-6, t
+
+
+def test_normuon_by_its_kernel_equals_fp64_and_keeps_the_norm():
+    polar, square = randn(3, 2 * ROWS + 3, 300).to(DEVICE), randn(3, 2 * ROWS + 3, 1, seed=1).square().to(DEVICE)
+    before, scaled = square.double(), 1.7 * polar.double()
+    scales = row_scales(polar, square, 1.7, 0.9, 1e-8)
+    running = 0.9 * before + 0.1 * scaled.square().mean(-1, keepdim=True)
+    rows = scaled / (running.sqrt() + 1e-8)
+    expected = rows * scaled.norm(dim=(-2, -1), keepdim=True) / rows.norm(dim=(-2, -1), keepdim=True)
+    assert apart(square, running) < 1e-6 and apart(scales[..., None] * polar, expected) < 1e-6
+    assert apart((scales[..., None] * polar).norm(dim=(-2, -1)), scaled.norm(dim=(-2, -1))) < 1e-6
+
+
+@cpu
+def test_a_zero_gradient_moves_nothing(tiny, drive):
+    start = parameters(12, 8, (6, 6))
+    seen, _ = drive(tiny(["muon", "normuon"], optim__chains__embedding__steps=[{"kind": "adam"}]), start, [{n: 0 * v for n, (_, v) in start.items()}], **OURS)
+    assert all(at.isfinite().all() for at in seen[1].values()) and torch.equal(seen[1]["table"], seen[0]["table"])
+
+
+def test_pytorch_finds_the_operators_registered_as_they_behave():
+    def on(*shape, seed=0):
+        return randn(*shape, seed=seed).to(DEVICE)
+
+    one, numbers = torch.ones((), device=DEVICE), torch.tensor([0.1, 1.0, 0.5, 1.0], device=DEVICE)
+    w, matrices = [on(2, 20, 30, seed=i).abs() for i in range(4)], on(2, 20, 30)
+    for operator, given_ in (
+        (adam_step, (*w, one, numbers, one, one, 0.9, 0.95, 1e-8, "cautious", "linear", 0.1)),
+        (momentum_step, (w[0], w[1], one, numbers, 0.85, 0.95, 10, True, 1.0, torch.float32)),
+        (row_scales, (matrices, on(2, 20, 1).abs(), 1.0, 0.95, 1e-8)),
+        (apply_rows, (w[0], matrices, on(2, 20), numbers, one, one, 1.0, "plain", "constant", 0.1)),
+    ):
+        torch.library.opcheck(operator, given_)
+
+
+@pytest.mark.parametrize(
+    ("treatment", "said"),
+    [
+        ([], ""),
+        ([{"muon": {"ns": "exact"}}], "the chain of hidden takes exact polar factors, which the kernel does not"),
+        (["muon", {"normuon": {"axis": "shape_rule"}}], "normuon normalises by shape_rule, and the kernel rows alone"),
+    ],
+    ids=str,
+)
+def test_a_chain_that_the_kernels_do_not_know_is_named(tiny, treatment, said):
+    assert optimizer_flaw(tiny(treatment)) == said
+
+
+def test_another_rule_is_named_and_an_empty_chain_too(tiny):
+    lion = tiny(optim__chains__embedding__steps=[{"kind": "lion"}, {"kind": "decay"}])
+    assert optimizer_flaw(lion) == "the chain of embedding is lion, decay, which the kernel does not know"
+
+
+@pytest.mark.parametrize("shape", [(2, 256, 512), (2, 768, 256), (3, 128, 128)], ids=str)
+class TestOnAGPU:
+    pytestmark = gpu
+
+    def test_in_bf16_a_step_is_as_close_to_fp64_as_the_chain(self, tiny, drive, shape):
+        """A heavy ball from rest: u = 0.05 g, so the polar factor is that of the gradient."""
+        count, rows, columns = shape
+        recipe = tiny(
+            [{"muon": {"nesterov": False, "lr": 1.0}}], schedule="constant", optim__clip=None, optim__lr=1.0, optim__chains__hidden__steps=[{"kind": "adam"}]
+        )
+        start = {f"w{i}": (Param((rows, columns), "hidden"), torch.zeros(rows, columns)) for i in range(count)}
+        move = {name: 1e-4 * randn(rows, columns, seed=i) for i, name in enumerate(start)}
+        exact = {name: -(max(1, rows / columns) ** 0.5) * newton_schulz(g.double()[None], "polar7", torch.float64)[0] for name, g in move.items()}
+        far = {
+            how: max(apart(drive(recipe, start, [move], "cuda", kernels=how)[0][1][name], exact[name]) for name in start)
+            for how in (("optimizer", "newton_schulz"), ())
+        }
+        assert far["optimizer", "newton_schulz"] <= 1.1 * far[()], far
+
+    def test_steps_repeat_their_bits(self, tiny, drive, shape):
+        recipe, start = tiny(["muon", "normuon", "cautious_wd"]), parameters(shape[1], shape[2], (shape[1] // 2,) * 2)
+        first, again = (drive(recipe, start, gradients(start), "cuda", **OURS)[0][-1] for _ in range(2))
+        assert all(torch.equal(first[name], again[name]) for name in first)
