@@ -22,7 +22,7 @@ class Runtime:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of activations; weights and optimizer state are always fp32
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: ours where they measured faster; `ablab show` says which serves what
-    compile: bool | Literal["blocks"] | None = None  # true: one graph of the model; blocks: equal blocks share one; null: true on CUDA only
+    compile: bool | Literal["blocks"] | None = None  # true: one graph of the model; blocks: equal blocks share one; null: blocks on CUDA, false elsewhere
     replay: bool | None = None  # record a step as CUDA graphs and replay them; null: on CUDA only
     micro_batch: Whole | None = None  # rows a forward pass; null: the whole batch
     recompute: Natural = 0  # first blocks that keep no activations
@@ -46,7 +46,7 @@ def settle(runtime: Runtime, rows: int) -> dict[str, Any]:
     if runtime.dtype == "auto":
         settled["dtype"] = "bf16" if settled["device"] == "cuda" else "fp32"
     if runtime.compile is None:
-        settled["compile"] = settled["device"] == "cuda"
+        settled["compile"] = "blocks" if settled["device"] == "cuda" else False
     if runtime.replay is None:
         settled["replay"] = settled["device"] == "cuda"
     settled["micro_batch"] = rows_at_once(runtime, rows)

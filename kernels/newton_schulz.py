@@ -83,7 +83,7 @@ def _store(out, tile, rows, columns, height, EVEN: tl.constexpr):
 @triton.jit
 def _symmetric_kernel(
     x, y, scale, out, height, depth, side, x_batch, x_row, x_depth, y_batch, y_row, y_column, alpha, beta, diagonal,
-    ADD: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    ADD: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     tiles = side * (side + 1) // 2
     batch = (tl.program_id(0) // tiles).to(tl.int64)
@@ -99,8 +99,7 @@ def _symmetric_kernel(
             added = tl.load(address, mask=(rows[:, None] < height) & (columns[None, :] < height), other=0.0)
         total += beta * added.to(tl.float32)
     total += tl.where(rows[:, None] == columns[None, :], diagonal, 0.0)
-    if SCALED:
-        total *= tl.load(scale + batch)
+    total *= tl.load(scale + batch)
     out += batch * height * height
     if tile_row == tile_column:
         result = tl.where(rows[:, None] >= columns[None, :], total, tl.trans(total)).to(out.dtype.element_ty)
@@ -116,7 +115,7 @@ def _symmetric_kernel(
 
 @torch.library.custom_op("ablab::symmetric_product", mutates_args=())
 def _symmetric(
-    x: Tensor, y: Tensor | None, scale: Tensor | None, alpha: float, beta: float, diagonal: float, block: int, depth: int, warps: int, stages: int
+    x: Tensor, y: Tensor | None, scale: Tensor, alpha: float, beta: float, diagonal: float, block: int, depth: int, warps: int, stages: int
 ) -> Tensor:  # fmt: skip
     """Opaque to the compiler (not a triton_op), because kernels in Triton's interpreter cannot be traced."""
     count, height, length = x.shape
@@ -124,8 +123,8 @@ def _symmetric(
     side = triton.cdiv(height, block)
     if out.numel():
         _symmetric_kernel[(count * (side * (side + 1) // 2),)](
-            x, x if y is None else y, x if scale is None else scale, out, height, length, side, *x.stride(), *(0, 0, 0) if y is None else y.stride(),
-            alpha, beta, diagonal, ADD=y is not None, SCALED=scale is not None, EVEN=height % block == 0 and length % depth == 0,
+            x, x if y is None else y, scale, out, height, length, side, *x.stride(), *(0, 0, 0) if y is None else y.stride(),
+            alpha, beta, diagonal, ADD=y is not None, EVEN=height % block == 0 and length % depth == 0,
             BLOCK=block, DEPTH=depth, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out
@@ -147,6 +146,7 @@ def symmetric(
     x: [N, r, c] of any strides, each matrix within 2^31 elements; y: symmetric [N, r, r] of the same dtype; scale: [N] in fp32.
     tiles: as TILES, for tuning.
     """
+    scale = x.new_ones(len(x), dtype=torch.float32) if scale is None else scale
     return _symmetric(x, y, scale, float(alpha), float(beta), float(diagonal), *tiles[min(most for most in tiles if most >= x.shape[1])])
 
 
@@ -171,11 +171,11 @@ def iterate(x: Tensor, triples: Triples, scale: Tensor | None = None, tiles: Til
     values from 0.001 to 1, in bf16 with the seven steps of polar7, it gave NaN, and with a restart after two steps values
     above 1e11, where this form takes them to [0.90, 1.09].
     """
-    tall = x.shape[-2] > x.shape[-1]
-    squared = None if scale is None else scale.square()
+    tall, one = x.shape[-2] > x.shape[-1], x.new_ones(len(x), dtype=torch.float32)
+    scale, squared = (one, one) if scale is None else (scale, scale.square())
     for a, b, c in triples:
         gram = symmetric(x.mT if tall else x, scale=squared, tiles=tiles)
         poly = symmetric(gram, c, b, gram, a, scale, tiles)
         x = x @ poly if tall else poly @ x
-        scale = squared = None
+        scale = squared = one
     return x

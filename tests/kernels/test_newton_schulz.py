@@ -9,7 +9,7 @@ from triton import language as tl
 
 from ablab.core.transforms import COEFFICIENTS, newton_schulz, polar_factor
 from ablab.kernels import newton_schulz as kernel
-from ablab.kernels.newton_schulz import TILES, _tile_of, orthogonalise, plain_symmetric, symmetric
+from ablab.kernels.newton_schulz import TILES, _tile_of, iterate, orthogonalise, plain_symmetric, symmetric
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -85,6 +85,14 @@ def test_a_square_in_fp16_is_symmetric_to_the_bit_and_as_exact_as_a_plain_one():
     assert error(square, expected) <= 1.1 * error(plain_symmetric(gram, 0.5, -1.0, gram), expected)
 
 
+def test_a_scale_multiplies_each_product_and_enters_newton_schulz_as_if_the_matrices_held_it():
+    x, scale = randn(3, 20, 50), torch.tensor([1.0, 0.25, 8.0], device=DEVICE)
+    assert torch.equal(symmetric(x, scale=scale, tiles=SMALL), scale[:, None, None] * symmetric(x, tiles=SMALL))
+    triples = COEFFICIENTS["polar7"][1]
+    held = iterate(x * (scale * 1e-2)[:, None, None], triples, tiles=SMALL)
+    assert error(iterate(x, triples, scale * 1e-2, SMALL), held.double()) < 1e-5
+
+
 @pytest.mark.parametrize("view", ["transposed", "split", "every second", "expanded"])
 def test_any_strides_give_the_product_of_a_copy(view):
     x = randn(3, 40, 60)
@@ -99,7 +107,7 @@ def test_an_empty_batch_gives_an_empty_batch():
 def test_pytorch_finds_the_operator_registered_as_it_behaves():
     x = randn(2, 20, 30)
     for y in (None, symmetric(x, tiles=SMALL)):
-        torch.library.opcheck(kernel._symmetric, (x, y, 1.0, 0.5, 2.0, *SMALL[16]))
+        torch.library.opcheck(kernel._symmetric, (x, y, randn(2), 1.0, 0.5, 2.0, *SMALL[16]))
 
 
 # ---- Newton-Schulz ----
