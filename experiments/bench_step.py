@@ -3,8 +3,9 @@
 Whole optimizer steps through the trainer, without evaluating and saving, on random tokens; a second subject takes turns in the
 same process, A B B A.  Profiling comes after the timing, so that neither sees the other.
     MFU    FLOPs a token (core/plan.py: 6 * matrix parameters + causal attention) * tokens/s / peak
-    split  busy time of the device by the phase that launched it, on a CPU the host's time; gaps: the rest of the timed step,
-           below 0 where the steps that were split ran slower than those that were timed
+    split  busy time of the device by the phase that launched it, on a CPU the host's time; gaps: the rest of the timed step.
+           On a GPU the gaps are those between the kernels of steps as they were timed; the phases are then told apart in
+           steps launched kernel by kernel, whose clock may be another, and scaled to the rest
 """
 
 import resource
@@ -34,7 +35,7 @@ HF = "hf"
 STEPS, WINDOWS, WARM_UP = {"cuda": 100, "cpu": 10}, {"cuda": 3, "cpu": 3}, {"cuda": 50, "cpu": 3}
 SHOWN = ("dtype", "compile", "replay", "micro_batch", "recompute", "deterministic", "threads", "kernels")  # of the runtime
 SPLIT = 5  # steps whose host time is split
-LOAD = {"cuda": 30, "cpu": 0}  # steps before that: a card at its power limit lowers its clock, and must have done so here too
+LOAD = 30  # steps on a GPU before a profile: a card at its power limit lowers its clock, and must have done so here too
 GIB = 2**30
 
 
@@ -118,8 +119,7 @@ def bench_step(
         rate = timing.matmul_rate(device)
         for (one, marks, timed), spans in zip(made, times, strict=True):
             rate_it(timed, spans, rate, kind)
-            one.show_phases()
-            _split(timed, one.step, marks, device)
+            _split(timed, one, marks, device)
     timed = [timed for _, _, timed in made]
     ratio = {"ratio": timed[0].tokens_per_second / timed[1].tokens_per_second} if len(timed) > 1 else {}
     ceilings = {"peak_tflops": timing.PEAK / 1e12, "matmul_tflops": rate / 1e12, "clocks": clocks}
@@ -193,20 +193,29 @@ def rate_it(timed: Timed, spans: list[float], rate: float, device_type: str) -> 
     timed.mfu = achieved / timing.PEAK if device_type == "cuda" else None  # a CPU has another peak
 
 
-def _split(timed: Timed, step: Callable[[], Any], marks: Marks, device: torch.device) -> None:
-    for _ in range(LOAD[device.type]):
-        step()
-    host = timing.host_split(step, marks, SPLIT)
-    timed.host_data_ms, phases = 1e3 * host["data"], host
+def _split(timed: Timed, one: Any, marks: Marks, device: torch.device) -> None:
     if device.type == "cuda":
-        timing.settled(device)
-        found = timing.device_split(step, marks, device)
-        if not found["kernels"]:  # a profiler without its tracing library sees nothing
-            return
-        phases, timed.longest = found["split"], found["longest"]
-        timed.kernels_per_step, timed.launches_per_step = found["kernels"], found["launches"]
-    timed.split_ms = {phase: 1e3 * spent for phase, spent in phases.items()}
-    timed.split_ms["gaps"] = timed.ms_per_step - sum(timed.split_ms.values())
+        _split_device(timed, one, marks, device)
+    host = timing.host_split(one.step, marks, SPLIT)
+    timed.host_data_ms = 1e3 * host["data"]
+    if device.type == "cpu":
+        timed.split_ms = {phase: 1e3 * spent for phase, spent in host.items()}
+        timed.split_ms["gaps"] = timed.ms_per_step - sum(timed.split_ms.values())
+
+
+def _split_device(timed: Timed, one: Any, marks: Marks, device: torch.device) -> None:
+    for _ in range(LOAD):
+        one.step()
+    if (share := timing.busy_share(one.step, device)) is None:
+        return  # a profiler without its tracing library sees nothing
+    one.show_phases()
+    for _ in range(LOAD):
+        one.step()
+    found = timing.device_split(one.step, marks, device)
+    scale = share * timed.ms_per_step / sum(found["split"].values())  # ms of the timed step for a second of these
+    timed.split_ms = {phase: scale * spent for phase, spent in found["split"].items()} | {"gaps": (1 - share) * timed.ms_per_step}
+    timed.longest = [kernel | {"ms": scale * kernel["ms"] / 1e3} for kernel in found["longest"]]
+    timed.kernels_per_step, timed.launches_per_step = found["kernels"], found["launches"]
 
 
 # -- showing it --------------------------------------------------------------------------------------------------------

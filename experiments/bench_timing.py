@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -174,14 +174,40 @@ def host_split(step: Callable[[], Any], marks: Marks, count: int) -> dict[str, f
 
 def device_split(step: Callable[[], Any], marks: Marks, device: torch.device, count: int = 3) -> dict[str, Any]:
     """Profile `count` steps: busy seconds of each phase, kernels and launches, all a step.  A kernel belongs to the phase that launched it."""
+    return busy(_trace(lambda: host_split(step, marks, count), device, host=True), count)
+
+
+def busy_share(step: Callable[[], Any], device: torch.device, count: int = 5) -> float | None:
+    """Of the time between the first and the last kernel of `count` steps, the share that the device works.  None: the profiler saw nothing."""
+    work = _on_device(_trace(lambda: [step() for _ in range(count)], device, host=False))
+    whole = max((one["ts"] + one["dur"] for one in work), default=0) - min((one["ts"] for one in work), default=0)
+    return sum(_uncovered(work)) / whole if whole else None
+
+
+def _trace(work: Callable[[], Any], device: torch.device, host: bool) -> list[dict[str, Any]]:
+    """Events of a profile.  host: the launching side too, which slows it."""
     from torch.profiler import ProfilerActivity, profile
 
+    settled(device)
     with tempfile.TemporaryDirectory() as folder:
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-            host_split(step, marks, count)
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU][: 1 + host]) as seen:
+            work()
             settled(device)
         seen.export_chrome_trace(str(path := Path(folder) / "trace.json"))
-        return busy(json.loads(path.read_text())["traceEvents"], count)
+        return json.loads(path.read_text())["traceEvents"]
+
+
+def _on_device(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return sorted((one for one in events if "dur" in one and one.get("cat") in ON_DEVICE), key=lambda one: one["ts"])
+
+
+def _uncovered(work: Iterable[Mapping[str, Any]]) -> Iterator[float]:
+    """Of each in turn, the microseconds that no earlier one covers."""
+    until = float("-inf")
+    for one in work:
+        end = one["ts"] + one["dur"]
+        yield max(end - max(one["ts"], until), 0.0)
+        until = max(until, end)
 
 
 def busy(events: Iterable[Mapping[str, Any]], count: int) -> dict[str, Any]:
@@ -189,13 +215,12 @@ def busy(events: Iterable[Mapping[str, Any]], count: int) -> dict[str, Any]:
     events = [one for one in events if "dur" in one]
     spans = sorted((one["ts"], one["name"].removeprefix(PREFIX)) for one in events if one.get("cat") == "user_annotation" and one["name"].startswith(PREFIX))
     launches = {one["args"]["correlation"]: one for one in events if one.get("cat") in LAUNCHING and "correlation" in one.get("args", {})}
-    starts, split, until = [span[0] for span in spans], dict.fromkeys(PHASES, 0.0), float("-inf")
-    work, named = sorted((one for one in events if one.get("cat") in ON_DEVICE), key=lambda one: one["ts"]), defaultdict(lambda: [0.0, 0.0])
-    for one in work:
-        end, launch = one["ts"] + one["dur"], launches.get(one["args"].get("correlation"), one)
+    starts, split = [span[0] for span in spans], dict.fromkeys(PHASES, 0.0)
+    work, named = _on_device(events), defaultdict(lambda: [0.0, 0.0])
+    for one, new in zip(work, _uncovered(work), strict=True):
+        launch = launches.get(one["args"].get("correlation"), one)
         phase = spans[max(bisect.bisect_right(starts, launch["ts"]) - 1, 0)][1]
-        split[phase] += max(end - max(one["ts"], until), 0.0) / 1e6 / count
-        until = max(until, end)
+        split[phase] += new / 1e6 / count
         for i, more in enumerate((one["dur"] / 1e3, 1)):
             named[phase, one["name"]][i] += more / count
     kernels = sum(one["cat"] == "kernel" for one in work)

@@ -3,11 +3,13 @@
 import json
 import math
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ablab.core.plan import cost_of
+from ablab.experiments import bench_step
 from ablab.experiments import bench_timing as timing
 from ablab.experiments.bench_step import Timed, rate_it, show_step
 
@@ -127,6 +129,28 @@ def test_a_trace_gives_each_phase_its_busy_time_and_counts_overlap_once():
     assert told["kernels"] == 2 and told["launches"] == 1.5
     assert [(one["phase"], one["ms"]) for one in told["longest"]] == [("forward", 0.025), ("backward", 0.015), ("optimizer", 0.0075), ("data", 0.0025)]
     assert told["longest"][2]["kernel"] == "move" and told["longest"][2]["times"] == 1
+
+
+def test_gaps_are_what_no_kernel_covers_between_the_first_and_the_last(monkeypatch):
+    work = [event("kernel", 100, 50), event("kernel", 140, 20), event("gpu_memcpy", 180, 20), event("cpu_op", 0, 900)]
+    monkeypatch.setattr(timing, "_trace", lambda *given, **more: [*reversed(work), {"cat": "kernel", "name": "no duration"}])
+    assert timing.busy_share(lambda: None, CPU) == pytest.approx(80 / 100)
+    monkeypatch.setattr(timing, "_trace", lambda *given, **more: [])
+    assert timing.busy_share(lambda: None, CPU) is None
+
+
+def test_phases_told_apart_at_another_clock_are_scaled_to_the_busy_part_of_the_timed_step(monkeypatch):
+    shown, timed = [], Timed("hand", ms_per_step=100)
+    one = SimpleNamespace(step=lambda: None, show_phases=lambda: shown.append(True))
+    found = {"split": dict.fromkeys(timing.PHASES, 0.02), "kernels": 9, "launches": 9, "longest": [{"phase": "forward", "kernel": "k", "ms": 8, "times": 1}]}
+    monkeypatch.setattr(timing, "busy_share", lambda *given: None if shown else 0.96)
+    monkeypatch.setattr(timing, "device_split", lambda *given: found)
+    bench_step._split_device(timed, one, None, CPU)
+    assert timed.split_ms == pytest.approx(dict.fromkeys(timing.PHASES, 24.0) | {"gaps": 4.0}) and shown == [True]
+    assert timed.longest[0]["ms"] == pytest.approx(9.6) and timed.kernels_per_step == 9
+    blind = Timed("blind", ms_per_step=100)
+    bench_step._split_device(blind, one, None, CPU)
+    assert not blind.split_ms and blind.kernels_per_step is None
 
 
 def test_what_only_a_gpu_measures_is_shown_where_it_was_measured(capsys):
