@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,13 @@ class Trainer:
         self.window.zero_()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # else a run reports the peak of every run before it in this process
+
+    def rehearse(self, data_folder: Path) -> None:
+        """Compile what a step and an evaluation run, then start over; nothing else stays of it."""
+        self.advance()
+        with torch.no_grad():
+            self.nats(self.tokens.rows(0, 0, self.runtime["micro_batch"]).to(self.device))
+        self.restart(self.recipe, data_folder)
 
     # -- one step --------------------------------------------------------------------------------------------------
     def advance(self) -> Tensor:
@@ -170,10 +177,10 @@ class Trainer:
 
 
 class Warm:
-    """Keeps the last trainer, and gives it to the next run of the same structure."""
+    """Keeps the last trainer, and gives it to the next run of the same structure.  rehearse: compile before the run begins."""
 
-    def __init__(self) -> None:
-        self.key, self.trainer = "", None
+    def __init__(self, rehearse: bool = False) -> None:
+        self.key, self.trainer, self.rehearse = "", None, rehearse
 
     def trainer_for(self, recipe: Recipe, runtime: Runtime, data_folder: Path) -> Trainer:
         if self.key == (key := structure(recipe, runtime)):
@@ -183,6 +190,8 @@ class Warm:
             gc.collect()  # its memory goes before the next one's comes
             torch.compiler.reset()  # graphs of another structure would fill dynamo's cache, 8 deep, and then run eagerly
             self.trainer = Trainer(recipe, runtime, data_folder)
+            if self.rehearse:
+                self.trainer.rehearse(data_folder)
             self.key = key
         return self.trainer
 
@@ -190,11 +199,12 @@ class Warm:
 def run(
     recipe: Recipe, runtime: Runtime, data_folder: Path, record: Record,
     tracker: Tracker = NullTracker(), about: Mapping[str, Any] = {}, warn: Callable[[str], None] = print, warm: Warm | None = None,
+    turn: AbstractContextManager = nullcontext(),
 ) -> Result:  # fmt: skip
     """Train to the end, from the last checkpoint if there is one, and leave a result.
 
-    Divergence and lack of memory are results too.  warm: shared by the runs of one process.  about: what run.json
-    should say besides the runtime and the versions.
+    Divergence and lack of memory are results too.  warm: shared by the runs of one process.  turn: held from the first
+    step to the last; whoever shares the device waits for it.  about: what run.json should say besides runtime and versions.
     Raises UserError for data that does not fit the recipe and for a folder that cannot be written.
     """
     status, error, trainer, metrics = FINISHED, "", None, {}
@@ -210,7 +220,8 @@ def run(
         trainer = (warm or Warm()).trainer_for(recipe, runtime, data_folder)
         trainer.restore(record.folder / "checkpoints", warn)
         record.rewind(trainer.step)
-        metrics = _loop(trainer, record, tracker)
+        with turn:
+            metrics = _loop(trainer, record, tracker)
     except Diverged as end:
         status, error = DIVERGED, str(end)
     except Pruned:

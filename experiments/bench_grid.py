@@ -5,7 +5,8 @@ for.  Then the grid: the real runner with its check that arms are alive, one war
 evaluation a cell (its last step).
     pure training   seconds of core/stopwatch.py: no first step, no evaluation, no saving
     before a cell   from the end of the cell before it to the end of its first step; of the first cell from the call of the runner,
-                    so it holds the start of the worker and the check
+                    so it holds the start of the worker and the check.  With several jobs a cell begins when a worker takes it, and
+                    waiting for its turn on the GPU counts
 """
 
 import math

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ablab.core.errors import UserError
@@ -26,10 +27,14 @@ PATIENCE = 1.0  # seconds before a run that another process holds is asked for a
 
 
 class Workers:
-    """Up to `count` processes, started as work comes.  gpus: one of these each, in turn; empty: all see what we see."""
+    """Up to `count` processes, started as work comes.
 
-    def __init__(self, count: int, plugins: Iterable[str] = (), gpus: Iterable[str] = ()):
-        self.count, self.plugins, self.gpus = count, list(plugins), list(gpus)
+    gpus: one of these each, in rotation; empty: all see what we see.  turns: likewise, files to lock while training;
+    empty: all train at once.
+    """
+
+    def __init__(self, count: int, plugins: Iterable[str] = (), gpus: Iterable[str] = (), turns: Iterable[Path] = ()):
+        self.count, self.plugins, self.gpus, self.turns = count, list(plugins), list(gpus), list(turns)
         self.context = multiprocessing.get_context("spawn")
         self.processes: dict[Any, Any] = {}  # pipe -> process
         self.idle: list[Any] = []  # pipes of workers that are ready and hold nothing
@@ -81,7 +86,8 @@ class Workers:
     def _start(self, slot: int) -> None:
         ours, theirs = self.context.Pipe()
         environment = {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]} if self.gpus else {}
-        process = self.context.Process(target=serve, args=(theirs, self.plugins, environment), daemon=True)
+        turn = self.turns[slot % len(self.turns)] if self.turns else None
+        process = self.context.Process(target=serve, args=(theirs, self.plugins, environment, turn), daemon=True)
         with _no_interrupt():
             process.start()
         theirs.close()

@@ -88,7 +88,10 @@ def default_jobs(runtime: Runtime) -> int:
 
 
 class Pool:
-    """Warm workers for the runs of one experiment.  Raises UserError where its data is not there."""
+    """Warm workers for the runs of one experiment.  Raises UserError where its data is not there.
+
+    More jobs than GPUs take turns on them: while one trains at its full pace, the other compiles.
+    """
 
     def __init__(self, experiment: Experiment, store: Store, watcher: Watcher, jobs: int | None = None, plugins: Iterable[str] = ()):
         self.experiment, self.store, self.watcher = experiment, store, watcher
@@ -96,7 +99,8 @@ class Pool:
         self.jobs = jobs or default_jobs(self.runtime)
         self.data = data_folder(experiment.base, store, watcher.note)
         gpus = [] if self.runtime.device == "cpu" else visible_gpus()
-        self.workers = Workers(self.jobs, plugins, gpus if len(gpus) > 1 else ())
+        turns = [store.root / f".turn-{gpu}" for gpu in gpus] if self.jobs > len(gpus) else ()
+        self.workers = Workers(self.jobs, plugins, gpus if len(gpus) > 1 else (), turns)
         self.trackers: Trackers | None = None
 
     def __enter__(self) -> "Pool":

@@ -36,23 +36,28 @@ class Job:
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def serve(pipe: Connection, plugins: list[str], environment: Mapping[str, str]) -> None:
-    """Answer jobs until the pipe closes.  Ctrl-C is the runner's to handle: processes.py keeps it from us."""
+def serve(pipe: Connection, plugins: list[str], environment: Mapping[str, str], turn: Path | None) -> None:
+    """Answer jobs until the pipe closes.  turn: a file to lock while a run trains, where workers share a GPU.
+
+    Ctrl-C is the runner's to handle: processes.py keeps it from us.
+    """
     threading.Thread(target=_end_with_the_runner, daemon=True).start()
     os.environ.update(environment)
     keep_freed_memory()
+    from filelock import FileLock
+
     from ablab.ablations.registry import discover
     from ablab.core.trainer import Warm
 
     discover(plugins)
-    warm = Warm()
+    how = {"warm": Warm(rehearse=turn is not None), "turn": FileLock(turn) if turn else contextlib.nullcontext()}
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the runner is gone, so are we
         pipe.send(("ready", None))
         while job := pipe.recv():
             if not isinstance(job, Job):  # a stop that came after the end
                 continue
             try:
-                word, payload = _train(job, pipe, warm) if job.kind == "train" else ("traced", _trace(job))
+                word, payload = _train(job, pipe, how) if job.kind == "train" else ("traced", _trace(job))
             except UserError as refusal:
                 word, payload = "refused", str(refusal)
             pipe.send((word, payload))
@@ -93,7 +98,7 @@ def _trace(job: Job) -> str:
     return trace(recipe, settle(runtime, recipe.data.batch)["device"])
 
 
-def _train(job: Job, pipe: Connection, warm: Any) -> Message:
+def _train(job: Job, pipe: Connection, how: dict[str, Any]) -> Message:
     """Execute one run under its lock: no two processes, here or elsewhere, ever train the same one."""
     from filelock import FileLock, Timeout
 
@@ -110,17 +115,17 @@ def _train(job: Job, pipe: Connection, warm: Any) -> Message:
         if found and not (found.status in RETRY and record.stamp() < job.asked):
             return "found", found
         pipe.send(("began", None))
-        return "done", _run(job, recipe, runtime, record, pipe, warm)
+        return "done", _run(job, recipe, runtime, record, pipe, how)
     finally:
         lock.release()
 
 
-def _run(job: Job, recipe: Recipe, runtime: Runtime, record: Record, pipe: Connection, warm: Any) -> Result:
+def _run(job: Job, recipe: Recipe, runtime: Runtime, record: Record, pipe: Connection, how: dict[str, Any]) -> Result:
     """A crash is a result too: one line in the record, the traceback beside it."""
     from ablab.core.trainer import run
 
     try:
-        return run(recipe, runtime, job.data, record, _PipeTracker(pipe, job.run), job.about, lambda line: pipe.send(("warning", line)), warm)
+        return run(recipe, runtime, job.data, record, _PipeTracker(pipe, job.run), job.about, lambda line: pipe.send(("warning", line)), **how)
     except (UserError, BrokenPipeError, ConnectionResetError):
         raise
     except Exception as fault:

@@ -218,6 +218,15 @@ def test_a_warm_trainer_gives_the_bits_of_a_fresh_one(tiny, token_folder, tmp_pa
     assert len({structure(recipe, CPU) for recipe in recipes.values()}) == 1
 
 
+def test_a_rehearsal_leaves_nothing_behind(tiny, token_folder, tmp_path, monkeypatch):
+    steps, step = [], Trainer.advance
+    monkeypatch.setattr(Trainer, "advance", lambda self: steps.append(self.step) or step(self))
+    recipe = tiny(["muon", "normuon", "cautious_wd", "ema"])
+    fresh, rehearsed = train(recipe, token_folder, tmp_path / "fresh"), train(recipe, token_folder, tmp_path / "rehearsed", warm=Warm(rehearse=True))
+    assert steps == [*range(12), 0, *range(12)]
+    assert fresh[0].weights == rehearsed[0].weights and fresh[1].metrics_path.read_bytes() == rehearsed[1].metrics_path.read_bytes()
+
+
 def test_what_the_graphs_see_needs_another_trainer(tiny, token_folder, tmp_path):
     """A shared trainer would silently train the other model."""
     paths = [

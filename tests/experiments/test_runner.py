@@ -1,5 +1,6 @@
 """The runner, through the command line: what a grid leaves behind, and what a second call adds to it."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -44,6 +45,16 @@ COUNT = """
     if torch.is_grad_enabled():
         with open({path!r}, "ab", buffering=0) as file:  # one byte a forward pass, appended in one step
             file.write(b".")
+    return y * 0.9
+"""
+
+
+WHO = """
+    import os, time, torch
+    if torch.is_grad_enabled():
+        with open({path!r}, "ab", buffering=0) as file:  # who trains, a line a forward pass
+            file.write(b"%d\\n" % os.getpid())
+        time.sleep(0.01)
     return y * 0.9
 """
 
@@ -252,6 +263,22 @@ def test_two_calls_at_once_train_each_run_once_and_both_end_well(new_lab):
     trained, others = one.json["outcome"]["trained"], two.json["outcome"]["trained"]
     assert sorted(trained + others) == sorted(result["run"] for result in lab.results("twice").values()) and len(trained + others) == 6
     assert count.stat().st_size == 6 * 20 * 2
+
+
+@pytest.mark.parametrize(("device", "turns"), [("auto", True), ("cpu", False)])
+def test_jobs_that_share_a_gpu_train_in_turn_and_elsewhere_at_once(new_lab, monkeypatch, device, turns):
+    """Two runs of 20 steps, two layers each, and on the GPU a rehearsal of one step before a worker's first turn."""
+    lab = new_lab()
+    who = lab.root / "who"
+    plugin(lab, "who", WHO.format(path=str(who)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    lab.sheet("shared", **{"with": ["who"], "design": "replicate", "seeds": [0], "runtime": {"device": device, "compile": False, "replay": False}})
+    ended = lab.run("run", "shared.yaml", "--plugins", "plugins", "--no-mlflow", "--jobs", "2", "--run-inert")
+    assert ended.code == 0, ended.err
+    trained = who.read_text().split()
+    changes = sum(one != other for one, other in itertools.pairwise(trained))
+    assert len(set(trained)) == 2 and len(trained) == 2 * 2 * (20 + turns)
+    assert changes <= 4 if turns else changes > 10
 
 
 def test_a_worker_keeps_to_the_kind_it_is_warm_for_and_others_find_another():
