@@ -201,9 +201,9 @@ def _differences(axes, deltas: dict, colours: dict[str, str], reference: str) ->
 
 
 def _band(axes, grid: np.ndarray, values: np.ndarray, colour: str) -> None:
-    """values: [S, P].  The background has no bands: fourteen of them are a fog."""
-    back = colour == BACKGROUND
-    axes.plot(grid, values.mean(0), color=colour, linewidth=1 if back else 1.6, zorder=1 if back else 3)
+    """values: [S, P]; one point alone is a dot.  The background has no bands: fourteen of them are a fog."""
+    back, dot = colour == BACKGROUND, {"marker": "o", "markersize": 4, "clip_on": False} if len(grid) == 1 else {}
+    axes.plot(grid, values.mean(0), color=colour, linewidth=1 if back else 1.6, zorder=1 if back else 3, **dot)
     if len(values) > 1 and not back:
         axes.fill_between(grid, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0, zorder=2)
 

@@ -13,9 +13,7 @@ def writing(path: Path):
     try:
         yield
     except OSError as refusal:
-        raise UserError(
-            f"cannot write {path}: {refusal.strerror or refusal}; free space or permission there, or choose another folder with --store"
-        ) from refusal
+        raise UserError(f"cannot write {path}: {refusal.strerror or refusal}; free space or permission there, or choose another folder") from refusal
 
 
 def write_atomically(path: Path, content: bytes) -> None:

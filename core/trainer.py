@@ -77,8 +77,7 @@ class Trainer:
     def rehearse(self, data_folder: Path) -> None:
         """Compile what a step and an evaluation run, then start over; nothing else stays of it."""
         self.advance()
-        with torch.no_grad():
-            self.nats(self.tokens.rows(0, 0, self.runtime["micro_batch"]).to(self.device))
+        torch.no_grad()(self.nats)(self.tokens.rows(0, 0, self.runtime["micro_batch"]).to(self.device))
         self.restart(self.recipe, data_folder)
 
     # -- one step --------------------------------------------------------------------------------------------------
@@ -288,7 +287,8 @@ def _memory_in_use() -> str:
         total = torch.cuda.get_device_properties(0).total_memory
     except (AssertionError, RuntimeError):  # no card: the host's memory, or a plugin that says so
         return "on the host"
-    return f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GiB of {total / 2**30:.1f} in use"
+    others = max(total - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved(), 0)  # other processes, and some hundred MiB of libraries
+    return f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GiB of {total / 2**30:.1f} in use, {others / 2**30:.1f} by others,"
 
 
 def _keep_weights(trainer: Trainer, folder: Path) -> None:

@@ -29,6 +29,7 @@ MORE = {
 }
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="path=value of the small recipe, such as 'model.attention.on_qk=\\[qk_norm]'")]
+Plugins = Annotated[list[Path] | None, typer.Option("--plugins", help="a folder with interventions of your own; repeat for more")]
 With = Annotated[list[str] | None, typer.Option("--with", help="an arm, such as 'qk_norm, mup, {muon: {scale: rms}}'; repeat for more (mup)")]
 
 
@@ -47,6 +48,7 @@ def coords(
     with_: With = None,
     every: Annotated[bool, typer.Option("--all", help="also muP with a zero readout, under AdamW and each Muon")] = False,
     base_width: Annotated[int | None, typer.Option(min=1, help="of muP (a quarter of the smallest width)")] = None,
+    plugins: Plugins = None,
     out: Annotated[Path | None, typer.Option(help="a folder for coords.png and coords.json")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
@@ -60,20 +62,20 @@ def coords(
         raise UserError(f"--lr {lr:g} must be a number above 0; try 0.02")
     base_width = base_width or max(min(setting["widths"]) // 4, 1)
     texts = {text: text for text in with_} if with_ else ARMS
-    found = _measure(_recipes(texts | MORE if every else texts, base_width, overrides), setting, device) | {"base_width": base_width}
+    found = _measure(_recipes(texts | MORE if every else texts, base_width, overrides, plugins), setting, device) | {"base_width": base_width}
     _show(found, out, as_json)
     if flaw := _flaw(found):
         typer.echo(flaw, err=True)
         raise typer.Exit(1)
 
 
-def _recipes(texts: dict[str, str], base_width: int, overrides: list[str] | None) -> dict[str, Any]:
+def _recipes(texts: dict[str, str], base_width: int, overrides: list[str] | None, plugins: list[Path] | None) -> dict[str, Any]:
     """Arm -> recipe, the control first.  `base_width` holds for each mup whose dose names none."""
     from ablab.ablations.registry import discover
     from ablab.core.intervention import resolve, treatment_of
     from ablab.core.load import overrides_from, recipe_from
 
-    discover()
+    discover(plugins or ())
     base = recipe_from(BASE, SMALL | overrides_from(overrides or []))
     recipes = {STANDARD: base}
     for name, text in texts.items():

@@ -148,7 +148,8 @@ class Pool:
         name = f"{run.cell}, seed {run.recipe.seed}"
         if word == "refused":
             raise UserError(f"{name}: {payload}")
-        if word == "warning":
+        if word == "warning" and (line := f"{run.cell}: {payload}") not in told:  # once for all seeds of a cell
+            told.add(line)
             self.watcher.say(f"{name}: {payload}")
         if word == "busy" and run.id not in told:
             told.add(run.id)

@@ -57,6 +57,12 @@ def test_an_experiment_of_lost_single_and_inert_arms_can_be_drawn(lab, tmp_path)
     assert forest.std() > 0.02 and curves.std() > 0.02
 
 
+def test_a_single_evaluation_is_a_dot(lab, tmp_path):
+    store = lab.cell("full", [3.0], None, points=1).cell("- a", [3.1], points=1).write()
+    picture = imread(plots.curves(frame.curves(store, "loo"), tmp_path / "curves.png"))
+    assert shows(picture, plots.DISTINCT[0]) > 200  # the letters beside it alone: 35
+
+
 def test_one_cell_alone_has_a_curve(lab, tmp_path):
     store = lab.cell("only", [3.0], None, points=5).write()
     assert imread(plots.curves(frame.curves(store, "loo"), tmp_path / "curves.png")).std() > 0.02

@@ -290,9 +290,11 @@ def test_lack_of_memory_becomes_a_record(tiny, token_folder, tmp_path, monkeypat
     monkeypatch.setattr(Trainer, "advance", full)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Card)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**33)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2**33)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**31, 2**34))
     result, record = train(tiny(), token_folder, tmp_path)
     assert result.status == "out_of_memory" and record.result() == result
-    assert "8.0 GiB of 16.0" in result.error and "try runtime.micro_batch=2" in result.error
+    assert "8.0 GiB of 16.0 in use, 6.0 by others, at" in result.error and "try runtime.micro_batch=2" in result.error
 
 
 def test_an_evaluation_without_memory_is_repeated_without_the_graphs_that_hold_it(tiny, token_folder, monkeypatch):

@@ -267,7 +267,10 @@ def test_two_calls_at_once_train_each_run_once_and_both_end_well(new_lab):
 
 @pytest.mark.parametrize(("device", "turns"), [("auto", True), ("cpu", False)])
 def test_jobs_that_share_a_gpu_train_in_turn_and_elsewhere_at_once(new_lab, monkeypatch, device, turns):
-    """Two runs of 20 steps, two layers each, and on the GPU a rehearsal of one step before a worker's first turn."""
+    """Two runs of 20 steps, two layers each, and on the GPU a rehearsal of one step before a worker's first turn.
+
+    The two lines of one worker's rehearsal may fall anywhere among the other's: four changes, and one between the runs.
+    """
     lab = new_lab()
     who = lab.root / "who"
     plugin(lab, "who", WHO.format(path=str(who)))
@@ -278,7 +281,7 @@ def test_jobs_that_share_a_gpu_train_in_turn_and_elsewhere_at_once(new_lab, monk
     trained = who.read_text().split()
     changes = sum(one != other for one, other in itertools.pairwise(trained))
     assert len(set(trained)) == 2 and len(trained) == 2 * 2 * (20 + turns)
-    assert changes <= 4 if turns else changes > 10
+    assert changes <= 5 if turns else changes > 10
 
 
 def test_a_worker_keeps_to_the_kind_it_is_warm_for_and_others_find_another():
