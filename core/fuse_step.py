@@ -23,8 +23,10 @@ def optimizer_flaw(recipe: Recipe) -> str:
 def _flaw(role: str, chain: Chain) -> str:
     kinds = tuple(part.kind for part in chain.steps)
     if (kinds[:-1] if kinds and kinds[-1] in DECAYS else kinds) not in DIRECTIONS:
-        return f"the chain of {role} is {', '.join(kinds)}, which the kernel does not know"
+        return f"the chain of {role} is {', '.join(kinds) or 'empty'}, which the kernel does not know"
     parts = _by_kind(chain)
+    if "orthogonalize" in parts and role == "vector":
+        return "the chain of vector orthogonalizes, and the kernel matrices alone"
     if "orthogonalize" in parts and parts["orthogonalize"].coefficients not in COEFFICIENTS:
         return f"the chain of {role} takes exact polar factors, which the kernel does not"
     if "normuon" in parts and parts["normuon"].axis != "row":

@@ -5,6 +5,7 @@ import hashlib
 import os
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ NonNegative = Annotated[float, Meta(ge=0)]
 class Runtime:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of activations; weights and optimizer state are always fp32
-    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: ours where they measured faster; `ablab show` says which serves what
+    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: ours where they measured faster (see `ablab show`); triton: ours in every place, or a refusal
     compile: bool | Literal["blocks"] | None = None  # true: one graph of the model; blocks: equal blocks share one; null: blocks on CUDA, false elsewhere
     replay: bool | None = None  # record a step as CUDA graphs and replay them; null: on CUDA only
     micro_batch: Whole | None = None  # rows a forward pass; null: the whole batch
@@ -63,10 +64,10 @@ def rows_at_once(runtime: Runtime, rows: int) -> int:
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may name one by one, counted without importing torch."""
+    """What CUDA_VISIBLE_DEVICES may name one by one, counted without importing torch; it ends at the first -1, as CUDA reads it."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
-        return [one.strip() for one in listed.split(",") if one.strip()]
+        return [one for one in takewhile(lambda one: one != "-1", map(str.strip, listed.split(","))) if one]
     return [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
 
 

@@ -76,8 +76,8 @@ class Trainer:
 
     def rehearse(self, data_folder: Path) -> None:
         """Compile what a step and an evaluation run, then start over; nothing else stays of it."""
+        torch.no_grad()(self.nats)(self.tokens.rows(0, 0, self.runtime["micro_batch"]).to(self.device))  # first: a recorded step holds memory
         self.advance()
-        torch.no_grad()(self.nats)(self.tokens.rows(0, 0, self.runtime["micro_batch"]).to(self.device))
         self.restart(self.recipe, data_folder)
 
     # -- one step --------------------------------------------------------------------------------------------------
@@ -188,10 +188,10 @@ class Warm:
             self.key, self.trainer = "", None
             gc.collect()  # its memory goes before the next one's comes
             torch.compiler.reset()  # graphs of another structure would fill dynamo's cache, 8 deep, and then run eagerly
-            self.trainer = Trainer(recipe, runtime, data_folder)
+            trainer = Trainer(recipe, runtime, data_folder)
             if self.rehearse:
-                self.trainer.rehearse(data_folder)
-            self.key = key
+                trainer.rehearse(data_folder)
+            self.key, self.trainer = key, trainer
         return self.trainer
 
 
@@ -228,7 +228,7 @@ def run(
         trainer.save(record.folder / "checkpoints")  # asked for again, the run goes on from here
     except torch.OutOfMemoryError:
         status, error = OUT_OF_MEMORY, _memory_advice(recipe, runtime)
-    result = _result(recipe, trainer, status, error, metrics)
+    result = _result(recipe, trainer, settled, status, error, metrics)
     if status == FINISHED and runtime.keep_weights:
         _keep_weights(trainer, record.folder)
     record.finish(result)
@@ -267,12 +267,12 @@ def _loop(trainer: Trainer, record: Record, tracker: Tracker) -> dict[str, float
     return {name: value for name, value in scalars.items() if name != "tokens"}
 
 
-def _result(recipe: Recipe, trainer: Trainer | None, status: str, error: str, metrics: dict[str, float]) -> Result:
+def _result(recipe: Recipe, trainer: Trainer | None, runtime: dict[str, Any], status: str, error: str, metrics: dict[str, float]) -> Result:
     step = trainer.step if trainer else 0
     watch = trainer.watch if trainer else Stopwatch()
     return Result(
         run_id(recipe), status, step, step * recipe.tokens_per_step, metrics, watch.seconds, watch.rate(recipe.tokens_per_step),
-        trainer.peak_memory() if trainer else 0, error, code_fingerprint(), trainer.runtime if trainer else {}, trainer.digest() if status == FINISHED else "",
+        trainer.peak_memory() if trainer else 0, error, code_fingerprint(), runtime, trainer.digest() if status == FINISHED else "",
     )  # fmt: skip
 
 

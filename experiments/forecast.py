@@ -7,10 +7,9 @@ import typer
 from ablab.core.errors import UserError
 from ablab.core.plan import cost_of
 from ablab.core.record import FINISHED, RETRY, Result, Store
-from ablab.core.runtime import visible_gpus
 from ablab.experiments.experiment import Experiment, Run
 from ablab.experiments.printing import count
-from ablab.experiments.runner import default_jobs
+from ablab.experiments.runner import default_jobs, gpus_for
 
 GUESS = {"cpu": 1.5e10, "gpu": 2.5e14}  # FLOP/s of one worker while nothing of the experiment has been measured
 
@@ -23,9 +22,9 @@ def forecast(experiment: Experiment, runs: list[Run], store: Store, jobs: int | 
     flops = {id: cost_of(run.recipe).flops_per_token * run.recipe.steps * run.recipe.tokens_per_step for id, run in unique.items()}
     finished = [id for id, result in results.items() if result and result.status == FINISHED and result.seconds]
     rate = sum(flops[id] for id in finished) / sum(results[id].seconds for id in finished) if finished else _guess(experiment)
-    jobs = jobs or default_jobs(experiment.sheet.runtime)
+    jobs, gpus = jobs or default_jobs(experiment.sheet.runtime), len(gpus_for(experiment.sheet.runtime))
     rows = [_row(run, results[run.id], flops[run.id], rate) for run in runs]
-    seconds = sum(flops[run.id] for run in pending) / rate / max(min(jobs, len(pending)), 1)
+    seconds = sum(flops[run.id] for run in pending) / rate / max(min(jobs, gpus or jobs, len(pending)), 1)  # jobs take turns on a GPU
     return {
         "experiment": experiment.name, "rows": rows, "runs": len(unique), "missing": len(pending), "jobs": jobs,
         "tokens": sum(run.recipe.steps * run.recipe.tokens_per_step for run in pending),
@@ -41,7 +40,7 @@ def _peek(store: Store, id: str) -> Result | None:
 
 
 def _guess(experiment: Experiment) -> float:
-    return GUESS["gpu" if experiment.sheet.runtime.device != "cpu" and visible_gpus() else "cpu"]
+    return GUESS["gpu" if gpus_for(experiment.sheet.runtime) else "cpu"]
 
 
 def _row(run: Run, result: Result | None, flops: int, rate: float) -> dict[str, Any]:

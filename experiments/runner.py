@@ -5,6 +5,7 @@ that another process holds is waited for, a killed run resumes, a crash is a rec
 """
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -80,11 +81,14 @@ def result_of(record: Record, say: Callable[[str], None]) -> Result | None:
     return None if result and result.status in RETRY else result
 
 
+def gpus_for(runtime: Runtime) -> list[str]:
+    return [] if runtime.device == "cpu" else visible_gpus()
+
+
 def default_jobs(runtime: Runtime) -> int:
     """One worker a GPU; without one, as many as the cores carry at `threads` each."""
-    gpus = 0 if runtime.device == "cpu" else len(visible_gpus())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return gpus or max(cores // runtime.threads, 1)
+    return len(gpus_for(runtime)) or max(cores // runtime.threads, 1)
 
 
 class Pool:
@@ -98,8 +102,9 @@ class Pool:
         self.runtime, self.asked = experiment.sheet.runtime, time.time_ns()
         self.jobs = jobs or default_jobs(self.runtime)
         self.data = data_folder(experiment.base, store, watcher.note)
-        gpus = [] if self.runtime.device == "cpu" else visible_gpus()
-        turns = [store.root / f".turn-{gpu}" for gpu in gpus] if self.jobs > len(gpus) else ()
+        gpus = gpus_for(self.runtime)
+        self.locks = tempfile.TemporaryDirectory(prefix="ablab-turns-")  # of this host and this call: nobody else trains for us
+        turns = [Path(self.locks.name) / gpu for gpu in gpus] if self.jobs > len(gpus) else ()
         self.workers = Workers(self.jobs, plugins, gpus if len(gpus) > 1 else (), turns)
         self.trackers: Trackers | None = None
 
@@ -111,6 +116,7 @@ class Pool:
 
     def close(self) -> None:
         self.workers.close()
+        self.locks.cleanup()
 
     def train(self, runs: list[Run], stops: Callable[[Run, int, dict[str, float]], bool] = lambda run, step, scalars: False) -> Outcome:
         """Train them.  stops: asked at every log whether the run should end there.  Raises UserError where a worker refuses one."""
@@ -142,7 +148,7 @@ class Pool:
 
     def _kind(self, run: Run) -> str:
         """On GPUs, equal for runs that share compiled graphs: a change of graph costs tens of seconds.  On CPUs all are alike."""
-        return "" if self.runtime.device == "cpu" or not visible_gpus() else structure(run.recipe, self.runtime)
+        return structure(run.recipe, self.runtime) if gpus_for(self.runtime) else ""
 
     def _told(self, word: str, run: Run, payload: Any, told: set[str]) -> None:
         name = f"{run.cell}, seed {run.recipe.seed}"

@@ -28,6 +28,7 @@ from torch import Tensor
 from triton import language as tl
 
 CHUNK = 2048  # elements of a program
+BLOCK = 1024  # numbers at a time of a program that adds up all of a matrix
 ROWS, COLUMNS = 8, 256  # of the tile of a program that works on rows
 MASKS = {"plain": 1, "cautious": 2, "strictly cautious": 3}  # every coordinate, where u w >= 0, where u w > 0
 SCHEDULES = ("constant", "linear", "lr")  # of the decay rate: 1, 1 - step / steps, the schedule's value
@@ -54,7 +55,7 @@ def _decayed(u, w, numbers, factor, rate, MASK: tl.constexpr, SCHEDULE: tl.const
 
 @triton.jit
 def _adam_kernel(
-    weight, grad, mean, square, clip, numbers, lr_factor, decay_factor, size, keep1, keep2, log_keep1, log_keep2, eps, rate,
+    weight, grad, mean, square, clip, numbers, lr_factor, decay_factor, size, keep1, change1, keep2, change2, log_keep1, log_keep2, eps, rate,
     MASK: tl.constexpr, SCHEDULE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
@@ -64,8 +65,8 @@ def _adam_kernel(
     m = tl.load(mean + at, mask=within, other=0.0)
     v = tl.load(square + at, mask=within, other=0.0)
     w = tl.load(weight + at, mask=within, other=0.0)
-    m += (1.0 - keep1) * (g - m)
-    v += (1.0 - keep2) * (g * g - v)
+    m = keep1 * m + change1 * g
+    v = keep2 * v + change2 * (g * g)
     u = m / (tl.sqrt_rn(v / (1.0 - tl.exp(step * log_keep2))) + eps) / (1.0 - tl.exp(step * log_keep1))
     u = _decayed(u, w, numbers, decay_factor, rate, MASK, SCHEDULE)
     tl.store(weight + at, w - u * (tl.load(numbers) * tl.load(lr_factor)), mask=within)
@@ -79,10 +80,11 @@ def _momentum_kernel(grad, mean, out, squares, clip, numbers, stride, size, keep
     chunk, matrix = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = chunk * CHUNK + tl.arange(0, CHUNK)
     within = at < size
-    change = 1.0 - (keep_from + (keep_to - keep_from) * tl.minimum(tl.load(numbers + 1) / rise_over, 1.0))
+    keep = keep_from + (keep_to - keep_from) * tl.minimum(tl.load(numbers + 1) / rise_over, 1.0)
+    change = 1.0 - keep
     g = tl.load(grad + matrix * stride + at, mask=within, other=0.0) * tl.load(clip)
     m = tl.load(mean + matrix * stride + at, mask=within, other=0.0)
-    m += change * (g - m)
+    m = keep * m + change * g
     u = m + change * nesterov * (g - m)
     tl.store(mean + matrix * stride + at, m, mask=within)
     tl.store(grad + matrix * stride + at, tl.zeros_like(g), mask=within)
@@ -92,9 +94,11 @@ def _momentum_kernel(grad, mean, out, squares, clip, numbers, stride, size, keep
 
 @triton.jit
 def _inverse_norm_kernel(squares, out, chunks, divisor, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    total = tl.sum(tl.load(squares + tl.program_id(0).to(tl.int64) * chunks + at, mask=at < chunks, other=0.0), 0)
-    tl.store(out + tl.program_id(0), 1.0 / (tl.sqrt_rn(total) * divisor + 1e-7))
+    start, total = squares + tl.program_id(0).to(tl.int64) * chunks, tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, chunks, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        total += tl.load(start + at, mask=at < chunks, other=0.0)
+    tl.store(out + tl.program_id(0), 1.0 / (tl.sqrt_rn(tl.sum(total, 0)) * divisor + 1e-7))
 
 
 @triton.jit
@@ -113,16 +117,26 @@ def _energy_kernel(matrices, energy, height, width, shape_factor, ROWS: tl.const
 
 
 @triton.jit
-def _scale_kernel(energy, square, scales, square_stride, height, width, shape_factor, keep, eps, BLOCK: tl.constexpr):
-    rows, matrix = tl.arange(0, BLOCK), tl.program_id(0).to(tl.int64)
-    within = rows < height
-    e = tl.load(energy + matrix * height + rows, mask=within, other=0.0)
-    v = tl.load(square + matrix * square_stride + rows, mask=within, other=0.0)
-    v += (1.0 - keep) * (e - v)
-    s = 1.0 / (tl.sqrt_rn(v) + eps)
-    kept = tl.sqrt_rn(tl.sum(e, 0) * width) / (tl.sqrt_rn(tl.sum(tl.where(within, e * s * s, 0.0), 0) * width) + eps)
-    tl.store(square + matrix * square_stride + rows, v, mask=within)
-    tl.store(scales + matrix * height + rows, s * kept * shape_factor, mask=within)
+def _scale_kernel(energy, square, scales, square_stride, height, width, shape_factor, keep, change, eps, BLOCK: tl.constexpr):
+    """All rows twice: what keeps the norm is known when the last one has been seen."""
+    matrix = tl.program_id(0).to(tl.int64)
+    energy, square, scales = energy + matrix * height, square + matrix * square_stride, scales + matrix * height
+    whole, scaled = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, height, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        within = rows < height
+        e = tl.load(energy + rows, mask=within, other=0.0)
+        v = keep * tl.load(square + rows, mask=within, other=0.0) + change * e
+        s = 1.0 / (tl.sqrt_rn(v) + eps)
+        whole += e
+        scaled += e * s * s
+        tl.store(square + rows, v, mask=within)
+        tl.store(scales + rows, s, mask=within)
+    kept = shape_factor * tl.sqrt_rn(tl.sum(whole, 0) * width) / (tl.sqrt_rn(tl.sum(scaled, 0) * width) + eps)
+    tl.debug_barrier()  # another thread may have stored what this one loads
+    for first in range(0, height, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        tl.store(scales + rows, kept * tl.load(scales + rows, mask=rows < height, other=0.0), mask=rows < height)
 
 
 @triton.jit
@@ -154,8 +168,8 @@ def adam_step(
 ) -> None:  # fmt: skip
     """Adam and a decay.  weight, grad, mean, square: contiguous fp32 of one shape; clip, lr, decay: factors, fp32 0-D."""
     _adam_kernel[(triton.cdiv(weight.numel(), CHUNK),)](
-        weight, grad, mean, square, clip, numbers, lr, decay, weight.numel(), beta1, beta2, _log(beta1), _log(beta2), eps, rate,
-        MASK=MASKS[mask], SCHEDULE=SCHEDULES.index(schedule), CHUNK=CHUNK,
+        weight, grad, mean, square, clip, numbers, lr, decay, weight.numel(),
+        beta1, 1 - beta1, beta2, 1 - beta2, _log(beta1), _log(beta2), eps, rate, MASK=MASKS[mask], SCHEDULE=SCHEDULES.index(schedule), CHUNK=CHUNK,
     )  # fmt: skip
 
 
@@ -180,7 +194,7 @@ def momentum_step(
     _momentum_kernel[(chunks, count)](
         grad, mean, out, squares, clip, numbers, grad.stride(0), height * width, keep_from, keep_to, float(rise_over), float(nesterov), CHUNK=CHUNK
     )
-    _inverse_norm_kernel[(count,)](squares, inverse, chunks, divisor, BLOCK=triton.next_power_of_2(chunks))
+    _inverse_norm_kernel[(count,)](squares, inverse, chunks, divisor, BLOCK=BLOCK)
     return out, inverse
 
 
@@ -196,7 +210,7 @@ def row_scales(matrices: Tensor, square: Tensor, shape_factor: float, keep: floa
     energy = matrices.new_empty(count, height, dtype=torch.float32)
     scales = torch.empty_like(energy)
     _energy_kernel[(triton.cdiv(height, ROWS), count)](matrices, energy, height, width, shape_factor, ROWS=ROWS, COLUMNS=COLUMNS)
-    _scale_kernel[(count,)](energy, square, scales, square.stride(0), height, width, shape_factor, keep, eps, BLOCK=triton.next_power_of_2(height))
+    _scale_kernel[(count,)](energy, square, scales, square.stride(0), height, width, shape_factor, keep, 1 - keep, eps, BLOCK=BLOCK)
     return scales
 
 

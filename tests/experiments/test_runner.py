@@ -13,6 +13,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from ablab.core.record import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY
+from ablab.core.runtime import visible_gpus
 from ablab.experiments.experiment import Metric
 
 CELLS = ["full", "base", "- qk_norm", "- value_residual"]
@@ -282,6 +283,25 @@ def test_jobs_that_share_a_gpu_train_in_turn_and_elsewhere_at_once(new_lab, monk
     changes = sum(one != other for one, other in itertools.pairwise(trained))
     assert len(set(trained)) == 2 and len(trained) == 2 * 2 * (20 + turns)
     assert changes <= 5 if turns else changes > 10
+
+
+def test_no_gpu_is_counted_beyond_a_minus_one(monkeypatch):
+    """As CUDA reads the list; `-1` alone is how people say that there is none."""
+    for listed, seen in {"-1": [], "": [], "0": ["0"], "2, 3": ["2", "3"], "1,-1,0": ["1"], "GPU-12,MIG-3": ["GPU-12", "MIG-3"]}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+        assert visible_gpus() == seen, listed
+
+
+def test_a_forecast_knows_that_jobs_take_turns_on_a_gpu(new_lab, monkeypatch):
+    lab, seconds = new_lab(), {}
+    for device in ("auto", "cpu"):
+        lab.sheet("asked", runtime={"device": device})
+        for gpus in ("0", "0,1"):
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+            for jobs in (1, 2, 4):
+                seconds[device, gpus, jobs] = lab.run("run", "asked.yaml", "--dry-run", "--jobs", str(jobs), "--json").json["seconds"]
+    halves = {key: round(seconds[key[0], key[1], 1] / value, 6) for key, value in seconds.items()}
+    assert halves == {(d, g, jobs): min(jobs, len(g.split(",")) if d == "auto" else jobs) for d, g, jobs in seconds}
 
 
 def test_a_worker_keeps_to_the_kind_it_is_warm_for_and_others_find_another():
