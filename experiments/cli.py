@@ -77,7 +77,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="cells, identities, what is missing and what it would cost")] = False,
     only: Annotated[list[str] | None, typer.Option(help="cells to run: a name, a pattern, or !pattern; repeat for more")] = None,
     seeds: Annotated[str | None, typer.Option(help="such as 0-4 or 0,3,7 (the experiment's)")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time (one a GPU, else cores/threads)")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time (one a GPU, else cores/threads); on one GPU they train in turn")] = None,
     mlflow: Annotated[bool, typer.Option(help="show the runs in MLflow")] = True,
     run_inert: Annotated[bool, typer.Option("--run-inert", help="also train arms that compute the same bits as their reference")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")] = False,
@@ -114,7 +114,7 @@ def run(
 def study(
     name: Name, overrides: Overrides = None,
     storage: Annotated[str | None, typer.Option(help="an Optuna URL, or journal:PATH (STORE/optuna.db)")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time (one a GPU, else cores/threads)")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time (one a GPU, else cores/threads); on one GPU they train in turn")] = None,
     mlflow: Annotated[bool, typer.Option(help="show the trials in MLflow")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")] = False,
     plugins: Plugins = None, store: Where = None, as_json: Json = False,

@@ -216,10 +216,11 @@ def test_every_kernel_compiles_for_an_h100_onto_its_matrix_units(tmp_path):
     rows = [line.split() for line in told.stdout.splitlines()]
     products, passes = (
         ["_prepare", "_forward", "_queries", "_keys", "_symmetric_kernel", "_symmetric_kernel"],
-        ["_forward", "_backward", *["_row"] * 3],
+        [*(f"_{name}_kernel" for name in ("adam", "momentum", "inverse_norm", "energy", "scale", "apply")), "_forward", "_backward", *["_row"] * 3],
     )
     assert [row[0] for row in rows] == products + passes
     assert all(int(row[-1]) > 0 for row in rows[: len(products)] if row[0] != "_prepare"), told.stdout
+    assert all(row[-3] == "0" for row in rows[len(products) :]), f"registers spilled: {told.stdout}"
 
 
 # ---- what it refuses, and what it costs ----
