@@ -28,6 +28,7 @@ class Runtime:
     micro_batch: Whole | None = None  # rows a forward pass; null: the whole batch
     recompute: Natural = 0  # first blocks that keep no activations
     deterministic: bool = False  # the same bits every time on the same GPU, without its fastest attention; a CPU repeats its bits anyway
+    turns: bool = True  # jobs that share a GPU train one at a time; false: at once, for models too small to fill it
     threads: Whole = 1  # of the CPU; fixed, because the number changes the order of sums and so the bits
     log_every: Whole = 10  # optimizer steps; the log is the only host sync
     evaluations: Whole = 10  # on held-out tokens, evenly spaced; the last one after the last step

@@ -94,7 +94,7 @@ def default_jobs(runtime: Runtime) -> int:
 class Pool:
     """Warm workers for the runs of one experiment.  Raises UserError where its data is not there.
 
-    More jobs than GPUs take turns on them: while one trains at its full pace, the other compiles.
+    More jobs than GPUs take turns on them, unless runtime.turns is off: while one trains at its full pace, the other compiles.
     """
 
     def __init__(self, experiment: Experiment, store: Store, watcher: Watcher, jobs: int | None = None, plugins: Iterable[str] = ()):
@@ -104,7 +104,7 @@ class Pool:
         self.data = data_folder(experiment.base, store, watcher.note)
         gpus = gpus_for(self.runtime)
         self.locks = tempfile.TemporaryDirectory(prefix="ablab-turns-")  # of this host and this call: nobody else trains for us
-        turns = [Path(self.locks.name) / gpu for gpu in gpus] if self.jobs > len(gpus) else ()
+        turns = [Path(self.locks.name) / gpu for gpu in gpus] if self.runtime.turns and self.jobs > len(gpus) else ()
         self.workers = Workers(self.jobs, plugins, gpus if len(gpus) > 1 else (), turns)
         self.trackers: Trackers | None = None
 

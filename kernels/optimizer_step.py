@@ -14,7 +14,7 @@ multiplies its first products by it, so u is rounded once and read by nobody els
 thus read once and written once, u and the polar factor o are of the dtype of the products.
 
 The reference is the chain that these replace: Adam, Momentum, Orthogonalize, NorMuon and the decays, step for step.
-Tolerance: fp32 arithmetic in another order, 1e-5 of the largest element; u is rounded before its norm is divided out and
+Tolerance: fp32 arithmetic in another order, 3e-5 of the norm; in bf16 u is rounded before its norm is divided out and
 not after, so o differs by the rounding of one input.
 
 numbers: fp32 [4] on the device: learning rate, step from 1, step / steps, the schedule's value.

@@ -14,7 +14,7 @@ from ablab.experiments.experiment import load
 
 OTHER = {
     "device": "cuda", "dtype": "bf16", "kernels": "torch", "compile": True, "replay": True, "micro_batch": 2, "recompute": 2,
-    "deterministic": True, "threads": 2, "log_every": 1, "evaluations": 3, "save_seconds": 0.0, "keep_weights": True,
+    "deterministic": True, "turns": False, "threads": 2, "log_every": 1, "evaluations": 3, "save_seconds": 0.0, "keep_weights": True,
 }  # fmt: skip
 # The other fields may round differently; `deterministic` and `kernels` do so on a GPU alone.
 KEEP_THE_BITS = ("kernels", "replay", "recompute", "deterministic", "log_every", "evaluations", "save_seconds", "keep_weights")
@@ -115,4 +115,5 @@ def test_threads_are_as_many_as_asked_for(tiny, token_folder):
 
 
 def test_every_field_is_asked():
-    assert set(asdict(Runtime())) == set(OTHER) == {*OBSERVED, "device", "threads"}
+    """`turns` is the runner's: tests/experiments/test_runner.py."""
+    assert set(asdict(Runtime())) == set(OTHER) == {*OBSERVED, "device", "threads", "turns"}

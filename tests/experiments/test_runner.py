@@ -266,8 +266,8 @@ def test_two_calls_at_once_train_each_run_once_and_both_end_well(new_lab):
     assert count.stat().st_size == 6 * 20 * 2
 
 
-@pytest.mark.parametrize(("device", "turns"), [("auto", True), ("cpu", False)])
-def test_jobs_that_share_a_gpu_train_in_turn_and_elsewhere_at_once(new_lab, monkeypatch, device, turns):
+@pytest.mark.parametrize(("device", "asked", "turns"), [("auto", True, True), ("auto", False, False), ("cpu", True, False)])
+def test_jobs_that_share_a_gpu_train_in_turn_and_elsewhere_at_once(new_lab, monkeypatch, device, asked, turns):
     """Two runs of 20 steps, two layers each, and on the GPU a rehearsal of one step before a worker's first turn.
 
     The two lines of one worker's rehearsal may fall anywhere among the other's: four changes, and one between the runs.
@@ -276,7 +276,9 @@ def test_jobs_that_share_a_gpu_train_in_turn_and_elsewhere_at_once(new_lab, monk
     who = lab.root / "who"
     plugin(lab, "who", WHO.format(path=str(who)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    lab.sheet("shared", **{"with": ["who"], "design": "replicate", "seeds": [0], "runtime": {"device": device, "compile": False, "replay": False}})
+    lab.sheet(
+        "shared", **{"with": ["who"], "design": "replicate", "seeds": [0], "runtime": {"device": device, "turns": asked, "compile": False, "replay": False}}
+    )
     ended = lab.run("run", "shared.yaml", "--plugins", "plugins", "--no-mlflow", "--jobs", "2", "--run-inert")
     assert ended.code == 0, ended.err
     trained = who.read_text().split()
