@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ablab.core.recipe import Chain, Recipe
-from ablab.core.transforms import COEFFICIENTS, SCALES, split_blocks
+from ablab.core.transforms import COEFFICIENTS, SCALES, Now, split_blocks
 
 DIRECTIONS = (("adam",), ("momentum", "orthogonalize"), ("momentum", "orthogonalize", "normuon"))
 DECAYS = ("decay", "cautious_decay")
@@ -38,48 +38,48 @@ def fused_move(banks: list[Any], clip_to: Callable[[Any], Any]) -> Callable[[Any
     """As the step that it replaces: [lr, step, step / steps, the schedule's value] -> the norm of the gradient before clipping."""
     import torch
 
-    moves = [(_adam if "adam" in _by_kind(bank.chain) else _muon)(bank) for bank in banks]
+    moves = [(bank, (_adam if "adam" in _by_kind(bank.chain) else _muon)(bank)) for bank in banks]
 
     def move(numbers):
+        lr, now = numbers[0], Now(*numbers[1:].unbind())
         norm = torch.stack([torch.linalg.vector_norm(bank.grad) for bank in banks]).norm()
         clip = clip_to(norm)
-        for one in moves:
-            one(clip, numbers)
+        for bank, one in moves:
+            one(clip, lr * bank.lr, now)
         return norm
 
     return move
 
 
-def _adam(bank: Any) -> Callable[[Any, Any], None]:
+def _adam(bank: Any) -> Callable[[Any, Any, Now], None]:
     from ablab.kernels.optimizer_step import adam_step
 
-    adam, state, decay = _by_kind(bank.chain)["adam"], bank.state["adam"], _decay(bank.chain)
+    adam, state, decay = _by_kind(bank.chain)["adam"], bank.state["adam"], _decay(bank)
 
-    def move(clip, numbers):
-        where = bank.weight, bank.grad, state["mean"], state["square"], clip, numbers, bank.lr, bank.decay
-        adam_step(*where, adam.beta1, adam.beta2, adam.eps, *decay)
+    def move(clip, lr, now):
+        adam_step(bank.weight, bank.grad, state["mean"], state["square"], clip, lr, now.step, adam.beta1, adam.beta2, adam.eps, *decay(now))
 
     return move
 
 
-def _muon(bank: Any) -> Callable[[Any, Any], None]:
+def _muon(bank: Any) -> Callable[[Any, Any, Now], None]:
     from ablab.kernels.newton_schulz import iterate
     from ablab.kernels.optimizer_step import apply_rows, momentum_step, row_scales
 
-    parts, decay = _by_kind(bank.chain), _decay(bank.chain)
+    parts, decay = _by_kind(bank.chain), _decay(bank)
     momentum, orthogonalize, normuon = parts["momentum"], parts["orthogonalize"], parts.get("normuon")
     divisor, triples = COEFFICIENTS[orthogonalize.coefficients]
-    how = momentum.warmup_from, momentum.momentum, momentum.warmup_steps, momentum.nesterov, divisor, bank.matmul
     tensors = (split_blocks(tensor, bank.blocks) for tensor in (bank.weight, bank.grad, bank.state["momentum"]["mean"]))
     pieces = list(zip(*tensors, strict=True))
 
-    def move(clip, numbers):
+    def move(clip, lr, now):
+        keep, decays = momentum.keep(now), decay(now)
         for i, (weight, grad, mean) in enumerate(pieces):
             factor = SCALES[orthogonalize.scale](*weight.shape[-2:])
-            u, scale = momentum_step(grad, mean, clip, numbers, *how)
+            u, scale = momentum_step(grad, mean, clip, keep, momentum.nesterov, divisor, bank.matmul)
             polar = iterate(u, triples, scale)
             scales = row_scales(polar, bank.state["normuon"][f"square{i}"], factor, normuon.beta2, normuon.eps) if normuon else None
-            apply_rows(weight, polar, scales, numbers, bank.lr, bank.decay, factor, *decay)
+            apply_rows(weight, polar, scales, factor, lr, *decays)
 
     return move
 
@@ -88,10 +88,10 @@ def _by_kind(chain: Chain) -> dict[str, Any]:
     return {part.kind: part for part in chain.steps}
 
 
-def _decay(chain: Chain) -> tuple[str, str, float]:
-    """Mask, schedule and rate, as the kernels take them."""
-    parts = _by_kind(chain)
+def _decay(bank: Any) -> Callable[[Now], tuple[str, Any]]:
+    """now -> mask and strength, as the kernels take them."""
+    parts = _by_kind(bank.chain)
     if cautious := parts.get("cautious_decay"):
-        return "cautious" if cautious.ties else "strictly cautious", cautious.schedule, cautious.rate
+        return lambda now: ("cautious" if cautious.ties else "strictly cautious", cautious.strength(bank, now))
     decay = parts.get("decay")
-    return ("plain", decay.schedule, decay.rate) if decay else ("plain", "constant", 0.0)
+    return lambda now: ("plain", decay.strength(bank, now)) if decay else ("none", None)

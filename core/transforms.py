@@ -108,9 +108,12 @@ class Momentum(Transform):
     def state(self, weight, bank):
         return {"mean": weight.new_zeros(weight.shape)}
 
-    def update(self, update, weight, state, bank, now):
+    def keep(self, now):
         rise = (now.step / self.warmup_steps).clamp(max=1.0)
-        keep = self.warmup_from + (self.momentum - self.warmup_from) * rise
+        return self.warmup_from + (self.momentum - self.warmup_from) * rise
+
+    def update(self, update, weight, state, bank, now):
+        keep = self.keep(now)
         mean = state["mean"].lerp(update, 1 - keep)
         return mean.lerp(update, (1 - keep) * self.nesterov), {"mean": mean}
 

@@ -6,11 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ablab.experiments.options import Plugins
+
 app = typer.Typer(no_args_is_help=True, help="Measure on this machine: ablab's own cost, a study's, a training step, the kernels, a whole grid.")
 
 Name = Annotated[str | None, typer.Argument(help="a catalog entry, a size such as 70m, or a path to a .yaml (loo_70m; without a GPU quickstart)")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="path=value: a recipe path, with.NAME.DOSE, runtime.X")]
-Plugins = Annotated[list[Path] | None, typer.Option("--plugins", help="a folder with interventions of your own; repeat for more")]
 Out = Annotated[Path | None, typer.Option(help="also write JSON here")]
 
 

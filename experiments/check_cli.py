@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ablab.core.errors import UserError
+from ablab.experiments.options import Json, Plugins
 
 app = typer.Typer(no_args_is_help=True, help="Checks of the machine itself, cheap enough to run before a grid.")
 
@@ -29,7 +30,6 @@ MORE = {
 }
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="path=value of the small recipe, such as 'model.attention.on_qk=\\[qk_norm]'")]
-Plugins = Annotated[list[Path] | None, typer.Option("--plugins", help="a folder with interventions of your own; repeat for more")]
 With = Annotated[list[str] | None, typer.Option("--with", help="an arm, such as 'qk_norm, mup, {muon: {scale: rms}}'; repeat for more (mup)")]
 
 
@@ -51,7 +51,7 @@ def coords(
     plugins: Plugins = None,
     out: Annotated[Path | None, typer.Option(help="a folder for coords.png and coords.json")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Coordinate check: how far a few steps move each activation, at several widths.
 

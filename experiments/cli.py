@@ -13,6 +13,7 @@ import typer
 from ablab.core.errors import UserError
 from ablab.core.record import Store, store_root
 from ablab.experiments import bench_cli, check_cli, data_cli
+from ablab.experiments.options import Json, Plugins
 
 INTERRUPTED = 130
 EXITS = """Exit codes: 0 done (a run that diverged is done); 1 runs failed, or ablab broke; 2 the request cannot be met as asked;
@@ -30,9 +31,7 @@ app.add_typer(new, name="new")
 
 Name = Annotated[str, typer.Argument(help="a catalog entry, or a path to an experiment's .yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="path=value: a recipe path, with.NAME.DOSE, runtime.X, study.X, seeds, design")]
-Plugins = Annotated[list[Path] | None, typer.Option("--plugins", help="a folder with interventions of your own; repeat for more")]
 Where = Annotated[Path | None, typer.Option("--store", help="where ablab writes ($ABLAB_STORE, else ./ablab-store)")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 @app.command("list")

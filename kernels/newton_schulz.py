@@ -20,7 +20,7 @@ from triton import language as tl
 
 # Rows up to which a tile serves -> (rows of the square tile, depth of a step, warps, stages).  Powers of two, at least 16.
 # On an H100, batches of 768 rows take 0.91 to 1.10 of the time of cuBLAS's full products, and poly needs no pass for its
-# addends: the whole optimizer step of the 70M model falls from 6.8 to 4.9 ms.  With masked loads they took half as long again.
+# addends (`ablab bench kernels --only newton_schulz`).  With masked loads they took half as long again.
 TILES = {64: (64, 64, 4, 4), 2**31: (128, 64, 4, 3)}
 
 

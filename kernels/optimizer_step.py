@@ -17,7 +17,7 @@ The reference is the chain that these replace: Adam, Momentum, Orthogonalize, No
 Tolerance: fp32 arithmetic in another order, 3e-5 of the norm; in bf16 u is rounded before its norm is divided out and
 not after, so o differs by the rounding of one input.
 
-numbers: fp32 [4] on the device: learning rate, step from 1, step / steps, the schedule's value.
+What moves over a run (clip, lr, step from 1, keep, the decay's strength) comes as fp32 0-D tensors on the device.
 """
 
 import math
@@ -30,22 +30,18 @@ from triton import language as tl
 CHUNK = 2048  # elements of a program
 BLOCK = 1024  # numbers at a time of a program that adds up all of a matrix
 ROWS, COLUMNS = 8, 256  # of the tile of a program that works on rows
-MASKS = {"plain": 1, "cautious": 2, "strictly cautious": 3}  # every coordinate, where u w >= 0, where u w > 0
-SCHEDULES = ("constant", "linear", "lr")  # of the decay rate: 1, 1 - step / steps, the schedule's value
+MASKS = ("none", "plain", "cautious", "strictly cautious")  # what decays: nothing, every coordinate, where u w >= 0, where u w > 0
 
 
 # ---- kernels ----
 
 
 @triton.jit
-def _decayed(u, w, numbers, factor, rate, MASK: tl.constexpr, SCHEDULE: tl.constexpr):
-    """u + rate * schedule * mask * w."""
-    strength = rate * tl.load(factor)
-    if SCHEDULE == 1:
-        strength *= 1.0 - tl.load(numbers + 2)
-    if SCHEDULE == 2:
-        strength *= tl.load(numbers + 3)
-    decay = strength * w
+def _decayed(u, w, strength, MASK: tl.constexpr):
+    """u + strength * mask * w."""
+    if MASK == 0:
+        return u
+    decay = tl.load(strength) * w
     if MASK == 2:
         decay = tl.where(u * w >= 0, decay, 0.0)
     if MASK == 3:
@@ -55,12 +51,12 @@ def _decayed(u, w, numbers, factor, rate, MASK: tl.constexpr, SCHEDULE: tl.const
 
 @triton.jit
 def _adam_kernel(
-    weight, grad, mean, square, clip, numbers, lr_factor, decay_factor, size, keep1, change1, keep2, change2, log_keep1, log_keep2, eps, rate,
-    MASK: tl.constexpr, SCHEDULE: tl.constexpr, CHUNK: tl.constexpr,
+    weight, grad, mean, square, clip, lr, step, strength, size, keep1, change1, keep2, change2, log_keep1, log_keep2, eps,
+    MASK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
     within = at < size
-    step = tl.load(numbers + 1)
+    step = tl.load(step)
     g = tl.load(grad + at, mask=within, other=0.0) * tl.load(clip)
     m = tl.load(mean + at, mask=within, other=0.0)
     v = tl.load(square + at, mask=within, other=0.0)
@@ -68,19 +64,19 @@ def _adam_kernel(
     m = keep1 * m + change1 * g
     v = keep2 * v + change2 * (g * g)
     u = m / (tl.sqrt_rn(v / (1.0 - tl.exp(step * log_keep2))) + eps) / (1.0 - tl.exp(step * log_keep1))
-    u = _decayed(u, w, numbers, decay_factor, rate, MASK, SCHEDULE)
-    tl.store(weight + at, w - u * (tl.load(numbers) * tl.load(lr_factor)), mask=within)
+    u = _decayed(u, w, strength, MASK)
+    tl.store(weight + at, w - u * tl.load(lr), mask=within)
     tl.store(mean + at, m, mask=within)
     tl.store(square + at, v, mask=within)
     tl.store(grad + at, tl.zeros_like(g), mask=within)
 
 
 @triton.jit
-def _momentum_kernel(grad, mean, out, squares, clip, numbers, stride, size, keep_from, keep_to, rise_over, nesterov, CHUNK: tl.constexpr):
+def _momentum_kernel(grad, mean, out, squares, clip, keep, stride, size, nesterov, CHUNK: tl.constexpr):
     chunk, matrix = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = chunk * CHUNK + tl.arange(0, CHUNK)
     within = at < size
-    keep = keep_from + (keep_to - keep_from) * tl.minimum(tl.load(numbers + 1) / rise_over, 1.0)
+    keep = tl.load(keep)
     change = 1.0 - keep
     g = tl.load(grad + matrix * stride + at, mask=within, other=0.0) * tl.load(clip)
     m = tl.load(mean + matrix * stride + at, mask=within, other=0.0)
@@ -141,8 +137,8 @@ def _scale_kernel(energy, square, scales, square_stride, height, width, shape_fa
 
 @triton.jit
 def _apply_kernel(
-    weight, matrices, scales, numbers, lr_factor, decay_factor, weight_stride, height, width, shape_factor, rate,
-    SCALED: tl.constexpr, MASK: tl.constexpr, SCHEDULE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    weight, matrices, scales, lr, strength, weight_stride, height, width, shape_factor,
+    SCALED: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -154,8 +150,8 @@ def _apply_kernel(
         u = o * tl.load(scales + matrix * height + rows, mask=rows < height, other=0.0)[:, None]
     else:
         u = o * shape_factor
-    u = _decayed(u, w, numbers, decay_factor, rate, MASK, SCHEDULE)
-    tl.store(weight + matrix * weight_stride + at, w - u * (tl.load(numbers) * tl.load(lr_factor)), mask=within)
+    u = _decayed(u, w, strength, MASK)
+    tl.store(weight + matrix * weight_stride + at, w - u * tl.load(lr), mask=within)
 
 
 # ---- operators ----
@@ -163,13 +159,13 @@ def _apply_kernel(
 
 @torch.library.custom_op("ablab::adam_step", mutates_args=("weight", "grad", "mean", "square"))
 def adam_step(
-    weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, clip: Tensor, numbers: Tensor, lr: Tensor, decay: Tensor,
-    beta1: float, beta2: float, eps: float, mask: str, schedule: str, rate: float,
+    weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, clip: Tensor, lr: Tensor, step: Tensor,
+    beta1: float, beta2: float, eps: float, mask: str, strength: Tensor | None,
 ) -> None:  # fmt: skip
-    """Adam and a decay.  weight, grad, mean, square: contiguous fp32 of one shape; clip, lr, decay: factors, fp32 0-D."""
+    """Adam and a decay.  weight, grad, mean, square: contiguous fp32 of one shape; mask: of MASKS; strength: of the decay, if there is one."""
     _adam_kernel[(triton.cdiv(weight.numel(), CHUNK),)](
-        weight, grad, mean, square, clip, numbers, lr, decay, weight.numel(),
-        beta1, 1 - beta1, beta2, 1 - beta2, _log(beta1), _log(beta2), eps, rate, MASK=MASKS[mask], SCHEDULE=SCHEDULES.index(schedule), CHUNK=CHUNK,
+        weight, grad, mean, square, clip, lr, step, lr if strength is None else strength, weight.numel(),
+        beta1, 1 - beta1, beta2, 1 - beta2, _log(beta1), _log(beta2), eps, MASK=MASKS.index(mask), CHUNK=CHUNK,
     )  # fmt: skip
 
 
@@ -179,27 +175,23 @@ def _log(keep: float) -> float:
 
 @torch.library.custom_op("ablab::momentum_step", mutates_args=("grad", "mean"))
 def momentum_step(
-    grad: Tensor, mean: Tensor, clip: Tensor, numbers: Tensor, keep_from: float, keep_to: float, rise_over: int, nesterov: bool,
-    divisor: float, dtype: torch.dtype,
+    grad: Tensor, mean: Tensor, clip: Tensor, keep: Tensor, nesterov: bool, divisor: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Momentum of matrices: (u [N,r,c] of `dtype`, 1 / (divisor |u|_F) [N] in fp32).
 
-    grad, mean: [N,r,c] in fp32, of the same strides, each matrix contiguous.  The keep rises from keep_from to keep_to over
-    `rise_over` steps.
+    grad, mean: [N,r,c] in fp32, of the same strides, each matrix contiguous.
     """
     count, height, width = grad.shape
     chunks = triton.cdiv(height * width, CHUNK)
     out = grad.new_empty(grad.shape, dtype=dtype)
     squares, inverse = grad.new_empty(count, chunks), grad.new_empty(count)
-    _momentum_kernel[(chunks, count)](
-        grad, mean, out, squares, clip, numbers, grad.stride(0), height * width, keep_from, keep_to, float(rise_over), float(nesterov), CHUNK=CHUNK
-    )
+    _momentum_kernel[(chunks, count)](grad, mean, out, squares, clip, keep, grad.stride(0), height * width, float(nesterov), CHUNK=CHUNK)
     _inverse_norm_kernel[(count,)](squares, inverse, chunks, divisor, BLOCK=BLOCK)
     return out, inverse
 
 
 @momentum_step.register_fake
-def _(grad, mean, clip, numbers, keep_from, keep_to, rise_over, nesterov, divisor, dtype):
+def _(grad, mean, clip, keep, nesterov, divisor, dtype):
     return grad.new_empty(grad.shape, dtype=dtype), grad.new_empty(grad.shape[0])
 
 
@@ -221,12 +213,11 @@ def _(matrices, square, shape_factor, keep, eps):
 
 @torch.library.custom_op("ablab::apply_rows", mutates_args=("weight",))
 def apply_rows(
-    weight: Tensor, matrices: Tensor, scales: Tensor | None, numbers: Tensor, lr: Tensor, decay: Tensor, shape_factor: float,
-    mask: str, schedule: str, rate: float,
+    weight: Tensor, matrices: Tensor, scales: Tensor | None, shape_factor: float, lr: Tensor, mask: str, strength: Tensor | None
 ) -> None:  # fmt: skip
-    """Move weight [N,r,c], fp32, each matrix contiguous, by contiguous matrices [N,r,c] times scales [N,r], or times shape_factor."""
+    """Move weight [N,r,c], fp32, each matrix contiguous, by contiguous matrices [N,r,c] times scales [N,r], or times shape_factor; decay as in `adam_step`."""
     count, height, width = weight.shape
     _apply_kernel[(triton.cdiv(width, COLUMNS), triton.cdiv(height, ROWS), count)](
-        weight, matrices, matrices if scales is None else scales, numbers, lr, decay, weight.stride(0), height, width, shape_factor, rate,
-        SCALED=scales is not None, MASK=MASKS[mask], SCHEDULE=SCHEDULES.index(schedule), ROWS=ROWS, COLUMNS=COLUMNS,
+        weight, matrices, matrices if scales is None else scales, lr, lr if strength is None else strength, weight.stride(0), height, width, shape_factor,
+        SCALED=scales is not None, MASK=MASKS.index(mask), ROWS=ROWS, COLUMNS=COLUMNS,
     )  # fmt: skip

@@ -203,3 +203,11 @@ def test_ctrl_c_and_a_schedulers_stop_are_one_line_with_exit_code_130(ablab, mon
     monkeypatch.setattr(experiment, "load", lambda *words: os.kill(os.getpid(), sign))
     ended = ablab("show", "grid.yaml")
     assert (ended.code, ended.err) == (130, "interrupted; the same command goes on from here\n")
+
+
+def test_the_coordinate_check_takes_an_intervention_of_ones_own(lab, ablab):
+    words = ("check", "coords", "--with", "my_check", "--widths", "16,32,48,64", "--steps", "5", "data.context=16", "data.batch=4", "data.vocab=64", "--json")
+    refused = ablab(*words)
+    assert refused.code == 2 and "my_check" in refused.err and len(refused.err.strip().splitlines()) == 1
+    assert ablab("new", "intervention", "my_check").code == 0
+    assert [arm["name"] for arm in ablab(*words, "--plugins", "plugins").json["arms"]] == ["standard", "my_check"]

@@ -69,11 +69,11 @@ def main(B=96, T=384, H=12, KV=12, D=64, tiles="{}"):
 
 
 def optimizer(weight, grad, mean, square):
-    one, numbers, rows = torch.ones(()), torch.ones(4), torch.empty(2, 768, 1)
-    optimizer_step.adam_step(weight, grad, mean, square, one, numbers, one, one, 0.9, 0.95, 1e-8, "cautious", "linear", 0.1)
-    u, _ = optimizer_step.momentum_step(grad, mean, one, numbers, 0.85, 0.95, 100, True, 1.0, torch.bfloat16)
+    one, rows = torch.ones(()), torch.empty(2, 768, 1)
+    optimizer_step.adam_step(weight, grad, mean, square, one, one, one, 0.9, 0.95, 1e-8, "cautious", one)
+    u, _ = optimizer_step.momentum_step(grad, mean, one, one, True, 1.0, torch.bfloat16)
     scales = optimizer_step.row_scales(u, rows, 1.0, 0.95, 1e-8)
-    optimizer_step.apply_rows(weight, u, scales, numbers, one, one, 1.0, "cautious", "linear", 0.1)
+    optimizer_step.apply_rows(weight, u, scales, 1.0, one, "cautious", one)
 
 
 if __name__ == "__main__":

@@ -158,6 +158,8 @@ def test_a_run_by_kernels_follows_the_run_by_torch_and_says_what_served_it(tiny,
         record = Record(tmp_path / kernels)
         result = run(recipe, Runtime(device="cpu", kernels=kernels, log_every=1, evaluations=1), token_folder, record)
         assert result.status == "finished" and record.about()["kernels"]["attention"] == {"torch": "torch: runtime.kernels=torch"}.get(kernels, kernels)
+        moved_by = Trainer(recipe, Runtime(device="cpu", kernels=kernels), token_folder).optimizer.move.function.__qualname__
+        assert moved_by.startswith("fused_move.") is (kernels == "triton")
         weights.add(result.weights)
         curves[kernels] = torch.tensor([line["train/loss"] for line in record.metrics()])
     assert len(curves["torch"]) == 3 and (curves["triton"] - curves["torch"]).abs().max() < 2e-4
