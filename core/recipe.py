@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal
 
@@ -123,8 +124,16 @@ class Recipe:
         return self.budget.tokens // self.tokens_per_step
 
 
+def check_folder_name(where: str, name: str) -> None:
+    """Refuse a token folder's name that would leave STORE/data.  Raises UserError."""
+    if not name or Path(name).name != name or name.startswith("."):
+        plain = Path(name).stem.strip(".") or "web"
+        raise UserError(f"{where}{name!r} must be a plain folder name, without '/' or a leading '.'; try {plain!r}")
+
+
 def check(recipe: Recipe) -> Recipe:
-    """Refuse shapes and budgets that cannot be built; returns the recipe.  Raises UserError."""
+    """Refuse names, shapes and budgets that cannot be built; returns the recipe.  Raises UserError."""
+    check_folder_name("data.name=", recipe.data.name)
     model, attention = recipe.model, recipe.model.attention
     unit = attention.head_dim * attention.group
     if model.width % unit:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ablab.core.errors import UserError
+from ablab.core.recipe import check_folder_name
 
 app = typer.Typer(no_args_is_help=True, help="Turn text into token folders (STORE/data/NAME).")
 
@@ -45,9 +46,7 @@ def tokenize(
     """Fill STORE/data/NAME with tokens.  About 0.7 M tokens a second on two cores."""
     from ablab.core import corpus
 
-    if not name or Path(name).name != name or name.startswith("."):
-        plain = Path(name).stem.strip(".") or "web"
-        raise UserError(f"--name {name!r} must be a plain folder name, without '/' or a leading '.'; try {plain!r}")
+    check_folder_name("--name ", name)
     with _clock() as clock, _progress() as progress:
         meta = corpus.tokenize(text, val or [], tokenizer, store / "data" / name, val_fraction, field, progress)
     typer.echo(

@@ -24,7 +24,8 @@ def forecast(experiment: Experiment, runs: list[Run], store: Store, jobs: int | 
     rate = sum(flops[id] for id in finished) / sum(results[id].seconds for id in finished) if finished else _guess(experiment)
     jobs, gpus = jobs or default_jobs(experiment.sheet.runtime), len(gpus_for(experiment.sheet.runtime))
     rows = [_row(run, results[run.id], flops[run.id], rate) for run in runs]
-    seconds = sum(flops[run.id] for run in pending) / rate / max(min(jobs, gpus or jobs, len(pending)), 1)  # jobs take turns on a GPU
+    at_once = min(jobs, gpus) if gpus and experiment.sheet.runtime.turns else jobs
+    seconds = sum(flops[run.id] for run in pending) / rate / max(min(at_once, len(pending)), 1)
     return {
         "experiment": experiment.name, "rows": rows, "runs": len(unique), "missing": len(pending), "jobs": jobs,
         "tokens": sum(run.recipe.steps * run.recipe.tokens_per_step for run in pending),

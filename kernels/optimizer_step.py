@@ -14,8 +14,9 @@ multiplies its first products by it, so u is rounded once and read by nobody els
 thus read once and written once, u and the polar factor o are of the dtype of the products.
 
 The reference is the chain that these replace: Adam, Momentum, Orthogonalize, NorMuon and the decays, step for step.
-Tolerance: fp32 arithmetic in another order, 3e-5 of the norm; in bf16 u is rounded before its norm is divided out and
-not after, so o differs by the rounding of one input.
+Tolerance: fp32 arithmetic in another order, 3e-5 of the norm, 3e-4 for the row energies v (Newton-Schulz multiplies the
+rounding of a singular value near 1 by up to 1,700); in bf16 u is rounded before its norm is divided out and not after,
+so o differs by the rounding of one input.
 
 What moves over a run (clip, lr, step from 1, keep, the decay's strength) comes as fp32 0-D tensors on the device.
 """

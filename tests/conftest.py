@@ -14,11 +14,15 @@ if not visible_gpus():
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from ablab.ablations.registry import discover
 
 VOCAB, SPECIAL = 64, 0
 discover()
+settings.register_profile("fresh", deadline=None)  # --hypothesis-profile=fresh draws other examples in each run
+settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same ones until a test changes
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

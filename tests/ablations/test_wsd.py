@@ -16,7 +16,7 @@ FORMULA = {
     "cosine": lambda u: math.cos(math.pi * u / 2) ** 2,
     "power": lambda u: (1 - u) ** 1.2,
 }
-RUNS = settings(deadline=None, max_examples=60, derandomize=True)
+RUNS = settings(max_examples=60)
 
 
 @st.composite

@@ -57,7 +57,7 @@ def spell(tokenizer: Path) -> dict[int, bytes]:
 # ---- bytes ----
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1, max_size=4))
 @example(HARD)
 def test_ids_spell_exactly_the_bytes_of_any_unicode_text(tokenizer, texts):

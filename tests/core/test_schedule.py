@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ablab.core.errors import UserError
 from ablab.core.schedule import Constant, Cosine
 
-RUNS = settings(deadline=None, max_examples=60, derandomize=True)
+RUNS = settings(max_examples=60)
 lengths = st.tuples(st.integers(1, 500), st.integers(1, 5000)).map(lambda pair: (pair[0], sum(pair)))  # warm-up < steps
 
 

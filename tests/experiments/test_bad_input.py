@@ -64,6 +64,7 @@ WORDS = {
     "good.yaml data.vocab=65": ["data.vocab=65", "tokenized with 64 ids; set data.vocab=64"],
     "good.yaml data.context=321 budget.tokens=13000": ["val.bin holds 321 tokens, but context=321 needs at least 322"],
     "good.yaml data.name=web": ["no token folder", "ablab data tokenize TEXT --tokenizer TOKENIZER --name web"],
+    "good.yaml data.name=../web": ["data.name='../web' must be a plain folder name", "try 'web'"],
     "empty.yaml data.name=empty": ["cannot read", "empty/meta.json"],
     "replicas.yaml --seeds 0,1000": ["seed 1000 of replicas would run in both A and B"],
 }  # fmt: skip

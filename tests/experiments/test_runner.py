@@ -296,14 +296,15 @@ def test_no_gpu_is_counted_beyond_a_minus_one(monkeypatch):
 
 def test_a_forecast_knows_that_jobs_take_turns_on_a_gpu(new_lab, monkeypatch):
     lab, seconds = new_lab(), {}
-    for device in ("auto", "cpu"):
-        lab.sheet("asked", runtime={"device": device})
+    kinds = {"in turn": {"device": "auto"}, "at once": {"device": "auto", "turns": False}, "cpu": {"device": "cpu"}}
+    for kind, runtime in kinds.items():
+        lab.sheet("asked", runtime=runtime)
         for gpus in ("0", "0,1"):
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
             for jobs in (1, 2, 4):
-                seconds[device, gpus, jobs] = lab.run("run", "asked.yaml", "--dry-run", "--jobs", str(jobs), "--json").json["seconds"]
+                seconds[kind, gpus, jobs] = lab.run("run", "asked.yaml", "--dry-run", "--jobs", str(jobs), "--json").json["seconds"]
     halves = {key: round(seconds[key[0], key[1], 1] / value, 6) for key, value in seconds.items()}
-    assert halves == {(d, g, jobs): min(jobs, len(g.split(",")) if d == "auto" else jobs) for d, g, jobs in seconds}
+    assert halves == {(kind, g, jobs): min(jobs, len(g.split(",")) if kind == "in turn" else jobs) for kind, g, jobs in seconds}
 
 
 def test_a_worker_keeps_to_the_kind_it_is_warm_for_and_others_find_another():

@@ -12,7 +12,7 @@ from ablab.kernels.linear_cross_entropy import linear_cross_entropy, reference, 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-examples = settings(max_examples=12, deadline=None)
+examples = settings(max_examples=12)
 objectives = st.fixed_dictionaries(
     {
         "multiplier": st.sampled_from([1.0, 0.25, 3.0]),

@@ -55,6 +55,15 @@ def apart(one, other):
     return ((one.double().cpu() - other.double().cpu()).norm() / other.double().cpu().norm().clamp(min=1e-12)).item()
 
 
+def too_far(found):
+    """What errs by more than 3e-5, or 3e-4 where NorMuon keeps the squares of what Newton-Schulz returns.
+
+    A singular value near 1 enters its polynomials where terms of opposite signs nearly cancel: they multiply a rounding
+    by up to 1,700 (polar7) or 650 (polar5), a square doubles it, and 2 * 1,700 * 2^-24 is 2e-4.
+    """
+    return {name: far for name, far in found.items() if not far < (3e-4 if "/normuon/" in name else 3e-5)}
+
+
 def both(drive, recipe, start, moves):
     (ours, mine), (theirs, chain) = drive(recipe, start, moves, **OURS), drive(recipe, start, moves)
     assert mine.move.function.__qualname__.startswith("fused_move.") and not chain.move.function.__qualname__.startswith("fused_move.")
@@ -65,7 +74,7 @@ def both(drive, recipe, start, moves):
 
 
 @cpu
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     treatment=st.sampled_from(sorted(TREATMENTS)), columns=st.integers(1, 40), sizes=st.sampled_from([(), (1,), (9, 9), (12, 4, 4), (40,)]),
     clip=st.sampled_from([None, 0.5]), decay=st.sampled_from(["constant", "linear", "lr"]),
@@ -78,7 +87,7 @@ def test_every_chain_moves_as_it_is_written(tiny, drive, treatment, columns, siz
     start = parameters(sum(sizes) or 11, columns, sizes if len(sizes) > 1 else (), head=3 if sizes == (9, 9) else 0)
     with patch.multiple(optimizer_step, CHUNK=256, BLOCK=16):
         found, mine = both(drive, recipe, start, gradients(start, 3))
-    assert {name: far for name, far in found.items() if not far < 3e-5} == {}
+    assert too_far(found) == {}
     assert all((bank.grad == 0).all() for bank in mine.banks)
 
 
@@ -111,7 +120,7 @@ def test_gradients_that_fall_by_orders_of_magnitude_leave_no_trace_of_their_size
     start = parameters(14, 6, ())
     moves = [{name: size * value for name, value in one.items()} for one, size in zip(gradients(start), (1.0, 1e-4, 1e-8, 1e-8), strict=True)]
     found, _ = both(drive, recipe, start, moves)
-    assert {name: far for name, far in found.items() if not far < 3e-5} == {}
+    assert too_far(found) == {}
 
 
 @pytest.mark.parametrize("block", [16, optimizer_step.BLOCK])
