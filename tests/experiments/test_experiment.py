@@ -66,7 +66,7 @@ def test_what_a_run_computes_renames_the_experiment_and_exactly_the_runs_it_touc
 def test_a_name_is_always_a_file_name(read):
     long = read({f"optim.chains.{role}.lr": 0.123456789 + i for i, role in enumerate(("embedding", "hidden", "readout", "vector", "gate"))})
     assert len(long.name) < 100 and long.name.startswith("sheet@")
-    assert "/" not in read({"data.name": "a/b"}).name
+    assert "/" not in read({"data.digest": "a/b"}).name
 
 
 def test_other_data_is_not_held_to_the_digest_of_the_config():
