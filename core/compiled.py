@@ -1,6 +1,9 @@
 """Which parts of a model are compiled, and into how many graphs."""
 
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Collection
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -8,6 +11,7 @@ from torch import Tensor
 
 from ablab.core.loss import Head, of_rows
 from ablab.core.model import Transformer
+from ablab.core.optimizer import Optimizer
 
 
 def compiled(model: Transformer, heads: tuple[Head, Head], how: bool | str) -> list[Callable[[Tensor], Any]]:
@@ -26,3 +30,26 @@ def compiled(model: Transformer, heads: tuple[Head, Head], how: bool | str) -> l
         block.compile()
     model.embed = torch.compile(model.embed)
     return [of_rows(model, torch.compile(head)) for head in heads]
+
+
+def compile_kernels(
+    model: Transformer, heads: tuple[Head, Head], optimizer: Optimizer, kernels: Collection[str], context: int, how: bool | str
+) -> None:  # fmt: skip
+    """Compile what kernels of ours a step and an evaluation launch, many at a time, while PyTorch's compiler is imported if `how` asks for it.
+
+    Gradients hold anything afterwards, weights and the optimizer's state are as they were.
+    """
+    if not kernels or optimizer.device.type != "cuda":
+        return
+    from ablab.kernels.ahead import compiling_only
+
+    count = max(2, 16 // math.gcd(16, context))  # so the tokens are a multiple of 16, as in most micro-batches: Triton compiles for that, and for 1, apart
+    rows = torch.zeros(count, context + 1, dtype=torch.int64, device=optimizer.device)
+    descend, measure = (of_rows(model, head) for head in heads)
+    with compiling_only(os.cpu_count() or 1), torch.autograd.set_multithreading_enabled(False):
+        descend(rows)[0].backward()
+        torch.no_grad()(measure)(rows)
+        if "optimizer" in kernels:
+            optimizer.move.function(torch.zeros(4, device=optimizer.device))
+        if how:
+            import_module("torch._inductor.compile_fx")  # takes as long as the kernels

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ablab.core import checkpoint, fuse
-from ablab.core.compiled import compiled
+from ablab.core.compiled import compile_kernels, compiled
 from ablab.core.data import Tokens
 from ablab.core.errors import Diverged, Pruned
 from ablab.core.evaluate import held_out_loss
@@ -57,6 +57,7 @@ class Trainer:
         self.optimizer = Optimizer(self.model, recipe, bool(self.runtime["compile"]), kernels, *replay)
         self.weights = [bank.weight for bank in self.optimizer.banks]
         heads = (fuse.fused_heads if "loss" in kernels else heads_of)(self.model, recipe.objective)
+        compile_kernels(self.model, heads, self.optimizer, kernels, recipe.data.context, self.runtime["compile"])
         self.loss, self.nats = compiled(self.model, heads, self.runtime["compile"])
         self.window = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats and tokens since the last log
         self.descend = OnDevice(self._descend, self.device, *replay)

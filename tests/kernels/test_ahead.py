@@ -1,0 +1,56 @@
+"""Kernels compiled ahead: all of them, at once, and none a second time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ablab.core import trainer
+from ablab.core.runtime import Runtime
+from ablab.core.trainer import Trainer
+
+
+def test_what_was_compiled_ahead_launches_at_once_and_a_flaw_waits_for_its_launch(tmp_path):
+    """In a process of its own, because the interpreter is chosen at import; for an H100 that is not there."""
+    pytest.importorskip("triton.backends.nvidia")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    told = subprocess.run([sys.executable, Path(__file__).with_name("ahead_sm90.py")], env=environment, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    ahead, then, flaw = (line.split() for line in told.stdout.splitlines())
+    kernels = ahead[1]
+    assert int(kernels) >= 17 and ahead[:4] == ["ahead", kernels, kernels, "0"]
+    assert then[:4] == ["then", "0", "0", kernels]
+    assert flaw == ["broken", "CompileTimeAssertionFailure"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("treatment", [[], ["qk_norm", "gating", "value_residual", "muon", "normuon", "cautious_wd", "z_loss"]], ids=["base", "full"])
+def test_a_trainer_finds_its_kernels_compiled_and_trains_to_the_same_bits(tiny, token_folder, monkeypatch, treatment):
+    from triton import knobs
+    from triton.runtime.jit import JITFunction
+
+    recipe = tiny(treatment, model__attention__head_dim=64, model__width=128, data__context=32)
+    runtime, compiled = Runtime(device="cuda", kernels="triton", deterministic=True), []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **named: compiled.append(named["fn"].name))
+
+    def train():
+        """Weights after 5 steps and an evaluation, kernels compiled before them, kernels compiled in them."""
+        for kernel in [value for name, module in sys.modules.items() if name.startswith("ablab.kernels") for value in vars(module).values()]:
+            if isinstance(kernel, JITFunction):
+                kernel.device_caches.clear()
+        compiled.clear()
+        trained, before = Trainer(recipe, runtime, token_folder), len(compiled)
+        for _ in range(5):
+            trained.advance()
+        trained.evaluate()
+        return trained.digest(), before, len(compiled) - before
+
+    ahead, before, meanwhile = train()
+    monkeypatch.setattr(trainer, "compile_kernels", lambda *_: None)
+    late, nothing, all_of_them = train()
+    assert before == all_of_them > 3 and meanwhile == nothing == 0
+    assert late == ahead
