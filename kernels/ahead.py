@@ -31,8 +31,7 @@ def compiling_only(threads: int) -> Iterator[None]:
         list(pool.map(_load, met.values()))
 
 
-def _load(met: Any) -> None:
-    """Build the launcher in C and load the binary, as the first launch would."""
+def _load(met: Any) -> Any:
+    """The launcher, for which Triton builds a C module and loads the binary; None where there is no kernel."""
     kernel = met.kernel if isinstance(met, FutureKernel) else met
-    if kernel is not None:
-        kernel._init_handles()
+    return kernel and kernel.run
