@@ -52,4 +52,4 @@ def compile_kernels(
         if "optimizer" in kernels:
             optimizer.move.function(torch.zeros(4, device=optimizer.device))
         if how:
-            import_module("torch._inductor.compile_fx")  # takes as long as the kernels
+            import_module("torch._inductor.compile_fx")  # `compiled` needs it next

@@ -75,11 +75,11 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # else a run reports the peak of every run before it in this process
 
-    def rehearse(self, data_folder: Path) -> None:
+    def rehearse(self) -> None:
         """Compile what a step and an evaluation run, then start over; nothing else stays of it."""
         torch.no_grad()(self.nats)(self.tokens.rows(0, 0, self.runtime["micro_batch"]).to(self.device))  # first: a recorded step holds memory
         self.advance()
-        self.restart(self.recipe, data_folder)
+        self.restart(self.recipe, self.tokens.folder)
 
     # -- one step --------------------------------------------------------------------------------------------------
     def advance(self) -> Tensor:
@@ -191,7 +191,7 @@ class Warm:
             torch.compiler.reset()  # graphs of another structure would fill dynamo's cache, 8 deep, and then run eagerly
             trainer = Trainer(recipe, runtime, data_folder)
             if self.rehearse:
-                trainer.rehearse(data_folder)
+                trainer.rehearse()
             self.key, self.trainer = key, trainer
         return self.trainer
 

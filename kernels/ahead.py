@@ -1,4 +1,4 @@
-"""Kernels compiled before their first launch, many at a time: one after another they hold up a cold start by a third.
+"""Kernels compiled before their first launch, many at a time: one after another they hold up a cold start.
 
 Works on the launches of Triton 3.5 and later: `warmup` compiles without launching, `AsyncCompileMode` hands that to a pool.
 """

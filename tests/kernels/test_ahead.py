@@ -1,9 +1,6 @@
 """Kernels compiled ahead: all of them, at once, and none a second time."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +10,8 @@ from ablab.core.runtime import Runtime
 from ablab.core.trainer import Trainer
 
 
-def test_what_was_compiled_ahead_launches_at_once_and_a_flaw_waits_for_its_launch(tmp_path):
-    """In a process of its own, because the interpreter is chosen at import; for an H100 that is not there."""
-    pytest.importorskip("triton.backends.nvidia")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    told = subprocess.run([sys.executable, Path(__file__).with_name("ahead_sm90.py")], env=environment, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    ahead, then, flaw = (line.split() for line in told.stdout.splitlines())
+def test_what_was_compiled_ahead_launches_at_once_and_a_flaw_waits_for_its_launch(for_an_h100):
+    ahead, then, flaw = for_an_h100("ahead_sm90.py")
     kernels = ahead[1]
     assert int(kernels) >= 17 and ahead[:4] == ["ahead", kernels, kernels, "0"]
     assert then[:4] == ["then", "0", "0", kernels]

@@ -5,9 +5,6 @@ fp16 only, for it multiplies bf16 wrongly.
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -207,20 +204,15 @@ def test_compile_keeps_it_one_op_forward_and_one_backward():
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles_for_an_h100_onto_its_matrix_units(tmp_path):
-    """In a process of its own, because the interpreter is chosen at import; nothing is launched, so no GPU is needed."""
-    pytest.importorskip("triton.backends.nvidia")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    told = subprocess.run([sys.executable, Path(__file__).with_name("compile_sm90.py")], env=environment, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    rows = [line.split() for line in told.stdout.splitlines()]
+def test_every_kernel_compiles_for_an_h100_onto_its_matrix_units(for_an_h100):
+    rows = for_an_h100("compile_sm90.py")
     products, passes = (
         ["_prepare", "_forward", "_queries", "_keys", "_symmetric_kernel", "_symmetric_kernel"],
         [*(f"_{name}_kernel" for name in ("adam", "momentum", "inverse_norm", "energy", "scale", "apply")), "_forward", "_backward", *["_row"] * 3],
     )
     assert [row[0] for row in rows] == products + passes
-    assert all(int(row[-1]) > 0 for row in rows[: len(products)] if row[0] != "_prepare"), told.stdout
-    assert all(row[-3] == "0" for row in rows[len(products) :]), f"registers spilled: {told.stdout}"
+    assert all(int(row[-1]) > 0 for row in rows[: len(products)] if row[0] != "_prepare"), rows
+    assert all(row[-3] == "0" for row in rows[len(products) :]), f"registers spilled: {rows}"
 
 
 # ---- what it refuses, and what it costs ----

@@ -112,11 +112,10 @@ def test_adam_by_its_kernel_equals_torch_adamw_in_fp64(tiny, drive):
 @pytest.mark.parametrize("rule", ["adam", "muon"])
 def test_gradients_that_fall_by_orders_of_magnitude_leave_no_trace_of_their_size(tiny, drive, rule, beta):
     """A running mean that forgets at once must be the new value to the last bit, not the old one plus a difference that rounds away."""
-    steps = {"adam": [{"kind": "adam", "beta1": beta, "beta2": beta}]}.get(rule, tiny(["muon", "normuon"]).optim.chains["hidden"].steps)
-    dose = {"momentum": beta, "warmup_from": beta}
-    recipe = tiny(
-        [] if rule == "adam" else [{"muon": dose}, {"normuon": {"beta2": beta}}], **({"optim__chains__hidden__steps": steps} if rule == "adam" else {})
-    )
+    recipe = {
+        "adam": tiny(optim__chains__hidden__steps=[{"kind": "adam", "beta1": beta, "beta2": beta}]),
+        "muon": tiny([{"muon": {"momentum": beta, "warmup_from": beta}}, {"normuon": {"beta2": beta}}]),
+    }[rule]
     start = parameters(14, 6, ())
     moves = [{name: size * value for name, value in one.items()} for one, size in zip(gradients(start), (1.0, 1e-4, 1e-8, 1e-8), strict=True)]
     found, _ = both(drive, recipe, start, moves)

@@ -1,0 +1,25 @@
+"""What tests of kernels share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def for_an_h100(tmp_path):
+    """A script of this folder -> the words of each line that it prints.
+
+    In a process of its own, because Triton's interpreter is chosen at import; compile caches are empty, and no GPU is needed.
+    """
+    pytest.importorskip("triton.backends.nvidia")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+
+    def lines_of(script):
+        told = subprocess.run([sys.executable, Path(__file__).with_name(script)], env=environment, capture_output=True, text=True)
+        assert told.returncode == 0, told.stderr
+        return [line.split() for line in told.stdout.splitlines()]
+
+    return lines_of
