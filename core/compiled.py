@@ -28,7 +28,7 @@ def compiled(model: Transformer, heads: tuple[Head, Head], how: bool | str) -> l
         return [torch.compile(of_rows(model, descend)), of_rows(model, torch.compile(measure))]
     for block in model.blocks:
         block.compile()
-    model.embed = torch.compile(model.embed)
+    model.enter = torch.compile(model.enter)  # not the lookup: its compiled gradient sums by atomics, in any order, or one row at a time
     return [of_rows(model, torch.compile(head)) for head in heads]
 
 

@@ -159,7 +159,10 @@ class Transformer(nn.Module):
         return self.logits(self.norm(x)), grown
 
     def embed(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
+        return self.enter(self.embedding(tokens))
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x: rows of the token table [B,T,W] -> what the first block reads, in the activations' dtype."""
         for stage in self.on_embedding.values():
             x = stage(x)
         return x.to(self.dtype)

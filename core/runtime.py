@@ -27,7 +27,7 @@ class Runtime:
     replay: bool | None = None  # record a step as CUDA graphs and replay them; null: on CUDA only
     micro_batch: Whole | None = None  # rows a forward pass; null: the whole batch
     recompute: Natural = 0  # first blocks that keep no activations
-    deterministic: bool = False  # the same bits every time on the same GPU, without its fastest attention; a CPU repeats its bits anyway
+    deterministic: bool | None = None  # the same bits every time on the same GPU; null: on CUDA, and a CPU repeats its bits anyway
     turns: bool = True  # jobs that share a GPU train one at a time; false: at once, for models too small to fill it
     threads: Whole = 1  # of the CPU; fixed, because the number changes the order of sums and so the bits
     log_every: Whole = 10  # optimizer steps; the log is the only host sync
@@ -49,8 +49,9 @@ def settle(runtime: Runtime, rows: int) -> dict[str, Any]:
         settled["dtype"] = "bf16" if settled["device"] == "cuda" else "fp32"
     if runtime.compile is None:
         settled["compile"] = "blocks" if settled["device"] == "cuda" else False
-    if runtime.replay is None:
-        settled["replay"] = settled["device"] == "cuda"
+    for name in ("replay", "deterministic"):
+        if settled[name] is None:
+            settled[name] = settled["device"] == "cuda"
     settled["micro_batch"] = rows_at_once(runtime, rows)
     return settled
 
@@ -62,6 +63,15 @@ def rows_at_once(runtime: Runtime, rows: int) -> int:
         near = sorted((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(n - asked))[:2]
         raise UserError(f"runtime.micro_batch={asked} does not divide data.batch={rows}; nearest: {min(near)}, {max(near)}")
     return asked
+
+
+def repeat_bits(asked: bool) -> None:
+    """PyTorch's algorithms from here on: those that repeat their bits on one GPU, or any."""
+    import torch
+
+    if torch.are_deterministic_algorithms_enabled() != asked:  # else the call costs 2 s: it imports the compiler
+        torch.use_deterministic_algorithms(asked)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # tests/kernels look for what is read without being written
 
 
 def visible_gpus() -> list[str]:

@@ -27,7 +27,7 @@ from ablab.core.optimizer import Optimizer
 from ablab.core.recipe import Recipe, plain, run_id, structure
 from ablab.core.record import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, Record, Result
 from ablab.core.replay import OnDevice, use_recordable_stream
-from ablab.core.runtime import Runtime, code_fingerprint, environment, settle
+from ablab.core.runtime import Runtime, code_fingerprint, environment, repeat_bits, settle
 from ablab.core.stopwatch import Stopwatch
 from ablab.core.tracker import NullTracker, Tracker
 
@@ -46,8 +46,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, runtime: Runtime, data_folder: Path):
         self.runtime = settle(runtime, recipe.data.batch)
         torch.set_num_threads(runtime.threads)
-        if torch.are_deterministic_algorithms_enabled() != runtime.deterministic:  # else the call costs 2 s: it imports the compiler
-            torch.use_deterministic_algorithms(runtime.deterministic)
+        repeat_bits(self.runtime["deterministic"])
         self.device = torch.device(self.runtime["device"])
         use_recordable_stream(self.device)
         self.model = Transformer(recipe, DTYPES[self.runtime["dtype"]], runtime.recompute).to(self.device)

@@ -4,6 +4,8 @@ fp32 weights; on a GPU bf16 autocast, model and cross-entropy compiled as one gr
 recipe does; the same rows in the same micro-batches.  It has none of the recipe's interventions.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,15 @@ from ablab.core.errors import UserError
 from ablab.core.plan import plan_of
 from ablab.core.recipe import Recipe
 from ablab.experiments.bench_timing import Marks
+
+
+@contextmanager
+def any_algorithm() -> Iterator[None]:
+    """As in a process of its own: a trainer beside it may have asked for algorithms that repeat their bits."""
+    asked = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(asked)
 
 
 class HuggingFace:
@@ -43,6 +54,7 @@ class HuggingFace:
         model, linear = self.recipe.model, (one for one in self.model.modules() if isinstance(one, torch.nn.Linear))
         return 6 * sum(one.weight.numel() for one in linear) + 6 * model.layers * self.recipe.data.context * model.heads * model.attention.head_dim
 
+    @any_algorithm()
     def step(self) -> None:
         batch, clip = self.recipe.data.batch, self.recipe.optim.clip
         for first in range(0, batch, self.rows):

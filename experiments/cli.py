@@ -13,7 +13,7 @@ import typer
 from ablab.core.errors import UserError
 from ablab.core.record import Store, store_root
 from ablab.experiments import bench_cli, check_cli, data_cli
-from ablab.experiments.options import Json, Plugins
+from ablab.experiments.options import Jobs, Json, Plugins
 
 INTERRUPTED = 130
 EXITS = """Exit codes: 0 done (a run that diverged is done); 1 runs failed, or ablab broke; 2 the request cannot be met as asked;
@@ -76,7 +76,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="cells, identities, what is missing and what it would cost")] = False,
     only: Annotated[list[str] | None, typer.Option(help="cells to run: a name, a pattern, or !pattern; repeat for more")] = None,
     seeds: Annotated[str | None, typer.Option(help="such as 0-4 or 0,3,7 (the experiment's)")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time (one a GPU, else cores/threads); on one GPU they train in turn")] = None,
+    jobs: Jobs = None,
     mlflow: Annotated[bool, typer.Option(help="show the runs in MLflow")] = True,
     run_inert: Annotated[bool, typer.Option("--run-inert", help="also train arms that compute the same bits as their reference")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")] = False,
@@ -113,7 +113,7 @@ def run(
 def study(
     name: Name, overrides: Overrides = None,
     storage: Annotated[str | None, typer.Option(help="an Optuna URL, or journal:PATH (STORE/optuna.db)")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time (one a GPU, else cores/threads); on one GPU they train in turn")] = None,
+    jobs: Jobs = None,
     mlflow: Annotated[bool, typer.Option(help="show the trials in MLflow")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")] = False,
     plugins: Plugins = None, store: Where = None, as_json: Json = False,

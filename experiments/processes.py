@@ -22,7 +22,7 @@ from ablab.core.record import FAILED, Record, Result
 from ablab.experiments.worker import Job, serve
 
 Task = TypeVar("Task")
-Heard = Callable[[str, Job, Any], None]
+Heard = Callable[[str, Job, Any], Iterable[Task]]  # a message -> tasks that may begin now
 PATIENCE = 1.0  # seconds before a run that another process holds is asked for again
 
 
@@ -41,14 +41,15 @@ class Workers:
         self.holds: dict[Any, Job] = {}  # pipe -> the job in hand
 
     def work(self, tasks: Iterable[Task], job_of: Callable[[Task], Job], heard: Heard, kind_of: Callable[[Task], str] = lambda task: "") -> None:
-        """Hand out jobs until each is answered.  A job is made when it is given: ten thousand would fill the memory.
+        """Hand out jobs until each is answered, and those that `heard` adds.  A job is made when it is given: ten thousand would fill the memory.
 
         kind_of: tasks of one kind go to one worker, which is warm for it, while others find another kind.
         Raises UserError where a worker cannot start.
         """
         tasks, later = deque((kind_of(task), task) for task in tasks), deque()  # later: (when, kind, job)
-        count = max(min(self.count, len(tasks)), len(self.processes))
+        count = len(self.processes)
         while tasks or later or self.holds:
+            count = max(count, min(self.count, len(tasks)))
             for slot in set(range(count)) - {process.slot for process in self.processes.values()}:
                 self._start(slot)
             while self.idle and (tasks or (later and later[0][0] < time.monotonic())):
@@ -63,7 +64,7 @@ class Workers:
                 if word == "busy":
                     later.append((time.monotonic() + PATIENCE, self.processes[pipe].kind, job))
                 if job:
-                    heard(word, job, payload)
+                    tasks.extend((kind_of(task), task) for task in heard(word, job, payload))
 
     def stop(self, run: str) -> None:
         """End a run early, at its next log: it answers with a pruned result."""

@@ -290,7 +290,7 @@ class TestOnAGPU:
 
     def test_the_step_holds_eight_bit_products_and_repeats_its_bits(self, tiny, token_folder):
         recipe = tiny([{"fp8": {"where": "both"}}], model__width=64, model__attention__head_dim=16)
-        trainers = [Trainer(recipe, Runtime(device="cuda", dtype="bf16", compile=False, deterministic=True), token_folder) for _ in range(2)]
+        trainers = [Trainer(recipe, Runtime(device="cuda", dtype="bf16", compile=False), token_folder) for _ in range(2)]
         with torch.profiler.profile() as profile:
             trainers[0].advance()
         calls = {event.key: event.count for event in profile.key_averages()}

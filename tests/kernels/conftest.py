@@ -6,6 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unset_memory_is_nan():
+    """Whatever a kernel forgets to write shows."""
+    torch.utils.deterministic.fill_uninitialized_memory = True  # a trainer turned it off
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.ones(3).new_empty(5).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
