@@ -36,6 +36,9 @@ class Runtime:
     keep_weights: bool = False  # leave weights.safetensors behind
 
 
+NO_GPU = "runtime.device=cuda, but torch sees no GPU here; use runtime.device=cpu or install a CUDA build of torch"
+
+
 def settle(runtime: Runtime, rows: int) -> dict[str, Any]:
     """Replace every `auto` by what this machine has.  rows: the recipe's batch.  Raises UserError."""
     import torch
@@ -44,7 +47,7 @@ def settle(runtime: Runtime, rows: int) -> dict[str, Any]:
     if runtime.device == "auto":
         settled["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if settled["device"] == "cuda" and not torch.cuda.is_available():
-        raise UserError("runtime.device=cuda, but torch sees no GPU here; use runtime.device=cpu or install a CUDA build of torch")
+        raise UserError(NO_GPU)
     if runtime.dtype == "auto":
         settled["dtype"] = "bf16" if settled["device"] == "cuda" else "fp32"
     if runtime.compile is None:

@@ -16,7 +16,7 @@ from ablab.core.errors import UserError
 from ablab.core.files import set_aside
 from ablab.core.recipe import Recipe, plain, structure
 from ablab.core.record import RETRY, Plan, Record, Result, Store
-from ablab.core.runtime import Runtime, visible_gpus
+from ablab.core.runtime import NO_GPU, Runtime, visible_gpus
 from ablab.experiments.alive import Check
 from ablab.experiments.experiment import Experiment, Run, merged_plan
 from ablab.experiments.processes import Workers
@@ -109,7 +109,7 @@ class Task(NamedTuple):
 
 
 class Pool:
-    """Warm workers for the runs of one experiment.  Raises UserError where its data is not there.
+    """Warm workers for the runs of one experiment.  Raises UserError where its data or its GPU is not there.
 
     More jobs than GPUs take turns on them, unless runtime.turns is off: while one trains at its full pace, the other compiles.
     """
@@ -118,8 +118,9 @@ class Pool:
         self.experiment, self.store, self.watcher = experiment, store, watcher
         self.runtime, self.asked = experiment.sheet.runtime, time.time_ns()
         self.jobs = jobs or default_jobs(self.runtime)
+        if not (gpus := gpus_for(self.runtime)) and self.runtime.device == "cuda":
+            raise UserError(NO_GPU)  # a worker would say so too, after seconds
         self.data = data_folder(experiment.base, store, watcher.note)
-        gpus = gpus_for(self.runtime)
         self.locks = tempfile.TemporaryDirectory(prefix="ablab-turns-")  # of this host and this call: nobody else trains for us
         turns = [Path(self.locks.name) / gpu for gpu in gpus] if self.runtime.turns and self.jobs > len(gpus) else ()
         self.workers = Workers(self.jobs, plugins, gpus if len(gpus) > 1 else (), turns)

@@ -130,9 +130,14 @@ def _run(job: Job, recipe: Recipe, runtime: Runtime, record: Record, pipe: Conne
         raise
     except Exception as fault:
         write_atomically(record.folder / "error.txt", traceback.format_exc().encode())
-        result = Result(job.run, FAILED, 0, 0, error=f"{type(fault).__name__}: {fault} (see {record.folder / 'error.txt'})")
+        result = Result(job.run, FAILED, 0, 0, error=f"{type(fault).__name__}: {_in_short(fault)} (see {record.folder / 'error.txt'})")
         record.finish(result)
         return result
+
+
+def _in_short(fault: Exception) -> str:
+    refused, asked, _ = str(fault).partition(", but you set 'torch.use_deterministic_algorithms(True)'")
+    return f"{refused}; run it with runtime.deterministic=false, which need not repeat its bits" if asked else str(fault)
 
 
 class _PipeTracker:

@@ -30,7 +30,7 @@ def global_state():
 
 @every_field
 def test_a_field_does_not_rename_a_run(field):
-    plain, other = load("quickstart"), load("quickstart", {f"runtime.{field}": OTHER[field]})
+    plain, other = (load("quickstart", {f"runtime.{field}": value}) for value in (getattr(Runtime(), field), OTHER[field]))
     assert getattr(other.sheet.runtime, field) == OTHER[field] != getattr(plain.sheet.runtime, field)
     assert other.name == plain.name and [one.id for one in other.runs()] == [one.id for one in plain.runs()]
 

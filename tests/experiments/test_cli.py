@@ -47,7 +47,7 @@ def test_help_says_how_it_ends(ablab):
 
 def test_help_shows_every_default_and_bracket_that_was_written(ablab):
     """A terminal takes [word] for markup and shows nothing in its place."""
-    wanted = {"show": "(the first)", "run": "(one a GPU, else", "study": "(STORE/optuna.db)", "sync": "(all in the store)"}
+    wanted = {"show": "(the first)", "run": "(one a GPU, 4 with runtime.turns=false, else", "study": "(STORE/optuna.db)", "sync": "(all in the store)"}
     assert all(said in " ".join(ablab(command, "--help").out.replace("│", " ").split()) for command, said in wanted.items())
     coords = "".join(ablab("check", "coords", "--help").out.replace("│", " ").split())
     assert "on_qk=[qk_norm]" in coords and "(aquarterofthesmallestwidth)" in coords

@@ -192,6 +192,16 @@ def test_an_edited_intervention_is_another_run_and_its_liveness_is_asked_anew(ow
     assert lab.results("own")["base", 0] == before["base", 0] and ("+ nothing", 0) in lab.results("own")
 
 
+def test_an_operation_that_cannot_repeat_its_bits_names_the_cure(new_lab):
+    lab = new_lab()
+    plugin(lab, "scatters", "import torch; return y + y.new_zeros(3).put_(torch.tensor([0]), y.new_zeros(1)).sum()")
+    lab.sheet("strict", **{"with": ["scatters"], "design": "replicate", "seeds": [0], "runtime": {"deterministic": True}})
+    words = ("run", "strict.yaml", "--plugins", "plugins", "--no-mlflow", "--jobs", "1", "--run-inert")
+    refused, allowed = lab.run(*words), lab.run(*words, "runtime.deterministic=false")
+    assert refused.code == 1 and "put_ does not have a deterministic implementation; run it with runtime.deterministic=false" in refused.err
+    assert allowed.code == 0, allowed.err
+
+
 # -- failures are data -------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def broken(new_lab):
