@@ -16,6 +16,7 @@ from ablab.core.data import Tokens
 from ablab.core.errors import UserError
 from ablab.core.plan import plan_of
 from ablab.core.recipe import Recipe
+from ablab.core.runtime import repeat_bits
 from ablab.experiments.bench_timing import Marks
 
 
@@ -23,9 +24,9 @@ from ablab.experiments.bench_timing import Marks
 def any_algorithm() -> Iterator[None]:
     """As in a process of its own: a trainer beside it may have asked for algorithms that repeat their bits."""
     asked = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)
+    repeat_bits(False)
     yield
-    torch.use_deterministic_algorithms(asked)
+    repeat_bits(asked)
 
 
 class HuggingFace:

@@ -29,7 +29,7 @@ COMMANDS = {  # in an order in which each finds what it needs -> what is added t
     "ablab check coords": HELP,
     "ablab bench overhead": HELP, "ablab bench study": HELP, "ablab bench step loo_70m --against hf": HELP,
     "ablab bench step loo_70m": HELP, "ablab bench step loo_70m runtime.micro_batch=96": HELP,
-    "ablab bench kernels --only optimizer": HELP, "ablab run loo_70m budget.tokens=3.002e7 --jobs 2": "--dry-run",
+    "ablab bench kernels --only optimizer": HELP, "ablab run loo_70m budget.tokens=3.002e7 runtime.evaluations=1 --seeds 0 --jobs 2": "--dry-run",
     "ablab run quickstart --no-mlflow": "--dry-run",
     "ablab bench kernels --only 'attention*'": HELP, "ablab bench grid loo_70m": HELP,
     "make demo": None, "make test": None,  # CI is `make test`; `make demo` is the same set-up and `ablab run quickstart`

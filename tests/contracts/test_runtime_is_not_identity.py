@@ -8,7 +8,7 @@ import torch
 from ablab.core import checkpoint
 from ablab.core.errors import UserError
 from ablab.core.record import Record
-from ablab.core.runtime import Runtime
+from ablab.core.runtime import Runtime, settle
 from ablab.core.trainer import Trainer, run
 from ablab.experiments.experiment import load
 
@@ -97,6 +97,15 @@ def test_a_field_shows_in_how_a_run_goes_and_is_recorded(seen, field):
     assert other.result.run == plain.result.run
     if field in KEEP_THE_BITS:
         assert other.result.weights == plain.result.weights and other.result.metrics["val/loss"] == plain.result.metrics["val/loss"]
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cpu", ("fp32", False, False, False)), ("cuda", ("bf16", "blocks", True, True))])
+def test_what_nobody_asked_for_is_chosen_for_the_device(monkeypatch, device, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    for asked in ("auto", device):
+        settled = settle(Runtime(device=asked), 6)
+        assert settled["device"] == device and settled["micro_batch"] == 6
+        assert tuple(settled[name] for name in ("dtype", "compile", "replay", "deterministic")) == chosen
 
 
 def test_the_device_is_the_one_asked_for(tiny, token_folder):

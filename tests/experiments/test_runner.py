@@ -56,9 +56,10 @@ WHO = """
     if torch.is_grad_enabled():
         with open({path!r}, "ab", buffering=0) as file:  # who trains, a line a forward pass
             file.write(b"%d\\n" % os.getpid())
-        until = time.monotonic() + {wait}
+        until = time.monotonic() + 60  # for the other: both train at once, if they may
         while time.monotonic() < until and len(set(open({path!r}).read().split())) < 2:
             time.sleep(0.01)
+        time.sleep(0.01)
     return y * 0.9
 """
 
@@ -284,11 +285,11 @@ def test_jobs_that_share_a_gpu_train_in_turn_and_elsewhere_at_once(new_lab, monk
     """Two runs of 20 steps, two layers each, and on the GPU a rehearsal of one step before a worker's first turn.
 
     The two lines of one worker's rehearsal may fall anywhere among the other's: four changes, and one between the runs.
-    At once, the first to train waits for the other, for a minute; in turn it would wait in vain, and there would be one change.
+    The first forward pass of one waits for that of the other: in turn that is the rehearsal's.
     """
     lab = new_lab()
     who = lab.root / "who"
-    plugin(lab, "who", WHO.format(path=str(who), wait=0 if turns else 60))
+    plugin(lab, "who", WHO.format(path=str(who)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     lab.sheet(
         "shared", **{"with": ["who"], "design": "replicate", "seeds": [0], "runtime": {"device": device, "turns": asked, "compile": False, "replay": False}}
@@ -298,7 +299,7 @@ def test_jobs_that_share_a_gpu_train_in_turn_and_elsewhere_at_once(new_lab, monk
     trained = who.read_text().split()
     changes = sum(one != other for one, other in itertools.pairwise(trained))
     assert len(set(trained)) == 2 and len(trained) == 2 * 2 * (20 + turns)
-    assert changes <= 5 if turns else changes >= 2
+    assert changes <= 5 if turns else changes > 10
 
 
 def test_no_gpu_is_counted_beyond_a_minus_one(monkeypatch):

@@ -150,9 +150,10 @@ def test_an_incoming_gradient_of_any_strides_is_read():
         assert torch.equal(*(torch.autograd.grad(y, made["qkv"], each, retain_graph=True)[0] for each in (strided, strided.contiguous())))
 
 
-def test_runs_repeat_bitwise_and_do_not_read_what_they_did_not_write():
+def test_runs_repeat_bitwise_and_do_not_read_what_they_did_not_write(monkeypatch):
     made = inputs(1, 37, 4, 2, 32)
     one = run(attention, made, 4, 2, tiles=SMALL)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # other rubbish than NaN
     other = run(attention, made, 4, 2, tiles=SMALL)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
