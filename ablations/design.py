@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ablab.core.errors import UserError
-from ablab.core.intervention import Intervention, Treatment, dependents
-from ablab.core.part import near
+from ablab.core.language.part import near
+from ablab.core.recipe.intervention import Intervention, Treatment, dependents
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,9 @@ class Cell:
 def leave_one_out(treatment: Treatment) -> list[Cell]:
     """full, and full without each ingredient (and without what cannot stand without it), and base for the whole step."""
     if not treatment:
-        raise UserError("design leave_one_out has nothing to leave out; list interventions under `with`, or choose design: add_one or replicate")
+        raise UserError(
+            "design leave_one_out has nothing to leave out; list interventions under `with`, or choose design: add_one or replicate"
+        )
     cells = [Cell("full", dict(treatment)), Cell("base", {}, "full")]
     for name in treatment:
         gone = dependents(name, treatment)
@@ -35,7 +37,9 @@ def add_one(treatment: Treatment) -> list[Cell]:
     cells = {"base": Cell("base")}
     for name in _requirements_first(treatment):
         needs = _needs(name, treatment)
-        reference = next((cell.name for cell in cells.values() if set(cell.treatment) == set(needs)), "base")
+        reference = next(
+            (cell.name for cell in cells.values() if set(cell.treatment) == set(needs)), "base"
+        )
         chosen = {one: treatment[one] for one in (*needs, name)}
         cells[name] = Cell(_named("+", [name, *needs], "on"), chosen, reference)
     return list(cells.values())
@@ -55,7 +59,9 @@ DESIGNS: dict[str, Callable[[Treatment], list[Cell]]] = {
 
 def cells_of(design: str, treatment: Treatment) -> list[Cell]:
     if design not in DESIGNS:
-        raise UserError(f"unknown design {design!r}. {near(design, DESIGNS)}Known: {', '.join(DESIGNS)}")
+        raise UserError(
+            f"unknown design {design!r}. {near(design, DESIGNS)}Known: {', '.join(DESIGNS)}"
+        )
     return DESIGNS[design](treatment)
 
 
@@ -68,7 +74,11 @@ def _needs(name: str, treatment: Treatment) -> list[str]:
     """Everything that `name` builds on, transitively, in the order of the treatment."""
     wanted = [name]
     for one in wanted:
-        wanted += [need for need in treatment[one].about.requires if need in treatment and need not in wanted]
+        wanted += [
+            need
+            for need in treatment[one].about.requires
+            if need in treatment and need not in wanted
+        ]
     return [one for one in treatment if one in wanted[1:]]
 
 

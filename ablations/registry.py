@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ablab.ablations import interventions
 from ablab.core.errors import UserError
-from ablab.core.intervention import REGISTRY, Intervention
-from ablab.core.part import Part
+from ablab.core.language.part import Part
+from ablab.core.recipe.intervention import REGISTRY, Intervention
 
 
 def discover(plugins: Iterable[str | Path] = ()) -> dict[str, type[Intervention]]:
@@ -21,7 +21,9 @@ def discover(plugins: Iterable[str | Path] = ()) -> dict[str, type[Intervention]
         importlib.import_module(f"{interventions.__name__}.{module.name}")
     for folder in map(Path, plugins):
         if not folder.is_dir():
-            raise UserError(f"--plugins {folder} is not a folder; name the folder that holds your intervention files")
+            raise UserError(
+                f"--plugins {folder} is not a folder; name the folder that holds your intervention files"
+            )
         for path in sorted(folder.glob("[!_]*.py")):
             _import_file(path.resolve())
     return REGISTRY
@@ -38,6 +40,15 @@ def _import_file(path: Path) -> None:
         spec.loader.exec_module(module)
     except Exception as flaw:
         del sys.modules[name]
-        line = next((frame.lineno for frame in reversed(traceback.extract_tb(flaw.__traceback__)) if frame.filename == str(path)), 0)
-        raise UserError(f"plugin {path}{f':{line}' if line else ''} cannot be imported: {type(flaw).__name__}: {flaw}") from flaw
+        line = next(
+            (
+                frame.lineno
+                for frame in reversed(traceback.extract_tb(flaw.__traceback__))
+                if frame.filename == str(path)
+            ),
+            0,
+        )
+        raise UserError(
+            f"plugin {path}{f':{line}' if line else ''} cannot be imported: {type(flaw).__name__}: {flaw}"
+        ) from flaw
     Part.foreign |= {kind: digest for kind, one in Part.known.items() if one.__module__ == name}

@@ -4,25 +4,25 @@ import keyword
 from pathlib import Path
 
 from ablab.core.errors import UserError
-from ablab.core.files import write_atomically
-from ablab.core.intervention import REGISTRY
+from ablab.core.recipe.intervention import REGISTRY
+from ablab.core.store.files import write_atomically
 
 TEXT = '''"""{title}: one sentence that says what it does.
 
     y <- y * exp(strength),   strength a learned number, start 0: nothing changes at the start
 """
 
-from ablab.core.declare import Param, Stage, Where
-from ablab.core.edit import append, edit
-from ablab.core.intervention import register
-from ablab.core.part import Part
+from ablab.core.language.declare import Param, Stage, Where
+from ablab.core.recipe.edit import append, edit
+from ablab.core.recipe.intervention import register
+from ablab.core.language.part import Part
 
 
 @register(
     "{name}", slots=("model.attention.on_heads",), neutral_at_init=True,
     off="head outputs go to the output projection as they are",
     source="who had the idea, and where it is written down",
-)  # fmt: skip
+)
 class {cls}(Part):
     """One line for `ablab list`."""
 
@@ -43,8 +43,17 @@ def scale(y, x, *, strength):
 
 def write(name: str, folder: Path) -> Path:
     if not name.isidentifier() or keyword.iskeyword(name) or name.lower() != name:
-        raise UserError(f"{name!r} cannot name an intervention; use lower-case letters, digits and underscores, such as my_idea")
+        raise UserError(
+            f"{name!r} cannot name an intervention; use lower-case letters, digits and underscores, such as my_idea"
+        )
     if name in REGISTRY or (path := folder / f"{name}.py").exists():
         raise UserError(f"{name!r} exists already; choose another name")
-    write_atomically(path, TEXT.format(name=name, title=name.replace("_", " ").capitalize(), cls="".join(map(str.title, name.split("_")))).encode())
+    write_atomically(
+        path,
+        TEXT.format(
+            name=name,
+            title=name.replace("_", " ").capitalize(),
+            cls="".join(map(str.title, name.split("_"))),
+        ).encode(),
+    )
     return path

@@ -13,5 +13,7 @@ class Diverged(Exception):
     """The training loss stopped being finite.  The run ends as a record, the grid goes on."""
 
     def __init__(self, step: int, last_good: float):
-        super().__init__(f"the loss was not finite at step {step}; the last good loss was {last_good:.4f} nats/token")
+        super().__init__(
+            f"the loss was not finite at step {step}; the last good loss was {last_good:.4f} nats/token"
+        )
         self.step, self.last_good = step, last_good

@@ -26,7 +26,10 @@ def compiling_only(threads: int) -> Iterator[None]:
         met[id(kernel)] = kernel
 
     with ThreadPoolExecutor(threads) as pool:
-        with AsyncCompileMode(pool, ignore_errors=True), patch.object(JITFunction, "run", compile_only):
+        with (
+            AsyncCompileMode(pool, ignore_errors=True),
+            patch.object(JITFunction, "run", compile_only),
+        ):
             yield
         list(pool.map(_load, met.values()))
 

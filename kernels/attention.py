@@ -28,14 +28,46 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # tokens; forward, queries: rows of queries, keys per step; keys: keys, rows of queries per step.  Those of 64 channels are
 # the best of some sixty timed on an H100 at T 384 and 768; those of 32 and 128 were chosen by registers and spills alone.
 TILES = {
-    32: {"prepare": (128, 4, 1), "forward": (128, 64, 4, 3, 0), "queries": (128, 64, 8, 3, 0), "keys": (128, 64, 8, 3, 0)},
-    64: {"prepare": (32, 4, 1), "forward": (64, 64, 4, 3, 128), "queries": (64, 32, 4, 3, 128), "keys": (64, 32, 4, 3, 0)},
-    128: {"prepare": (32, 4, 1), "forward": (128, 64, 8, 2, 0), "queries": (128, 64, 8, 2, 0), "keys": (128, 32, 8, 2, 0)},
+    32: {
+        "prepare": (128, 4, 1),
+        "forward": (128, 64, 4, 3, 0),
+        "queries": (128, 64, 8, 3, 0),
+        "keys": (128, 64, 8, 3, 0),
+    },
+    64: {
+        "prepare": (32, 4, 1),
+        "forward": (64, 64, 4, 3, 128),
+        "queries": (64, 32, 4, 3, 128),
+        "keys": (64, 32, 4, 3, 0),
+    },
+    128: {
+        "prepare": (32, 4, 1),
+        "forward": (128, 64, 8, 2, 0),
+        "queries": (128, 64, 8, 2, 0),
+        "keys": (128, 32, 8, 2, 0),
+    },
 }
-WIDE_TILES = {"prepare": (32, 4, 1), "forward": (16, 16, 4, 1, 0), "queries": (16, 16, 4, 1, 0), "keys": (16, 16, 4, 1, 0)}  # fp32
+WIDE_TILES = {
+    "prepare": (32, 4, 1),
+    "forward": (16, 16, 4, 1, 0),
+    "queries": (16, 16, 4, 1, 0),
+    "keys": (16, 16, 4, 1, 0),
+}  # fp32
 
 
-def reference(qkv, heads, kv_heads, cos, sin, q_gain=None, k_gain=None, eps=1e-6, first=None, weights=None, gate=None):
+def reference(
+    qkv,
+    heads,
+    kv_heads,
+    cos,
+    sin,
+    q_gain=None,
+    k_gain=None,
+    eps=1e-6,
+    first=None,
+    weights=None,
+    gate=None,
+):
     """`attention` in plain torch: in fp64 the formula, in a 16-bit dtype the path that rounds after every stage."""
     q, k, v = attention_forward.split(qkv, heads, kv_heads)
     if q_gain is not None:
@@ -43,7 +75,9 @@ def reference(qkv, heads, kv_heads, cos, sin, q_gain=None, k_gain=None, eps=1e-6
     q, k = _turn(q, cos, sin), _turn(k, cos, sin)
     if first is not None:
         v = (weights[0] * v + weights[1] * first).to(v.dtype)
-    y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=heads != kv_heads)
+    y = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=heads != kv_heads
+    )
     y = y.transpose(1, 2)
     return (y if gate is None else y * gate[..., None].to(y.dtype)).flatten(2)
 
@@ -60,9 +94,19 @@ def _turn(x, cos, sin):
 
 
 def attention(
-    qkv: Tensor, heads: int, kv_heads: int, cos: Tensor, sin: Tensor, q_gain: Tensor | None = None, k_gain: Tensor | None = None,
-    eps: float = 1e-6, first: Tensor | None = None, weights: Tensor | None = None, gate: Tensor | None = None, tiles: dict | None = None,
-) -> Tensor:  # fmt: skip
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    q_gain: Tensor | None = None,
+    k_gain: Tensor | None = None,
+    eps: float = 1e-6,
+    first: Tensor | None = None,
+    weights: Tensor | None = None,
+    gate: Tensor | None = None,
+    tiles: dict | None = None,
+) -> Tensor:
     """Attend causally.  Returns y [B,T,H*D] in the dtype of qkv; differentiable in qkv, gains, first, weights and gate.
 
     qkv: [B,T,(H+2KV)*D], q heads, then k heads, then v heads; channels contiguous, any other strides.
@@ -74,19 +118,25 @@ def attention(
     head_dim = qkv.shape[-1] // (heads + 2 * kv_heads)
     _check(qkv, heads, kv_heads, head_dim, cos, sin, q_gain, k_gain, first, weights, gate)
     flat = flat_tiles(head_dim, qkv.dtype, tiles)
-    return _attention(qkv, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, flat)[0]
+    return _attention(
+        qkv, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, flat
+    )[0]
 
 
 def flat_tiles(head_dim: int, dtype: torch.dtype, tiles: dict | None = None) -> list[int]:
     """The numbers of TILES that hold here, in a row: what an op may take."""
     chosen = (TILES[head_dim] if dtype.itemsize == 2 else WIDE_TILES) | (tiles or {})
-    return [number for name in ("prepare", "forward", "queries", "keys") for number in chosen[name]]
+    return [
+        number for name in ("prepare", "forward", "queries", "keys") for number in chosen[name]
+    ]
 
 
 def serves(head_dim: int, dtype: torch.dtype, heads: int = 1, kv_heads: int = 1) -> str:
     """Empty if `attention` takes these shapes, else a line that says which it does not take, and what it would."""
     if head_dim not in HEAD_DIMS:
-        return f"head_dim={head_dim}: the attention kernel serves {', '.join(map(str, HEAD_DIMS))}"
+        return (
+            f"head_dim={head_dim}: the attention kernel serves {', '.join(map(str, HEAD_DIMS))}"
+        )
     if dtype not in DTYPES:
         return f"dtype={dtype}: the attention kernel serves {', '.join(map(str, DTYPES))}"
     if kv_heads < 1 or heads % kv_heads:
@@ -104,58 +154,153 @@ def _check(qkv, heads, kv_heads, head_dim, cos, sin, q_gain, k_gain, first, weig
     b, t, width = qkv.shape
     if refusal := serves(head_dim, qkv.dtype, heads, kv_heads):
         raise ValueError(refusal)
-    for one, other, names in ((q_gain, k_gain, "q_gain and k_gain"), (first, weights, "first and weights")):
+    for one, other, names in (
+        (q_gain, k_gain, "q_gain and k_gain"),
+        (first, weights, "first and weights"),
+    ):
         if (one is None) != (other is None):
             raise ValueError(f"{names} go together; one of them is missing")
     rules = {
-        "qkv": (qkv, (b, t, (heads + 2 * kv_heads) * head_dim), qkv.dtype), "first": (first, (b, t, kv_heads, head_dim), qkv.dtype),
-        "q_gain": (q_gain, (head_dim,), torch.float32), "k_gain": (k_gain, (head_dim,), torch.float32), "weights": (weights, (2,), torch.float32),
+        "qkv": (qkv, (b, t, (heads + 2 * kv_heads) * head_dim), qkv.dtype),
+        "first": (first, (b, t, kv_heads, head_dim), qkv.dtype),
+        "q_gain": (q_gain, (head_dim,), torch.float32),
+        "k_gain": (k_gain, (head_dim,), torch.float32),
+        "weights": (weights, (2,), torch.float32),
         "gate": (gate, (b, t, heads), None),
-    }  # fmt: skip
+    }
     for name, (x, shape, dtype) in rules.items():
         if x is not None and (x.shape != shape or x.dtype != (dtype or x.dtype)):
-            raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; the attention kernel takes {dtype or 'any dtype'} {list(shape)}")
+            raise ValueError(
+                f"{name} is {x.dtype} {list(x.shape)}; the attention kernel takes {dtype or 'any dtype'} {list(shape)}"
+            )
         if x is not None and name != "gate" and x.stride(-1) != 1:
-            raise ValueError(f"{name} has channels {x.stride(-1)} apart; the attention kernel takes them contiguous")
+            raise ValueError(
+                f"{name} has channels {x.stride(-1)} apart; the attention kernel takes them contiguous"
+            )
     for name, x in (("cos", cos), ("sin", sin)):
-        if x.dtype != torch.float32 or x.shape[0] < t or x.shape[1] != head_dim // 2 or not x.is_contiguous():
-            raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; the attention kernel takes contiguous float32 [{t} or more, {head_dim // 2}]")
+        if (
+            x.dtype != torch.float32
+            or x.shape[0] < t
+            or x.shape[1] != head_dim // 2
+            or not x.is_contiguous()
+        ):
+            raise ValueError(
+                f"{name} is {x.dtype} {list(x.shape)}; the attention kernel takes contiguous float32 [{t} or more, {head_dim // 2}]"
+            )
 
 
 @torch.library.custom_op("ablab::attention", mutates_args=())
 def _attention(
-    qkv: Tensor, heads: int, kv_heads: int, cos: Tensor, sin: Tensor, q_gain: Tensor | None, k_gain: Tensor | None,
-    eps: float, first: Tensor | None, weights: Tensor | None, gate: Tensor | None, tiles: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return attention_forward.forward(qkv, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, tiles)
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    q_gain: Tensor | None,
+    k_gain: Tensor | None,
+    eps: float,
+    first: Tensor | None,
+    weights: Tensor | None,
+    gate: Tensor | None,
+    tiles: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return attention_forward.forward(
+        qkv, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, tiles
+    )
 
 
 @_attention.register_fake
 def _(qkv, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, tiles):
     b, t, width = qkv.shape
-    y, bits = qkv.new_empty(b, t, width // (heads + 2 * kv_heads) * heads), qkv.new_empty(b, heads, t, dtype=torch.float32)
+    y, bits = (
+        qkv.new_empty(b, t, width // (heads + 2 * kv_heads) * heads),
+        qkv.new_empty(b, heads, t, dtype=torch.float32),
+    )
     return y, bits, qkv.new_empty(attention_forward.ready_shape(qkv, heads, kv_heads, first))
 
 
 @torch.library.custom_op("ablab::attention_backward", mutates_args=())
 def _attention_backward(
-    dy: Tensor, qkv: Tensor, y: Tensor, bits: Tensor, ready: Tensor, heads: int, kv_heads: int, cos: Tensor, sin: Tensor, q_gain: Tensor | None,
-    k_gain: Tensor | None, eps: float, first: Tensor | None, weights: Tensor | None, gate: Tensor | None, tiles: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    qkv: Tensor,
+    y: Tensor,
+    bits: Tensor,
+    ready: Tensor,
+    heads: int,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    q_gain: Tensor | None,
+    k_gain: Tensor | None,
+    eps: float,
+    first: Tensor | None,
+    weights: Tensor | None,
+    gate: Tensor | None,
+    tiles: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `attention_backward.backward`; an empty tensor for what is absent: an op returns no None."""
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    grads = attention_backward.backward(dy, qkv, y, bits, ready, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, tiles)
+    grads = attention_backward.backward(
+        dy,
+        qkv,
+        y,
+        bits,
+        ready,
+        heads,
+        kv_heads,
+        cos,
+        sin,
+        q_gain,
+        k_gain,
+        eps,
+        first,
+        weights,
+        gate,
+        tiles,
+    )
     return tuple(qkv.new_empty(0) if x is None else x for x in grads)
 
 
 @_attention_backward.register_fake
-def _(dy, qkv, y, bits, ready, heads, kv_heads, cos, sin, q_gain, k_gain, eps, first, weights, gate, tiles):
+def _(
+    dy,
+    qkv,
+    y,
+    bits,
+    ready,
+    heads,
+    kv_heads,
+    cos,
+    sin,
+    q_gain,
+    k_gain,
+    eps,
+    first,
+    weights,
+    gate,
+    tiles,
+):
     parts = attention_backward.parts(qkv, heads, kv_heads, q_gain, first, gate, tiles)
-    return tuple(qkv.new_empty(0) if x is None else x for x in (qkv.new_empty(qkv.shape), *parts))
+    return tuple(
+        qkv.new_empty(0) if x is None else x for x in (qkv.new_empty(qkv.shape), *parts)
+    )
 
 
 def _save(ctx, inputs, output):
-    qkv, ctx.heads, ctx.kv_heads, cos, sin, q_gain, k_gain, ctx.eps, first, weights, gate, ctx.tiles = inputs
+    (
+        qkv,
+        ctx.heads,
+        ctx.kv_heads,
+        cos,
+        sin,
+        q_gain,
+        k_gain,
+        ctx.eps,
+        first,
+        weights,
+        gate,
+        ctx.tiles,
+    ) = inputs
     ctx.save_for_backward(qkv, *output, cos, sin, q_gain, k_gain, first, weights, gate)
     ctx.set_materialize_grads(False)
 
@@ -164,11 +309,39 @@ def _differentiate(ctx, dy, *_):
     qkv, y, bits, ready, cos, sin, q_gain, k_gain, first, weights, gate = ctx.saved_tensors
     if dy is None:
         return (None,) * 12
-    grads = _attention_backward(dy, qkv, y, bits, ready, ctx.heads, ctx.kv_heads, cos, sin, q_gain, k_gain, ctx.eps, first, weights, gate, ctx.tiles)
+    grads = _attention_backward(
+        dy,
+        qkv,
+        y,
+        bits,
+        ready,
+        ctx.heads,
+        ctx.kv_heads,
+        cos,
+        sin,
+        q_gain,
+        k_gain,
+        ctx.eps,
+        first,
+        weights,
+        gate,
+        ctx.tiles,
+    )
     dqkv, q_sums, k_sums, dfirst, weight_sums, shares = grads
     gains = (None, None) if q_gain is None else (q_sums.sum(0), k_sums.sum(0))
     mixed = (None, None) if first is None else (dfirst, weight_sums.sum(0))
-    return dqkv, None, None, None, None, *gains, None, *mixed, None if gate is None else shares.mT.to(gate.dtype), None
+    return (
+        dqkv,
+        None,
+        None,
+        None,
+        None,
+        *gains,
+        None,
+        *mixed,
+        None if gate is None else shares.mT.to(gate.dtype),
+        None,
+    )
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)

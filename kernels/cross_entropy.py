@@ -49,7 +49,9 @@ def _read(row, columns, vocab, width, multiplier, cap, FORM: tl.constexpr):
 
 
 @triton.jit
-def _write_gradient(row, columns, width, z, target, lse, multiplier, cap, z_weight, scale, FORM: tl.constexpr):
+def _write_gradient(
+    row, columns, width, z, target, lse, multiplier, cap, z_weight, scale, FORM: tl.constexpr
+):
     """scale * dloss/draw over the logits.  dz/dx comes from z alone, so that no more than z is kept: with
     u = 1 - (z / cap)^2, it is u for tanh and u^1.5 for the rational form."""
     odds = tl.exp(z - lse) * (1.0 + 2.0 * z_weight * lse)
@@ -66,9 +68,21 @@ def _write_gradient(row, columns, width, z, target, lse, multiplier, cap, z_weig
 
 @triton.jit
 def _row(
-    logits, targets, nats, lses, vocab, width, stride, multiplier, cap, z_weight, scale,
-    FORM: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    targets,
+    nats,
+    lses,
+    vocab,
+    width,
+    stride,
+    multiplier,
+    cap,
+    z_weight,
+    scale,
+    FORM: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     index = tl.program_id(0).to(tl.int64)
     row = logits + index * stride
     target = tl.load(targets + index).to(tl.int32)
@@ -89,16 +103,26 @@ def _row(
         for start in range(0, vocab, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             z = _read(row, columns, vocab, width, multiplier, cap, FORM)
-            _write_gradient(row, columns, width, z, target, lse, multiplier, cap, z_weight, scale, FORM)
+            _write_gradient(
+                row, columns, width, z, target, lse, multiplier, cap, z_weight, scale, FORM
+            )
 
 
 # ---- launch ----
 
 
 def cross_entropy_(
-    logits: Tensor, targets: Tensor, multiplier: float = 1.0, cap: float = 0.0, cap_form: str = "none", z_weight: float = 0.0,
-    scale: float = 1.0, gradient: bool = True, padded: bool = False, block: int = BLOCK,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    targets: Tensor,
+    multiplier: float = 1.0,
+    cap: float = 0.0,
+    cap_form: str = "none",
+    z_weight: float = 0.0,
+    scale: float = 1.0,
+    gradient: bool = True,
+    padded: bool = False,
+    block: int = BLOCK,
+) -> tuple[Tensor, Tensor]:
     """Per-row cross-entropy and logsumexp of squash(multiplier * logits), fp32 [N] each, in nats.
 
     logits: [N, V] with adjacent columns; if `gradient`, overwritten by scale * d(nats + z_weight lse^2)/d(logits) in their
@@ -112,7 +136,20 @@ def cross_entropy_(
     if rows:
         block = min(block, max(triton.next_power_of_2(vocab), 128))
         _row[(rows,)](
-            logits, targets.contiguous(), nats, lses, vocab, logits.stride(0) if padded else vocab, logits.stride(0), multiplier, cap, z_weight, scale,
-            FORM=cap_form, GRADIENT=gradient, BLOCK=block, num_warps=min(max(block // 1024, 4), 16),
-        )  # fmt: skip
+            logits,
+            targets.contiguous(),
+            nats,
+            lses,
+            vocab,
+            logits.stride(0) if padded else vocab,
+            logits.stride(0),
+            multiplier,
+            cap,
+            z_weight,
+            scale,
+            FORM=cap_form,
+            GRADIENT=gradient,
+            BLOCK=block,
+            num_warps=min(max(block // 1024, 4), 16),
+        )
     return nats, lses

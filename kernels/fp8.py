@@ -29,17 +29,28 @@ def quantise(x: Tensor, form: str) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).to(dtype), scale
 
 
-def emulated(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+def emulated(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool
+) -> Tensor:
     """a b^T a_scale b_scale for 8-bit a [m,k], b [n,k] -> [m,n] in dtype, multiplied and summed in fp32."""
     return (a.float() @ b.float().t() * a_scale * b_scale).to(dtype)
 
 
-def scaled(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+def scaled(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool
+) -> Tensor:
     """The same by matrix units, which read 8-bit numbers along k alone; m, n, k multiples of 16, not both sides e5m2.
 
     fast: sums in the matrix units' own accumulators, shorter than fp32.
     """
-    return torch._scaled_mm(a.contiguous(), b.contiguous().t(), scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast)
+    return torch._scaled_mm(
+        a.contiguous(),
+        b.contiguous().t(),
+        scale_a=a_scale,
+        scale_b=b_scale,
+        out_dtype=dtype,
+        use_fast_accum=fast,
+    )
 
 
 class _Linear(torch.autograd.Function):
@@ -47,14 +58,23 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, gradient, native):
         (x8, x_scale), (w8, w_scale) = quantise(x, "e4m3"), quantise(weight, "e4m3")
         ctx.save_for_backward(x8, x_scale, w8, w_scale)
-        ctx.gradient, ctx.product, ctx.dtypes = gradient, scaled if native else emulated, (x.dtype, weight.dtype)
+        ctx.gradient, ctx.product, ctx.dtypes = (
+            gradient,
+            scaled if native else emulated,
+            (x.dtype, weight.dtype),
+        )
         return ctx.product(x8, w8, x_scale, w_scale, x.dtype, True)
 
     @staticmethod
     def backward(ctx, g):
         (x8, x_scale, w8, w_scale), (g8, g_scale) = ctx.saved_tensors, quantise(g, ctx.gradient)
         dx = ctx.product(g8, w8.t(), g_scale, w_scale, ctx.dtypes[0], False)
-        return dx, ctx.product(g8.t(), x8.t(), g_scale, x_scale, ctx.dtypes[1], False), None, None
+        return (
+            dx,
+            ctx.product(g8.t(), x8.t(), g_scale, x_scale, ctx.dtypes[1], False),
+            None,
+            None,
+        )
 
 
 def fp8_linear(x: Tensor, weight: Tensor, gradient: str = "e5m2") -> Tensor:
@@ -71,4 +91,8 @@ def fp8_linear(x: Tensor, weight: Tensor, gradient: str = "e5m2") -> Tensor:
 @torch.compiler.assume_constant_result  # asked once, while a graph is traced
 def multiplies(device: torch.device) -> bool:
     """Whether the device has matrix units for 8-bit floats of these formats: Ada, Hopper and later."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 9)
+    )

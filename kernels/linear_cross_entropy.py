@@ -18,10 +18,14 @@ from torch.nn import functional as F
 from ablab.kernels.cross_entropy import CAPS, cross_entropy_, squash
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LOGITS = 1 << 29  # bytes of logits in memory; halving it adds one read and write of dW for each further chunk
+LOGITS = (
+    1 << 29
+)  # bytes of logits in memory; halving it adds one read and write of dW for each further chunk
 
 
-def serves(dtype: torch.dtype, device: torch.device, cap: float = 0.0, cap_form: str = "none") -> str:
+def serves(
+    dtype: torch.dtype, device: torch.device, cap: float = 0.0, cap_form: str = "none"
+) -> str:
     """Why `linear_cross_entropy` cannot be used, in a line; "" when it can."""
     if dtype not in DTYPES:
         return f"activations are {dtype}; the kernel reads bf16, fp16 and fp32"
@@ -29,18 +33,31 @@ def serves(dtype: torch.dtype, device: torch.device, cap: float = 0.0, cap_form:
         return f"the kernel needs a CUDA GPU, not {device.type}"
     if cap_form not in CAPS:
         return f"no soft cap {cap_form!r}; the kernel knows {', '.join(CAPS)}"
-    return "" if cap_form == "none" or cap > 0 else f"a {cap_form} soft cap needs cap > 0, not {cap}"
+    return (
+        ""
+        if cap_form == "none" or cap > 0
+        else f"a {cap_form} soft cap needs cap > 0, not {cap}"
+    )
 
 
 # ---- reference ----
 
 
 def reference(
-    x: Tensor, weight: Tensor, targets: Tensor, multiplier: float = 1.0, cap: float = 0.0, cap_form: str = "none", z_weight: float = 0.0, chunk: int = 0
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    multiplier: float = 1.0,
+    cap: float = 0.0,
+    cap_form: str = "none",
+    z_weight: float = 0.0,
+    chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The same in plain torch, with logits [N, V] in the dtype of x and fp32 (fp64 for fp64) after them; `chunk` is ignored."""
     logits = F.linear(x, weight)
-    z = squash(multiplier * logits.to(torch.promote_types(logits.dtype, torch.float32)), cap, cap_form)
+    z = squash(
+        multiplier * logits.to(torch.promote_types(logits.dtype, torch.float32)), cap, cap_form
+    )
     nats = F.cross_entropy(z, targets, reduction="sum")
     return nats + z_weight * z.logsumexp(-1).square().sum(), nats.detach()
 
@@ -67,41 +84,67 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
     if a.is_cuda and a.dtype != torch.float32:
         torch.addmm(out, a, b, beta=int(add), out_dtype=torch.float32, out=out)
     else:
-        out.addmm_(a.float(), b.float(), beta=int(add))  # the CPU has no product wider than its factors
+        out.addmm_(
+            a.float(), b.float(), beta=int(add)
+        )  # the CPU has no product wider than its factors
 
 
 # ---- operators ----
 
 
 @torch.library.custom_op("ablab::linear_cross_entropy_value", mutates_args=())
-def _value(x: Tensor, weight: Tensor, targets: Tensor, multiplier: float, cap: float, cap_form: str, chunk: int) -> tuple[Tensor, Tensor]:
+def _value(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    multiplier: float,
+    cap: float,
+    cap_form: str,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
     """(nats, logsumexp) of each row, fp32 [N], without any gradient."""
     rows = x.shape[0]
     buffer = _padded(min(chunk, rows), weight.shape[0], x)
     nats, lses = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
     for piece in _chunks(rows, chunk):
         logits = torch.mm(x[piece], weight.mT, out=buffer[: x[piece].shape[0]])
-        nats[piece], lses[piece] = cross_entropy_(logits, targets[piece], multiplier, cap, cap_form, gradient=False, padded=True)
+        nats[piece], lses[piece] = cross_entropy_(
+            logits, targets[piece], multiplier, cap, cap_form, gradient=False, padded=True
+        )
     return nats, lses
 
 
 @_value.register_fake
 def _(x, weight, targets, multiplier, cap, cap_form, chunk):
-    return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(
+        x.shape[0], dtype=torch.float32
+    )
 
 
 @torch.library.custom_op("ablab::linear_cross_entropy", mutates_args=())
 def _with_gradients(
-    x: Tensor, weight: Tensor, targets: Tensor, multiplier: float, cap: float, cap_form: str, z_weight: float, chunk: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    multiplier: float,
+    cap: float,
+    cap_form: str,
+    z_weight: float,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, nats, dx [N, W], dW [V, W]), all fp32."""
     rows = x.shape[0]
     buffer = _padded(min(chunk, rows), weight.shape[0], x)
     nats, lses = x.new_empty(2, rows, dtype=torch.float32)
-    dx, dw = x.new_empty(x.shape, dtype=torch.float32), (x.new_empty if rows else x.new_zeros)(weight.shape, dtype=torch.float32)
+    dx, dw = (
+        x.new_empty(x.shape, dtype=torch.float32),
+        (x.new_empty if rows else x.new_zeros)(weight.shape, dtype=torch.float32),
+    )
     for piece in _chunks(rows, chunk):
         logits = torch.mm(x[piece], weight.mT, out=buffer[: x[piece].shape[0]])
-        nats[piece], lses[piece] = cross_entropy_(logits, targets[piece], multiplier, cap, cap_form, z_weight, padded=True)
+        nats[piece], lses[piece] = cross_entropy_(
+            logits, targets[piece], multiplier, cap, cap_form, z_weight, padded=True
+        )
         _product(logits, weight, dx[piece], add=False)
         _product(logits.mT, x[piece], dw, add=piece.start > 0)
     return *_sums(nats, lses, z_weight), dx, dw
@@ -110,7 +153,12 @@ def _with_gradients(
 @_with_gradients.register_fake
 def _(x, weight, targets, multiplier, cap, cap_form, z_weight, chunk):
     loss, nats = x.new_empty((), dtype=torch.float32), x.new_empty((), dtype=torch.float32)
-    return loss, nats, x.new_empty(x.shape, dtype=torch.float32), x.new_empty(weight.shape, dtype=torch.float32)
+    return (
+        loss,
+        nats,
+        x.new_empty(x.shape, dtype=torch.float32),
+        x.new_empty(weight.shape, dtype=torch.float32),
+    )
 
 
 def _keep(ctx, inputs, output):
@@ -120,7 +168,10 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, upstream, *_):
-    scaled = [(gradient * upstream).to(ctx.dtype) if needed else None for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)]
+    scaled = [
+        (gradient * upstream).to(ctx.dtype) if needed else None
+        for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+    ]
     return *scaled, None, None, None, None, None, None
 
 
@@ -131,7 +182,14 @@ _with_gradients.register_autograd(_backward, setup_context=_keep)
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, multiplier: float = 1.0, cap: float = 0.0, cap_form: str = "none", z_weight: float = 0.0, chunk: int = 0
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    multiplier: float = 1.0,
+    cap: float = 0.0,
+    cap_form: str = "none",
+    z_weight: float = 0.0,
+    chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(loss, nats): sums over rows of cross-entropy + z_weight * logsumexp^2 and of cross-entropy alone, fp32 0-D, in nats.
 
@@ -140,14 +198,34 @@ def linear_cross_entropy(
     chunk: rows of logits in memory at a time; 0: as few equal chunks as LOGITS allows.
     """
     if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
-        return _sums(*_value(x, weight, targets, float(multiplier), float(cap), cap_form, chunk or _rows_within(x, weight)), z_weight)
+        return _sums(
+            *_value(
+                x,
+                weight,
+                targets,
+                float(multiplier),
+                float(cap),
+                cap_form,
+                chunk or _rows_within(x, weight),
+            ),
+            z_weight,
+        )
     numbers = (float(multiplier), float(cap), cap_form, float(z_weight))
     return _with_gradients(x, weight, targets, *numbers, chunk or _rows_within(x, weight))[:2]
 
 
-def token_losses(x: Tensor, weight: Tensor, targets: Tensor, multiplier: float = 1.0, cap: float = 0.0, cap_form: str = "none") -> Tensor:
+def token_losses(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    multiplier: float = 1.0,
+    cap: float = 0.0,
+    cap_form: str = "none",
+) -> Tensor:
     """Cross-entropy of each row in nats, fp32 [N], without any gradient; arguments as above."""
-    return _value(x, weight, targets, float(multiplier), float(cap), cap_form, _rows_within(x, weight))[0]
+    return _value(
+        x, weight, targets, float(multiplier), float(cap), cap_form, _rows_within(x, weight)
+    )[0]
 
 
 def _rows_within(x: Tensor, weight: Tensor) -> int:

@@ -27,7 +27,13 @@ TILES = {64: (64, 64, 4, 4), 2**31: (128, 64, 4, 3)}
 # ---- reference ----
 
 
-def plain_symmetric(x: Tensor, alpha: float = 1.0, beta: float = 0.0, y: Tensor | None = None, diagonal: float = 0.0) -> Tensor:
+def plain_symmetric(
+    x: Tensor,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    y: Tensor | None = None,
+    diagonal: float = 0.0,
+) -> Tensor:
     """alpha x x^T + beta y + diagonal I by batched products.  x: [N, r, c], y: [N, r, r] -> [N, r, r]."""
     gram = alpha * (x @ x.mT)
     added = gram if y is None else gram + beta * y
@@ -48,11 +54,23 @@ def _tile_of(index, side):
     fold = index // width
     place = index % width
     left = place < side - fold
-    return tl.where(left, side - 1 - fold, fold - odd), tl.where(left, place, place - (side - fold))
+    return tl.where(left, side - 1 - fold, fold - odd), tl.where(
+        left, place, place - (side - fold)
+    )
 
 
 @triton.jit
-def _rows_times_rows(x, rows, columns, height, depth, row_stride, depth_stride, DEPTH: tl.constexpr, EVEN: tl.constexpr):
+def _rows_times_rows(
+    x,
+    rows,
+    columns,
+    height,
+    depth,
+    row_stride,
+    depth_stride,
+    DEPTH: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """x[rows] x[columns]^T, [BLOCK, BLOCK] fp32."""
     steps = tl.arange(0, DEPTH)
     left = x + rows[:, None] * row_stride + steps[None, :] * depth_stride
@@ -82,27 +100,51 @@ def _store(out, tile, rows, columns, height, EVEN: tl.constexpr):
 
 @triton.jit
 def _symmetric_kernel(
-    x, y, scale, out, height, depth, side, x_batch, x_row, x_depth, y_batch, y_row, y_column, alpha, beta, diagonal,
-    ADD: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    x,
+    y,
+    scale,
+    out,
+    height,
+    depth,
+    side,
+    x_batch,
+    x_row,
+    x_depth,
+    y_batch,
+    y_row,
+    y_column,
+    alpha,
+    beta,
+    diagonal,
+    ADD: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     tiles = side * (side + 1) // 2
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     tile_row, tile_column = _tile_of(tl.program_id(0) % tiles, side)
     rows = tile_row * BLOCK + tl.arange(0, BLOCK)
     columns = tile_column * BLOCK + tl.arange(0, BLOCK)
-    total = alpha * _rows_times_rows(x + batch * x_batch, rows, columns, height, depth, x_row, x_depth, DEPTH, EVEN)
+    total = alpha * _rows_times_rows(
+        x + batch * x_batch, rows, columns, height, depth, x_row, x_depth, DEPTH, EVEN
+    )
     if ADD:
         address = y + batch * y_batch + rows[:, None] * y_row + columns[None, :] * y_column
         if EVEN:
             added = tl.load(address)
         else:
-            added = tl.load(address, mask=(rows[:, None] < height) & (columns[None, :] < height), other=0.0)
+            added = tl.load(
+                address, mask=(rows[:, None] < height) & (columns[None, :] < height), other=0.0
+            )
         total += beta * added.to(tl.float32)
     total += tl.where(rows[:, None] == columns[None, :], diagonal, 0.0)
     total *= tl.load(scale + batch)
     out += batch * height * height
     if tile_row == tile_column:
-        result = tl.where(rows[:, None] >= columns[None, :], total, tl.trans(total)).to(out.dtype.element_ty)
+        result = tl.where(rows[:, None] >= columns[None, :], total, tl.trans(total)).to(
+            out.dtype.element_ty
+        )
         _store(out, result, rows, columns, height, EVEN)
     else:
         result = total.to(out.dtype.element_ty)
@@ -115,18 +157,42 @@ def _symmetric_kernel(
 
 @torch.library.custom_op("ablab::symmetric_product", mutates_args=())
 def _symmetric(
-    x: Tensor, y: Tensor | None, scale: Tensor, alpha: float, beta: float, diagonal: float, block: int, depth: int, warps: int, stages: int
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    alpha: float,
+    beta: float,
+    diagonal: float,
+    block: int,
+    depth: int,
+    warps: int,
+    stages: int,
+) -> Tensor:
     """Opaque to the compiler (not a triton_op), because kernels in Triton's interpreter cannot be traced."""
     count, height, length = x.shape
     out = x.new_empty(count, height, height)
     side = triton.cdiv(height, block)
     if out.numel():
         _symmetric_kernel[(count * (side * (side + 1) // 2),)](
-            x, x if y is None else y, scale, out, height, length, side, *x.stride(), *(0, 0, 0) if y is None else y.stride(),
-            alpha, beta, diagonal, ADD=y is not None, EVEN=height % block == 0 and length % depth == 0,
-            BLOCK=block, DEPTH=depth, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+            x,
+            x if y is None else y,
+            scale,
+            out,
+            height,
+            length,
+            side,
+            *x.stride(),
+            *(0, 0, 0) if y is None else y.stride(),
+            alpha,
+            beta,
+            diagonal,
+            ADD=y is not None,
+            EVEN=height % block == 0 and length % depth == 0,
+            BLOCK=block,
+            DEPTH=depth,
+            num_warps=warps,
+            num_stages=stages,
+        )
     return out
 
 
@@ -139,21 +205,37 @@ Tiles = dict[int, tuple[int, int, int, int]]
 
 
 def symmetric(
-    x: Tensor, alpha: float = 1.0, beta: float = 0.0, y: Tensor | None = None, diagonal: float = 0.0, scale: Tensor | None = None, tiles: Tiles = TILES
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    y: Tensor | None = None,
+    diagonal: float = 0.0,
+    scale: Tensor | None = None,
+    tiles: Tiles = TILES,
+) -> Tensor:
     """(alpha x x^T + beta y + diagonal I) scale in the dtype of x, summed in fp32, rounded once, symmetric to the bit.  No gradient.
 
     x: [N, r, c] of any strides, each matrix within 2^31 elements; y: symmetric [N, r, r] of the same dtype; scale: [N] in fp32.
     tiles: as TILES, for tuning.
     """
     scale = x.new_ones(len(x), dtype=torch.float32) if scale is None else scale
-    return _symmetric(x, y, scale, float(alpha), float(beta), float(diagonal), *tiles[min(most for most in tiles if most >= x.shape[1])])
+    return _symmetric(
+        x,
+        y,
+        scale,
+        float(alpha),
+        float(beta),
+        float(diagonal),
+        *tiles[min(most for most in tiles if most >= x.shape[1])],
+    )
 
 
 Triples = tuple[tuple[float, float, float], ...]
 
 
-def orthogonalise(matrices: Tensor, divisor: float, triples: Triples, dtype: torch.dtype, tiles: Tiles = TILES) -> Tensor:
+def orthogonalise(
+    matrices: Tensor, divisor: float, triples: Triples, dtype: torch.dtype, tiles: Tiles = TILES
+) -> Tensor:
     """An approximate polar factor U V^T of each matrix [N, r, c], in the dtype of `matrices`; products in `dtype`, the norm in fp32.
 
     `divisor` and `triples` are one entry of the table of coefficients.  Matrices may be a view of any strides.
@@ -162,7 +244,9 @@ def orthogonalise(matrices: Tensor, divisor: float, triples: Triples, dtype: tor
     return iterate(x, triples, tiles=tiles).to(matrices.dtype)
 
 
-def iterate(x: Tensor, triples: Triples, scale: Tensor | None = None, tiles: Tiles = TILES) -> Tensor:
+def iterate(
+    x: Tensor, triples: Triples, scale: Tensor | None = None, tiles: Tiles = TILES
+) -> Tensor:
     """Each step takes singular values s of the matrices x [N, r, c] to a s + b s^3 + c s^5; in the dtype of x.
 
     scale: [N] in fp32, what x must be multiplied by before the first step; it enters the first products instead.

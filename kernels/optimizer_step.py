@@ -31,7 +31,12 @@ from triton import language as tl
 CHUNK = 2048  # elements of a program
 BLOCK = 1024  # numbers at a time of a program that adds up all of a matrix
 ROWS, COLUMNS = 8, 256  # of the tile of a program that works on rows
-MASKS = ("none", "plain", "cautious", "strictly cautious")  # what decays: nothing, every coordinate, where u w >= 0, where u w > 0
+MASKS = (
+    "none",
+    "plain",
+    "cautious",
+    "strictly cautious",
+)  # what decays: nothing, every coordinate, where u w >= 0, where u w > 0
 
 
 # ---- kernels ----
@@ -52,9 +57,25 @@ def _decayed(u, w, strength, MASK: tl.constexpr):
 
 @triton.jit
 def _adam_kernel(
-    weight, grad, mean, square, clip, lr, step, strength, size, keep1, change1, keep2, change2, log_keep1, log_keep2, eps,
-    MASK: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+    weight,
+    grad,
+    mean,
+    square,
+    clip,
+    lr,
+    step,
+    strength,
+    size,
+    keep1,
+    change1,
+    keep2,
+    change2,
+    log_keep1,
+    log_keep2,
+    eps,
+    MASK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     at = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
     within = at < size
     step = tl.load(step)
@@ -64,7 +85,11 @@ def _adam_kernel(
     w = tl.load(weight + at, mask=within, other=0.0)
     m = keep1 * m + change1 * g
     v = keep2 * v + change2 * (g * g)
-    u = m / (tl.sqrt_rn(v / (1.0 - tl.exp(step * log_keep2))) + eps) / (1.0 - tl.exp(step * log_keep1))
+    u = (
+        m
+        / (tl.sqrt_rn(v / (1.0 - tl.exp(step * log_keep2))) + eps)
+        / (1.0 - tl.exp(step * log_keep1))
+    )
     u = _decayed(u, w, strength, MASK)
     tl.store(weight + at, w - u * tl.load(lr), mask=within)
     tl.store(mean + at, m, mask=within)
@@ -73,7 +98,9 @@ def _adam_kernel(
 
 
 @triton.jit
-def _momentum_kernel(grad, mean, out, squares, clip, keep, stride, size, nesterov, CHUNK: tl.constexpr):
+def _momentum_kernel(
+    grad, mean, out, squares, clip, keep, stride, size, nesterov, CHUNK: tl.constexpr
+):
     chunk, matrix = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = chunk * CHUNK + tl.arange(0, CHUNK)
     within = at < size
@@ -91,7 +118,10 @@ def _momentum_kernel(grad, mean, out, squares, clip, keep, stride, size, nestero
 
 @triton.jit
 def _inverse_norm_kernel(squares, out, chunks, divisor, BLOCK: tl.constexpr):
-    start, total = squares + tl.program_id(0).to(tl.int64) * chunks, tl.zeros((BLOCK,), dtype=tl.float32)
+    start, total = (
+        squares + tl.program_id(0).to(tl.int64) * chunks,
+        tl.zeros((BLOCK,), dtype=tl.float32),
+    )
     for first in range(0, chunks, BLOCK):
         at = first + tl.arange(0, BLOCK)
         total += tl.load(start + at, mask=at < chunks, other=0.0)
@@ -99,7 +129,9 @@ def _inverse_norm_kernel(squares, out, chunks, divisor, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _energy_kernel(matrices, energy, height, width, shape_factor, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _energy_kernel(
+    matrices, energy, height, width, shape_factor, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """shape_factor^2 * the mean square of each row."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     matrix = tl.program_id(1).to(tl.int64)
@@ -107,17 +139,37 @@ def _energy_kernel(matrices, energy, height, width, shape_factor, ROWS: tl.const
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for first in range(0, width, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
-        o = tl.load(start + columns[None, :], mask=(rows[:, None] < height) & (columns[None, :] < width), other=0.0).to(tl.float32)
+        o = tl.load(
+            start + columns[None, :],
+            mask=(rows[:, None] < height) & (columns[None, :] < width),
+            other=0.0,
+        ).to(tl.float32)
         total += o * o
     mean = tl.sum(total, 1) / width * (shape_factor * shape_factor)
     tl.store(energy + matrix * height + rows, mean, mask=rows < height)
 
 
 @triton.jit
-def _scale_kernel(energy, square, scales, square_stride, height, width, shape_factor, keep, change, eps, BLOCK: tl.constexpr):
+def _scale_kernel(
+    energy,
+    square,
+    scales,
+    square_stride,
+    height,
+    width,
+    shape_factor,
+    keep,
+    change,
+    eps,
+    BLOCK: tl.constexpr,
+):
     """All rows twice: what keeps the norm is known when the last one has been seen."""
     matrix = tl.program_id(0).to(tl.int64)
-    energy, square, scales = energy + matrix * height, square + matrix * square_stride, scales + matrix * height
+    energy, square, scales = (
+        energy + matrix * height,
+        square + matrix * square_stride,
+        scales + matrix * height,
+    )
     whole, scaled = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, height, BLOCK):
         rows = first + tl.arange(0, BLOCK)
@@ -129,22 +181,44 @@ def _scale_kernel(energy, square, scales, square_stride, height, width, shape_fa
         scaled += e * s * s
         tl.store(square + rows, v, mask=within)
         tl.store(scales + rows, s, mask=within)
-    kept = shape_factor * tl.sqrt_rn(tl.sum(whole, 0) * width) / (tl.sqrt_rn(tl.sum(scaled, 0) * width) + eps)
+    kept = (
+        shape_factor
+        * tl.sqrt_rn(tl.sum(whole, 0) * width)
+        / (tl.sqrt_rn(tl.sum(scaled, 0) * width) + eps)
+    )
     tl.debug_barrier()  # another thread may have stored what this one loads
     for first in range(0, height, BLOCK):
         rows = first + tl.arange(0, BLOCK)
-        tl.store(scales + rows, kept * tl.load(scales + rows, mask=rows < height, other=0.0), mask=rows < height)
+        tl.store(
+            scales + rows,
+            kept * tl.load(scales + rows, mask=rows < height, other=0.0),
+            mask=rows < height,
+        )
 
 
 @triton.jit
 def _apply_kernel(
-    weight, matrices, scales, lr, strength, weight_stride, height, width, shape_factor,
-    SCALED: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    weight,
+    matrices,
+    scales,
+    lr,
+    strength,
+    weight_stride,
+    height,
+    width,
+    shape_factor,
+    SCALED: tl.constexpr,
+    MASK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     matrix = tl.program_id(2).to(tl.int64)
-    at, within = rows[:, None] * width + columns[None, :], (rows[:, None] < height) & (columns[None, :] < width)
+    at, within = (
+        rows[:, None] * width + columns[None, :],
+        (rows[:, None] < height) & (columns[None, :] < width),
+    )
     o = tl.load(matrices + matrix * height * width + at, mask=within, other=0.0).to(tl.float32)
     w = tl.load(weight + matrix * weight_stride + at, mask=within, other=0.0)
     if SCALED:
@@ -160,14 +234,40 @@ def _apply_kernel(
 
 @torch.library.custom_op("ablab::adam_step", mutates_args=("weight", "grad", "mean", "square"))
 def adam_step(
-    weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, clip: Tensor, lr: Tensor, step: Tensor,
-    beta1: float, beta2: float, eps: float, mask: str, strength: Tensor | None,
-) -> None:  # fmt: skip
+    weight: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    clip: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    mask: str,
+    strength: Tensor | None,
+) -> None:
     """Adam and a decay.  weight, grad, mean, square: contiguous fp32 of one shape; mask: of MASKS; strength: of the decay, if there is one."""
     _adam_kernel[(triton.cdiv(weight.numel(), CHUNK),)](
-        weight, grad, mean, square, clip, lr, step, lr if strength is None else strength, weight.numel(),
-        beta1, 1 - beta1, beta2, 1 - beta2, _log(beta1), _log(beta2), eps, MASK=MASKS.index(mask), CHUNK=CHUNK,
-    )  # fmt: skip
+        weight,
+        grad,
+        mean,
+        square,
+        clip,
+        lr,
+        step,
+        lr if strength is None else strength,
+        weight.numel(),
+        beta1,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        _log(beta1),
+        _log(beta2),
+        eps,
+        MASK=MASKS.index(mask),
+        CHUNK=CHUNK,
+    )
 
 
 def _log(keep: float) -> float:
@@ -176,8 +276,14 @@ def _log(keep: float) -> float:
 
 @torch.library.custom_op("ablab::momentum_step", mutates_args=("grad", "mean"))
 def momentum_step(
-    grad: Tensor, mean: Tensor, clip: Tensor, keep: Tensor, nesterov: bool, divisor: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    mean: Tensor,
+    clip: Tensor,
+    keep: Tensor,
+    nesterov: bool,
+    divisor: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     """Momentum of matrices: (u [N,r,c] of `dtype`, 1 / (divisor |u|_F) [N] in fp32).
 
     grad, mean: [N,r,c] in fp32, of the same strides, each matrix contiguous.
@@ -186,7 +292,18 @@ def momentum_step(
     chunks = triton.cdiv(height * width, CHUNK)
     out = grad.new_empty(grad.shape, dtype=dtype)
     squares, inverse = grad.new_empty(count, chunks), grad.new_empty(count)
-    _momentum_kernel[(chunks, count)](grad, mean, out, squares, clip, keep, grad.stride(0), height * width, float(nesterov), CHUNK=CHUNK)
+    _momentum_kernel[(chunks, count)](
+        grad,
+        mean,
+        out,
+        squares,
+        clip,
+        keep,
+        grad.stride(0),
+        height * width,
+        float(nesterov),
+        CHUNK=CHUNK,
+    )
     _inverse_norm_kernel[(count,)](squares, inverse, chunks, divisor, BLOCK=BLOCK)
     return out, inverse
 
@@ -197,13 +314,29 @@ def _(grad, mean, clip, keep, nesterov, divisor, dtype):
 
 
 @torch.library.custom_op("ablab::row_scales", mutates_args=("square",))
-def row_scales(matrices: Tensor, square: Tensor, shape_factor: float, keep: float, eps: float) -> Tensor:
+def row_scales(
+    matrices: Tensor, square: Tensor, shape_factor: float, keep: float, eps: float
+) -> Tensor:
     """What NorMuon multiplies the rows of contiguous matrices [N,r,c] by, [N,r] in fp32; square: [N,r,1], its running mean."""
     count, height, width = matrices.shape
     energy = matrices.new_empty(count, height, dtype=torch.float32)
     scales = torch.empty_like(energy)
-    _energy_kernel[(triton.cdiv(height, ROWS), count)](matrices, energy, height, width, shape_factor, ROWS=ROWS, COLUMNS=COLUMNS)
-    _scale_kernel[(count,)](energy, square, scales, square.stride(0), height, width, shape_factor, keep, 1 - keep, eps, BLOCK=BLOCK)
+    _energy_kernel[(triton.cdiv(height, ROWS), count)](
+        matrices, energy, height, width, shape_factor, ROWS=ROWS, COLUMNS=COLUMNS
+    )
+    _scale_kernel[(count,)](
+        energy,
+        square,
+        scales,
+        square.stride(0),
+        height,
+        width,
+        shape_factor,
+        keep,
+        1 - keep,
+        eps,
+        BLOCK=BLOCK,
+    )
     return scales
 
 
@@ -214,11 +347,28 @@ def _(matrices, square, shape_factor, keep, eps):
 
 @torch.library.custom_op("ablab::apply_rows", mutates_args=("weight",))
 def apply_rows(
-    weight: Tensor, matrices: Tensor, scales: Tensor | None, shape_factor: float, lr: Tensor, mask: str, strength: Tensor | None
-) -> None:  # fmt: skip
+    weight: Tensor,
+    matrices: Tensor,
+    scales: Tensor | None,
+    shape_factor: float,
+    lr: Tensor,
+    mask: str,
+    strength: Tensor | None,
+) -> None:
     """Move weight [N,r,c], fp32, each matrix contiguous, by contiguous matrices [N,r,c] times scales [N,r], or times shape_factor; decay as in `adam_step`."""
     count, height, width = weight.shape
     _apply_kernel[(triton.cdiv(width, COLUMNS), triton.cdiv(height, ROWS), count)](
-        weight, matrices, matrices if scales is None else scales, lr, lr if strength is None else strength, weight.stride(0), height, width, shape_factor,
-        SCALED=scales is not None, MASK=MASKS.index(mask), ROWS=ROWS, COLUMNS=COLUMNS,
-    )  # fmt: skip
+        weight,
+        matrices,
+        matrices if scales is None else scales,
+        lr,
+        lr if strength is None else strength,
+        weight.stride(0),
+        height,
+        width,
+        shape_factor,
+        SCALED=scales is not None,
+        MASK=MASKS.index(mask),
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+    )

@@ -38,7 +38,9 @@ def _forward(packed, y, width, BLOCK: tl.constexpr):
     packed += row * 2 * width
     g = tl.load(packed + columns, mask=there, other=0.0).to(tl.float32)
     u = tl.load(packed + width + columns, mask=there, other=0.0).to(tl.float32)
-    tl.store(y + row * width + columns, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), mask=there)
+    tl.store(
+        y + row * width + columns, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), mask=there
+    )
 
 
 @triton.jit
@@ -50,7 +52,11 @@ def _backward(packed, dy, grads, width, BLOCK: tl.constexpr):
     u = tl.load(packed + width + columns, mask=there, other=0.0).to(tl.float32)
     d = tl.load(dy + row * width + columns, mask=there, other=0.0).to(tl.float32)
     s = tl.sigmoid(g)
-    tl.store(grads + columns, (d * u * s * (1.0 + g * (1.0 - s))).to(grads.dtype.element_ty), mask=there)
+    tl.store(
+        grads + columns,
+        (d * u * s * (1.0 + g * (1.0 - s))).to(grads.dtype.element_ty),
+        mask=there,
+    )
     tl.store(grads + width + columns, (d * g * s).to(grads.dtype.element_ty), mask=there)
 
 
@@ -90,11 +96,15 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-_swiglu.register_autograd(lambda ctx, dy: _swiglu_backward(*ctx.saved_tensors, dy), setup_context=_save)
+_swiglu.register_autograd(
+    lambda ctx, dy: _swiglu_backward(*ctx.saved_tensors, dy), setup_context=_save
+)
 
 
 def swiglu(packed: Tensor) -> Tensor:
     """packed: [..., 2F], the gate's channels and then up's -> silu(gate) * up [..., F].  Raises ValueError for an odd width or another dtype."""
     if packed.shape[-1] % 2 or packed.dtype not in DTYPES:
-        raise ValueError(f"packed is {packed.dtype} {list(packed.shape)}; the SwiGLU kernel takes an even width in {', '.join(map(str, DTYPES))}")
+        raise ValueError(
+            f"packed is {packed.dtype} {list(packed.shape)}; the SwiGLU kernel takes an even width in {', '.join(map(str, DTYPES))}"
+        )
     return _swiglu(packed)

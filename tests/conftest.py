@@ -6,11 +6,15 @@
 import json
 import os
 
-from ablab.core.runtime import visible_gpus
+from ablab.core.runtime.runtime import visible_gpus
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the order of sums, and so the bits, depends on it
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: the order of sums, and so the bits, depends on it
 if not visible_gpus():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: without a GPU its kernels run in the CPU interpreter
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before triton: without a GPU its kernels run in the CPU interpreter
 
 import numpy as np
 import pytest
@@ -20,8 +24,12 @@ from ablab.ablations.registry import discover
 
 VOCAB, SPECIAL = 64, 0
 discover()
-settings.register_profile("fresh", deadline=None)  # --hypothesis-profile=fresh draws other examples in each run
-settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same ones until a test changes
+settings.register_profile(
+    "fresh", deadline=None
+)  # --hypothesis-profile=fresh draws other examples in each run
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None
+)  # the same ones until a test changes
 settings.load_profile("repeatable")
 
 
@@ -61,10 +69,10 @@ def tiny_recipe(treatment=(), **paths):
 
     tiny(["qk_norm", {"gating": {"per": "head"}}], optim__lr=0.01): base paths with `__` for `.`, then the treatment.
     """
-    from ablab.core.intervention import resolve, treatment_of
-    from ablab.core.load import assign
-    from ablab.core.recipe import Attention, Budget, Data, Model, Recipe
-    from ablab.core.schedule import Cosine
+    from ablab.core.parts.schedule import Cosine
+    from ablab.core.recipe.intervention import resolve, treatment_of
+    from ablab.core.recipe.load import assign
+    from ablab.core.recipe.recipe import Attention, Budget, Data, Model, Recipe
 
     recipe = Recipe(
         data=Data("tiny", vocab=VOCAB, context=16, batch=4, held_out=320),
@@ -84,8 +92,8 @@ def build_model(recipe, dtype=None, stirred=0.0, **more):
     """
     import torch
 
-    from ablab.core.init import initialise
-    from ablab.core.model import Transformer
+    from ablab.core.model.init import initialise
+    from ablab.core.model.transformer import Transformer
 
     model = Transformer(recipe, dtype or torch.float32, **more)
     initialise(model, recipe)
@@ -103,8 +111,8 @@ def drive_parameters(recipe, start, gradients, device="cpu", **how):
     """
     import torch
 
-    from ablab.core.layers import parameter
-    from ablab.core.optimizer import Optimizer
+    from ablab.core.model.layers import parameter
+    from ablab.core.train.banks import Optimizer
 
     model = torch.nn.Module()
     for name, (declared, value) in start.items():
@@ -125,11 +133,15 @@ def make_batch(recipe, rows=None, seed=0):
     import torch
 
     draw = torch.Generator().manual_seed(seed)
-    return torch.randint(recipe.data.vocab, (rows or recipe.data.batch, recipe.data.context + 1), generator=draw)
+    return torch.randint(
+        recipe.data.vocab, (rows or recipe.data.batch, recipe.data.context + 1), generator=draw
+    )
 
 
-def write_tokens(folder, train=1000, val=400, vocab=VOCAB, top=None, digest="00000000deadbeef", seed=0):
-    """A token folder as core/corpus.py leaves it: uint16 ids below `top`, drawn with falling frequency."""
+def write_tokens(
+    folder, train=1000, val=400, vocab=VOCAB, top=None, digest="00000000deadbeef", seed=0
+):
+    """A token folder as core/data/corpus.py leaves it: uint16 ids below `top`, drawn with falling frequency."""
     draw, top = np.random.default_rng(seed), top or vocab
     odds = 1 / np.arange(1, top + 1)
     folder.mkdir(parents=True)
@@ -139,16 +151,31 @@ def write_tokens(folder, train=1000, val=400, vocab=VOCAB, top=None, digest="000
     token_bytes[SPECIAL] = 0
     np.save(folder / "token_bytes.npy", token_bytes)
     meta = {
-        "schema": 1, "name": folder.name, "vocab": vocab, "dtype": "uint16", "end_of_text": SPECIAL,
-        "train_tokens": train, "val_tokens": val, "train_bytes": 3 * train, "val_bytes": 3 * val, "digest": digest,
-    }  # fmt: skip
+        "schema": 1,
+        "name": folder.name,
+        "vocab": vocab,
+        "dtype": "uint16",
+        "end_of_text": SPECIAL,
+        "train_tokens": train,
+        "val_tokens": val,
+        "train_bytes": 3 * train,
+        "val_bytes": 3 * val,
+        "digest": digest,
+    }
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
 
 def pytest_addoption(parser):
     more = "also test the interventions in this folder; repeat for more"
-    parser.addoption("--plugins", dest="intervention_folders", action="append", default=[], metavar="DIR", help=more)
+    parser.addoption(
+        "--plugins",
+        dest="intervention_folders",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help=more,
+    )
 
 
 def pytest_configure(config):

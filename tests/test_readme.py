@@ -19,29 +19,54 @@ SMALL = (
 WRITTEN = ""
 HELP = "--help"  # takes minutes at any size, or a GPU: what it does is tested in tests/experiments, here only that it exists
 COMMANDS = {  # in an order in which each finds what it needs -> what is added to it
-    "ablab list": WRITTEN, "ablab show loo_70m --diff base": WRITTEN, "ablab show": HELP,
-    "ablab new intervention my_idea": WRITTEN, "ablab list --plugins plugins": WRITTEN, "pytest tests/contracts --plugins plugins -k my_idea": "--collect-only",
+    "ablab list": WRITTEN,
+    "ablab show loo_70m --diff base": WRITTEN,
+    "ablab show": HELP,
+    "ablab new intervention my_idea": WRITTEN,
+    "ablab list --plugins plugins": WRITTEN,
+    "pytest tests/contracts --plugins plugins -k my_idea": "--collect-only",
     "ablab data train-tokenizer text/*.jsonl --vocab 32000 --out tokenizer.json": WRITTEN,
     "ablab data tokenize text/*.jsonl --tokenizer tokenizer.json --name docs": WRITTEN,
-    "ablab data tokenize": HELP, "ablab data train-tokenizer": HELP,
-    "ablab run loo_70m --dry-run": WRITTEN, "ablab run loo_70m": "--dry-run", "ablab run loo_70m optim.lr=0.01 --only '*gating*' --seeds 0-4": "--dry-run",
-    "ablab study lr_width_tiny": SMALL, "ablab study lr_width_70m": HELP, "ablab report loo_70m": HELP, "ablab sync": WRITTEN, "ablab ui": HELP,
+    "ablab data tokenize": HELP,
+    "ablab data train-tokenizer": HELP,
+    "ablab run loo_70m --dry-run": WRITTEN,
+    "ablab run loo_70m": "--dry-run",
+    "ablab run loo_70m optim.lr=0.01 --only '*gating*' --seeds 0-4": "--dry-run",
+    "ablab study lr_width_tiny": SMALL,
+    "ablab study lr_width_70m": HELP,
+    "ablab report loo_70m": HELP,
+    "ablab sync": WRITTEN,
+    "ablab ui": HELP,
     "ablab check coords": HELP,
-    "ablab bench overhead": HELP, "ablab bench study": HELP, "ablab bench step loo_70m --against hf": HELP,
-    "ablab bench step loo_70m": HELP, "ablab bench step loo_70m runtime.micro_batch=96": HELP,
-    "ablab bench kernels --only optimizer": HELP, "ablab run loo_70m budget.tokens=3.002e7 runtime.evaluations=1 --seeds 0 --jobs 2": "--dry-run",
+    "ablab bench overhead": HELP,
+    "ablab bench study": HELP,
+    "ablab bench step loo_70m --against hf": HELP,
+    "ablab bench step loo_70m": HELP,
+    "ablab bench step loo_70m runtime.micro_batch=96": HELP,
+    "ablab bench kernels --only optimizer": HELP,
+    "ablab run loo_70m budget.tokens=3.002e7 runtime.evaluations=1 --seeds 0 --jobs 2": "--dry-run",
     "ablab run quickstart --no-mlflow": "--dry-run",
-    "ablab bench kernels --only 'attention*'": HELP, "ablab bench grid loo_70m": HELP,
-    "make demo": None, "make test": None,  # CI is `make test`; `make demo` is the same set-up and `ablab run quickstart`
-}  # fmt: skip
+    "ablab bench kernels --only 'attention*'": HELP,
+    "ablab bench grid loo_70m": HELP,
+    "make demo": None,
+    "make test": None,  # CI is `make test`; `make demo` is the same set-up and `ablab run quickstart`
+}
 
 
 def written() -> set[str]:
     """Every command in backticks or in a fenced block."""
     text = (ROOT / "README.md").read_text()
-    blocks = [line.split("  #")[0].strip() for block in re.findall(r"```\w*\n(.*?)```", text, flags=re.S) for line in block.splitlines()]
-    prose = re.findall(r"`(?:\.venv/bin/)?(\w+ [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.S))
-    return {line for line in [*blocks, *prose] if line.split(" ")[0] in ("ablab", "make", "pytest")}
+    blocks = [
+        line.split("  #")[0].strip()
+        for block in re.findall(r"```\w*\n(.*?)```", text, flags=re.S)
+        for line in block.splitlines()
+    ]
+    prose = re.findall(
+        r"`(?:\.venv/bin/)?(\w+ [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.S)
+    )
+    return {
+        line for line in [*blocks, *prose] if line.split(" ")[0] in ("ablab", "make", "pytest")
+    }
 
 
 def test_every_command_of_the_readme_is_listed_here():
@@ -51,24 +76,56 @@ def test_every_command_of_the_readme_is_listed_here():
 @pytest.mark.slow
 def test_the_commands_of_the_readme_do_what_they_say(tmp_path):
     (tmp_path / "text").mkdir()
-    lines = lzma.decompress((ROOT / "configs" / "data" / "embedded" / "train.jsonl.xz").read_bytes()).splitlines(keepends=True)
-    lines = [line for line, until in zip(lines, accumulate(map(len, lines)), strict=True) if until < 2_200_000]  # enough for 32,000 ids and a held-out document
+    lines = lzma.decompress(
+        (ROOT / "configs" / "data" / "embedded" / "train.jsonl.xz").read_bytes()
+    ).splitlines(keepends=True)
+    lines = [
+        line
+        for line, until in zip(lines, accumulate(map(len, lines)), strict=True)
+        if until < 2_200_000
+    ]  # enough for 32,000 ids and a held-out document
     for half in (0, 1):
         (tmp_path / "text" / f"{half}.jsonl").write_bytes(b"".join(lines[half::2]))
     said = {}
     environment = os.environ | {"ABLAB_STORE": str(tmp_path / "store")}
-    runs = {"ablab": f"{sys.executable} -m ablab.experiments.cli", "pytest": f"{sys.executable} -m pytest -p no:cacheprovider"}
+    runs = {
+        "ablab": f"{sys.executable} -m ablab.experiments.cli.main",
+        "pytest": f"{sys.executable} -m pytest -p no:cacheprovider",
+    }
     for command, suffix in COMMANDS.items():
         if suffix is None:
             continue
         program, _, rest = command.partition(" ")
-        rest = rest.replace("tests/contracts", shlex.quote(str(ROOT / "tests" / "contracts"))).replace("--plugins plugins", f"--plugins {tmp_path / 'plugins'}")
-        done = subprocess.run(f"{runs[program]} {rest} {suffix}", shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, f"{command} {suffix}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        rest = rest.replace(
+            "tests/contracts", shlex.quote(str(ROOT / "tests" / "contracts"))
+        ).replace("--plugins plugins", f"--plugins {tmp_path / 'plugins'}")
+        done = subprocess.run(
+            f"{runs[program]} {rest} {suffix}",
+            shell=True,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, (
+            f"{command} {suffix}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        )
         said[command] = done.stdout
-    assert "my_idea" in said["ablab list --plugins plugins"] and "my_idea" not in said["ablab list"]
-    assert "test_interventions.py" in said["pytest tests/contracts --plugins plugins -k my_idea"]
+    assert (
+        "my_idea" in said["ablab list --plugins plugins"]
+        and "my_idea" not in said["ablab list"]
+    )
+    assert (
+        "test_interventions.py" in said["pytest tests/contracts --plugins plugins -k my_idea"]
+    )
     assert "105.9 M parameters" in said["ablab show loo_70m --diff base"]
     assert "loo_70m: 36 runs, 36 missing" in said["ablab run loo_70m --dry-run"]
-    assert said["ablab run loo_70m optim.lr=0.01 --only '*gating*' --seeds 0-4"].count("gating") >= 5
-    assert re.search(r"\+ mup +2 complete", said["ablab study lr_width_tiny"]) and "2 complete" in said["ablab study lr_width_tiny"]
+    assert (
+        said["ablab run loo_70m optim.lr=0.01 --only '*gating*' --seeds 0-4"].count("gating")
+        >= 5
+    )
+    assert (
+        re.search(r"\+ mup +2 complete", said["ablab study lr_width_tiny"])
+        and "2 complete" in said["ablab study lr_width_tiny"]
+    )

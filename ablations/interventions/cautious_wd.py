@@ -8,11 +8,11 @@ decay, so compare with half the rate too.  Mid-run losses are worse until the co
 
 from dataclasses import replace
 
-from ablab.core.edit import edit
 from ablab.core.errors import UserError
-from ablab.core.intervention import register
-from ablab.core.part import part
-from ablab.core.transforms import Decay
+from ablab.core.language.part import part
+from ablab.core.parts.transforms import Decay
+from ablab.core.recipe.edit import edit
+from ablab.core.recipe.intervention import register
 
 
 @part("cautious_decay")
@@ -28,20 +28,39 @@ class CautiousDecay(Decay):
 
 
 @register(
-    "cautious_wd", order=50, neutral_at_init=True, slots=("optim.chains",), crosses_late=True,
+    "cautious_wd",
+    order=50,
+    neutral_at_init=True,
+    slots=("optim.chains",),
+    crosses_late=True,
     off="ordinary decoupled decay with the same rate and schedule",
     source="Chen et al., arXiv:2510.12402, algorithm 1; mask before the step, base learning rate, as Dion",
-)  # fmt: skip
+)
 class CautiousWD:
     """Mask every weight decay by the sign of the update."""
 
     ties: bool = True
 
     def apply(self, recipe):
-        if not any(isinstance(step, Decay) for chain in recipe.optim.chains.values() for step in chain.steps):
-            raise UserError("cautious_wd needs a weight decay to act on; give a chain a decay step, or drop cautious_wd")
-        return edit(recipe, "optim.chains", lambda chains: {role: self._masked(chain) for role, chain in chains.items()})
+        if not any(
+            isinstance(step, Decay)
+            for chain in recipe.optim.chains.values()
+            for step in chain.steps
+        ):
+            raise UserError(
+                "cautious_wd needs a weight decay to act on; give a chain a decay step, or drop cautious_wd"
+            )
+        return edit(
+            recipe,
+            "optim.chains",
+            lambda chains: {role: self._masked(chain) for role, chain in chains.items()},
+        )
 
     def _masked(self, chain):
-        steps = (CautiousDecay(step.rate, step.schedule, self.ties) if isinstance(step, Decay) else step for step in chain.steps)
+        steps = (
+            CautiousDecay(step.rate, step.schedule, self.ties)
+            if isinstance(step, Decay)
+            else step
+            for step in chain.steps
+        )
         return replace(chain, steps=tuple(steps))

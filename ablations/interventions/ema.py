@@ -9,33 +9,32 @@ Held-out metrics are those of the average; those of the raw weights are recorded
 the learning rate: compare both.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from msgspec import Meta
-
-from ablab.core.edit import append, edit
-from ablab.core.intervention import register
-from ablab.core.part import Part
-
-Whole = Annotated[int, Meta(ge=1)]
-Unit = Annotated[float, Meta(ge=0, le=1)]
-Fraction = Annotated[float, Meta(ge=0, lt=1)]
+from ablab.core.language.numbers import Memory, Unit, Whole
+from ablab.core.language.part import Part
+from ablab.core.recipe.edit import append, edit
+from ablab.core.recipe.intervention import register
 
 
 @register(
-    "ema", order=40, neutral_at_init=True, slots=("after_step",), crosses_late=True,
+    "ema",
+    order=40,
+    neutral_at_init=True,
+    slots=("after_step",),
+    crosses_late=True,
     off="evaluation with the weights as trained",
     source="IMU-1, arXiv:2602.02522 (post-hoc); modded-nanogpt track 3 record 45 (online, mix 0.6, horizon 150)",
-)  # fmt: skip
+)
 class EMA(Part):
     """Evaluate with an exponential average of the weights."""
 
     mode: Literal["online", "posthoc"] = "online"
     horizon: Whole = 150  # optimizer steps
-    start: Fraction = 0.0  # fraction of the run before which the average just follows
+    start: Memory = 0.0  # fraction of the run before which the average just follows
     mix: Unit = 1.0
     checkpoints: Whole = 10
-    beta: Fraction = 0.8
+    beta: Memory = 0.8
     span: Unit = 0.2
     bias_corrected: bool = False
 
@@ -60,11 +59,18 @@ class EMA(Part):
             return 1.0
         if t not in snapshots:
             return 0.0
-        return (1 - self.beta) / (1 - self.beta ** (snapshots.index(t) + 1) if self.bias_corrected else 1)
+        return (1 - self.beta) / (
+            1 - self.beta ** (snapshots.index(t) + 1) if self.bias_corrected else 1
+        )
 
     def snapshots(self, steps: int) -> list[int]:
         spacing = self.span * steps / self.checkpoints
-        return sorted({max(round(steps - spacing * back), 1) for back in range(self.checkpoints)})
+        return sorted(
+            {max(round(steps - spacing * back), 1) for back in range(self.checkpoints)}
+        )
 
     def readout(self, state, weights) -> list:
-        return [weight.lerp(average, self.mix) for weight, average in zip(weights, state.values(), strict=True)]
+        return [
+            weight.lerp(average, self.mix)
+            for weight, average in zip(weights, state.values(), strict=True)
+        ]

@@ -15,40 +15,54 @@ In training they do, slightly; and as each micro-batch has its own scales, its s
 from functools import partial
 from typing import Literal
 
-from ablab.core.declare import Linear
-from ablab.core.edit import append, edit
 from ablab.core.errors import UserError
-from ablab.core.intervention import register
-from ablab.core.part import Part
+from ablab.core.language.declare import Linear
+from ablab.core.language.part import Part
+from ablab.core.recipe.edit import append, edit
+from ablab.core.recipe.intervention import register
 
 
 @register(
-    "fp8", order=50, slots=("model.products",),
+    "fp8",
+    order=50,
+    slots=("model.products",),
     off="matrix products in the activations' dtype (bf16)",
     source="Micikevicius et al., arXiv:2209.05433; a dynamic scale a tensor, as nanochat and torchao's tensorwise recipe",
-)  # fmt: skip
+)
 class FP8(Part):
     """Multiply the feed-forward's and the readout's matrices in 8-bit floats."""
 
-    where: Literal["ffn", "readout", "both"] = "ffn"  # not both: a tied head has no readout of its own
+    where: Literal["ffn", "readout", "both"] = (
+        "ffn"  # not both: a tied head has no readout of its own
+    )
     gradient: Literal["e5m2", "e4m3"] = "e5m2"
 
     def apply(self, recipe):
         if recipe.model.tied and self.where != "ffn":
-            raise UserError(f"fp8.where={self.where} has no readout to act on: the head is tied; use fp8.where=ffn, or set model.tied=false")
+            raise UserError(
+                f"fp8.where={self.where} has no readout to act on: the head is tied; use fp8.where=ffn, or set model.tied=false"
+            )
         return edit(recipe, "model.products", append(self))
 
     def product(self, path: str, linear: Linear):
         """Gates and whatever else is not a plain matrix keep their products."""
-        place = {"hidden": "ffn" if ".ffn." in path else "", "readout": "readout"}.get(linear.weight.role, "")
-        return partial(multiply, gradient=self.gradient) if place and self.where in (place, "both") else None
+        place = {"hidden": "ffn" if ".ffn." in path else "", "readout": "readout"}.get(
+            linear.weight.role, ""
+        )
+        return (
+            partial(multiply, gradient=self.gradient)
+            if place and self.where in (place, "both")
+            else None
+        )
 
 
 def multiply(x, weight, *, gradient):
     """x: [..., fan_in], weight: [fan_out, fan_in] -> [..., fan_out] in the dtype of x."""
     import torch
 
-    from ablab.core.layers import plain_product
+    from ablab.core.model.layers import plain_product
     from ablab.kernels.fp8 import fp8_linear
 
-    return fp8_linear(x, weight, gradient) if torch.is_grad_enabled() else plain_product(x, weight)
+    return (
+        fp8_linear(x, weight, gradient) if torch.is_grad_enabled() else plain_product(x, weight)
+    )

@@ -8,24 +8,24 @@ is exactly 1 at the start.  W_g has the role `gate`: AdamW without decay, never 
 normalise a [heads, width] gate per input channel.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from msgspec import Meta
-
-from ablab.core.declare import Stage, Where, fusable, linear
-from ablab.core.edit import append, edit
 from ablab.core.errors import UserError
-from ablab.core.intervention import register
-from ablab.core.part import Part
-
-Natural = Annotated[int, Meta(ge=0)]
+from ablab.core.language.declare import Stage, Where, fusable, linear
+from ablab.core.language.numbers import Natural
+from ablab.core.language.part import Part
+from ablab.core.recipe.edit import append, edit
+from ablab.core.recipe.intervention import register
 
 
 @register(
-    "gating", order=20, neutral_at_init=True, slots=("model.attention.on_heads",),
+    "gating",
+    order=20,
+    neutral_at_init=True,
+    slots=("model.attention.on_heads",),
     off="head outputs go to the output projection unscaled",
     source="Qiu et al., arXiv:2505.06708, position G1; 2 sigmoid and zero init as IMU-1 (arXiv:2602.02522, eq. 3) and modded-nanogpt",
-)  # fmt: skip
+)
 class Gating(Part):
     """Scale each head's output by a sigmoid of the block's input."""
 
@@ -38,9 +38,13 @@ class Gating(Part):
         return edit(recipe, "model.attention.on_heads", append(self))
 
     def build(self, where: Where) -> Stage:
-        read = (self.channels or where.head_dim) if self.per == "first_channels" else where.width
+        read = (
+            (self.channels or where.head_dim) if self.per == "first_channels" else where.width
+        )
         if read > where.width:
-            raise UserError(f"gating.channels={read} exceeds the width of {where.width}; use at most {where.width}")
+            raise UserError(
+                f"gating.channels={read} exceeds the width of {where.width}; use at most {where.width}"
+            )
         gates = where.heads * (where.head_dim if self.per == "elementwise" else 1)
         return Stage(
             gate,

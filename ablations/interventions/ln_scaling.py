@@ -4,17 +4,19 @@ The final norm is not scaled.  Not the same as starting the gain at 1/sqrt(l): t
 The authors advise against adding depth-scaled init.  Under QK-norm the scale survives only on values and MLP.
 """
 
-from ablab.core.declare import Stage, Table, Where
-from ablab.core.edit import append, edit
-from ablab.core.intervention import register
-from ablab.core.part import Part
+from ablab.core.language.declare import Stage, Table, Where
+from ablab.core.language.part import Part
+from ablab.core.recipe.edit import append, edit
+from ablab.core.recipe.intervention import register
 
 
 @register(
-    "ln_scaling", order=10, slots=("model.on_norm",),
+    "ln_scaling",
+    order=10,
+    slots=("model.on_norm",),
     off="the norms of every block feed their branch at full scale",
     source="Sun et al., arXiv:2502.05795 (github.com/lmsdss/LayerNorm-Scaling, modeling_llama.py)",
-)  # fmt: skip
+)
 class LayerNormScaling(Part):
     """Scale the pre-norms of block l by l^-power."""
 
@@ -24,7 +26,11 @@ class LayerNormScaling(Part):
         return edit(recipe, "model.on_norm", append(self))
 
     def build(self, where: Where) -> Stage | None:
-        return Stage(scale, factor=Table(lambda: _factor(where.layer, self.power))) if where.layer else None
+        return (
+            Stage(scale, factor=Table(lambda: _factor(where.layer, self.power)))
+            if where.layer
+            else None
+        )
 
 
 def scale(x, *, factor):

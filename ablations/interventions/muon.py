@@ -7,31 +7,29 @@ Fused matrices (q, k, v; gate, up) are orthogonalised apart.  Everything that is
 """
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Literal
 
-from msgspec import Meta
-
-from ablab.core.edit import edit, swap
-from ablab.core.intervention import register
-from ablab.core.transforms import Adam, Momentum, Orthogonalize
-
-Positive = Annotated[float, Meta(gt=0)]
-Fraction = Annotated[float, Meta(ge=0, lt=1)]
-Whole = Annotated[int, Meta(ge=1)]
+from ablab.core.language.numbers import Memory, Positive, Whole
+from ablab.core.parts.transforms import Adam, Momentum, Orthogonalize
+from ablab.core.recipe.edit import edit, swap
+from ablab.core.recipe.intervention import register
 
 
 @register(
-    "muon", order=30, neutral_at_init=True, slots=("optim.chains.hidden",),
+    "muon",
+    order=30,
+    neutral_at_init=True,
+    slots=("optim.chains.hidden",),
     off="AdamW on the hidden matrices, at optim.lr, with the same decay",
     source="Jordan et al. 2024, kellerjordan.github.io/posts/muon; scales after Dion (github.com/microsoft/dion) and arXiv:2502.16982",
-)  # fmt: skip
+)
 class Muon:
     """Orthogonalise the momentum of hidden matrices."""
 
     lr: Positive = 3.36
-    momentum: Fraction = 0.95
+    momentum: Memory = 0.95
     nesterov: bool = True
-    warmup_from: Fraction = 0.95
+    warmup_from: Memory = 0.95
     warmup_steps: Whole = 1
     ns: Literal["kj5", "polar5", "polar7", "you5", "exact"] = "polar7"
     scale: Literal["spectral", "keller", "rms"] = "keller"
@@ -40,4 +38,8 @@ class Muon:
     def apply(self, recipe):
         momentum = Momentum(self.momentum, self.nesterov, self.warmup_from, self.warmup_steps)
         direction = swap(Adam, momentum, Orthogonalize(self.ns, self.scale, self.split))
-        return edit(recipe, "optim.chains.hidden", lambda chain: replace(chain, lr=self.lr, steps=direction(chain.steps)))
+        return edit(
+            recipe,
+            "optim.chains.hidden",
+            lambda chain: replace(chain, lr=self.lr, steps=direction(chain.steps)),
+        )

@@ -16,25 +16,23 @@ Measured by `ablab check coords`; gates that read all channels count as hidden.
 """
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Literal
 
-from msgspec import Meta
-
-from ablab.core.edit import edit, put
 from ablab.core.errors import UserError
-from ablab.core.intervention import register
-from ablab.core.parametrize import Multipliers, Scales
-from ablab.core.part import Part
-
-Positive = Annotated[float, Meta(gt=0)]
-Whole = Annotated[int, Meta(ge=1)]
+from ablab.core.language.numbers import Positive, Whole
+from ablab.core.language.part import Part
+from ablab.core.parts.parametrize import Multipliers, Scales
+from ablab.core.recipe.edit import edit, put
+from ablab.core.recipe.intervention import register
 
 
 @register(
-    "mup", order=40, slots=("parametrization",),
+    "mup",
+    order=40,
+    slots=("parametrization",),
     off="the standard parametrization: fan-in init and one learning rate for every width",
     source="Yang et al., arXiv:2203.03466; EleutherAI/nanoGPT-mup model.py; CompleteP arXiv:2505.01618; Muon rows after Dion",
-)  # fmt: skip
+)
 class MuP(Part):
     """Scale init, learning rate, decay and logits so that the best learning rate does not move with width."""
 
@@ -44,15 +42,25 @@ class MuP(Part):
     alpha_out: Positive = 1.0
     readout: Literal["init", "multiplier", "zero"] = "init"
     adam_lr: float = 1.0  # Adam LR of hidden matrices and readout falls as m^-adam_lr
-    rms_lr: float = 0.5  # Muon LR under the rms scale falls as m^-rms_lr (1.0: arXiv:2505.02222)
+    rms_lr: float = (
+        0.5  # Muon LR under the rms scale falls as m^-rms_lr (1.0: arXiv:2505.02222)
+    )
     decay_width: float = 0.0
     depth: Literal["none", "sqrt", "complete"] = "none"
-    base: Part | None = None  # the parametrization that holds at the base width; filled in by apply
+    base: Part | None = (
+        None  # the parametrization that holds at the base width; filled in by apply
+    )
 
     def apply(self, recipe):
         if recipe.model.tied and self.readout != "init":
-            raise UserError(f"mup.readout={self.readout} has no readout to act on: the head is tied; drop it, or set model.tied=false")
-        return edit(recipe, "parametrization", put(replace(self, base=self.base or recipe.parametrization)))
+            raise UserError(
+                f"mup.readout={self.readout} has no readout to act on: the head is tied; drop it, or set model.tied=false"
+            )
+        return edit(
+            recipe,
+            "parametrization",
+            put(replace(self, base=self.base or recipe.parametrization)),
+        )
 
     def scales(self, param, model, rule) -> Scales:
         std, m = self.base.scales(param, model, rule).std, model.width / self.base_width
@@ -66,12 +74,18 @@ class MuP(Part):
         decay = m**-self.decay_width / lr
         if param.role == "readout":
             return Scales(0.0 if self.readout == "zero" else std * m**-0.5, lr, decay)
-        return Scales(std, lr * self._depth(model) ** (self._alpha - 1 if self.depth != "none" else 0), decay)
+        return Scales(
+            std,
+            lr * self._depth(model) ** (self._alpha - 1 if self.depth != "none" else 0),
+            decay,
+        )
 
     def _lr(self, m: float, rule: str) -> float:
         exponents = {"adam": self.adam_lr, "rms": self.rms_lr, "spectral": 0.0}
         if rule not in exponents:
-            raise UserError(f"mup has no learning-rate rule for a chain without {', '.join(exponents)} scaling; use adam, lion or muon, or drop mup")
+            raise UserError(
+                f"mup has no learning-rate rule for a chain without {', '.join(exponents)} scaling; use adam, lion or muon, or drop mup"
+            )
         return m ** -exponents[rule]
 
     @property

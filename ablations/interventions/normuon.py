@@ -7,27 +7,27 @@ modded-nanogpt and nanochat do.  The last factor keeps the Frobenius norm of eac
 correction is needed and the shape factor that Muon already applied survives.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from msgspec import Meta
-
-from ablab.core.edit import after, edit
-from ablab.core.intervention import register
-from ablab.core.transforms import Orthogonalize, Transform, join_blocks, split_blocks
-
-Positive = Annotated[float, Meta(gt=0)]
-Fraction = Annotated[float, Meta(ge=0, lt=1)]
+from ablab.core.language.numbers import Memory, Positive
+from ablab.core.parts.transforms import Orthogonalize, Transform, join_blocks, split_blocks
+from ablab.core.recipe.edit import after, edit
+from ablab.core.recipe.intervention import register
 
 
 @register(
-    "normuon", order=31, neutral_at_init=True, slots=("optim.chains.hidden.steps",), requires=("muon",),
+    "normuon",
+    order=31,
+    neutral_at_init=True,
+    slots=("optim.chains.hidden.steps",),
+    requires=("muon",),
     off="plain Muon: rows of the orthogonal update keep their norms",
     source="Li et al., arXiv:2510.05491 (github.com/zichongli5/NorMuon, normuon.py)",
-)  # fmt: skip
+)
 class NorMuon(Transform):
     """Normalise each row of Muon's update by a running second moment."""
 
-    beta2: Fraction = 0.95
+    beta2: Memory = 0.95
     axis: Literal["row", "shape_rule"] = "row"
     eps: Positive = 1e-8
 
@@ -35,7 +35,10 @@ class NorMuon(Transform):
         return edit(recipe, "optim.chains.hidden.steps", after(Orthogonalize, self))
 
     def state(self, weight, bank):
-        return {f"square{i}": self._energy(piece).zero_() for i, piece in enumerate(split_blocks(weight, bank.blocks))}
+        return {
+            f"square{i}": self._energy(piece).zero_()
+            for i, piece in enumerate(split_blocks(weight, bank.blocks))
+        }
 
     def _energy(self, piece):
         """[N,o,i] -> mean square over each row [N,o,1], or over each column [N,1,i] where the shape rule says so."""
@@ -45,7 +48,9 @@ class NorMuon(Transform):
     def update(self, update, weight, state, bank, now):
         normed, new = [], {}
         for i, piece in enumerate(split_blocks(update, bank.blocks)):
-            new[f"square{i}"] = square = state[f"square{i}"].lerp(self._energy(piece), 1 - self.beta2)
+            new[f"square{i}"] = square = state[f"square{i}"].lerp(
+                self._energy(piece), 1 - self.beta2
+            )
             row = piece / (square.sqrt() + self.eps)
             normed.append(row * (_frobenius(piece) / (_frobenius(row) + self.eps)))
         return join_blocks(normed, update, bank.blocks), new

@@ -7,23 +7,22 @@ gain `channel` (Qwen3: a vector each for q and k, shared by the heads), `scalar`
 logits on top of 1/sqrt(D): nanochat 1.44, modded-nanogpt 1.358 at D = 128.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from msgspec import Meta
-
-from ablab.core.declare import Param, Stage, Where, fusable
-from ablab.core.edit import append, edit
-from ablab.core.intervention import register
-from ablab.core.part import Part
-
-Positive = Annotated[float, Meta(gt=0)]
+from ablab.core.language.declare import Param, Stage, Where, fusable
+from ablab.core.language.numbers import Positive
+from ablab.core.language.part import Part
+from ablab.core.recipe.edit import append, edit
+from ablab.core.recipe.intervention import register
 
 
 @register(
-    "qk_norm", order=10, slots=("model.attention.on_qk",),
+    "qk_norm",
+    order=10,
+    slots=("model.attention.on_qk",),
     off="queries and keys meet as projected, logits scaled by 1/sqrt(head_dim)",
     source="Henry et al., arXiv:2010.04245; per-channel form of Qwen3 (github.com/qiuzh20/gated_attention, modeling_qwen3.py)",
-)  # fmt: skip
+)
 class QKNorm(Part):
     """Normalise queries and keys per head, with a learned gain."""
 

@@ -3,23 +3,22 @@
 tanh: cap * tanh(z / cap)      rational: cap * z / sqrt(z^2 + cap^2)
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from msgspec import Meta
-
-from ablab.core.declare import Stage, Where, fusable
-from ablab.core.edit import append, edit
-from ablab.core.intervention import register
-from ablab.core.part import Part
-
-Positive = Annotated[float, Meta(gt=0)]
+from ablab.core.language.declare import Stage, Where, fusable
+from ablab.core.language.numbers import Positive
+from ablab.core.language.part import Part
+from ablab.core.recipe.edit import append, edit
+from ablab.core.recipe.intervention import register
 
 
 @register(
-    "soft_cap", order=20, slots=("model.on_logits",),
+    "soft_cap",
+    order=20,
+    slots=("model.on_logits",),
     off="unbounded logits",
     source="Gemma 2, arXiv:2408.00118; cap 15 as modded-nanogpt (30, then 15), rational form from modded-nanogpt",
-)  # fmt: skip
+)
 class SoftCap(Part):
     """Bound the logits smoothly."""
 

@@ -11,19 +11,28 @@ Layer 1 keeps its own values, untouched by any weight of the mix.  Mixed per key
 
 from typing import Literal
 
-from ablab.core.declare import Param, Stage, Where, fusable
-from ablab.core.edit import append, edit
-from ablab.core.intervention import register
-from ablab.core.part import Part
+from ablab.core.language.declare import Param, Stage, Where, fusable
+from ablab.core.language.part import Part
+from ablab.core.recipe.edit import append, edit
+from ablab.core.recipe.intervention import register
 
-START = {"normalised": (1.0, 0.0), "learnable": (0.5, 0.5), "identity": (0.5, 0.5), "constant": (1.0, 2.0), "sparse": (1.0, 5.0)}
+START = {
+    "normalised": (1.0, 0.0),
+    "learnable": (0.5, 0.5),
+    "identity": (0.5, 0.5),
+    "constant": (1.0, 2.0),
+    "sparse": (1.0, 5.0),
+}
 
 
 @register(
-    "value_residual", order=20, neutral_at_init=True, slots=("model.attention.on_values",),
+    "value_residual",
+    order=20,
+    neutral_at_init=True,
+    slots=("model.attention.on_values",),
     off="each layer attends with its own values only",
     source="Zhou et al., arXiv:2410.17897 (github.com/Zcchill/Value-Residual-Learning); normalised form of IMU-1, arXiv:2602.02522 eq. 4",
-)  # fmt: skip
+)
 class ValueResidual(Part):
     """Mix the first layer's values into every later layer's."""
 
@@ -39,10 +48,16 @@ class ValueResidual(Part):
             return Stage(remember)
         if self.form == "sparse" and where.layer < where.layers - where.layers // 3:
             return None
-        own, first = (start if given is None else given for given, start in zip((self.own, self.first), START[self.form], strict=True))
+        own, first = (
+            start if given is None else given
+            for given, start in zip((self.own, self.first), START[self.form], strict=True)
+        )
         if self.form in ("identity", "constant", "sparse"):
             return Stage(mix, own=own, first=first)
-        learned = {"own": Param((1,), "vector", fill=own), "first": Param((1,), "vector", fill=first)}
+        learned = {
+            "own": Param((1,), "vector", fill=own),
+            "first": Param((1,), "vector", fill=first),
+        }
         if self.form == "learnable":
             return Stage(mix, **learned)
         return Stage(mix_normalised, scale=Param((1,), "vector", fill=1.0), **learned)

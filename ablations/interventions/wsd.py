@@ -8,37 +8,37 @@ IMU-1's schedule ablation finds 20 % and 1-sqrt best.  The warm-up is that of th
 
 import math
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Literal
 
-from msgspec import Meta
-
-from ablab.core.edit import edit, put
-from ablab.core.intervention import register
-from ablab.core.part import Part
-from ablab.core.schedule import warm
-
-Fraction = Annotated[float, Meta(gt=0, le=1)]
-Unit = Annotated[float, Meta(ge=0, le=1)]
-Positive = Annotated[float, Meta(gt=0)]
-Natural = Annotated[int, Meta(ge=0)]
+from ablab.core.language.numbers import Natural, Positive, Share, Unit
+from ablab.core.language.part import Part
+from ablab.core.parts.schedule import warm
+from ablab.core.recipe.edit import edit, put
+from ablab.core.recipe.intervention import register
 
 
 @register(
-    "wsd", order=40, neutral_at_init=True, slots=("schedule",), crosses_late=True,
+    "wsd",
+    order=40,
+    neutral_at_init=True,
+    slots=("schedule",),
+    crosses_late=True,
     off="the base recipe's schedule (cosine), with the same warm-up",
     source="Hu et al., arXiv:2404.06395; 1-sqrt after Haegele et al., arXiv:2405.18392; PowerCool from modded-nanogpt track 3",
-)  # fmt: skip
+)
 class WSD(Part):
     """Hold the learning rate, then cool down."""
 
-    decay_fraction: Fraction = 0.2
+    decay_fraction: Share = 0.2
     shape: Literal["1-sqrt", "linear", "cosine", "power"] = "1-sqrt"
     power: Positive = 1.2
     floor: Unit = 0.0
     warmup_steps: Natural | None = None  # null: that of the schedule it replaces
 
     def apply(self, recipe):
-        warmup = recipe.schedule.warmup_steps if self.warmup_steps is None else self.warmup_steps
+        warmup = (
+            recipe.schedule.warmup_steps if self.warmup_steps is None else self.warmup_steps
+        )
         return edit(recipe, "schedule", put(replace(self, warmup_steps=warmup)))
 
     def multiplier(self, t: int, steps: int) -> float:
@@ -47,5 +47,10 @@ class WSD(Part):
         return warm(t, self.warmup_steps or 0) * (self.floor + (1 - self.floor) * self._fall(u))
 
     def _fall(self, u: float) -> float:
-        shapes = {"1-sqrt": 1 - u**0.5, "linear": 1 - u, "cosine": (1 + math.cos(math.pi * u)) / 2, "power": (1 - u) ** self.power}
+        shapes = {
+            "1-sqrt": 1 - u**0.5,
+            "linear": 1 - u,
+            "cosine": (1 + math.cos(math.pi * u)) / 2,
+            "power": (1 - u) ** self.power,
+        }
         return shapes[self.shape]

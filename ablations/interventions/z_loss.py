@@ -5,22 +5,20 @@
 Reported losses stay plain cross-entropy.  Redundant with a soft cap.
 """
 
-from typing import Annotated
-
-from msgspec import Meta
-
-from ablab.core.edit import append, edit
-from ablab.core.intervention import register
-from ablab.core.part import Part
-
-NonNegative = Annotated[float, Meta(ge=0)]
+from ablab.core.language.numbers import NonNegative
+from ablab.core.language.part import Part
+from ablab.core.recipe.edit import append, edit
+from ablab.core.recipe.intervention import register
 
 
 @register(
-    "z_loss", order=20, neutral_at_init=True, slots=("objective",),
+    "z_loss",
+    order=20,
+    neutral_at_init=True,
+    slots=("objective",),
     off="cross-entropy alone",
     source="PaLM, arXiv:2204.02311, section 5; weight 1e-4",
-)  # fmt: skip
+)
 class ZLoss(Part):
     """Penalise the squared log-normaliser of the logits."""
 

@@ -6,10 +6,21 @@ import pytest
 
 from ablab.ablations.design import DESIGNS, Cell, cells_of
 from ablab.core.errors import UserError
-from ablab.core.intervention import resolve, treatment_of
-from ablab.core.recipe import run_id
+from ablab.core.recipe.intervention import resolve, treatment_of
+from ablab.core.recipe.recipe import run_id
 
-IMU1 = ["qk_norm", {"gating": {"per": "head"}}, "value_residual", "ln_scaling", "mup", "muon", "normuon", "cautious_wd", "wsd", "z_loss"]
+IMU1 = [
+    "qk_norm",
+    {"gating": {"per": "head"}},
+    "value_residual",
+    "ln_scaling",
+    "mup",
+    "muon",
+    "normuon",
+    "cautious_wd",
+    "wsd",
+    "z_loss",
+]
 
 
 def cells(design: str, *names) -> dict[str, Cell]:
@@ -26,32 +37,53 @@ def names(cell: Cell) -> set[str]:
 def test_leave_one_out_removes_each_ingredient_once_from_the_full_set():
     found = cells("leave_one_out", "qk_norm", "ema", "z_loss")
     assert list(found) == ["full", "base", "- qk_norm", "- ema", "- z_loss"]
-    assert names(found["full"]) == {"qk_norm", "ema", "z_loss"} and names(found["base"]) == set()
-    assert all(names(found[f"- {one}"]) == names(found["full"]) - {one} for one in ("qk_norm", "ema", "z_loss"))
+    assert (
+        names(found["full"]) == {"qk_norm", "ema", "z_loss"} and names(found["base"]) == set()
+    )
+    assert all(
+        names(found[f"- {one}"]) == names(found["full"]) - {one}
+        for one in ("qk_norm", "ema", "z_loss")
+    )
     assert [cell.reference for cell in found.values()] == [None, "full", "full", "full", "full"]
 
 
 def test_leaving_out_what_another_builds_on_takes_that_along_and_says_so():
     found = cells("leave_one_out", "muon", "normuon", "ema")
-    assert names(found["- muon (and normuon)"]) == {"ema"} and names(found["- normuon"]) == {"muon", "ema"}
+    assert names(found["- muon (and normuon)"]) == {"ema"} and names(found["- normuon"]) == {
+        "muon",
+        "ema",
+    }
 
 
 def test_add_one_measures_what_builds_on_another_against_that_other_alone():
     found = cells("add_one", "normuon", "muon", "ema")  # whatever the order in the file
     assert names(found["+ muon"]) == {"muon"} and found["+ muon"].reference == "base"
-    assert names(found["+ normuon (on muon)"]) == {"muon", "normuon"} and found["+ normuon (on muon)"].reference == "+ muon"
-    assert names(found["+ ema"]) == {"ema"} and found["+ ema"].reference == "base" and names(found["base"]) == set()
+    assert (
+        names(found["+ normuon (on muon)"]) == {"muon", "normuon"}
+        and found["+ normuon (on muon)"].reference == "+ muon"
+    )
+    assert (
+        names(found["+ ema"]) == {"ema"}
+        and found["+ ema"].reference == "base"
+        and names(found["base"]) == set()
+    )
 
 
 def test_replicate_is_the_same_treatment_twice_with_seeds_of_its_own():
     a, b = cells("replicate", "qk_norm").values()
-    assert a.treatment == b.treatment and (a.reference, b.reference) == (None, "A") and (a.replica, b.replica) == (0, 1)
+    assert (
+        a.treatment == b.treatment
+        and (a.reference, b.reference) == (None, "A")
+        and (a.replica, b.replica) == (0, 1)
+    )
 
 
 def test_a_dose_stays_with_its_ingredient_in_every_cell():
     for design in DESIGNS:
         for cell in cells(design, {"gating": {"per": "elementwise"}}, "qk_norm").values():
-            assert "gating" not in cell.treatment or cell.treatment["gating"].per == "elementwise"
+            assert (
+                "gating" not in cell.treatment or cell.treatment["gating"].per == "elementwise"
+            )
 
 
 @pytest.mark.parametrize("design", DESIGNS)
@@ -60,18 +92,32 @@ def test_every_cell_of_the_full_recipe_builds_and_has_a_reference_that_exists(de
     assert all(cell.reference in found for cell in found.values() if cell.reference)
     assert [cell for cell in found.values() if cell.reference is None]
     ids = {name: run_id(resolve(tiny(), cell.treatment)) for name, cell in found.items()}
-    assert len(set(ids.values())) == (1 if design == "replicate" else len(found))  # no two arms ask for one run
+    assert len(set(ids.values())) == (
+        1 if design == "replicate" else len(found)
+    )  # no two arms ask for one run
 
 
 def test_the_order_in_the_file_changes_no_run(tiny):
-    for order in itertools.islice(itertools.permutations(["muon", "normuon", "cautious_wd", "mup"]), 0, None, 5):
-        ids = {cell.name.split(" (")[0]: run_id(resolve(tiny(), cell.treatment)) for cell in cells("leave_one_out", *order).values()}
-        assert ids == {cell.name.split(" (")[0]: run_id(resolve(tiny(), cell.treatment)) for cell in cells("leave_one_out", *sorted(order)).values()}
+    for order in itertools.islice(
+        itertools.permutations(["muon", "normuon", "cautious_wd", "mup"]), 0, None, 5
+    ):
+        ids = {
+            cell.name.split(" (")[0]: run_id(resolve(tiny(), cell.treatment))
+            for cell in cells("leave_one_out", *order).values()
+        }
+        assert ids == {
+            cell.name.split(" (")[0]: run_id(resolve(tiny(), cell.treatment))
+            for cell in cells("leave_one_out", *sorted(order)).values()
+        }
 
 
 def test_a_name_that_is_no_design_and_a_design_of_nothing_are_refused():
-    with pytest.raises(UserError, match="unknown design 'leave_1_out'. Did you mean 'leave_one_out'"):
+    with pytest.raises(
+        UserError, match="unknown design 'leave_1_out'. Did you mean 'leave_one_out'"
+    ):
         cells("leave_1_out", "qk_norm")
-    with pytest.raises(UserError, match="nothing to leave out; list interventions under `with`"):
+    with pytest.raises(
+        UserError, match="nothing to leave out; list interventions under `with`"
+    ):
         cells("leave_one_out")
     assert list(cells("add_one")) == ["base"] and list(cells("replicate")) == ["A", "B"]

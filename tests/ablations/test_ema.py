@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ablab.ablations.interventions.ema import EMA
-from ablab.core.runtime import Runtime
-from ablab.core.trainer import Trainer
+from ablab.core.runtime.runtime import Runtime
+from ablab.core.train.trainer import Trainer
 
 CPU = Runtime(device="cpu", compile=False)
 
@@ -23,7 +23,13 @@ def averaged(ema: EMA, sequence, begin=None) -> list[np.ndarray]:
 def walk(steps, seed=0):
     """Two banks of weights on a random walk."""
     draw = np.random.default_rng(seed).standard_normal((steps, 10)).cumsum(0)
-    return [[torch.tensor(w[:6], dtype=torch.float32).view(2, 3), torch.tensor(w[6:], dtype=torch.float32)] for w in draw], draw
+    return [
+        [
+            torch.tensor(w[:6], dtype=torch.float32).view(2, 3),
+            torch.tensor(w[6:], dtype=torch.float32),
+        ]
+        for w in draw
+    ], draw
 
 
 def shares(ema: EMA, steps: int) -> np.ndarray:
@@ -44,7 +50,9 @@ def test_posthoc_weights_are_the_closed_form_with_0134_on_the_oldest():
     assert round(found[81], 3) == 0.134
 
 
-@pytest.mark.parametrize(("checkpoints", "beta", "oldest"), [(6, 0.8, 0.328), (2, 0.5, 0.5), (1, 0.8, 1.0)])
+@pytest.mark.parametrize(
+    ("checkpoints", "beta", "oldest"), [(6, 0.8, 0.328), (2, 0.5, 0.5), (1, 0.8, 1.0)]
+)
 def test_fewer_snapshots_leave_more_on_the_oldest(checkpoints, beta, oldest):
     found = shares(EMA("posthoc", checkpoints=checkpoints, beta=beta, span=0.3), 60)
     assert round(found[found > 0][0], 3) == oldest and (found > 0).sum() == checkpoints
@@ -54,23 +62,42 @@ def test_bias_corrected_weights_are_geometric():
     """(1 - beta) beta^(K-j) / (1 - beta^K)."""
     found = shares(EMA("posthoc", checkpoints=10, beta=0.8, span=0.2, bias_corrected=True), 100)
     expected = 0.2 * 0.8 ** np.arange(9, -1, -1) / (1 - 0.8**10)
-    assert np.abs(found[81::2] - expected).max() < 1e-6 and not found[:81].any() and not found[82::2].any()
+    assert (
+        np.abs(found[81::2] - expected).max() < 1e-6
+        and not found[:81].any()
+        and not found[82::2].any()
+    )
 
 
-@pytest.mark.parametrize(("steps", "checkpoints", "span"), [(100, 10, 0.2), (1000, 10, 0.2), (37, 5, 0.5), (12, 10, 0.2), (5, 3, 1.0)])
+@pytest.mark.parametrize(
+    ("steps", "checkpoints", "span"),
+    [(100, 10, 0.2), (1000, 10, 0.2), (37, 5, 0.5), (12, 10, 0.2), (5, 3, 1.0)],
+)
 def test_snapshots_are_evenly_spaced_steps_that_end_at_the_last(steps, checkpoints, span):
     """By step number: 98, 99, 100 in this order, not 100, 98, 99.  A short run has fewer of them."""
     found = EMA("posthoc", checkpoints=checkpoints, span=span).snapshots(steps)
-    assert found == sorted(set(found)) and found[-1] == steps and found[0] >= 1 and len(found) <= checkpoints
+    assert (
+        found == sorted(set(found))
+        and found[-1] == steps
+        and found[0] >= 1
+        and len(found) <= checkpoints
+    )
     spacing = span * steps / checkpoints
     if spacing >= 1:
-        assert len(found) == checkpoints and np.abs(np.diff(found) - spacing).max() < 1 and found[0] >= steps * (1 - span)
+        assert (
+            len(found) == checkpoints
+            and np.abs(np.diff(found) - spacing).max() < 1
+            and found[0] >= steps * (1 - span)
+        )
 
 
 def test_before_the_first_snapshot_the_average_is_the_weights_themselves():
     sequence, raw = walk(100)
     seen = averaged(EMA("posthoc", span=0.2), sequence)
-    assert all(np.abs(seen[t] - raw[t]).max() < 1e-6 for t in range(82)) and np.abs(seen[85] - raw[85]).max() > 0.1
+    assert (
+        all(np.abs(seen[t] - raw[t]).max() < 1e-6 for t in range(82))
+        and np.abs(seen[85] - raw[85]).max() > 0.1
+    )
 
 
 # ---- online ----
@@ -80,7 +107,10 @@ def test_before_the_first_snapshot_the_average_is_the_weights_themselves():
 def test_online_is_the_plain_mean_until_the_horizon_and_exponential_after(horizon, start):
     """Shares in closed form: (1 - 1/h)^(T-h) / h for each of the first h, 1/h (1 - 1/h)^(T-t) for later ones."""
     steps, first = 30, round(30 * start)
-    found, expected = shares(EMA("online", horizon=horizon, start=start), steps), np.zeros(steps)
+    found, expected = (
+        shares(EMA("online", horizon=horizon, start=start), steps),
+        np.zeros(steps),
+    )
     length = steps - first
     full = min(horizon, length)
     expected[first : first + full] = (1 - 1 / horizon) ** max(length - horizon, 0) / full
@@ -92,12 +122,20 @@ def test_online_is_the_plain_mean_until_the_horizon_and_exponential_after(horizo
 def test_online_follows_the_weights_until_its_start():
     sequence, raw = walk(30)
     seen = averaged(EMA("online", horizon=10, start=0.5), sequence)
-    assert all(np.abs(seen[t] - raw[t]).max() < 1e-6 for t in range(16)) and np.abs(seen[17] - raw[17]).max() > 0.05
+    assert (
+        all(np.abs(seen[t] - raw[t]).max() < 1e-6 for t in range(16))
+        and np.abs(seen[17] - raw[17]).max() > 0.05
+    )
 
 
 # ---- both ----
 
-KINDS = [EMA("online", horizon=7), EMA("online", horizon=3, start=0.3), EMA("posthoc"), EMA("posthoc", bias_corrected=True, span=0.9)]
+KINDS = [
+    EMA("online", horizon=7),
+    EMA("online", horizon=3, start=0.3),
+    EMA("posthoc"),
+    EMA("posthoc", bias_corrected=True, span=0.9),
+]
 
 
 @pytest.mark.parametrize("ema", KINDS)
@@ -110,10 +148,20 @@ def test_every_bank_is_averaged_by_the_same_shares(ema):
 def test_constant_weights_are_a_fixed_point(ema):
     constant = [torch.tensor([1.25, -3.0, 1e-7])]
     for begin in (None, [torch.full((3,), 9.0)]):  # wherever it started
-        assert all(np.abs(a - constant[0].double().numpy()).max() < 1e-12 for a in averaged(ema, [constant] * 40, begin))
+        assert all(
+            np.abs(a - constant[0].double().numpy()).max() < 1e-12
+            for a in averaged(ema, [constant] * 40, begin)
+        )
 
 
-@pytest.mark.parametrize("ema", [EMA("posthoc", beta=0.0), EMA("posthoc", beta=0.0, bias_corrected=True), EMA("online", horizon=1)])
+@pytest.mark.parametrize(
+    "ema",
+    [
+        EMA("posthoc", beta=0.0),
+        EMA("posthoc", beta=0.0, bias_corrected=True),
+        EMA("online", horizon=1),
+    ],
+)
 def test_no_memory_gives_the_last_weights(ema):
     sequence, raw = walk(40)
     assert np.abs(averaged(ema, sequence)[-1] - raw[-1]).max() < 1e-6
@@ -140,7 +188,14 @@ def test_the_average_is_a_copy_of_its_own():
 # ---- in a run ----
 
 
-@pytest.mark.parametrize("dose", [{"horizon": 4}, {"mode": "posthoc", "checkpoints": 3, "span": 0.5}, {"mode": "posthoc", "beta": 0.0}])
+@pytest.mark.parametrize(
+    "dose",
+    [
+        {"horizon": 4},
+        {"mode": "posthoc", "checkpoints": 3, "span": 0.5},
+        {"mode": "posthoc", "beta": 0.0},
+    ],
+)
 def test_the_average_of_a_run_is_the_shares_of_its_weights(tiny, token_folder, dose):
     """fp64 sum over the weights of every step; fp32 states whatever the activations."""
     trainer, history = Trainer(tiny([{"ema": dose}], optim__lr=0.02), CPU, token_folder), []
@@ -151,22 +206,35 @@ def test_the_average_of_a_run_is_the_shares_of_its_weights(tiny, token_folder, d
     for i, average in enumerate(part.readout(state, trainer.weights)):
         expected = sum(share * one[i] for share, one in zip(weights, history, strict=True))
         assert average.dtype == torch.float32 and (average - expected).abs().max() < 1e-6
-    moved = max((one - other).abs().max().item() for one, other in zip(part.readout(state, trainer.weights), trainer.weights, strict=True))
+    moved = max(
+        (one - other).abs().max().item()
+        for one, other in zip(
+            part.readout(state, trainer.weights), trainer.weights, strict=True
+        )
+    )
     assert (moved > 1e-3) == (dose.get("beta") != 0.0)
 
 
-def test_held_out_metrics_are_those_of_a_model_that_holds_the_average(tiny, build, token_folder):
-    from ablab.core.evaluate import held_out_loss
-    from ablab.core.loss import heads_of, of_rows
+def test_held_out_metrics_are_those_of_a_model_that_holds_the_average(
+    tiny, build, token_folder
+):
+    from ablab.core.model.objective import heads_of, of_rows
+    from ablab.core.train.evaluate import held_out_loss
 
     trainer = Trainer(tiny([{"ema": {"horizon": 6}}], optim__lr=0.02), CPU, token_folder)
     for _ in range(12):
         trainer.advance()
     scores, model = trainer.evaluate(), build(trainer.recipe)
     (part, state) = trainer.after[0]
-    for bank, average in zip(trainer.optimizer.banks, part.readout(state, trainer.weights), strict=True):
+    for bank, average in zip(
+        trainer.optimizer.banks, part.readout(state, trainer.weights), strict=True
+    ):
         for name, value in zip(bank.names, average, strict=True):
             model.get_parameter(name).data.copy_(value)
-    expected = held_out_loss(of_rows(model, heads_of(model, ())[1]), trainer.tokens, 4, torch.device("cpu"))
-    assert scores["val/loss"] == pytest.approx(expected["loss"], abs=1e-9) and scores["val/bits_per_byte"] == pytest.approx(expected["bits_per_byte"], abs=1e-9)
+    expected = held_out_loss(
+        of_rows(model, heads_of(model, ())[1]), trainer.tokens, 4, torch.device("cpu")
+    )
+    assert scores["val/loss"] == pytest.approx(expected["loss"], abs=1e-9) and scores[
+        "val/bits_per_byte"
+    ] == pytest.approx(expected["bits_per_byte"], abs=1e-9)
     assert abs(scores["raw/val/loss"] - scores["val/loss"]) > 1e-4

@@ -9,15 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ablab.core.errors import UserError
-from ablab.core.layers import LinearMap, plain_product
-from ablab.core.load import assign
-from ablab.core.loss import heads_of, of_rows
-from ablab.core.plan import plan_of
-from ablab.core.runtime import Runtime
-from ablab.core.trainer import Trainer
+from ablab.core.model.layers import LinearMap, plain_product
+from ablab.core.model.objective import heads_of, of_rows
+from ablab.core.model.plan import plan_of
+from ablab.core.recipe.load import assign
+from ablab.core.runtime.runtime import Runtime
+from ablab.core.train.trainer import Trainer
 from ablab.kernels import fp8
 
-FORMATS = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0)}  # bits after the point, exponent of the smallest normal number, largest
+FORMATS = {
+    "e4m3": (3, -6, 448.0),
+    "e5m2": (2, -14, 57344.0),
+}  # bits after the point, exponent of the smallest normal number, largest
 every_format = pytest.mark.parametrize("form", FORMATS)
 
 
@@ -72,7 +75,9 @@ def test_hand_examples_round_as_the_formats_say():
     examples = [448.0, 17.0, 19.0, 18.1, -3.3, 2.0**-9, 2.0**-10, 1.6 * 2.0**-10]
     q, scale = fp8.quantise(torch.tensor(examples), "e4m3")
     assert scale.item() == 1 and q.tolist() == [448, 16, 20, 18, -3.25, 2.0**-9, 0, 2.0**-9]
-    q, scale = fp8.quantise(torch.tensor([57344.0, 9.0, 11.0, -3.3, 2.0**-16, 2.0**-17]), "e5m2")
+    q, scale = fp8.quantise(
+        torch.tensor([57344.0, 9.0, 11.0, -3.3, 2.0**-16, 2.0**-17]), "e5m2"
+    )
     assert scale.item() == 1 and q.tolist() == [57344, 8, 12, -3.5, 2.0**-16, 0]
 
 
@@ -81,20 +86,35 @@ def test_hand_examples_round_as_the_formats_say():
 @pytest.mark.parametrize("shape", [(24, 32, 48), (7, 5, 3), (1, 17, 31)])
 def test_the_three_products_are_those_of_the_dequantised_operands(shape, dtype, gradient):
     rows, k, n = shape
-    x, weight, g = drawn(rows, k, dtype=dtype), drawn(n, k, seed=1), drawn(rows, n, seed=2, dtype=dtype)
+    x, weight, g = (
+        drawn(rows, k, dtype=dtype),
+        drawn(n, k, seed=1),
+        drawn(rows, n, seed=2, dtype=dtype),
+    )
     y, dx, dw = products(x, weight, g, gradient)
     x8, w8, g8 = dequantised(x, "e4m3"), dequantised(weight, "e4m3"), dequantised(g, gradient)
     assert (y.dtype, dx.dtype, dw.dtype) == (dtype, dtype, torch.float32)
     near = 1e-6 if dtype == torch.float32 else 2.0**-8  # rounded once
-    assert error(y, x8 @ w8.T) < near and error(dx, g8 @ w8) < near and error(dw, g8.T @ x8) < 1e-6
+    assert (
+        error(y, x8 @ w8.T) < near and error(dx, g8 @ w8) < near and error(dw, g8.T @ x8) < 1e-6
+    )
 
 
 def test_against_exact_products_the_error_is_that_of_three_bits_and_of_two():
     """Of gaussians, relative to the norm: 2.6 % an operand in e4m3, twice that in e5m2; squares add."""
     x, weight, g = drawn(256, 256), drawn(256, 256, seed=1), drawn(256, 256, seed=2)
-    exact = x.double() @ weight.double().T, g.double() @ weight.double(), g.double().T @ x.double()
-    for gradient, ranges in {"e5m2": [(0.03, 0.045), (0.05, 0.07), (0.05, 0.07)], "e4m3": [(0.03, 0.045)] * 3}.items():
-        for ours, true, (low, high) in zip(products(x, weight, g, gradient), exact, ranges, strict=True):
+    exact = (
+        x.double() @ weight.double().T,
+        g.double() @ weight.double(),
+        g.double().T @ x.double(),
+    )
+    for gradient, ranges in {
+        "e5m2": [(0.03, 0.045), (0.05, 0.07), (0.05, 0.07)],
+        "e4m3": [(0.03, 0.045)] * 3,
+    }.items():
+        for ours, true, (low, high) in zip(
+            products(x, weight, g, gradient), exact, ranges, strict=True
+        ):
             assert low < error(ours, true) < high
 
 
@@ -102,27 +122,47 @@ def test_against_exact_products_the_error_is_that_of_three_bits_and_of_two():
 def test_zeros_give_zeros_and_what_is_not_finite_shows(which):
     tensors = [drawn(16, 16, seed=seed) for seed in range(3)]
     tensors[which] = torch.zeros(16, 16)
-    read_by = ((0, 2), (0, 1), (1, 2))[which]  # y reads x and W; dx reads W and g; dW reads x and g
-    assert all(value.isfinite().all() and value.any() == (i not in read_by) for i, value in enumerate(products(*tensors)))
+    read_by = ((0, 2), (0, 1), (1, 2))[
+        which
+    ]  # y reads x and W; dx reads W and g; dW reads x and g
+    assert all(
+        value.isfinite().all() and value.any() == (i not in read_by)
+        for i, value in enumerate(products(*tensors))
+    )
     for bad in (torch.inf, torch.nan):
         tensors[which][3, 4] = bad
-        assert all(value.isnan().any() == (i in read_by) for i, value in enumerate(products(*tensors)))
+        assert all(
+            value.isnan().any() == (i in read_by) for i, value in enumerate(products(*tensors))
+        )
 
 
 def test_tiny_numbers_keep_their_precision():
     """Gradients of a mean over many tokens: 1e-20 is quantised as 1 is."""
     small = products(drawn(32, 32), drawn(32, 32, seed=1), 1e-20 * drawn(32, 32, seed=2))
     plain = products(drawn(32, 32), drawn(32, 32, seed=1), drawn(32, 32, seed=2))
-    assert all(error(1e20 * ours, theirs) < 0.01 for ours, theirs in zip(small[1:], plain[1:], strict=True))
+    assert all(
+        error(1e20 * ours, theirs) < 0.01
+        for ours, theirs in zip(small[1:], plain[1:], strict=True)
+    )
 
 
 def test_leading_axes_and_strides_do_not_matter():
     x, weight, g = drawn(4, 6, 32), drawn(48, 32, seed=1), drawn(4, 6, 48, seed=2)
     y, dx, dw = products(x, weight, g)
     flat = products(x.flatten(0, 1), weight, g.flatten(0, 1))
-    assert torch.equal(y, flat[0].view(4, 6, 48)) and torch.equal(dx, flat[1].view(4, 6, 32)) and torch.equal(dw, flat[2])
-    turned = products(x.transpose(0, 2).contiguous().transpose(0, 2), weight.t().contiguous().t(), g.transpose(0, 2).contiguous().transpose(0, 2))
-    assert all(error(ours, theirs) < 1e-6 for ours, theirs in zip(turned, (y, dx, dw), strict=True))
+    assert (
+        torch.equal(y, flat[0].view(4, 6, 48))
+        and torch.equal(dx, flat[1].view(4, 6, 32))
+        and torch.equal(dw, flat[2])
+    )
+    turned = products(
+        x.transpose(0, 2).contiguous().transpose(0, 2),
+        weight.t().contiguous().t(),
+        g.transpose(0, 2).contiguous().transpose(0, 2),
+    )
+    assert all(
+        error(ours, theirs) < 1e-6 for ours, theirs in zip(turned, (y, dx, dw), strict=True)
+    )
 
 
 # ---- matrix units ----
@@ -134,10 +174,26 @@ def units(monkeypatch):
     seen, multiply = [], torch._scaled_mm
 
     def checked(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum):
-        assert a.is_contiguous() and b.t().is_contiguous() and all(side % 16 == 0 for side in (*a.shape, *b.shape))
-        assert (scale_a.dtype, scale_a.shape, scale_b.dtype, scale_b.shape) == (torch.float32, (), torch.float32, ())
+        assert (
+            a.is_contiguous()
+            and b.t().is_contiguous()
+            and all(side % 16 == 0 for side in (*a.shape, *b.shape))
+        )
+        assert (scale_a.dtype, scale_a.shape, scale_b.dtype, scale_b.shape) == (
+            torch.float32,
+            (),
+            torch.float32,
+            (),
+        )
         seen.append((a.dtype, b.dtype, out_dtype, use_fast_accum))
-        return multiply(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, use_fast_accum=use_fast_accum)
+        return multiply(
+            a,
+            b,
+            scale_a=scale_a,
+            scale_b=scale_b,
+            out_dtype=out_dtype,
+            use_fast_accum=use_fast_accum,
+        )
 
     monkeypatch.setattr(torch, "_scaled_mm", checked)
     monkeypatch.setattr(fp8, "multiplies", lambda device: True)
@@ -145,12 +201,27 @@ def units(monkeypatch):
 
 
 @pytest.mark.parametrize("gradient", FORMATS)
-def test_the_path_of_the_matrix_units_gets_the_layouts_that_it_asks_for_and_equals_the_emulation(units, gradient):
-    x, weight, g = drawn(2, 16, 48, dtype=torch.bfloat16), drawn(64, 48, seed=1), drawn(2, 16, 64, seed=2, dtype=torch.bfloat16)
+def test_the_path_of_the_matrix_units_gets_the_layouts_that_it_asks_for_and_equals_the_emulation(
+    units, gradient
+):
+    x, weight, g = (
+        drawn(2, 16, 48, dtype=torch.bfloat16),
+        drawn(64, 48, seed=1),
+        drawn(2, 16, 64, seed=2, dtype=torch.bfloat16),
+    )
     ours = products(x, weight, g, gradient)
     e4m3, bf16 = torch.float8_e4m3fn, torch.bfloat16
-    assert units == [(e4m3, e4m3, bf16, True), *((fp8.DTYPES[gradient], e4m3, dtype, False) for dtype in (bf16, torch.float32))]
-    emulation = products(x, weight, g, gradient, lambda x, *rest: fp8._Linear.apply(x.flatten(0, 1), *rest, False).view(2, 16, 64))
+    assert units == [
+        (e4m3, e4m3, bf16, True),
+        *((fp8.DTYPES[gradient], e4m3, dtype, False) for dtype in (bf16, torch.float32)),
+    ]
+    emulation = products(
+        x,
+        weight,
+        g,
+        gradient,
+        lambda x, *rest: fp8._Linear.apply(x.flatten(0, 1), *rest, False).view(2, 16, 64),
+    )
     assert all(error(one, other) < 2.0**-8 for one, other in zip(ours, emulation, strict=True))
 
 
@@ -170,24 +241,37 @@ def test_a_cpu_emulates():
 
 
 def multiplying(recipe, build):
-    return {name for name, module in build(recipe).named_modules() if isinstance(module, LinearMap) and module.product is not plain_product}
+    return {
+        name
+        for name, module in build(recipe).named_modules()
+        if isinstance(module, LinearMap) and module.product is not plain_product
+    }
 
 
 @pytest.mark.parametrize("ffn", [[], ["relu2"]])
 def test_only_the_chosen_maps_multiply_so(tiny, build, ffn):
     inner = {"up", "down"} if ffn else {"gate_up", "down"}
-    places = {"ffn": {f"blocks.{layer}.ffn.inner.{name}" for layer in range(3) for name in inner}, "readout": {"readout"}}
+    places = {
+        "ffn": {f"blocks.{layer}.ffn.inner.{name}" for layer in range(3) for name in inner},
+        "readout": {"readout"},
+    }
     for where, expected in {**places, "both": places["ffn"] | places["readout"]}.items():
         assert multiplying(tiny([*ffn, "gating", {"fp8": {"where": where}}]), build) == expected
 
 
 def test_the_rest_of_the_model_computes_the_same_bits(tiny, build, batch):
     """fp8 in the feed-forward leaves the readout of the same features alone; in the readout it leaves the features alone."""
-    plain, ffn, readout = (build(tiny(one), stirred=0.1) for one in ([], ["fp8"], [{"fp8": {"where": "readout"}}]))
+    plain, ffn, readout = (
+        build(tiny(one), stirred=0.1) for one in ([], ["fp8"], [{"fp8": {"where": "readout"}}])
+    )
     tokens = batch(tiny())[:, :-1]
     features = plain.features(tokens)
-    assert torch.equal(ffn.logits(features), plain.logits(features)) and not torch.equal(ffn.features(tokens), features)
-    assert torch.equal(readout.features(tokens), features) and not torch.equal(readout.logits(features), plain.logits(features))
+    assert torch.equal(ffn.logits(features), plain.logits(features)) and not torch.equal(
+        ffn.features(tokens), features
+    )
+    assert torch.equal(readout.features(tokens), features) and not torch.equal(
+        readout.logits(features), plain.logits(features)
+    )
 
 
 def test_evaluation_multiplies_plainly(tiny, build, batch):
@@ -195,17 +279,28 @@ def test_evaluation_multiplies_plainly(tiny, build, batch):
     tokens = batch(tiny())[:, :-1]
     with torch.no_grad():
         assert torch.equal(both(tokens), plain(tokens))
-    assert 0.01 < error(both(tokens), plain(tokens)) < 0.2  # six products in a row, 4 % each, on activations that silu and products sharpen
+    assert (
+        0.01 < error(both(tokens), plain(tokens)) < 0.2
+    )  # six products in a row, 4 % each, on activations that silu and products sharpen
 
 
-def test_gradients_of_the_model_are_near_the_plain_ones_and_the_dose_shows_in_all(tiny, build, batch):
+def test_gradients_of_the_model_are_near_the_plain_ones_and_the_dose_shows_in_all(
+    tiny, build, batch
+):
     found = []
-    for treatment in ([], *([{"fp8": {"where": "both", "gradient": form}}] for form in FORMATS)):
+    for treatment in (
+        [],
+        *([{"fp8": {"where": "both", "gradient": form}}] for form in FORMATS),
+    ):
         model = build(tiny(treatment), stirred=0.1)
         of_rows(model, heads_of(model, ())[0])(batch(tiny()))[0].backward()
         found.append([value.grad for value in model.parameters()])
-    precise, wide = ([error(*pair) for pair in zip(ours, found[0], strict=True)] for ours in found[1:])
-    assert all(0.01 < size < 0.3 for size in precise + wide) and all(one != other for one, other in zip(precise, wide, strict=True))
+    precise, wide = (
+        [error(*pair) for pair in zip(ours, found[0], strict=True)] for ours in found[1:]
+    )
+    assert all(0.01 < size < 0.3 for size in precise + wide) and all(
+        one != other for one, other in zip(precise, wide, strict=True)
+    )
 
 
 @pytest.mark.parametrize("gradient", FORMATS)
@@ -213,7 +308,14 @@ def test_twenty_steps_follow_the_plain_run(tiny, token_folder, gradient):
     """Margin: a tenth of what the plain run learns in these steps."""
 
     def curve(treatment):
-        trainer, losses = Trainer(tiny(treatment, budget__tokens=20 * 64, optim__lr=0.01), Runtime(device="cpu"), token_folder), []
+        trainer, losses = (
+            Trainer(
+                tiny(treatment, budget__tokens=20 * 64, optim__lr=0.01),
+                Runtime(device="cpu"),
+                token_folder,
+            ),
+            [],
+        )
         for _ in range(20):
             trainer.advance()
             losses.append(trainer.close_window())
@@ -228,7 +330,10 @@ def test_twenty_steps_follow_the_plain_run(tiny, token_folder, gradient):
 def test_a_model_compiles_as_one_graph_to_the_same_bits(tiny, build, batch, recompute):
     recipe, seen = tiny([{"fp8": {"where": "both"}}], model__layers=2), []
     model = build(recipe, recompute=recompute)
-    for compiled in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")):
+    for compiled in (
+        lambda f: f,
+        lambda f: torch.compile(f, fullgraph=True, backend="aot_eager"),
+    ):
         loss, _ = compiled(of_rows(model, heads_of(model, recipe.objective)[0]))(batch(recipe))
         loss.backward()
         seen.append([loss.detach(), *(value.grad for value in model.parameters())])
@@ -240,14 +345,22 @@ def test_a_tied_head_has_no_readout_to_act_on(tiny):
     for where in ("readout", "both"):
         with pytest.raises(UserError) as refusal:
             tiny([{"fp8": {"where": where}}], model__tied=True)
-        assert str(refusal.value) == f"fp8.where={where} has no readout to act on: the head is tied; use fp8.where=ffn, or set model.tied=false"
+        assert (
+            str(refusal.value)
+            == f"fp8.where={where} has no readout to act on: the head is tied; use fp8.where=ffn, or set model.tied=false"
+        )
     tiny(["fp8"], model__tied=True)
 
 
 def test_two_parts_that_multiply_one_map_are_refused(tiny):
     for gradient in FORMATS:
-        twice = assign(tiny(), "model.products", [{"kind": "fp8"}, {"kind": "fp8", "gradient": gradient}])
-        with pytest.raises(UserError, match=r"model.products: fp8 and fp8 each multiply blocks.0.ffn.inner.gate_up; keep one of them"):
+        twice = assign(
+            tiny(), "model.products", [{"kind": "fp8"}, {"kind": "fp8", "gradient": gradient}]
+        )
+        with pytest.raises(
+            UserError,
+            match=r"model.products: fp8 and fp8 each multiply blocks.0.ffn.inner.gate_up; keep one of them",
+        ):
             plan_of(twice)
 
 
@@ -258,17 +371,27 @@ def test_two_parts_that_multiply_one_map_are_refused(tiny):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 class TestOnAGPU:
     @pytest.mark.parametrize("gradient", FORMATS)
-    @pytest.mark.parametrize(("k", "n"), [(768, 4096), (2048, 768), (768, 32_000)], ids=["gate_up", "down", "readout"])
+    @pytest.mark.parametrize(
+        ("k", "n"),
+        [(768, 4096), (2048, 768), (768, 32_000)],
+        ids=["gate_up", "down", "readout"],
+    )
     def test_the_matrix_units_equal_the_emulation_within_bf16_rounding(self, k, n, gradient):
         """96 rows of 384 tokens.  y: 2e-3 is bf16's rounding, the rest the short accumulators."""
         rows = 96 * 384 if n < 32_000 else 8 * 384  # the emulation holds the logits in fp32
         fresh = torch.Generator("cuda")
         fresh.seed()
         draw = lambda *shape: torch.randn(shape, device="cuda", generator=fresh)  # noqa: E731
-        x, weight, g = draw(rows, k).bfloat16(), draw(n, k) * k**-0.5, draw(rows, n).bfloat16() / rows
+        x, weight, g = (
+            draw(rows, k).bfloat16(),
+            draw(n, k) * k**-0.5,
+            draw(rows, n).bfloat16() / rows,
+        )
         assert fp8.multiplies(x.device)
         ours = products(x, weight, g, gradient)
-        emulation = products(x, weight, g, gradient, lambda *given: fp8._Linear.apply(*given, False))
+        emulation = products(
+            x, weight, g, gradient, lambda *given: fp8._Linear.apply(*given, False)
+        )
         for one, other, bound in zip(ours, emulation, (5e-3, 5e-3, 1e-3), strict=True):
             assert one.dtype == other.dtype and error(one, other) < bound
         exact = x.float() @ weight.T
@@ -277,20 +400,35 @@ class TestOnAGPU:
     @pytest.mark.parametrize("where", ["ffn", "readout", "both"])
     def test_compiled_steps_follow_the_emulation(self, tiny, token_folder, monkeypatch, where):
         """Other roundings of bf16 flip those to 8 bits: of one formula, activations in bf16 and in fp32 lie 0.036 apart; two seeds 0.7."""
-        recipe = tiny([{"fp8": {"where": where}}], model__width=64, model__attention__head_dim=16, budget__tokens=40 * 64)
+        recipe = tiny(
+            [{"fp8": {"where": where}}],
+            model__width=64,
+            model__attention__head_dim=16,
+            budget__tokens=40 * 64,
+        )
 
         def curve(native, compiled):
             with monkeypatch.context() as patch:
                 if not native:
                     patch.setattr(fp8, "multiplies", lambda device: False)
-                trainer = Trainer(recipe, Runtime(device="cuda", dtype="bf16", compile=compiled), token_folder)
+                trainer = Trainer(
+                    recipe, Runtime(device="cuda", dtype="bf16", compile=compiled), token_folder
+                )
                 return [(trainer.advance(), trainer.close_window())[1] for _ in range(40)]
 
-        assert max(abs(a - b) for a, b in zip(curve(True, True), curve(False, False), strict=True)) < 0.1
+        assert (
+            max(abs(a - b) for a, b in zip(curve(True, True), curve(False, False), strict=True))
+            < 0.1
+        )
 
     def test_the_step_holds_eight_bit_products_and_repeats_its_bits(self, tiny, token_folder):
-        recipe = tiny([{"fp8": {"where": "both"}}], model__width=64, model__attention__head_dim=16)
-        trainers = [Trainer(recipe, Runtime(device="cuda", dtype="bf16", compile=False), token_folder) for _ in range(2)]
+        recipe = tiny(
+            [{"fp8": {"where": "both"}}], model__width=64, model__attention__head_dim=16
+        )
+        trainers = [
+            Trainer(recipe, Runtime(device="cuda", dtype="bf16", compile=False), token_folder)
+            for _ in range(2)
+        ]
         with torch.profiler.profile() as profile:
             trainers[0].advance()
         calls = {event.key: event.count for event in profile.key_averages()}

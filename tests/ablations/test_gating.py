@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ablab.core.errors import UserError
-from ablab.core.loss import token_losses
+from ablab.core.model.objective import token_losses
 
 PER = ["head", "elementwise", "first_channels"]
 
@@ -30,20 +30,39 @@ def test_zero_weights_under_two_sigmoid_are_exactly_the_baseline(tiny, build, ba
 
 @pytest.mark.parametrize("per", PER)
 @pytest.mark.parametrize(("activation", "factor"), [("sigmoid", 1.0), ("2sigmoid", 2.0)])
-def test_the_output_projection_reads_the_heads_times_the_gate_of_the_normed_input(tiny, build, batch, per, activation, factor):
+def test_the_output_projection_reads_the_heads_times_the_gate_of_the_normed_input(
+    tiny, build, batch, per, activation, factor
+):
     """The place check, in numbers: what `out` receives, what feeds the gate, and one weight row a head or a channel."""
-    recipe = tiny([{"gating": {"per": per, "activation": activation, "init": "normal"}}], model__attention__group=2)
-    gated, plain, tokens, heard = build(recipe, stirred=0.2), build(tiny(model__attention__group=2)), batch(recipe)[:, :-1], {}
+    recipe = tiny(
+        [{"gating": {"per": per, "activation": activation, "init": "normal"}}],
+        model__attention__group=2,
+    )
+    gated, plain, tokens, heard = (
+        build(recipe, stirred=0.2),
+        build(tiny(model__attention__group=2)),
+        batch(recipe)[:, :-1],
+        {},
+    )
     weights = dict(gated.named_parameters())
     for name, value in plain.named_parameters():
         value.data.copy_(weights[name])
     for label, model in (("gated", gated), ("plain", plain)):
         attention = model.blocks[0].attention
-        attention.out.register_forward_pre_hook(lambda _, inputs, label=label: heard.__setitem__(label, inputs[0].detach().double().numpy()))
-        attention.qkv.register_forward_pre_hook(lambda _, inputs: heard.__setitem__("x", inputs[0].detach().double().numpy()))
+        attention.out.register_forward_pre_hook(
+            lambda _, inputs, label=label: heard.__setitem__(
+                label, inputs[0].detach().double().numpy()
+            )
+        )
+        attention.qkv.register_forward_pre_hook(
+            lambda _, inputs: heard.__setitem__("x", inputs[0].detach().double().numpy())
+        )
         model(tokens)
     weight = gates(gated)[0].detach().double().numpy()
-    assert weight.shape == {"head": (4, 32), "elementwise": (32, 32), "first_channels": (4, 8)}[per]
+    assert (
+        weight.shape
+        == {"head": (4, 32), "elementwise": (32, 32), "first_channels": (4, 8)}[per]
+    )
     strength = factor / (1 + np.exp(-heard["x"][..., : weight.shape[1]] @ weight.T))
     strength = np.repeat(strength, 8, axis=-1) if len(weight) == 4 else strength
     assert strength.std() > 0.1
@@ -61,13 +80,23 @@ def test_a_gate_a_head_is_an_elementwise_gate_with_tied_channels(tiny, build, ba
 
 @pytest.mark.parametrize(("channels", "read"), [(0, 8), (12, 12)])
 def test_a_gate_on_the_first_channels_ignores_the_others(tiny, build, channels, read):
-    stage = build(tiny([{"gating": {"per": "first_channels", "channels": channels, "init": "normal"}}])).blocks[0].attention.on_heads["gating"]
+    stage = (
+        build(
+            tiny(
+                [{"gating": {"per": "first_channels", "channels": channels, "init": "normal"}}]
+            )
+        )
+        .blocks[0]
+        .attention.on_heads["gating"]
+    )
     y, x, noise = randn(2, 5, 4, 8), randn(2, 5, 32, seed=1), randn(2, 5, 32, seed=2)
     later, earlier = x.clone(), x.clone()
     later[..., read:] += noise[..., read:]
     earlier[..., read - 1] += noise[..., read - 1]
     assert stage.project.weight.shape == (4, read)
-    assert torch.equal(stage(y, later), stage(y, x)) and not torch.equal(stage(y, earlier), stage(y, x))
+    assert torch.equal(stage(y, later), stage(y, x)) and not torch.equal(
+        stage(y, earlier), stage(y, x)
+    )
 
 
 def test_more_first_channels_than_the_width_are_refused(tiny, build):
@@ -81,8 +110,12 @@ def test_permuting_the_heads_with_their_gates_changes_nothing(tiny, build, batch
     model, other, order = build(recipe, stirred=0.1), build(recipe, stirred=0.1), [2, 0, 3, 1]
     for block in other.blocks:
         attention = block.attention
-        attention.qkv.weight.data = attention.qkv.weight.data.view(3, 4, 8, 32)[:, order].reshape(96, 32)
-        attention.out.weight.data = attention.out.weight.data.view(32, 4, 8)[:, order].reshape(32, 32)
+        attention.qkv.weight.data = attention.qkv.weight.data.view(3, 4, 8, 32)[
+            :, order
+        ].reshape(96, 32)
+        attention.out.weight.data = attention.out.weight.data.view(32, 4, 8)[:, order].reshape(
+            32, 32
+        )
         gate = attention.on_heads["gating"].project.weight
         gate.data = gate.data.unflatten(0, (4, -1))[order].flatten(0, 1)
     tokens = batch(recipe)[:, :-1]
@@ -117,5 +150,10 @@ def test_gates_keep_adam_without_decay_beside_muon_and_decaying_matrices(tiny, b
     """The row rule would normalise a [heads, width] gate over heads, per input channel."""
     recipe = tiny(["gating", "muon", "normuon", "cautious_wd"])
     assert [step.kind for step in recipe.optim.chains["gate"].steps] == ["adam"]
-    assert [step.kind for step in recipe.optim.chains["hidden"].steps] == ["momentum", "orthogonalize", "normuon", "cautious_decay"]
+    assert [step.kind for step in recipe.optim.chains["hidden"].steps] == [
+        "momentum",
+        "orthogonalize",
+        "normuon",
+        "cautious_decay",
+    ]
     assert all(weight.declared.role == "gate" for weight in gates(build(recipe)))

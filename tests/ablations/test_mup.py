@@ -4,16 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from ablab.core.declare import params
 from ablab.core.errors import UserError
-from ablab.core.loss import token_losses
-from ablab.core.optimizer import Optimizer
-from ablab.core.plan import plan_of
-from ablab.core.runtime import Runtime
-from ablab.core.trainer import Trainer
+from ablab.core.language.declare import params
+from ablab.core.model.objective import token_losses
+from ablab.core.model.plan import plan_of
+from ablab.core.runtime.runtime import Runtime
+from ablab.core.train.banks import Optimizer
+from ablab.core.train.trainer import Trainer
 
 CPU = Runtime(device="cpu", compile=False)
-RULES = {"adam": [], "spectral": [{"muon": {"scale": "spectral"}}], "keller": [{"muon": {"scale": "keller"}}], "rms": [{"muon": {"scale": "rms"}}, "normuon"]}
+RULES = {
+    "adam": [],
+    "spectral": [{"muon": {"scale": "spectral"}}],
+    "keller": [{"muon": {"scale": "keller"}}],
+    "rms": [{"muon": {"scale": "rms"}}, "normuon"],
+}
 
 
 def mup(**dose):
@@ -22,16 +27,30 @@ def mup(**dose):
 
 def at_width(tiny, width, treatment, layers=2, **paths):
     """Heads of 8 and a feed-forward of 2 widths, at every width."""
-    return tiny(treatment, model__width=width, model__layers=layers, model__ffn={"kind": "swiglu", "expansion": 2.0}, **paths)
+    return tiny(
+        treatment,
+        model__width=width,
+        model__layers=layers,
+        model__ffn={"kind": "swiglu", "expansion": 2.0},
+        **paths,
+    )
 
 
 def rates(recipe, build) -> dict[str, tuple[float, float]]:
     """Parameter -> (learning rate factor, decay factor), as the optimizer will use them."""
-    return {name: (bank.lr.item(), bank.decay.item()) for bank in Optimizer(build(recipe), recipe).banks for name in bank.names}
+    return {
+        name: (bank.lr.item(), bank.decay.item())
+        for bank in Optimizer(build(recipe), recipe).banks
+        for name in bank.names
+    }
 
 
 def stds(recipe) -> dict[str, float]:
-    return {name: recipe.parametrization.scales(one, recipe.model, "adam").std for name, one in params(plan_of(recipe)) if one.fill is None}
+    return {
+        name: recipe.parametrization.scales(one, recipe.model, "adam").std
+        for name, one in params(plan_of(recipe))
+        if one.fill is None
+    }
 
 
 def role_of(recipe) -> dict[str, str]:
@@ -43,7 +62,12 @@ def ratios(new: dict, base: dict, roles: dict) -> dict[str, set]:
     seen: dict[str, set] = {}
     for name, role in roles.items():
         if name in new:
-            seen.setdefault(role, set()).add(tuple(float(f"{r:.5g}") for r in np.divide(np.atleast_1d(new[name]), np.atleast_1d(base[name]))))
+            seen.setdefault(role, set()).add(
+                tuple(
+                    float(f"{r:.5g}")
+                    for r in np.divide(np.atleast_1d(new[name]), np.atleast_1d(base[name]))
+                )
+            )
     return seen
 
 
@@ -55,7 +79,12 @@ def test_init_std_shrinks_as_the_table_says(tiny, readout, factor):
     """m = 4: hidden 1/sqrt(m), readout 1/m (or constant, with the multiplier), embedding constant; gates like hidden."""
     gate = {"gating": {"init": "normal"}}
     base, wide = (at_width(tiny, width, [mup(readout=readout), gate]) for width in (32, 128))
-    assert ratios(stds(wide), stds(base), role_of(wide)) == {"embedding": {(1.0,)}, "hidden": {(0.5,)}, "gate": {(0.5,)}, "readout": {(factor,)}}
+    assert ratios(stds(wide), stds(base), role_of(wide)) == {
+        "embedding": {(1.0,)},
+        "hidden": {(0.5,)},
+        "gate": {(0.5,)},
+        "readout": {(factor,)},
+    }
 
 
 def test_the_drawn_weights_follow(tiny, build):
@@ -63,19 +92,31 @@ def test_the_drawn_weights_follow(tiny, build):
     standard, ours = (build(at_width(tiny, 128, treatment)) for treatment in ([], [mup()]))
     others = dict(ours.named_parameters())
     for name, value in standard.named_parameters():
-        torch.testing.assert_close(others[name], value / (2 if name == "readout.weight" else 1), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            others[name], value / (2 if name == "readout.weight" else 1), rtol=1e-6, atol=0
+        )
 
 
 # ---- learning rate and decay ----
 
 
-@pytest.mark.parametrize(("rule", "hidden_lr"), [("adam", 1 / 4), ("spectral", 1.0), ("keller", 1.0), ("rms", 1 / 2)])
-def test_learning_rate_and_decay_follow_the_table_under_every_optimizer(tiny, build, rule, hidden_lr):
+@pytest.mark.parametrize(
+    ("rule", "hidden_lr"), [("adam", 1 / 4), ("spectral", 1.0), ("keller", 1.0), ("rms", 1 / 2)]
+)
+def test_learning_rate_and_decay_follow_the_table_under_every_optimizer(
+    tiny, build, rule, hidden_lr
+):
     """m = 4.  (lr, decay): their product is constant.  What Muon does not move keeps the Adam rows."""
-    base, wide = (at_width(tiny, width, [mup(), *RULES[rule], "gating", "qk_norm"]) for width in (32, 128))
+    base, wide = (
+        at_width(tiny, width, [mup(), *RULES[rule], "gating", "qk_norm"]) for width in (32, 128)
+    )
     assert ratios(rates(wide, build), rates(base, build), role_of(wide)) == {
-        "embedding": {(1.0, 1.0)}, "vector": {(1.0, 1.0)}, "hidden": {(hidden_lr, 1 / hidden_lr)}, "readout": {(0.25, 4.0)}, "gate": {(0.25, 4.0)},
-    }  # fmt: skip
+        "embedding": {(1.0, 1.0)},
+        "vector": {(1.0, 1.0)},
+        "hidden": {(hidden_lr, 1 / hidden_lr)},
+        "readout": {(0.25, 4.0)},
+        "gate": {(0.25, 4.0)},
+    }
 
 
 def test_the_standard_parametrization_has_one_rate_for_every_width(tiny, build):
@@ -83,13 +124,22 @@ def test_the_standard_parametrization_has_one_rate_for_every_width(tiny, build):
 
 
 @pytest.mark.parametrize(
-    ("rule", "dose", "lr"), [("rms", {"rms_lr": 1.0}, 1 / 4), ("adam", {"adam_lr": 0.5}, 1 / 2), ("spectral", {"rms_lr": 1.0, "adam_lr": 0.5}, 1.0)]
+    ("rule", "dose", "lr"),
+    [
+        ("rms", {"rms_lr": 1.0}, 1 / 4),
+        ("adam", {"adam_lr": 0.5}, 1 / 2),
+        ("spectral", {"rms_lr": 1.0, "adam_lr": 0.5}, 1.0),
+    ],
 )
 def test_the_width_exponents_can_be_chosen(tiny, build, rule, dose, lr):
     """1.0 under rms is the rule of arXiv:2505.02222."""
-    base, wide = (rates(at_width(tiny, width, [mup(**dose), *RULES[rule]]), build) for width in (32, 128))
+    base, wide = (
+        rates(at_width(tiny, width, [mup(**dose), *RULES[rule]]), build) for width in (32, 128)
+    )
     name = "blocks.1.ffn.inner.down.weight"
-    assert wide[name][0] / base[name][0] == pytest.approx(lr) and wide[name][1] == pytest.approx(1 / lr)
+    assert wide[name][0] / base[name][0] == pytest.approx(lr) and wide[name][
+        1
+    ] == pytest.approx(1 / lr)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -118,13 +168,23 @@ def copied(target, source):
     return target
 
 
-@pytest.mark.parametrize(("tied", "readout", "factor"), [(True, "init", 1 / 4), (False, "multiplier", 1 / 4), (False, "init", 1.0)])
-def test_logits_are_divided_by_m_where_the_head_cannot_be_small(tiny, build, batch, tied, readout, factor):
+@pytest.mark.parametrize(
+    ("tied", "readout", "factor"),
+    [(True, "init", 1 / 4), (False, "multiplier", 1 / 4), (False, "init", 1.0)],
+)
+def test_logits_are_divided_by_m_where_the_head_cannot_be_small(
+    tiny, build, batch, tied, readout, factor
+):
     """Powers of two, so exact; alpha_out multiplies on top.  Attention keeps 1/sqrt(head_dim): nothing else differs."""
     standard = build(at_width(tiny, 128, [], model__tied=tied), stirred=0.05)
     tokens = batch(tiny())[:, :-1]
     for alpha in (1.0, 2.0):
-        ours = copied(build(at_width(tiny, 128, [mup(readout=readout, alpha_out=alpha)], model__tied=tied)), standard)
+        ours = copied(
+            build(
+                at_width(tiny, 128, [mup(readout=readout, alpha_out=alpha)], model__tied=tied)
+            ),
+            standard,
+        )
         assert torch.equal(ours(tokens), standard(tokens) * factor * alpha)
 
 
@@ -136,23 +196,39 @@ def test_a_dose_for_the_readout_is_refused_where_the_head_is_tied(tiny, readout)
 
 def test_a_tied_head_has_the_init_and_rate_of_the_embedding(tiny, build):
     recipe = at_width(tiny, 128, [mup()], model__tied=True)
-    assert rates(recipe, build)["embedding.table"] == (1.0, 1.0) and stds(recipe)["embedding.table"] == 0.02
+    assert (
+        rates(recipe, build)["embedding.table"] == (1.0, 1.0)
+        and stds(recipe)["embedding.table"] == 0.02
+    )
     assert "readout.weight" not in role_of(recipe)
 
 
 def test_the_multiplier_keeps_the_readouts_rate_and_decay(tiny, build):
-    assert rates(at_width(tiny, 128, [mup(readout="multiplier")]), build)["readout.weight"] == (1.0, 1.0)
+    assert rates(at_width(tiny, 128, [mup(readout="multiplier")]), build)["readout.weight"] == (
+        1.0,
+        1.0,
+    )
 
 
-def test_a_zero_readout_starts_with_no_opinion_and_moves_at_the_small_readouts_rate(tiny, build, batch):
-    recipe, small = (at_width(tiny, 128, [mup(readout=readout)]) for readout in ("zero", "init"))
-    assert rates(recipe, build)["readout.weight"] == rates(small, build)["readout.weight"] == (0.25, 4.0)
+def test_a_zero_readout_starts_with_no_opinion_and_moves_at_the_small_readouts_rate(
+    tiny, build, batch
+):
+    recipe, small = (
+        at_width(tiny, 128, [mup(readout=readout)]) for readout in ("zero", "init")
+    )
+    assert (
+        rates(recipe, build)["readout.weight"]
+        == rates(small, build)["readout.weight"]
+        == (0.25, 4.0)
+    )
     model, block = build(recipe), batch(recipe)
     assert not model(block[:, :-1]).any()
     token_losses(model(block[:, :-1]), block[:, 1:]).mean().backward()
     assert (model.readout.weight.grad.abs().sum(1) > 0).all()
     others = {name: std for name, std in stds(recipe).items() if name != "readout.weight"}
-    assert others == {name: std for name, std in stds(small).items() if name != "readout.weight"}
+    assert others == {
+        name: std for name, std in stds(small).items() if name != "readout.weight"
+    }
 
 
 def test_a_small_readout_and_a_divided_one_are_the_same_model_in_training(tiny, build, batch):
@@ -174,7 +250,10 @@ def test_a_small_readout_and_a_divided_one_are_the_same_model_in_training(tiny, 
 def test_alpha_in_multiplies_the_embedding(tiny, build, batch):
     ours, standard = build(tiny([mup(alpha_in=8.0)])), build(tiny())
     tokens = batch(tiny())[:, :-1]
-    assert torch.equal(ours.embed(tokens), 8 * standard.embed(tokens)) and standard.embed(tokens).any()
+    assert (
+        torch.equal(ours.embed(tokens), 8 * standard.embed(tokens))
+        and standard.embed(tokens).any()
+    )
 
 
 # ---- depth ----
@@ -185,13 +264,24 @@ def test_depth_scales_each_branch_and_the_hidden_rate(tiny, build, batch, depth,
     """L = 4: branches L^-a, hidden learning rate L^(a-1); no depth rule: neither."""
     base, deep = (at_width(tiny, 32, [mup(depth=depth)], layers=layers) for layers in (2, 8))
     lr = 4 ** (alpha - 1) if alpha else 1.0
-    changed = ratios(rates(deep, build), rates(base, build) | {name: (1.0, 1.0) for name in role_of(deep)}, role_of(deep))
-    assert {role: {pair[0] for pair in pairs} for role, pairs in changed.items()} == {"embedding": {1.0}, "vector": {1.0}, "hidden": {lr}, "readout": {1.0}}
+    changed = ratios(
+        rates(deep, build),
+        rates(base, build) | {name: (1.0, 1.0) for name in role_of(deep)},
+        role_of(deep),
+    )
+    assert {role: {pair[0] for pair in pairs} for role, pairs in changed.items()} == {
+        "embedding": {1.0},
+        "vector": {1.0},
+        "hidden": {lr},
+        "readout": {1.0},
+    }
     standard, tokens = build(at_width(tiny, 32, [], layers=8)), batch(tiny())[:, :-1]
     ours, x = copied(build(deep), standard), standard.embedding(tokens)
     branch = 4**-alpha if alpha else 1.0
     for one, other in zip(ours.blocks, standard.blocks, strict=True):
-        torch.testing.assert_close(one.attention(x, {})[0], branch * other.attention(x, {})[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            one.attention(x, {})[0], branch * other.attention(x, {})[0], rtol=1e-6, atol=0
+        )
         torch.testing.assert_close(one.ffn(x), branch * other.ffn(x), rtol=1e-6, atol=0)
 
 
@@ -199,11 +289,19 @@ def test_depth_scales_each_branch_and_the_hidden_rate(tiny, build, batch, depth,
 
 
 @pytest.mark.parametrize("rule", ["adam", "keller", "rms"])
-@pytest.mark.parametrize(("tied", "readout", "depth"), [(False, "init", "complete"), (False, "multiplier", "sqrt"), (True, "init", "none")])
-def test_every_factor_is_one_at_the_base_so_a_run_is_the_standard_run(tiny, token_folder, rule, tied, readout, depth):
+@pytest.mark.parametrize(
+    ("tied", "readout", "depth"),
+    [(False, "init", "complete"), (False, "multiplier", "sqrt"), (True, "init", "none")],
+)
+def test_every_factor_is_one_at_the_base_so_a_run_is_the_standard_run(
+    tiny, token_folder, rule, tied, readout, depth
+):
     """Same bits after five steps."""
     digests = set()
-    for treatment in ([], [{"mup": {"base_width": 32, "base_layers": 3, "readout": readout, "depth": depth}}]):
+    for treatment in (
+        [],
+        [{"mup": {"base_width": 32, "base_layers": 3, "readout": readout, "depth": depth}}],
+    ):
         trainer = Trainer(tiny([*RULES[rule], *treatment], model__tied=tied), CPU, token_folder)
         for _ in range(5):
             trainer.advance()
@@ -213,8 +311,15 @@ def test_every_factor_is_one_at_the_base_so_a_run_is_the_standard_run(tiny, toke
 
 def test_the_parametrization_it_builds_on_is_kept(tiny):
     """gain and embedding of the standard one stay in force."""
-    base, ours = (at_width(tiny, 128, t, parametrization={"kind": "standard", "gain": 0.5, "embedding": 0.1}) for t in ([], [mup()]))
-    expected = {name: std / (2 if name == "readout.weight" else 1) for name, std in stds(base).items()}
+    base, ours = (
+        at_width(
+            tiny, 128, t, parametrization={"kind": "standard", "gain": 0.5, "embedding": 0.1}
+        )
+        for t in ([], [mup()])
+    )
+    expected = {
+        name: std / (2 if name == "readout.weight" else 1) for name, std in stds(base).items()
+    }
     assert stds(ours) == pytest.approx(expected) and stds(ours)["embedding.table"] == 0.1
 
 
@@ -226,12 +331,25 @@ WIDTHS = (32, 64, 128, 256)
 def activations(model, tokens) -> dict[str, torch.Tensor]:
     """What the last block adds and hands on, and the logits."""
     heard, last, hooks = {}, model.blocks[-1], []
-    for name, module in {"attention": last.attention.out, "up": last.ffn.inner.up, "ffn": last.ffn.inner, "normed": model.norm}.items():
-        hooks.append(module.register_forward_hook(lambda _, inputs, out, name=name: heard.update({name: out, f"into {name}": inputs[0]})))
+    for name, module in {
+        "attention": last.attention.out,
+        "up": last.ffn.inner.up,
+        "ffn": last.ffn.inner,
+        "normed": model.norm,
+    }.items():
+        hooks.append(
+            module.register_forward_hook(
+                lambda _, inputs, out, name=name: heard.update(
+                    {name: out, f"into {name}": inputs[0]}
+                )
+            )
+        )
     heard["logits"] = model(tokens)
     for hook in hooks:
         hook.remove()
-    return {"residual": heard["into normed"]} | {name: heard[name] for name in ("attention", "up", "ffn", "logits")}
+    return {"residual": heard["into normed"]} | {
+        name: heard[name] for name in ("attention", "up", "ffn", "logits")
+    }
 
 
 def changes(recipe, build, batch) -> dict[str, float]:
@@ -248,14 +366,24 @@ def changes(recipe, build, batch) -> dict[str, float]:
 def slopes(tiny, build, batch, treatment, seeds=(0, 1)) -> dict[str, float]:
     """Growth of each change with width: slope of its logarithm against log width, the mean over seeds."""
     paths = {
-        "model__layers": 2, "model__attention__head_dim": 16, "optim__lr": 0.02, "optim__clip": None, "schedule": "constant",
+        "model__layers": 2,
+        "model__attention__head_dim": 16,
+        "optim__lr": 0.02,
+        "optim__clip": None,
+        "schedule": "constant",
         "optim__chains__hidden__steps": ["adam"],
-    }  # fmt: skip
+    }
     treatment, found = [*treatment, "relu2", {"qk_norm": {"gain": "none"}}], []
     for width in WIDTHS:
-        runs = [changes(tiny(treatment, model__width=width, seed=seed, **paths), build, batch) for seed in seeds]
+        runs = [
+            changes(tiny(treatment, model__width=width, seed=seed, **paths), build, batch)
+            for seed in seeds
+        ]
         found.append({name: sum(run[name] for run in runs) for name in runs[0]})
-    return {name: np.polyfit(np.log(WIDTHS), np.log([one[name] for one in found]), 1)[0] for name in found[0]}
+    return {
+        name: np.polyfit(np.log(WIDTHS), np.log([one[name] for one in found]), 1)[0]
+        for name in found[0]
+    }
 
 
 @pytest.mark.parametrize("rule", ["adam", "spectral", "rms"])
@@ -263,11 +391,15 @@ def test_coordinate_check_activations_change_equally_at_every_width(tiny, build,
     """Measured: all within 0.15 but the logits at -0.21, which these narrow models still owe to their small readout."""
     found = slopes(tiny, build, batch, [mup(), *RULES[rule]])
     assert found.keys() == {"attention", "up", "ffn", "residual", "logits"}
-    assert all(abs(slope) < (0.3 if name == "logits" else 0.2) for name, slope in found.items()), found
+    assert all(
+        abs(slope) < (0.3 if name == "logits" else 0.2) for name, slope in found.items()
+    ), found
 
 
 @pytest.mark.parametrize(("rule", "treatment"), [("adam", []), ("rms", [mup(rms_lr=0.0)])])
-def test_coordinate_check_without_the_width_rule_activations_blow_up(tiny, build, batch, rule, treatment):
+def test_coordinate_check_without_the_width_rule_activations_blow_up(
+    tiny, build, batch, rule, treatment
+):
     """Measured: 1.2 and 1.8 under Adam, 0.8 under rms-scaled Muon at a constant rate."""
     found = slopes(tiny, build, batch, [*treatment, *RULES[rule]], seeds=(0,))
     assert found["ffn"] > 0.5 and found["residual"] > 0.5, found

@@ -7,11 +7,15 @@ import pytest
 import torch
 
 from ablab.ablations.interventions.normuon import NorMuon
-from ablab.core.declare import Param
 from ablab.core.errors import UserError
+from ablab.core.language.declare import Param
 
 STEADY = {"schedule": "constant", "optim__clip": None}
-BARE = {"optim__chains__hidden__steps": ["adam"], "optim__lr": 1.0, **STEADY}  # no decay, learning rate 1
+BARE = {
+    "optim__chains__hidden__steps": ["adam"],
+    "optim__lr": 1.0,
+    **STEADY,
+}  # no decay, learning rate 1
 
 
 def randn(*shape, seed=0):
@@ -41,13 +45,21 @@ def test_the_first_update_has_equal_rows_and_muons_frobenius_norm(tiny, drive, n
     rows = normed.double().norm(dim=1)
     assert (rows.std() / rows.mean()).item() < 1e-3
     assert abs(normed.norm() / plain.norm() - 1).item() < 1e-3
-    assert shape != (32, 12) or (plain.norm(dim=1).std() / plain.norm(dim=1).mean()).item() > 0.02  # there was something to even out
+    assert (
+        shape != (32, 12) or (plain.norm(dim=1).std() / plain.norm(dim=1).mean()).item() > 0.02
+    )  # there was something to even out
 
 
 @pytest.mark.parametrize("blocks", [(), (16, 8, 8)])
 def test_normuon_equals_an_fp64_loop(tiny, drive, blocks):
     """v <- b v + (1-b) mean(O^2) a row; O / (sqrt(v) + eps), rescaled to |O|_F of each block; over changing gradients."""
-    recipe = tiny([{"muon": {"lr": 1.0, "ns": "exact", "momentum": 0.9, "warmup_from": 0.9}}, {"normuon": {"beta2": 0.8}}], **BARE)
+    recipe = tiny(
+        [
+            {"muon": {"lr": 1.0, "ns": "exact", "momentum": 0.9, "warmup_from": 0.9}},
+            {"normuon": {"beta2": 0.8}},
+        ],
+        **BARE,
+    )
     gradients = [uneven(32, 12, seed=t) for t in range(5)]
     seen, _ = drive(recipe, one((32, 12), blocks=blocks), [{"w": g} for g in gradients])
     mean, energy = np.zeros((32, 12)), np.zeros((32, 1))
@@ -55,39 +67,59 @@ def test_normuon_equals_an_fp64_loop(tiny, drive, blocks):
         g = gradient.double().numpy()
         mean = 0.9 * mean + 0.1 * g
         expected = []
-        for piece, v in zip(np.split(0.1 * g + 0.9 * mean, np.cumsum(blocks)[:-1]), np.split(energy, np.cumsum(blocks)[:-1]), strict=True):
+        for piece, v in zip(
+            np.split(0.1 * g + 0.9 * mean, np.cumsum(blocks)[:-1]),
+            np.split(energy, np.cumsum(blocks)[:-1]),
+            strict=True,
+        ):
             u, _, vt = np.linalg.svd(piece, full_matrices=False)
             o = u @ vt * max(1, len(piece) / 12) ** 0.5
             v[:] = 0.8 * v + 0.2 * (o**2).mean(1, keepdims=True)
             scaled = o / (np.sqrt(v) + 1e-8)
             expected.append(scaled * np.linalg.norm(o) / np.linalg.norm(scaled))
-        assert np.abs((seen[t - 1]["w"] - seen[t]["w"]).double().numpy() - np.concatenate(expected)).max() < 2e-5, t
+        assert (
+            np.abs(
+                (seen[t - 1]["w"] - seen[t]["w"]).double().numpy() - np.concatenate(expected)
+            ).max()
+            < 2e-5
+        ), t
 
 
 def test_under_a_constant_gradient_the_rows_reach_unit_rms(tiny, drive):
     """v -> mean(O^2), so O / sqrt(v) has rows of RMS 1 and the rescaled update rows of RMS |O|_F / sqrt(o i)."""
     gradient = uneven(32, 12)
-    seen, optimizer = drive(tiny([{"muon": {"lr": 1.0}}, "normuon"], **BARE), one((32, 12)), [{"w": gradient}] * 250)
+    seen, optimizer = drive(
+        tiny([{"muon": {"lr": 1.0}}, "normuon"], **BARE), one((32, 12)), [{"w": gradient}] * 250
+    )
     update = (seen[-2]["w"] - seen[-1]["w"]).double()
-    plain, _ = drive(tiny([{"muon": {"lr": 1.0}}], **BARE), one((32, 12)), [{"w": gradient}] * 250)
+    plain, _ = drive(
+        tiny([{"muon": {"lr": 1.0}}], **BARE), one((32, 12)), [{"w": gradient}] * 250
+    )
     direction = (plain[-2]["w"] - plain[-1]["w"]).double()
     square = optimizer.banks[0].state["normuon"]["square0"][0].double()
     assert ((direction / square.sqrt()).square().mean(1).sqrt() - 1).abs().max() < 1e-3
-    assert (update.square().mean(1).sqrt() / (direction.norm() / (32 * 12) ** 0.5) - 1).abs().max() < 1e-3
+    assert (
+        update.square().mean(1).sqrt() / (direction.norm() / (32 * 12) ** 0.5) - 1
+    ).abs().max() < 1e-3
 
 
 def stub(blocks=()):
     return SimpleNamespace(blocks=blocks, matmul=torch.float32)
 
 
-@pytest.mark.parametrize(("axis", "wide", "tall"), [("row", (1, 12, 1), (1, 64, 1)), ("shape_rule", (1, 1, 768), (1, 64, 1))])
+@pytest.mark.parametrize(
+    ("axis", "wide", "tall"),
+    [("row", (1, 12, 1), (1, 64, 1)), ("shape_rule", (1, 1, 768), (1, 64, 1))],
+)
 def test_rows_are_output_rows_even_for_a_gate_of_12_by_768(axis, wide, tall):
     """The shape rule would keep 768 numbers for such a gate, one per input channel."""
     rule = NorMuon(axis=axis)
     for shape, expected in (((1, 12, 768), wide), ((1, 64, 16), tall)):
         matrix = randn(*shape) * torch.logspace(-1, 1, shape[1])[None, :, None]
         state = rule.state(matrix, stub())
-        assert {name: tuple(value.shape) for name, value in state.items()} == {"square0": expected} and not state["square0"].any()
+        assert {name: tuple(value.shape) for name, value in state.items()} == {
+            "square0": expected
+        } and not state["square0"].any()
         out, new = rule.update(matrix, None, state, stub(), None)
         along = 2 if expected[2] == 1 else 1
         norms = out.norm(dim=along)
@@ -96,24 +128,33 @@ def test_rows_are_output_rows_even_for_a_gate_of_12_by_768(axis, wide, tall):
 
 
 def test_the_state_is_one_number_an_output_row_of_each_matrix_in_the_bank(tiny, build):
-    from ablab.core.optimizer import Optimizer
+    from ablab.core.train.banks import Optimizer
 
     recipe = tiny(["muon", "normuon"], model__attention__group=2)
     shapes = {}
     for bank in Optimizer(build(recipe), recipe).banks:
         if bank.chain == recipe.optim.chains["hidden"]:
-            shapes[bank.names[0].split(".", 2)[2]] = [tuple(value.shape) for value in bank.state["normuon"].values()]
+            shapes[bank.names[0].split(".", 2)[2]] = [
+                tuple(value.shape) for value in bank.state["normuon"].values()
+            ]
     assert shapes == {
-        "attention.qkv.weight": [(3, 32, 1), (3, 16, 1), (3, 16, 1)], "attention.out.weight": [(3, 32, 1)],
-        "ffn.inner.gate_up.weight": [(6, 64, 1)], "ffn.inner.down.weight": [(3, 32, 1)],
-    }  # fmt: skip
+        "attention.qkv.weight": [(3, 32, 1), (3, 16, 1), (3, 16, 1)],
+        "attention.out.weight": [(3, 32, 1)],
+        "ffn.inner.gate_up.weight": [(6, 64, 1)],
+        "ffn.inner.down.weight": [(3, 32, 1)],
+    }
 
 
 def test_blocks_keep_their_own_frobenius_norm(tiny, drive):
     """Rescaled jointly, a block of strong rows would take its step size from its neighbour."""
     start = one((24, 12), blocks=(8, 8, 8))
-    recipes = [tiny([{"muon": {"lr": 1.0, "ns": "exact"}}, *more], **BARE) for more in ([], ["normuon"])]
-    plain, normed = (-drive(recipe, start, [{"w": uneven(24, 12)}])[0][1]["w"] for recipe in recipes)
+    recipes = [
+        tiny([{"muon": {"lr": 1.0, "ns": "exact"}}, *more], **BARE)
+        for more in ([], ["normuon"])
+    ]
+    plain, normed = (
+        -drive(recipe, start, [{"w": uneven(24, 12)}])[0][1]["w"] for recipe in recipes
+    )
     for before, behind in zip(plain.split(8), normed.split(8), strict=True):
         assert abs(behind.norm() / before.norm() - 1).item() < 1e-3
 
@@ -124,7 +165,10 @@ def test_the_shape_factor_of_muon_survives(tiny, drive, scale):
     plain, _ = step_one(tiny, drive, gradient, [], scale=scale, ns="exact")
     normed, _ = step_one(tiny, drive, gradient, ["normuon"], scale=scale, ns="exact")
     factor = {"keller": 1.0, "spectral": (8 / 32) ** 0.5, "rms": 0.2 * 32**0.5}[scale]
-    assert abs(normed.norm().item() / (8**0.5 * factor) - 1) < 1e-3 and abs(plain.norm().item() / normed.norm().item() - 1) < 1e-3
+    assert (
+        abs(normed.norm().item() / (8**0.5 * factor) - 1) < 1e-3
+        and abs(plain.norm().item() / normed.norm().item() - 1) < 1e-3
+    )
 
 
 def test_a_silent_row_stays_silent():
@@ -132,7 +176,11 @@ def test_a_silent_row_stays_silent():
     matrix = randn(1, 6, 10)
     matrix[0, 2] = 0
     out, _ = NorMuon().update(matrix, None, NorMuon().state(matrix, stub()), stub(), None)
-    assert out.isfinite().all() and not out[0, 2].any() and abs(out.norm() / matrix.norm() - 1).item() < 1e-3
+    assert (
+        out.isfinite().all()
+        and not out[0, 2].any()
+        and abs(out.norm() / matrix.norm() - 1).item() < 1e-3
+    )
 
 
 def test_normuon_without_muon_is_refused(tiny):
@@ -142,4 +190,9 @@ def test_normuon_without_muon_is_refused(tiny):
 
 def test_normuon_keeps_the_weight_decay_of_the_chain(tiny):
     """The arm without cautious decay must still decay."""
-    assert [step.kind for step in tiny(["muon", "normuon"]).optim.chains["hidden"].steps] == ["momentum", "orthogonalize", "normuon", "decay"]
+    assert [step.kind for step in tiny(["muon", "normuon"]).optim.chains["hidden"].steps] == [
+        "momentum",
+        "orthogonalize",
+        "normuon",
+        "decay",
+    ]

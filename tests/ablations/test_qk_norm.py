@@ -5,13 +5,15 @@ import pytest
 import torch
 
 from ablab.ablations.interventions.qk_norm import QKNorm
-from ablab.core.blocks import Rope
-from ablab.core.declare import Where
-from ablab.core.layers import StageModule
-from ablab.core.loss import token_losses
+from ablab.core.language.declare import Where
+from ablab.core.model.layers import StageModule
+from ablab.core.model.objective import token_losses
+from ablab.core.parts.position import Rope
 
 GAINS = ["channel", "scalar", "none"]
-PLACE = Where(layer=1, layers=3, width=32, heads=4, kv_heads=2, head_dim=8, context=16, eps=1e-6)
+PLACE = Where(
+    layer=1, layers=3, width=32, heads=4, kv_heads=2, head_dim=8, context=16, eps=1e-6
+)
 
 
 def randn(*shape, seed=0):
@@ -35,15 +37,30 @@ def gains_of(made, gain):
 def test_queries_and_keys_are_divided_by_their_rms_and_scaled_on_the_query_side_alone(gain):
     q, k = 3 * randn(2, 5, 4, 8), 0.1 * randn(2, 5, 2, 8, seed=1)
     made = stage(gain, scale=1.44, eps=1e-2)
-    for out, x, g in zip(made(q, k), (q, k), (gains_of(made, gain)[0] * 1.44, gains_of(made, gain)[1]), strict=True):
+    for out, x, g in zip(
+        made(q, k),
+        (q, k),
+        (gains_of(made, gain)[0] * 1.44, gains_of(made, gain)[1]),
+        strict=True,
+    ):
         x = x.double().numpy()
         expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-2) * g
         assert np.abs(out.detach().double().numpy() - expected).max() < 2e-6
 
 
 def test_the_learned_gains_are_those_of_each_variant():
-    shapes = {gain: {name: tuple(value.shape) for name, value in StageModule(QKNorm(gain).build(PLACE)).named_parameters()} for gain in GAINS}
-    assert shapes == {"channel": {"q_gain": (8,), "k_gain": (8,)}, "scalar": {"q_gain": (1,)}, "none": {}}
+    shapes = {
+        gain: {
+            name: tuple(value.shape)
+            for name, value in StageModule(QKNorm(gain).build(PLACE)).named_parameters()
+        }
+        for gain in GAINS
+    }
+    assert shapes == {
+        "channel": {"q_gain": (8,), "k_gain": (8,)},
+        "scalar": {"q_gain": (1,)},
+        "none": {},
+    }
 
 
 @pytest.mark.parametrize("gain", GAINS)
@@ -67,14 +84,18 @@ def test_no_attention_logit_exceeds_gain_times_root_of_head_dim(tiny, build, bat
     model, tokens = build(recipe, stirred=0.3), batch(recipe)[:, :-1]
     attention = model.blocks[1].attention
     attention.qkv.weight.data *= 20
-    q, k, _, _ = attention.project(attention.normed(model.embedding(tokens)), {"first_values": None}, 0)
+    q, k, _, _ = attention.project(
+        attention.normed(model.embedding(tokens)), {"first_values": None}, 0
+    )
     logits = torch.einsum("bhid,bhjd->bhij", q, k) / 8**0.5
     q_gain, k_gain = gains_of(attention.on_qk["qk_norm"], gain)
     bound = 1.2 * np.abs(q_gain).max() * np.abs(k_gain).max() * 8**0.5
     assert 0.3 * bound < logits.abs().max().item() <= bound * (1 + 1e-6)
 
 
-@pytest.mark.parametrize(("gain", "commutes"), [("channel", False), ("scalar", True), ("none", True)])
+@pytest.mark.parametrize(
+    ("gain", "commutes"), [("channel", False), ("scalar", True), ("none", True)]
+)
 def test_only_a_per_channel_gain_cares_whether_it_comes_before_the_positions(gain, commutes):
     norm, rope = stage(gain), StageModule(Rope().build(PLACE))
     q, k = randn(2, 16, 4, 8), randn(2, 16, 2, 8, seed=1)
@@ -91,7 +112,9 @@ def test_the_norm_stands_before_the_positions(tiny, build, batch):
     q, k, _, _ = attention.project(attention.normed(x), {}, 0)
     raw = attention.qkv(attention.norm(x)).unflatten(-1, (12, 8))
     expected = attention.position(*attention.on_qk["qk_norm"](raw[:, :, :4], raw[:, :, 4:8]), 0)
-    assert torch.equal(q.transpose(1, 2), expected[0]) and torch.equal(k.transpose(1, 2), expected[1])
+    assert torch.equal(q.transpose(1, 2), expected[0]) and torch.equal(
+        k.transpose(1, 2), expected[1]
+    )
 
 
 def test_bf16_activations_are_normalised_in_fp32_and_stay_bf16():
@@ -108,4 +131,7 @@ def test_every_gain_receives_a_gradient_in_every_layer(tiny, build, batch, gain)
     token_losses(model(block[:, :-1]), block[:, 1:]).mean().backward()
     learned = {name: value for name, value in model.named_parameters() if "qk_norm" in name}
     assert len(learned) == 3 * (2 if gain == "channel" else 1)
-    assert all((value.grad.abs() > 1e-7).all() and value.declared.role == "vector" for value in learned.values())
+    assert all(
+        (value.grad.abs() > 1e-7).all() and value.declared.role == "vector"
+        for value in learned.values()
+    )

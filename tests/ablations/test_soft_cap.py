@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from ablab.ablations.interventions.soft_cap import SoftCap
-from ablab.core.layers import StageModule
+from ablab.core.model.layers import StageModule
 
-FORMULA = {"tanh": lambda z, c: c * np.tanh(z / c), "rational": lambda z, c: c * z / np.sqrt(z**2 + c**2)}
+FORMULA = {
+    "tanh": lambda z, c: c * np.tanh(z / c),
+    "rational": lambda z, c: c * z / np.sqrt(z**2 + c**2),
+}
 FORMS = pytest.mark.parametrize("form", FORMULA)
 
 
@@ -19,7 +22,9 @@ def stage(form, cap):
 @pytest.mark.parametrize("cap", [15.0, 30.0, 0.5])
 def test_it_equals_its_formula_in_fp64(form, cap):
     z = torch.cat((torch.linspace(-100, 100, 2001), torch.linspace(-0.1, 0.1, 101)))
-    assert np.abs(stage(form, cap)(z).double().numpy() - FORMULA[form](z.double().numpy(), cap)).max() < 3e-6 * max(cap, 1)
+    assert np.abs(
+        stage(form, cap)(z).double().numpy() - FORMULA[form](z.double().numpy(), cap)
+    ).max() < 3e-6 * max(cap, 1)
 
 
 @FORMS
@@ -43,10 +48,18 @@ def test_the_gradient_is_that_of_the_formula(form):
 
 @FORMS
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_models_logits_are_the_capped_logits_of_the_baseline(tiny, build, batch, form, tied):
-    plain, capped = (build(tiny(treatment, model__tied=tied), stirred=0.2) for treatment in ([], [{"soft_cap": {"cap": 2.0, "form": form}}]))
+def test_the_models_logits_are_the_capped_logits_of_the_baseline(
+    tiny, build, batch, form, tied
+):
+    plain, capped = (
+        build(tiny(treatment, model__tied=tied), stirred=0.2)
+        for treatment in ([], [{"soft_cap": {"cap": 2.0, "form": form}}])
+    )
     tokens = batch(tiny())[:, :-1]
-    before, after = plain(tokens).detach().double().numpy(), capped(tokens).detach().double().numpy()
+    before, after = (
+        plain(tokens).detach().double().numpy(),
+        capped(tokens).detach().double().numpy(),
+    )
     assert np.abs(before).max() > 3 and np.abs(after).max() < 2
     assert np.abs(after - FORMULA[form](before, 2.0)).max() < 1e-5
     extended, _ = capped.extend(tokens, None)
@@ -56,13 +69,22 @@ def test_the_models_logits_are_the_capped_logits_of_the_baseline(tiny, build, ba
 def test_the_cap_comes_after_the_width_multiplier(tiny, build, batch):
     """Dividing capped logits by m would move the cap with the width."""
     paths = {"model__tied": True}
-    plain, both = (build(tiny(treatment, **paths), stirred=0.2) for treatment in ([], [{"soft_cap": {"cap": 2.0}}, {"mup": {"base_width": 64}}]))
+    plain, both = (
+        build(tiny(treatment, **paths), stirred=0.2)
+        for treatment in ([], [{"soft_cap": {"cap": 2.0}}, {"mup": {"base_width": 64}}])
+    )
     tokens = batch(tiny())[:, :-1]
-    before, after = plain(tokens).detach().double().numpy(), both(tokens).detach().double().numpy()
+    before, after = (
+        plain(tokens).detach().double().numpy(),
+        both(tokens).detach().double().numpy(),
+    )
     assert np.abs(after - FORMULA["tanh"](2 * before, 2.0)).max() < 1e-5  # m = 1/2
 
 
 @FORMS
 def test_bf16_logits_stay_bf16(form):
     z = torch.tensor([1.0, 50.0, -50.0]).bfloat16()
-    assert stage(form, 15.0)(z).dtype == torch.bfloat16 and stage(form, 15.0)(z)[1:].abs().max() <= 15
+    assert (
+        stage(form, 15.0)(z).dtype == torch.bfloat16
+        and stage(form, 15.0)(z)[1:].abs().max() <= 15
+    )

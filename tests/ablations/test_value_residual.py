@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ablab.core.loss import token_losses
+from ablab.core.model.objective import token_losses
 
 VALUES = slice(64, 96)  # rows of v in qkv, after q and k: 4 heads of 8 each
 
@@ -22,19 +22,35 @@ def values_of(model, tokens):
     raw = []
     for block in model.blocks:
         attention, kv = block.attention, block.attention.heads[2]
-        attention.qkv.register_forward_hook(lambda _, __, out, kv=kv: raw.append(out.detach().double().unflatten(-1, (-1, 8))[:, :, -kv:].numpy()))
+        attention.qkv.register_forward_hook(
+            lambda _, __, out, kv=kv: raw.append(
+                out.detach().double().unflatten(-1, (-1, 8))[:, :, -kv:].numpy()
+            )
+        )
     _, cache = model.extend(tokens, None)
     return raw, [values.transpose(1, 2).detach().double().numpy() for _, values in cache]
 
 
-@pytest.mark.parametrize("treatment", [form("normalised"), form("learnable", own=1.0, first=0.0), form("constant", own=1.0, first=0.0)])
+@pytest.mark.parametrize(
+    "treatment",
+    [
+        form("normalised"),
+        form("learnable", own=1.0, first=0.0),
+        form("constant", own=1.0, first=0.0),
+    ],
+)
 def test_one_and_zero_are_exactly_the_baseline(tiny, build, batch, treatment):
     plain, mixed, block = build(tiny()), build(tiny(treatment)), batch(tiny())
     assert torch.equal(plain(block[:, :-1]), mixed(block[:, :-1]))
 
 
-@pytest.mark.parametrize(("name", "own", "first"), [("identity", 0.5, 0.5), ("constant", 1, 2), ("sparse", 1, 5), ("learnable", 0.5, 0.5)])
-def test_each_form_mixes_raw_first_values_by_its_own_weights(tiny, build, batch, name, own, first):
+@pytest.mark.parametrize(
+    ("name", "own", "first"),
+    [("identity", 0.5, 0.5), ("constant", 1, 2), ("sparse", 1, 5), ("learnable", 0.5, 0.5)],
+)
+def test_each_form_mixes_raw_first_values_by_its_own_weights(
+    tiny, build, batch, name, own, first
+):
     """Layer 3 takes layer 1's raw values, not layer 2's mixture; `sparse` leaves all but the last third alone."""
     recipe = tiny(form(name), model__attention__group=2, model__layers=6)
     raw, used = values_of(build(recipe), batch(recipe)[:, :-1])
@@ -49,7 +65,10 @@ def test_each_form_mixes_raw_first_values_by_its_own_weights(tiny, build, batch,
 def test_the_normalised_form_divides_by_the_length_of_its_weights(tiny, build, batch):
     """s (a V + b V_1) / sqrt(a^2 + b^2), with weights of every layer's own."""
     model = build(tiny(form("normalised")), stirred=0.5)
-    weights = [[mix.get_parameter(name).item() for name in ("scale", "own", "first")] for mix in mixes(model)]
+    weights = [
+        [mix.get_parameter(name).item() for name in ("scale", "own", "first")]
+        for mix in mixes(model)
+    ]
     raw, used = values_of(model, batch(tiny())[:, :-1])
     for layer, (s, a, b) in enumerate(weights, 1):
         expected = s * (a * raw[layer] + b * raw[0]) / np.sqrt(a * a + b * b)
@@ -58,7 +77,9 @@ def test_the_normalised_form_divides_by_the_length_of_its_weights(tiny, build, b
 
 
 @pytest.mark.parametrize("factor", [0.01, 3.0, 250.0])
-def test_the_normalised_form_does_not_see_the_common_size_of_its_weights(tiny, build, batch, factor):
+def test_the_normalised_form_does_not_see_the_common_size_of_its_weights(
+    tiny, build, batch, factor
+):
     model, tokens = build(tiny(form("normalised")), stirred=0.3), batch(tiny())[:, :-1]
     before = model(tokens)
     for mix in mixes(model):
@@ -74,7 +95,10 @@ def test_with_first_values_alone_no_later_value_projection_matters(tiny, build, 
     before = model(block[:, :-1])
     token_losses(before, block[:, 1:]).mean().backward()
     qkv = [one.attention.qkv.weight for one in model.blocks]
-    assert all(not weight.grad[VALUES].any() and weight.grad[:64].any() for weight in qkv[1:]) and qkv[0].grad[VALUES].any()
+    assert (
+        all(not weight.grad[VALUES].any() and weight.grad[:64].any() for weight in qkv[1:])
+        and qkv[0].grad[VALUES].any()
+    )
     for weight in qkv[1:]:
         weight.data[VALUES] += 1
     assert torch.equal(model(block[:, :-1]), before)
@@ -86,15 +110,23 @@ def test_with_first_values_alone_no_later_value_projection_matters(tiny, build, 
 def test_the_first_layer_has_no_weights_of_the_mix_and_feels_none(tiny, build, batch, name):
     recipe = tiny(form(name))
     model, tokens, outputs = build(recipe), batch(recipe)[:, :-1], []
-    model.blocks[0].register_forward_hook(lambda _, __, out: outputs.append((out[0], out[1]["first_values"])))
-    learned = [parameter for parameter, _ in model.named_parameters() if "value_residual" in parameter]
-    assert len(learned) == 2 * (3 if name == "normalised" else 2) and not any(one.startswith("blocks.0.") for one in learned)
+    model.blocks[0].register_forward_hook(
+        lambda _, __, out: outputs.append((out[0], out[1]["first_values"]))
+    )
+    learned = [
+        parameter for parameter, _ in model.named_parameters() if "value_residual" in parameter
+    ]
+    assert len(learned) == 2 * (3 if name == "normalised" else 2) and not any(
+        one.startswith("blocks.0.") for one in learned
+    )
     logits = [model(tokens)]
     for mix in mixes(model):
         for value in mix.parameters():
             value.data += 0.7
     logits.append(model(tokens))
-    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True)) and not torch.equal(*logits)
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True)) and not torch.equal(
+        *logits
+    )
 
 
 def test_mixing_before_the_expansion_of_grouped_heads_equals_mixing_after(tiny, build, batch):
@@ -104,7 +136,15 @@ def test_mixing_before_the_expansion_of_grouped_heads_equals_mixing_after(tiny, 
         source = weights[name].detach()
         if name.endswith("qkv.weight"):
             q, k, v = source.split((32, 16, 16))
-            source = torch.cat([q, *(part.unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1) for part in (k, v))])
+            source = torch.cat(
+                [
+                    q,
+                    *(
+                        part.unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1)
+                        for part in (k, v)
+                    ),
+                ]
+            )
         value.data.copy_(source)
     tokens = batch(tiny())[:, :-1]
     assert (full(tokens) - grouped(tokens)).abs().max() < 1e-5
@@ -126,11 +166,16 @@ def test_values_keep_the_activations_dtype(tiny, build, batch, name):
     """A [1] fp32 weight would promote bf16 values, and attention refuses mixed dtypes."""
     model = build(tiny(form(name)), dtype=torch.bfloat16, stirred=0.1)
     logits, cache = model.extend(batch(tiny())[:, :-1], None)
-    assert logits.dtype == torch.bfloat16 and all(past[1].dtype == torch.bfloat16 for past in cache)
+    assert logits.dtype == torch.bfloat16 and all(
+        past[1].dtype == torch.bfloat16 for past in cache
+    )
 
 
 @pytest.mark.parametrize("name", ["normalised", "learnable"])
 def test_the_weight_of_the_first_values_learns_from_the_first_step(tiny, build, batch, name):
     model, block = build(tiny(form(name))), batch(tiny())
     token_losses(model(block[:, :-1]), block[:, 1:]).mean().backward()
-    assert all(mix.first.grad.abs() > 1e-6 and mix.own.declared.role == "vector" for mix in mixes(model))
+    assert all(
+        mix.first.grad.abs() > 1e-6 and mix.own.declared.role == "vector"
+        for mix in mixes(model)
+    )

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ablab.ablations.interventions.wsd import WSD
-from ablab.core.schedule import Cosine
+from ablab.core.parts.schedule import Cosine
 
 SHAPES = ["1-sqrt", "linear", "cosine", "power"]
 FORMULA = {
@@ -22,9 +22,18 @@ RUNS = settings(max_examples=60)
 @st.composite
 def runs(draw):
     """Warm-up W and decay D with W <= T - D, so that the corners are steps of their own."""
-    warmup, stable, decay = draw(st.integers(1, 300)), draw(st.integers(0, 2000)), draw(st.integers(1, 1000))
+    warmup, stable, decay = (
+        draw(st.integers(1, 300)),
+        draw(st.integers(0, 2000)),
+        draw(st.integers(1, 1000)),
+    )
     steps = warmup + stable + decay
-    return warmup, steps, decay, WSD(decay / steps, draw(st.sampled_from(SHAPES)), 1.2, draw(st.floats(0, 1)), warmup)
+    return (
+        warmup,
+        steps,
+        decay,
+        WSD(decay / steps, draw(st.sampled_from(SHAPES)), 1.2, draw(st.floats(0, 1)), warmup),
+    )
 
 
 @RUNS
@@ -33,8 +42,12 @@ def test_corners(run):
     """Full rate at the end of the warm-up and at the start of the decay, the floor at the last step."""
     warmup, steps, decay, wsd = run
     assert abs(wsd.multiplier(1, steps) - 1 / warmup) < 1e-12
-    assert wsd.multiplier(warmup, steps) == pytest.approx(1, abs=1e-6 if wsd.shape == "1-sqrt" else 1e-12)  # sqrt of 1e-16 is 1e-8
-    assert wsd.multiplier(steps - decay, steps) == pytest.approx(1, abs=1e-6 if wsd.shape == "1-sqrt" else 1e-12)
+    assert wsd.multiplier(warmup, steps) == pytest.approx(
+        1, abs=1e-6 if wsd.shape == "1-sqrt" else 1e-12
+    )  # sqrt of 1e-16 is 1e-8
+    assert wsd.multiplier(steps - decay, steps) == pytest.approx(
+        1, abs=1e-6 if wsd.shape == "1-sqrt" else 1e-12
+    )
     assert abs(wsd.multiplier(steps, steps) - wsd.floor) < 1e-12
 
 
@@ -46,7 +59,9 @@ def test_corners_to_1e12_at_the_fractions_that_people_write(shape, fraction, ste
     stable = steps - round(fraction * steps)
     assert fraction == 1.0 or abs(wsd.multiplier(stable, steps) - 1) < 1e-12
     assert fraction == 1.0 or abs(wsd.multiplier(2, steps) - 1) < 1e-12
-    assert abs(wsd.multiplier(steps, steps) - 0.07) < 1e-12 and abs(wsd.multiplier(1, steps) - 0.5) < (1e-12 if fraction < 1 else 0.5)
+    assert abs(wsd.multiplier(steps, steps) - 0.07) < 1e-12 and abs(
+        wsd.multiplier(1, steps) - 0.5
+    ) < (1e-12 if fraction < 1 else 0.5)
 
 
 @RUNS
@@ -55,7 +70,9 @@ def test_each_shape_follows_its_formula(run, part):
     warmup, steps, decay, wsd = run
     t = steps - decay + round(part * decay)
     expected = wsd.floor + (1 - wsd.floor) * FORMULA[wsd.shape]((t - (steps - decay)) / decay)
-    assert wsd.multiplier(t, steps) == pytest.approx(expected, abs=1e-6 if wsd.shape == "1-sqrt" else 1e-12)
+    assert wsd.multiplier(t, steps) == pytest.approx(
+        expected, abs=1e-6 if wsd.shape == "1-sqrt" else 1e-12
+    )
 
 
 @RUNS
@@ -63,9 +80,15 @@ def test_each_shape_follows_its_formula(run, part):
 def test_it_rises_then_holds_then_falls(run):
     warmup, steps, decay, wsd = run
     curve = [wsd.multiplier(t, steps) for t in range(1, steps + 1)]
-    assert all(after > before for before, after in zip(curve[: warmup - 1], curve[1:warmup], strict=True))
+    assert all(
+        after > before
+        for before, after in zip(curve[: warmup - 1], curve[1:warmup], strict=True)
+    )
     assert all(abs(value - 1) < 1e-6 for value in curve[warmup - 1 : steps - decay])
-    assert all(after <= before + 1e-12 for before, after in zip(curve[warmup - 1 :], curve[warmup:], strict=False))
+    assert all(
+        after <= before + 1e-12
+        for before, after in zip(curve[warmup - 1 :], curve[warmup:], strict=False)
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -73,18 +96,27 @@ def test_it_is_continuous_where_the_pieces_meet(shape):
     """At a million steps neighbours differ by less than the shape's steepest step: 1 - sqrt falls by sqrt(1/D) at first."""
     wsd, steps = WSD(0.2, shape, floor=0.1, warmup_steps=1000), 1_000_000
     for t in (1000, 800_000, steps):
-        assert abs(wsd.multiplier(t, steps) - wsd.multiplier(t - 1, steps)) <= 200_000**-0.5 + 1e-12
+        assert (
+            abs(wsd.multiplier(t, steps) - wsd.multiplier(t - 1, steps))
+            <= 200_000**-0.5 + 1e-12
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("floor", [0.0, 0.05])
 def test_past_the_end_the_floor_holds(shape, floor):
     wsd = WSD(0.25, shape, floor=floor, warmup_steps=2)
-    assert [wsd.multiplier(t, 40) for t in (40, 41, 80, 10_000)] == [pytest.approx(floor, abs=1e-12)] * 4
+    assert [wsd.multiplier(t, 40) for t in (40, 41, 80, 10_000)] == [
+        pytest.approx(floor, abs=1e-12)
+    ] * 4
 
 
 def test_a_decay_over_the_whole_run_and_a_warmup_into_the_decay_stay_in_range():
-    for wsd in (WSD(1.0, warmup_steps=0), WSD(0.9, warmup_steps=30), WSD(0.001, warmup_steps=40)):
+    for wsd in (
+        WSD(1.0, warmup_steps=0),
+        WSD(0.9, warmup_steps=30),
+        WSD(0.001, warmup_steps=40),
+    ):
         curve = [wsd.multiplier(t, 40) for t in range(1, 41)]
         assert all(0 <= value <= 1 for value in curve) and curve[-1] < 1e-12
 
@@ -98,11 +130,21 @@ def test_the_default_is_the_best_of_imu1(tiny):
 
 def test_the_run_follows_it(tiny, token_folder, tmp_path):
     """Not the cosine that it replaces: the logged rates of twelve steps."""
-    from ablab.core.record import Record
-    from ablab.core.runtime import Runtime
-    from ablab.core.trainer import run
+    from ablab.core.runtime.runtime import Runtime
+    from ablab.core.store.record import Record
+    from ablab.core.train.trainer import run
 
-    recipe, record = tiny([{"wsd": {"decay_fraction": 0.5, "shape": "linear"}}], optim__lr=0.004), Record(tmp_path)
-    run(recipe, Runtime(device="cpu", compile=False, log_every=1, evaluations=1), token_folder, record)
+    recipe, record = (
+        tiny([{"wsd": {"decay_fraction": 0.5, "shape": "linear"}}], optim__lr=0.004),
+        Record(tmp_path),
+    )
+    run(
+        recipe,
+        Runtime(device="cpu", compile=False, log_every=1, evaluations=1),
+        token_folder,
+        record,
+    )
     expected = [1 / 3, 2 / 3, 1, 1, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
-    assert [line["optim/lr"] / 0.004 for line in record.metrics()] == pytest.approx(expected, abs=1e-12)
+    assert [line["optim/lr"] / 0.004 for line in record.metrics()] == pytest.approx(
+        expected, abs=1e-12
+    )

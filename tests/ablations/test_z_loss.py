@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from ablab.core.loss import objective_of
-from ablab.core.runtime import Runtime
-from ablab.core.trainer import Trainer
+from ablab.core.model.objective import objective_of
+from ablab.core.runtime.runtime import Runtime
+from ablab.core.train.trainer import Trainer
 
 CPU = Runtime(device="cpu", compile=False)
 
@@ -17,24 +17,35 @@ def weighted(weight):
 
 
 def trainers(tiny, folder, *weights, **paths):
-    return [Trainer(tiny(weighted(w) if w is not None else [], **paths), CPU, folder) for w in weights]
+    return [
+        Trainer(tiny(weighted(w) if w is not None else [], **paths), CPU, folder)
+        for w in weights
+    ]
 
 
 def test_the_default_weight_is_palms(tiny):
-    assert [part.weight for part in tiny(["z_loss"]).objective] == [1e-4] and tiny().objective == ()
+    assert [part.weight for part in tiny(["z_loss"]).objective] == [
+        1e-4
+    ] and tiny().objective == ()
 
 
 def test_the_penalty_is_the_weighted_mean_square_of_the_log_normaliser(tiny, build, batch):
     recipe = tiny(weighted(0.25))
     logits = build(recipe)(batch(recipe)[:, :-1]).detach()
     loss, nats = objective_of(recipe.objective)(logits, batch(recipe)[:, 1:])
-    expected = 0.25 * sum(math.log(sum(math.exp(z) for z in row)) ** 2 for row in logits.double().flatten(0, 1).tolist())
+    expected = 0.25 * sum(
+        math.log(sum(math.exp(z) for z in row)) ** 2
+        for row in logits.double().flatten(0, 1).tolist()
+    )
     assert abs((loss - nats).item() / expected - 1) < 1e-5
 
 
 def test_the_gradient_agrees_with_autograd_in_fp64(tiny, build, batch):
     recipe = tiny(weighted(0.3))
-    logits, targets = build(recipe, stirred=0.2)(batch(recipe)[:, :-1]).detach(), batch(recipe)[:, 1:]
+    logits, targets = (
+        build(recipe, stirred=0.2)(batch(recipe)[:, :-1]).detach(),
+        batch(recipe)[:, 1:],
+    )
     fp32, fp64 = logits.clone().requires_grad_(), logits.double().requires_grad_()
     objective_of(recipe.objective)(fp32, targets)[0].backward()
     lse = fp64.logsumexp(-1)
@@ -49,14 +60,18 @@ def test_weight_zero_is_the_baseline_bit_for_bit(tiny, token_folder):
     assert plain.digest() == zero.digest()
 
 
-def test_the_first_reported_loss_is_that_of_the_baseline_whatever_the_weight(tiny, token_folder):
+def test_the_first_reported_loss_is_that_of_the_baseline_whatever_the_weight(
+    tiny, token_folder
+):
     """The forward of step 1 is shared; only the descent differs."""
     runs = trainers(tiny, token_folder, None, 1e-4, 10.0)
     norms = [trainer.advance().item() for trainer in runs]
     assert len({trainer.close_window() for trainer in runs}) == 1
     assert norms[2] > 3 * norms[0] and abs(norms[1] / norms[0] - 1) < 0.01
     scores = [trainer.evaluate() for trainer in runs]
-    assert len({trainer.digest() for trainer in runs}) == 3 and all(4 < score["val/loss"] < 5 for score in scores)
+    assert len({trainer.digest() for trainer in runs}) == 3 and all(
+        4 < score["val/loss"] < 5 for score in scores
+    )
 
 
 def test_the_gradient_is_linear_in_the_weight(tiny, token_folder):
@@ -68,16 +83,22 @@ def test_the_gradient_is_linear_in_the_weight(tiny, token_folder):
         grads.append(torch.cat([value.grad.flatten() for value in trainer.model.parameters()]))
     slope = grads[2] - grads[0]
     assert slope.abs().max() > 1e-2 * grads[0].abs().max()
-    torch.testing.assert_close(grads[1] - grads[0], slope / 2, rtol=0, atol=1e-5 * grads[2].abs().max().item())
+    torch.testing.assert_close(
+        grads[1] - grads[0], slope / 2, rtol=0, atol=1e-5 * grads[2].abs().max().item()
+    )
 
 
 def test_a_heavy_weight_pulls_the_normaliser_to_one(tiny, token_folder):
     """log Z starts near log 64 = 4.2."""
-    plain, heavy = trainers(tiny, token_folder, None, 1.0, budget__tokens=40 * 64, optim__lr=0.01)
+    plain, heavy = trainers(
+        tiny, token_folder, None, 1.0, budget__tokens=40 * 64, optim__lr=0.01
+    )
     for _ in range(40):
         plain.advance(), heavy.advance()
     block = plain.tokens.rows(50, 0, 4)[:, :-1]
-    sizes = [trainer.model(block).logsumexp(-1).abs().mean().item() for trainer in (plain, heavy)]
+    sizes = [
+        trainer.model(block).logsumexp(-1).abs().mean().item() for trainer in (plain, heavy)
+    ]
     assert sizes[1] < 0.5 * sizes[0]
 
 

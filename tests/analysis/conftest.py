@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ablab.core.record import FINISHED, Plan, Planned, Result, Store
+from ablab.core.store.record import FINISHED, Plan, Planned, Result, Store
 
 METRIC = "val/loss"
 TOKENS = 100_000_000
@@ -24,10 +24,21 @@ class Lab:
     treatments: dict = field(default_factory=dict)
     off: dict = field(default_factory=dict)
 
-    def cell(self, name: str, values, reference: str | None = "full", speed: float = 1e5, points: int = 0, runs=None, **result) -> "Lab":
+    def cell(
+        self,
+        name: str,
+        values,
+        reference: str | None = "full",
+        speed: float = 1e5,
+        points: int = 0,
+        runs=None,
+        **result,
+    ) -> "Lab":
         """One run per value.  A value may be a status instead of a number; "missing" and "interrupted" leave no result."""
         for pair, value in enumerate(values):
-            value = value if isinstance(value, str) else float(value)  # numpy scalars have no JSON form
+            value = (
+                value if isinstance(value, str) else float(value)
+            )  # numpy scalars have no JSON form
             run = runs[pair] if runs else f"{self.name}-{name}-{pair}".replace(" ", "_")
             self.rows.append(Planned(name, pair, seed=pair, run=run, reference=reference))
             if value != "missing":
@@ -44,18 +55,45 @@ class Lab:
             part = step / points
             loss = number + 0.9 * (part**-0.3 - 1) + noise.normal(0, 0.004) * (1 - part)
             loss += 0 if done == 1 else 2 * (part / done) ** 20  # lost runs blow up first
-            scalars = {"tokens": part * TOKENS, "train/loss": loss + 0.02, METRIC: loss, "val/bits_per_byte": loss / 3}
+            scalars = {
+                "tokens": part * TOKENS,
+                "train/loss": loss + 0.02,
+                METRIC: loss,
+                "val/bits_per_byte": loss / 3,
+            }
             record.log(step * 100, scalars, {"seconds": part, "tokens_per_second": speed})
         if value == "interrupted":
             return
-        ended = {"status": FINISHED, "metrics": {self.metric: value, "raw/val/loss": value + 0.01}} if done == 1 else {"status": value}
-        usual = {"run": run, "step": points, "tokens": TOKENS, "seconds": 60.0, "tokens_per_second": speed, "code": "c0ffee"}
+        ended = (
+            {"status": FINISHED, "metrics": {self.metric: value, "raw/val/loss": value + 0.01}}
+            if done == 1
+            else {"status": value}
+        )
+        usual = {
+            "run": run,
+            "step": points,
+            "tokens": TOKENS,
+            "seconds": 60.0,
+            "tokens_per_second": speed,
+            "code": "c0ffee",
+        }
         usual["runtime"] = {"device": "cuda", "dtype": "bfloat16"}
         record.finish(Result(**usual | ended | given))
 
     def write(self) -> Store:
         question = "Which ingredients still pay?"
-        self.store.write_plan(Plan(self.name, question, self.metric, self.better, "leave_one_out", self.rows, self.treatments, self.off))
+        self.store.write_plan(
+            Plan(
+                self.name,
+                question,
+                self.metric,
+                self.better,
+                "leave_one_out",
+                self.rows,
+                self.treatments,
+                self.off,
+            )
+        )
         return self.store
 
 

@@ -6,9 +6,9 @@ from typing import get_args
 import pytest
 
 from ablab.core.errors import UserError
-from ablab.core.intervention import REGISTRY
-from ablab.core.part import parse
-from ablab.core.recipe import run_id
+from ablab.core.language.part import parse
+from ablab.core.recipe.intervention import REGISTRY
+from ablab.core.recipe.recipe import run_id
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def other_values():
 @pytest.fixture(scope="session")
 def shows():
     """recipe -> its liveness trace, taken once."""
-    from ablab.ablations.liveness import trace
+    from ablab.ablations.checks.liveness import trace
 
     seen = {}
 
@@ -49,18 +49,41 @@ def requirements(name: str) -> tuple[str, ...]:
 def values_besides(hint, value, path: str) -> list:
     """Valid values of the hinted type other than `value`: words of a Literal, the other truth value, or numbers near and far."""
     number = value if isinstance(value, (int, float)) else 1
-    pool = (*_words(hint), True, False, number * 2, number / 2, 0.25, 2, 0.75, 5, number + 1, 3, 1, 0, 60.0, f"{value}x", None)
+    pool = (
+        *_words(hint),
+        True,
+        False,
+        number * 2,
+        number / 2,
+        0.25,
+        2,
+        0.75,
+        5,
+        number + 1,
+        3,
+        1,
+        0,
+        60.0,
+        f"{value}x",
+        None,
+    )
     found = []
     for candidate in pool:
         try:
             candidate = parse(hint, candidate, path)
         except UserError:
             continue
-        if candidate != value and not any(candidate == one and type(candidate) is type(one) for one in found):
+        if candidate != value and not any(
+            candidate == one and type(candidate) is type(one) for one in found
+        ):
             found.append(candidate)
     return found
 
 
 def _words(hint) -> tuple:
     """The words of every Literal inside the hint."""
-    return tuple(word for option in get_args(hint) for word in ((option,) if isinstance(option, str) else _words(option)))
+    return tuple(
+        word
+        for option in get_args(hint)
+        for word in ((option,) if isinstance(option, str) else _words(option))
+    )

@@ -39,27 +39,63 @@ REFUSES = """        if recipe.model.attention.on_heads:
 FLAWED = {
     "flaw_silent": ("says", '"""One line for `ablab list`."""', ""),
     "flaw_identity": ("changes_only", APPLY, "recipe"),
-    "flaw_trespass": ("changes_only", APPLY, APPLY.replace("recipe", 'edit(recipe, "optim.lr", lambda lr: 2 * lr)')),
+    "flaw_trespass": (
+        "changes_only",
+        APPLY,
+        APPLY.replace("recipe", 'edit(recipe, "optim.lr", lambda lr: 2 * lr)'),
+    ),
     "flaw_greedy": ("claims_no_slot", SLOTS, SLOTS.replace(",)", ', "model.ffn")')),
     "flaw_noop": ("is_alive", APPLY, "recipe"),
     "flaw_zero": ("is_alive", SCALED, "return y * (0 * strength).exp()"),
     "flaw_unread": ("is_alive", SCALED, "return y.clone()"),
-    "flaw_seed": ("start_alike", APPLY, APPLY.replace("recipe", 'edit(recipe, "seed", lambda seed: seed + 1)'), SLOTS, SLOTS.replace(",)", ', "seed")')),
-    "flaw_rows": ("start_alike", APPLY, APPLY.replace("recipe", 'edit(recipe, "data.batch", lambda rows: rows // 2)')),
+    "flaw_seed": (
+        "start_alike",
+        APPLY,
+        APPLY.replace("recipe", 'edit(recipe, "seed", lambda seed: seed + 1)'),
+        SLOTS,
+        SLOTS.replace(",)", ', "seed")'),
+    ),
+    "flaw_rows": (
+        "start_alike",
+        APPLY,
+        APPLY.replace("recipe", 'edit(recipe, "data.batch", lambda rows: rows // 2)'),
+    ),
     "flaw_boast": ("neutral", "start: float = 0.0", "start: float = 0.1"),
     "flaw_modesty": ("neutral", "neutral_at_init=True", "neutral_at_init=False"),
     "flaw_untyped": ("yaml", "append(self)", "append(type(self)(1))"),
-    "flaw_break": ("compiles", SCALED, "return y * (strength.exp() if strength.sum() >= 0 else strength)"),
-    "flaw_forgets": ("resumed", APPLY, APPLY.replace("model.attention.on_heads", "after_step"), BUILD, FORGETS + BUILD),
-    "flaw_heads": ("grouped", "on_heads", "on_qk", "scale(y, x,", "scale(q, k,", SCALED, "return q * strength.exp() + 0 * k, k"),
+    "flaw_break": (
+        "compiles",
+        SCALED,
+        "return y * (strength.exp() if strength.sum() >= 0 else strength)",
+    ),
+    "flaw_forgets": (
+        "resumed",
+        APPLY,
+        APPLY.replace("model.attention.on_heads", "after_step"),
+        BUILD,
+        FORGETS + BUILD,
+    ),
+    "flaw_heads": (
+        "grouped",
+        "on_heads",
+        "on_qk",
+        "scale(y, x,",
+        "scale(q, k,",
+        SCALED,
+        "return q * strength.exp() + 0 * k, k",
+    ),
     "flaw_chunk": ("decoding", SCALED, "return y * strength.exp() + y.cumsum(1)"),
     "flaw_wide": ("bfloat16", ".to(y.dtype)", ""),
     "flaw_dose": ("dose_field", *IDLE),
     "flaw_leaf": ("a_leaf", *IDLE),
     "flaw_clobbers": ("pair and gating", "append(self)", "lambda old: (self,)"),
-    "flaw_refuses": ("pair and gating", "        return edit(", REFUSES + "        return edit("),
-}  # fmt: skip
-STANDARD = 'edit(recipe, "parametrization", lambda old: __import__("ablab.core.parametrize").core.parametrize.Standard(embedding=0.03 + self.start))'
+    "flaw_refuses": (
+        "pair and gating",
+        "        return edit(",
+        REFUSES + "        return edit(",
+    ),
+}
+STANDARD = 'edit(recipe, "parametrization", lambda old: __import__("ablab.core.parts.parametrize").core.parts.parametrize.Standard(embedding=0.03 + self.start))'
 TWICE = """def twice(y, x, *, strength):
     return 2 * y * strength.exp().to(y.dtype)
 
@@ -72,14 +108,26 @@ CHOSEN = """    def chosen(self, where):
 FAIR = {
     "fair_template": (),
     "fair_word": (
-        "start: float = 0.0 ", 'start: float = 0.0\n    till: Literal["last", "first"] = "last" ',
-        "def scale", TWICE, "Stage(scale", "Stage(self.chosen(where)", BUILD, CHOSEN + BUILD,
-        "from ablab.core.declare", "from typing import Literal\n\nfrom ablab.core.declare",
+        "start: float = 0.0 ",
+        'start: float = 0.0\n    till: Literal["last", "first"] = "last" ',
+        "def scale",
+        TWICE,
+        "Stage(scale",
+        "Stage(self.chosen(where)",
+        BUILD,
+        CHOSEN + BUILD,
+        "from ablab.core.language.declare",
+        "from typing import Literal\n\nfrom ablab.core.language.declare",
     ),
-    "fair_choice": (APPLY, STANDARD, SLOTS, 'slots=("parametrization",)'),  # beside mup, a refusal that the declarations foretell
+    "fair_choice": (
+        APPLY,
+        STANDARD,
+        SLOTS,
+        'slots=("parametrization",)',
+    ),  # beside mup, a refusal that the declarations foretell
     "fair_exclusion": (SLOTS, SLOTS + ', excludes=("gating",)'),
     "fair_requirement": (SLOTS, SLOTS + ', requires=("normuon",)'),  # which requires muon
-}  # fmt: skip
+}
 
 
 def written(folder: Path, name: str, edits: tuple[str, ...]) -> None:
@@ -99,7 +147,11 @@ def test_flawed_interventions_fail_where_they_should_and_fair_ones_pass(tmp_path
     chosen = ["(fair_ and not flaw_ and not compiles)", "(fair_template and compiles)"]
     chosen += [f"({name} and {test} and not fair_)" for name, (test, *_) in FLAWED.items()]
     outcomes = contracts(tmp_path, " or ".join(chosen))
-    passed = {name for name in FLAWED if not any(name in test and not well for test, well in outcomes.items())}
+    passed = {
+        name
+        for name in FLAWED
+        if not any(name in test and not well for test, well in outcomes.items())
+    }
     failed = [test for test, well in outcomes.items() if "fair_" in test and not well]
     assert (passed, failed) == (set(), [])
     for name in FAIR:
@@ -110,9 +162,30 @@ def test_flawed_interventions_fail_where_they_should_and_fair_ones_pass(tmp_path
 def contracts(folder: Path, chosen: str) -> dict[str, bool]:
     """Run the chosen contract tests on the interventions in a folder: test -> whether it passed."""
     here, report = Path(__file__), folder / "report.xml"
-    command = [sys.executable, "-m", "pytest", here.parent, "--ignore", here, "--plugins", folder, "-k", chosen, "--junitxml", report]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    said = subprocess.run(command, cwd=here.parents[2], env=clean, capture_output=True, text=True).stdout
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        here.parent,
+        "--ignore",
+        here,
+        "--plugins",
+        folder,
+        "-k",
+        chosen,
+        "--junitxml",
+        report,
+    ]
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }
+    said = subprocess.run(
+        command, cwd=here.parents[2], env=clean, capture_output=True, text=True
+    ).stdout
     assert report.exists(), said
     cases = xml.parse(report).iter("testcase")
-    return {f"{case.get('classname')}.{case.get('name')}": not {"failure", "error"} & {child.tag for child in case} for case in cases}
+    return {
+        f"{case.get('classname')}.{case.get('name')}": not {"failure", "error"}
+        & {child.tag for child in case}
+        for case in cases
+    }

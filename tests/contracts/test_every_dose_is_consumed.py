@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from ablab.core.errors import UserError
-from ablab.core.intervention import REGISTRY
-from ablab.core.part import fields_of
-from ablab.core.recipe import run_id
+from ablab.core.language.part import fields_of
+from ablab.core.recipe.intervention import REGISTRY
+from ablab.core.recipe.recipe import run_id
 
 DECAYED = {"optim__chains__embedding__steps": [{"kind": "adam"}, {"kind": "decay"}]}
 
@@ -25,15 +25,26 @@ class Given:
 
 
 PRECONDITIONS = {
-    "cautious_wd.ties": Given("a tie is an update of exactly 0: rows of unseen tokens, if the embedding decays", base=DECAYED),
-    "ema.beta": Given("the weight of a snapshot; online has a horizon instead", {"mode": "posthoc"}),
+    "cautious_wd.ties": Given(
+        "a tie is an update of exactly 0: rows of unseen tokens, if the embedding decays",
+        base=DECAYED,
+    ),
+    "ema.beta": Given(
+        "the weight of a snapshot; online has a horizon instead", {"mode": "posthoc"}
+    ),
     "ema.bias_corrected": Given("of the snapshots' weights", {"mode": "posthoc"}),
     "ema.checkpoints": Given("how many snapshots", {"mode": "posthoc"}),
     "ema.span": Given("where the snapshots lie", {"mode": "posthoc"}),
-    "gating.channels": Given("how many channels a gate reads, if not all", {"per": "first_channels"}),
-    "mup.base": Given("a parametrization, not a number", value={"kind": "standard", "gain": 0.5}),
+    "gating.channels": Given(
+        "how many channels a gate reads, if not all", {"per": "first_channels"}
+    ),
+    "mup.base": Given(
+        "a parametrization, not a number", value={"kind": "standard", "gain": 0.5}
+    ),
     "mup.base_layers": Given("the depth rule divides by it", {"depth": "complete"}),
-    "mup.rms_lr": Given("the rule for Muon under the rms scale", beside=({"muon": {"scale": "rms"}},)),
+    "mup.rms_lr": Given(
+        "the rule for Muon under the rms scale", beside=({"muon": {"scale": "rms"}},)
+    ),
     "muon.warmup_from": Given("a rise of one step has no beginning", {"warmup_steps": 8}),
     "muon.warmup_steps": Given("a rise from 0.95 to 0.95 has no length", {"warmup_from": 0.5}),
     "wsd.power": Given("the exponent of one shape", {"shape": "power"}),
@@ -53,7 +64,11 @@ def consumed(tiny, needs, shows, other_values):
 
         now, hint = arm(), fields_of(REGISTRY[name])[dose]
         start = REGISTRY[name](**given.dose)
-        values = [given.value] if given.value is not None else other_values(hint, getattr(start, dose), path)
+        values = (
+            [given.value]
+            if given.value is not None
+            else other_values(hint, getattr(start, dose), path)
+        )
         assert values
         for value in values:
             try:

@@ -12,20 +12,32 @@ from typing import Any, get_origin
 import pytest
 
 from ablab.core.errors import UserError
-from ablab.core.intervention import REGISTRY, resolve, treatment_of
-from ablab.core.load import assign
-from ablab.core.part import Part, fields_of, parse
-from ablab.core.recipe import Attention, Budget, Data, Model, Recipe, check, plain, run_id, structure
-from ablab.core.runtime import Runtime
-from ablab.core.schedule import Cosine
-from ablab.core.trainer import Trainer, Warm
+from ablab.core.language.part import Part, fields_of, parse
+from ablab.core.parts.schedule import Cosine
+from ablab.core.recipe.intervention import REGISTRY, resolve, treatment_of
+from ablab.core.recipe.load import assign
+from ablab.core.recipe.recipe import (
+    Attention,
+    Budget,
+    Data,
+    Model,
+    Recipe,
+    check,
+    plain,
+    run_id,
+    structure,
+)
+from ablab.core.runtime.runtime import Runtime
+from ablab.core.train.trainer import Trainer, Warm
 
 CPU = Runtime(device="cpu")
 DIGEST = "00000000deadbeef"  # of the token folder
 BASE = Recipe(
-    Data("tiny", DIGEST, vocab=64, context=16, batch=4, held_out=160), Model(width=32, layers=2, attention=Attention(head_dim=8)),
-    schedule=Cosine(warmup_steps=3), budget=Budget(8 * 64),
-)  # fmt: skip
+    Data("tiny", DIGEST, vocab=64, context=16, batch=4, held_out=160),
+    Model(width=32, layers=2, attention=Attention(head_dim=8)),
+    schedule=Cosine(warmup_steps=3),
+    budget=Budget(8 * 64),
+)
 # Leaves that change a run's name and nothing that it computes.
 INERT_BY_NATURE = {
     "data.name": "a label for people, and the name of a folder; the digest says which tokens",
@@ -36,29 +48,73 @@ TELLING = {"data.vocab": [72], "data.digest": [None], "optim.clip": [0.05, None]
 # Doses that interventions need so that each of their keys matters, and the base paths beneath them.
 RICH = {
     "adamw": (
-        {"optim.chains.hidden.steps": [{"kind": "adam"}, {"kind": "decay", "schedule": "lr"}], "schedule.floor": 0.2},
-        [{"ema": {"horizon": 3, "start": 0.25, "mix": 0.7}}, {"value_residual": {"form": "learnable", "own": 0.6, "first": 0.3}},
-         {"qk_norm": {"gain": "scalar"}}, "gating"],
+        {
+            "optim.chains.hidden.steps": [
+                {"kind": "adam"},
+                {"kind": "decay", "schedule": "lr"},
+            ],
+            "schedule.floor": 0.2,
+        },
+        [
+            {"ema": {"horizon": 3, "start": 0.25, "mix": 0.7}},
+            {"value_residual": {"form": "learnable", "own": 0.6, "first": 0.3}},
+            {"qk_norm": {"gain": "scalar"}},
+            "gating",
+        ],
     ),
     "imu1": (
-        {"optim.chains.embedding.steps": [{"kind": "adam"}, {"kind": "decay", "rate": 0.3}], "optim.chains.hidden.steps": [
-            {"kind": "adam"}, {"kind": "decay", "schedule": "linear"}]},
-        ["qk_norm", {"gating": {"per": "first_channels", "channels": 5, "init": "normal"}}, "value_residual", "ln_scaling", "relu2", "soft_cap", "z_loss",
-         {"mup": {"base_width": 16, "depth": "complete"}}, {"muon": {"scale": "rms", "warmup_from": 0.8, "warmup_steps": 5}}, "normuon", "cautious_wd",
-         {"wsd": {"shape": "power", "decay_fraction": 0.5}}, {"ema": {"mode": "posthoc", "checkpoints": 3, "span": 0.6}}],
+        {
+            "optim.chains.embedding.steps": [{"kind": "adam"}, {"kind": "decay", "rate": 0.3}],
+            "optim.chains.hidden.steps": [
+                {"kind": "adam"},
+                {"kind": "decay", "schedule": "linear"},
+            ],
+        },
+        [
+            "qk_norm",
+            {"gating": {"per": "first_channels", "channels": 5, "init": "normal"}},
+            "value_residual",
+            "ln_scaling",
+            "relu2",
+            "soft_cap",
+            "z_loss",
+            {"mup": {"base_width": 16, "depth": "complete"}},
+            {"muon": {"scale": "rms", "warmup_from": 0.8, "warmup_steps": 5}},
+            "normuon",
+            "cautious_wd",
+            {"wsd": {"shape": "power", "decay_fraction": 0.5}},
+            {"ema": {"mode": "posthoc", "checkpoints": 3, "span": 0.6}},
+        ],
     ),
     "mixed": (
-        {"schedule": {"kind": "constant", "warmup_steps": 3},
-         "optim.chains.embedding.steps": ["lion"], "optim.chains.readout.steps": ["sgd"], "optim.chains.gate.steps": ["lion", "decay"],
-         "optim.chains.vector.steps": [{"kind": "momentum", "warmup_from": 0.5, "warmup_steps": 3}],
-         "optim.chains.hidden.steps": ["momentum", {"kind": "orthogonalize", "scale": "spectral"}, {"kind": "decay", "schedule": "linear"}]},
+        {
+            "schedule": {"kind": "constant", "warmup_steps": 3},
+            "optim.chains.embedding.steps": ["lion"],
+            "optim.chains.readout.steps": ["sgd"],
+            "optim.chains.gate.steps": ["lion", "decay"],
+            "optim.chains.vector.steps": [
+                {"kind": "momentum", "warmup_from": 0.5, "warmup_steps": 3}
+            ],
+            "optim.chains.hidden.steps": [
+                "momentum",
+                {"kind": "orthogonalize", "scale": "spectral"},
+                {"kind": "decay", "schedule": "linear"},
+            ],
+        },
         [{"gating": {"per": "elementwise"}}, "ema"],
     ),
     # Four tokens a step leave some ReLUs dead, and so some updates of hidden weights exactly 0: a tie.
-    "few": ({"data.batch": 1, "data.context": 4, "budget.tokens": 32}, ["relu2", "cautious_wd"]),
-}  # fmt: skip
+    "few": (
+        {"data.batch": 1, "data.context": 4, "budget.tokens": 32},
+        ["relu2", "cautious_wd"],
+    ),
+}
 LISTED = {name for _, listed in RICH.values() for name in treatment_of(listed)}
-RICH |= {name: ({}, [*cls.about.requires, name]) for name, cls in REGISTRY.items() if name not in LISTED}  # a user's own
+RICH |= {
+    name: ({}, [*cls.about.requires, name])
+    for name, cls in REGISTRY.items()
+    if name not in LISTED
+}  # a user's own
 
 
 @dataclass(frozen=True)
@@ -84,7 +140,9 @@ def leaves(value: Any, hint: Any = None, path: tuple[str | int, ...] = (), name:
         name = f"{name}.{value.kind}"
     if dataclasses.is_dataclass(value):
         for key, hint in fields_of(type(value)).items():
-            yield from leaves(getattr(value, key), hint, (*path, key), f"{name}.{key}".lstrip("."))
+            yield from leaves(
+                getattr(value, key), hint, (*path, key), f"{name}.{key}".lstrip(".")
+            )
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from leaves(item, None, (*path, key), f"{name}.{key}")
@@ -107,8 +165,16 @@ def walk() -> tuple[dict[str, Recipe], dict[str, list[Leaf]], set[str]]:
             continue  # an intervention that does not stand on the base fails its own contract
         for name, *rest in leaves(recipes[rich]):
             found.setdefault(name, []).append(Leaf(rich, *rest))
-    empty = {name for name in found if name.endswith("[]") and not any(other.startswith(name[:-2] + ".") for other in found)}
-    return recipes, {name: leaf for name, leaf in found.items() if not name.endswith("[]")}, empty
+    empty = {
+        name
+        for name in found
+        if name.endswith("[]") and not any(other.startswith(name[:-2] + ".") for other in found)
+    }
+    return (
+        recipes,
+        {name: leaf for name, leaf in found.items() if not name.endswith("[]")},
+        empty,
+    )
 
 
 RECIPES, LEAVES, EMPTY = walk()
@@ -161,7 +227,9 @@ def others(other_values):
             except UserError:
                 continue  # it does not fit the rest of the recipe
             if recipe != RECIPES[leaf.rich]:
-                assert run_id(recipe) != run_id(RECIPES[leaf.rich]), f"{name}={value} is another run of the same name"
+                assert run_id(recipe) != run_id(RECIPES[leaf.rich]), (
+                    f"{name}={value} is another run of the same name"
+                )
                 yield recipe
 
     return of
@@ -169,11 +237,20 @@ def others(other_values):
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_a_leaf_changes_the_name_and_the_outcome_or_is_listed_as_inert(outcome, others, name):
-    rounds = itertools.zip_longest(*([(RECIPES[leaf.rich], other) for other in others(name, leaf)] for leaf in LEAVES[name]))
-    pairs = [pair for one in rounds for pair in one if pair]  # the most telling value in each recipe first
+    rounds = itertools.zip_longest(
+        *(
+            [(RECIPES[leaf.rich], other) for other in others(name, leaf)]
+            for leaf in LEAVES[name]
+        )
+    )
+    pairs = [
+        pair for one in rounds for pair in one if pair
+    ]  # the most telling value in each recipe first
     assert pairs, f"no other value of {name} is allowed; add one to TELLING"
     shows = any(outcome(other) != outcome(recipe) for recipe, other in pairs)
-    assert shows != (name in INERT_BY_NATURE), "nothing reads it" if not shows else "it is listed as inert, yet something reads it"
+    assert shows != (name in INERT_BY_NATURE), (
+        "nothing reads it" if not shows else "it is listed as inert, yet something reads it"
+    )
 
 
 def test_every_part_and_every_slot_stands_in_a_rich_recipe():
@@ -183,7 +260,9 @@ def test_every_part_and_every_slot_stands_in_a_rich_recipe():
     assert set(INERT_BY_NATURE) | set(TELLING) <= set(LEAVES) and all(INERT_BY_NATURE.values())
 
 
-@pytest.mark.parametrize(("path", "kind"), [("after_step", "ema"), ("optim.chains.hidden.steps", "momentum")])
+@pytest.mark.parametrize(
+    ("path", "kind"), [("after_step", "ema"), ("optim.chains.hidden.steps", "momentum")]
+)
 def test_two_parts_that_would_share_one_state_are_refused(path, kind):
     """Checkpoints and banks know a state by its kind: of two, one would be lost."""
     check(assign(BASE, path, [kind]))
@@ -201,7 +280,9 @@ def test_a_warm_trainer_remembers_nothing_of_the_run_before(outcome, others, fol
     """Runs of one structure share compiled graphs; whatever differs between them must be read anew."""
     recipe, warm, shared = RECIPES[rich], Warm(), set()
     graphs = warm.trainer_for(recipe, CPU, folder_of(recipe))
-    for name, leaf in [(name, leaf) for name, found in LEAVES.items() for leaf in found if leaf.rich == rich]:
+    for name, leaf in [
+        (name, leaf) for name, found in LEAVES.items() for leaf in found if leaf.rich == rich
+    ]:
         other = next(others(name, leaf), recipe)
         if other != recipe and structure(other, CPU) == structure(recipe, CPU):
             trainer = warm.trainer_for(other, CPU, folder_of(other))

@@ -11,24 +11,28 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from ablab.core.data import Tokens
-from ablab.core.edit import edit, put
+from ablab.core.data.tokens import Tokens
 from ablab.core.errors import UserError
-from ablab.core.intervention import REGISTRY, at
-from ablab.core.load import dump, read_yaml
-from ablab.core.loss import objective_of
-from ablab.core.optimizer import Optimizer
-from ablab.core.part import fields_of, parse
-from ablab.core.recipe import Recipe, plain, run_id
-from ablab.core.runtime import Runtime
-from ablab.core.trainer import Trainer
+from ablab.core.language.part import fields_of, parse
+from ablab.core.model.objective import objective_of
+from ablab.core.recipe.edit import edit, put
+from ablab.core.recipe.intervention import REGISTRY, at
+from ablab.core.recipe.load import dump, read_yaml
+from ablab.core.recipe.recipe import Recipe, plain, run_id
+from ablab.core.runtime.runtime import Runtime
+from ablab.core.train.banks import Optimizer
+from ablab.core.train.trainer import Trainer
 
 CPU = Runtime(device="cpu")
 BASES = {"plain": {}, "gqa": {"model__attention__group": 2}, "tied": {"model__tied": True}}
 
 
 def words(hint) -> list:
-    return [word for option in get_args(hint) for word in ((option,) if isinstance(option, str) else words(option))]
+    return [
+        word
+        for option in get_args(hint)
+        for word in ((option,) if isinstance(option, str) else words(option))
+    ]
 
 
 def variants():
@@ -37,7 +41,9 @@ def variants():
         yield name, {}
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         for field, hint in fields_of(cls).items():
-            yield from ((name, {field: word}) for word in words(hint) if word != defaults[field])
+            yield from (
+                (name, {field: word}) for word in words(hint) if word != defaults[field]
+            )
 
 
 def spelt(variant) -> str:
@@ -106,7 +112,11 @@ def test_changes_only_the_slots_that_it_claims_and_at_least_one(arms, variant):
 @every_intervention
 def test_claims_no_slot_that_it_never_changes(arms, name):
     doses = [arms(variant) for variant in variants() if variant[0] == name]
-    idle = [slot for slot in on_slots((name, {})) if all(at(on, slot) == at(off, slot) for off, on in doses)]
+    idle = [
+        slot
+        for slot in on_slots((name, {}))
+        if all(at(on, slot) == at(off, slot) for off, on in doses)
+    ]
     assert not idle
 
 
@@ -117,26 +127,36 @@ def on_slots(variant) -> tuple[str, ...]:
 @every_variant
 def test_is_alive(arms, shows, variant):
     off, on = arms(variant)
-    assert shows(on) != shows(off), f"INERT: {spelt(variant)} computes the same bits as without it"
+    assert shows(on) != shows(off), (
+        f"INERT: {spelt(variant)} computes the same bits as without it"
+    )
 
 
 # ---- a fair pair with its reference ----
 
 
 @every_variant
-def test_shared_parameters_start_alike_and_batches_are_the_same(arms, build, token_folder, variant):
+def test_shared_parameters_start_alike_and_batches_are_the_same(
+    arms, build, token_folder, variant
+):
     """A claim on the parametrization allows another scale for the same draws, and nothing else."""
     off, on = arms(variant)
     assert on.budget == off.budget and on.steps == off.steps
     theirs, ours = (dict(build(recipe).named_parameters()) for recipe in (off, on))
-    shared = [name for name, value in ours.items() if name in theirs and theirs[name].shape == value.shape]
+    shared = [
+        name
+        for name, value in ours.items()
+        if name in theirs and theirs[name].shape == value.shape
+    ]
     assert len(shared) > len(theirs) / 2
     for name in shared:
         if on.parametrization == off.parametrization:
             assert alike(ours[name], theirs[name]), name
         else:
             scale = ours[name].norm() / theirs[name].norm()
-            torch.testing.assert_close(ours[name], theirs[name] * scale, rtol=1e-5, atol=0, msg=name)
+            torch.testing.assert_close(
+                ours[name], theirs[name] * scale, rtol=1e-5, atol=0, msg=name
+            )
     ours, theirs = Tokens(on, token_folder), Tokens(off, token_folder)
     for step in range(on.steps):
         assert torch.equal(ours.rows(step, 0, 4), theirs.rows(step, 0, 4))
@@ -172,13 +192,25 @@ def test_compiles_without_a_graph_break(arms, build, batch, variant):
     """
     off, on = arms(variant, model__layers=2, **BASES["gqa"])
     block = batch(on)
-    if (on.model, on.parametrization, on.objective) != (off.model, off.parametrization, off.objective):
-        expected, found = loss_and_gradients(on, build, block), loss_and_gradients(on, build, block, backend="eager")
+    if (on.model, on.parametrization, on.objective) != (
+        off.model,
+        off.parametrization,
+        off.objective,
+    ):
+        expected, found = (
+            loss_and_gradients(on, build, block),
+            loss_and_gradients(on, build, block, backend="eager"),
+        )
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-9, msg=name)
     if (on.optim, on.parametrization) != (off.optim, off.parametrization):
         counter = CompileCounter()
-        assert moved(on, build, block, lambda move: torch.compile(move, fullgraph=True, dynamic=False, backend=counter)) == moved(on, build, block)
+        assert moved(
+            on,
+            build,
+            block,
+            lambda move: torch.compile(move, fullgraph=True, dynamic=False, backend=counter),
+        ) == moved(on, build, block)
         assert counter.frame_count == 1, "compiled again at a later step"
 
 
@@ -189,9 +221,13 @@ def loss_and_gradients(recipe, build, block, backend=None) -> dict[str, torch.Te
     def loss_of(block):
         return objective(model(block[:, :-1]), block[:, 1:])[0]
 
-    loss = (torch.compile(loss_of, fullgraph=True, backend=backend) if backend else loss_of)(block)
+    loss = (torch.compile(loss_of, fullgraph=True, backend=backend) if backend else loss_of)(
+        block
+    )
     loss.backward()
-    return {"loss": loss.detach()} | {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    return {"loss": loss.detach()} | {
+        name: value.grad for name, value in model.named_parameters() if value.grad is not None
+    }
 
 
 def moved(recipe, build, block, compiled=lambda move: move) -> dict[str, list[float]]:
@@ -206,7 +242,10 @@ def moved(recipe, build, block, compiled=lambda move: move) -> dict[str, list[fl
         for bank in optimizer.banks:
             bank.grad.normal_(generator=draw)
         optimizer.step(t)
-    return {name: value.detach().mul(1e5).round().tolist() for name, value in model.named_parameters()}
+    return {
+        name: value.detach().mul(1e5).round().tolist()
+        for name, value in model.named_parameters()
+    }
 
 
 @every_variant
@@ -224,13 +263,18 @@ def test_a_resumed_run_ends_with_the_same_bits(arms, token_folder, tmp_path, var
         resumed.advance()
     assert resumed.digest() == whole.digest()
     ours, theirs = resumed.tensors(), whole.tensors()
-    assert ours.keys() == theirs.keys() and [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert (
+        ours.keys() == theirs.keys()
+        and [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    )
     assert resumed.evaluate() == whole.evaluate()
 
 
 @every_base
 @every_variant
-def test_works_with_grouped_heads_and_with_a_tied_readout(arms_on, shows, build, batch, variant, base):
+def test_works_with_grouped_heads_and_with_a_tied_readout(
+    arms_on, shows, build, batch, variant, base
+):
     off, on = arms_on(variant, base)
     assert shows(on) != shows(off)
     assert build(on, stirred=0.05)(batch(on)[:, :-1]).isfinite().all()
@@ -238,7 +282,9 @@ def test_works_with_grouped_heads_and_with_a_tied_readout(arms_on, shows, build,
 
 @every_base
 @every_variant
-def test_decoding_a_few_tokens_at_a_time_equals_one_forward(arms_on, build, batch, variant, base):
+def test_decoding_a_few_tokens_at_a_time_equals_one_forward(
+    arms_on, build, batch, variant, base
+):
     _, on = arms_on(variant, base)
     model, tokens = build(on, stirred=0.1), batch(on)[:, :-1]
     pieces, cache = [], None
@@ -246,7 +292,9 @@ def test_decoding_a_few_tokens_at_a_time_equals_one_forward(arms_on, build, batc
         for piece in tokens.split([5, 1, 1, 9], dim=1):
             logits, cache = model.extend(piece, cache)
             pieces.append(logits)
-        torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.cat(pieces, dim=1), model(tokens), rtol=1e-4, atol=1e-5
+        )
 
 
 @every_variant
@@ -258,15 +306,23 @@ def test_activations_stay_bfloat16(arms, build, batch, variant):
     def look(name):
         def hook(module, inputs, output):
             values = output if isinstance(output, tuple) else (output,)
-            values = [v for value in values for v in (value.values() if isinstance(value, dict) else (value,))]
+            values = [
+                v
+                for value in values
+                for v in (value.values() if isinstance(value, dict) else (value,))
+            ]
             wide.extend(name for value in values if value.dtype != torch.bfloat16)
 
         return hook
 
     for name, module in model.named_modules():
-        if name != "embedding" and not isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
+        if name != "embedding" and not isinstance(
+            module, torch.nn.ModuleList | torch.nn.ModuleDict
+        ):
             module.register_forward_hook(look(name or "logits"))
     logits = model(batch(on)[:, :-1])
     assert logits.dtype == torch.bfloat16 and logits.isfinite().all() and not wide
     logits.float().square().mean().backward()
-    assert all(value.grad is None or value.grad.isfinite().all() for value in model.parameters())
+    assert all(
+        value.grad is None or value.grad.isfinite().all() for value in model.parameters()
+    )

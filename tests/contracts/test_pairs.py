@@ -7,17 +7,19 @@ import pytest
 import torch
 
 from ablab.core.errors import UserError
-from ablab.core.intervention import CHOICES, REGISTRY, at, dependents
-from ablab.core.loss import objective_of
-from ablab.core.recipe import run_id
-from ablab.core.runtime import Runtime
-from ablab.core.trainer import Trainer
+from ablab.core.model.objective import objective_of
+from ablab.core.recipe.intervention import CHOICES, REGISTRY, at, dependents
+from ablab.core.recipe.recipe import run_id
+from ablab.core.runtime.runtime import Runtime
+from ablab.core.train.trainer import Trainer
 
 PAIRS = list(itertools.combinations(sorted(REGISTRY), 2))
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
-def test_a_pair_has_both_effects_in_either_order_or_a_declared_reason_not_to(tiny, needs, shows, pair):
+def test_a_pair_has_both_effects_in_either_order_or_a_declared_reason_not_to(
+    tiny, needs, shows, pair
+):
     """Requirements are added.  Without either one, its slots and the bits that are computed both differ."""
     names = list(dict.fromkeys([*needs(pair[0]), *needs(pair[1]), *pair]))
     if reason := clash(names):
@@ -32,7 +34,9 @@ def test_a_pair_has_both_effects_in_either_order_or_a_declared_reason_not_to(tin
         gone = dependents(name, {one: REGISTRY[one]() for one in names})
         without = tiny([one for one in names if one not in gone])
         for slot in REGISTRY[name].about.slots:
-            assert at(both, slot) != at(without, slot), f"{name} leaves no trace in {slot} beside {pair}"
+            assert at(both, slot) != at(without, slot), (
+                f"{name} leaves no trace in {slot} beside {pair}"
+            )
         assert shows(both) != shows(without), f"{name} is inert beside {pair}"
 
 
@@ -48,9 +52,13 @@ def clash(names) -> str:
     return ""
 
 
-@pytest.mark.parametrize("name", sorted(name for name, cls in REGISTRY.items() if cls.about.requires))
+@pytest.mark.parametrize(
+    "name", sorted(name for name, cls in REGISTRY.items() if cls.about.requires)
+)
 def test_alone_it_asks_for_what_it_builds_on(tiny, name):
-    with pytest.raises(UserError, match=f"{name} builds on {REGISTRY[name].about.requires[0]}; add") as refusal:
+    with pytest.raises(
+        UserError, match=f"{name} builds on {REGISTRY[name].about.requires[0]}; add"
+    ) as refusal:
         tiny([name])
     assert "\n" not in str(refusal.value)
 
@@ -88,6 +96,11 @@ def test_the_full_stack_compiled_by_inductor_equals_eager(full, build, batch):
         model, objective = build(recipe, stirred=0.02), objective_of(recipe.objective)
         loss = compiled(lambda block: objective(model(block[:, :-1]), block[:, 1:])[0])(block)  # noqa: B023
         loss.backward()
-        found.append({"loss": loss.detach()} | {name: value.grad for name, value in model.named_parameters()})
+        found.append(
+            {"loss": loss.detach()}
+            | {name: value.grad for name, value in model.named_parameters()}
+        )
     for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-4 * value.abs().max().item(), msg=name)
+        torch.testing.assert_close(
+            found[1][name], value, rtol=1e-3, atol=1e-4 * value.abs().max().item(), msg=name
+        )

@@ -5,19 +5,40 @@ from dataclasses import asdict, fields
 import pytest
 import torch
 
-from ablab.core import checkpoint
 from ablab.core.errors import UserError
-from ablab.core.record import Record
-from ablab.core.runtime import Runtime, settle
-from ablab.core.trainer import Trainer, run
-from ablab.experiments.experiment import load
+from ablab.core.runtime.runtime import Runtime, settle
+from ablab.core.store.record import Record
+from ablab.core.train import checkpoint
+from ablab.core.train.trainer import Trainer, run
+from ablab.experiments.plan.experiment import load
 
 OTHER = {
-    "device": "cuda", "dtype": "bf16", "kernels": "torch", "compile": True, "replay": True, "micro_batch": 2, "recompute": 2,
-    "deterministic": True, "turns": False, "threads": 2, "log_every": 1, "evaluations": 3, "save_seconds": 0.0, "keep_weights": True,
-}  # fmt: skip
+    "device": "cuda",
+    "dtype": "bf16",
+    "kernels": "torch",
+    "compile": True,
+    "replay": True,
+    "micro_batch": 2,
+    "recompute": 2,
+    "deterministic": True,
+    "turns": False,
+    "threads": 2,
+    "log_every": 1,
+    "evaluations": 3,
+    "save_seconds": 0.0,
+    "keep_weights": True,
+}
 # The other fields may round differently; `deterministic` and `kernels` do so on a GPU alone.
-KEEP_THE_BITS = ("kernels", "replay", "recompute", "deterministic", "log_every", "evaluations", "save_seconds", "keep_weights")
+KEEP_THE_BITS = (
+    "kernels",
+    "replay",
+    "recompute",
+    "deterministic",
+    "log_every",
+    "evaluations",
+    "save_seconds",
+    "keep_weights",
+)
 every_field = pytest.mark.parametrize("field", [field.name for field in fields(Runtime)])
 
 
@@ -30,9 +51,18 @@ def global_state():
 
 @every_field
 def test_a_field_does_not_rename_a_run(field):
-    plain, other = (load("quickstart", {f"runtime.{field}": value}) for value in (getattr(Runtime(), field), OTHER[field]))
-    assert getattr(other.sheet.runtime, field) == OTHER[field] != getattr(plain.sheet.runtime, field)
-    assert other.name == plain.name and [one.id for one in other.runs()] == [one.id for one in plain.runs()]
+    plain, other = (
+        load("quickstart", {f"runtime.{field}": value})
+        for value in (getattr(Runtime(), field), OTHER[field])
+    )
+    assert (
+        getattr(other.sheet.runtime, field)
+        == OTHER[field]
+        != getattr(plain.sheet.runtime, field)
+    )
+    assert other.name == plain.name and [one.id for one in other.runs()] == [
+        one.id for one in plain.runs()
+    ]
 
 
 class Seen:
@@ -54,9 +84,15 @@ class Seen:
         def watch(trainer, *given):
             make(trainer, *given)
             self.trainer = trainer
-            trainer.model.norm.register_forward_pre_hook(lambda norm, inputs: self.rows.add(len(inputs[0])))
-            trainer.model.norm.register_forward_hook(lambda norm, inputs, normed: setattr(self, "dtype", normed.dtype))
-            trainer.model.blocks[0].register_forward_pre_hook(lambda *given: setattr(self, "blocks", self.blocks + 1))
+            trainer.model.norm.register_forward_pre_hook(
+                lambda norm, inputs: self.rows.add(len(inputs[0]))
+            )
+            trainer.model.norm.register_forward_hook(
+                lambda norm, inputs, normed: setattr(self, "dtype", normed.dtype)
+            )
+            trainer.model.blocks[0].register_forward_pre_hook(
+                lambda *given: setattr(self, "blocks", self.blocks + 1)
+            )
 
         patch.setattr(checkpoint, "write", count_saves)
         patch.setattr(torch, "compile", count_compiled)
@@ -73,9 +109,14 @@ OBSERVED = {
     "dtype": lambda seen: (seen.dtype, seen.result.weights),
     "kernels": lambda seen: seen.about["kernels"],
     "compile": lambda seen: seen.compiled > 0,
-    "replay": lambda seen: (seen.trainer.descend.replay, seen.trainer.optimizer.move.replay),  # core/replay.py; tests/core/test_gpu.py
+    "replay": lambda seen: (
+        seen.trainer.descend.replay,
+        seen.trainer.optimizer.move.replay,
+    ),  # core/runtime/replay.py; tests/core/test_gpu.py
     "micro_batch": lambda seen: seen.rows,
-    "recompute": lambda seen: seen.blocks,  # forward passes of the first block: twice where it is recomputed
+    "recompute": lambda seen: (
+        seen.blocks
+    ),  # forward passes of the first block: twice where it is recomputed
     "deterministic": lambda seen: seen.deterministic,
     "log_every": lambda seen: [line["step"] for line in seen.lines if "val/loss" not in line],
     "evaluations": lambda seen: [line["step"] for line in seen.lines if "val/loss" in line],
@@ -86,26 +127,46 @@ OBSERVED = {
 
 @pytest.fixture
 def seen(tiny, token_folder, tmp_path, monkeypatch):
-    return lambda **how: Seen(tiny(), Runtime(**{"device": "cpu"} | how), token_folder, tmp_path / str(how), monkeypatch)
+    return lambda **how: Seen(
+        tiny(),
+        Runtime(**{"device": "cpu"} | how),
+        token_folder,
+        tmp_path / str(how),
+        monkeypatch,
+    )
 
 
 @pytest.mark.parametrize("field", OBSERVED)
 def test_a_field_shows_in_how_a_run_goes_and_is_recorded(seen, field):
     plain, other = seen(), seen(**{field: OTHER[field]})
     assert OBSERVED[field](other) != OBSERVED[field](plain)
-    assert other.about["runtime"][field] == other.result.runtime[field] == OTHER[field] != plain.result.runtime[field]
+    assert (
+        other.about["runtime"][field]
+        == other.result.runtime[field]
+        == OTHER[field]
+        != plain.result.runtime[field]
+    )
     assert other.result.run == plain.result.run
     if field in KEEP_THE_BITS:
-        assert other.result.weights == plain.result.weights and other.result.metrics["val/loss"] == plain.result.metrics["val/loss"]
+        assert (
+            other.result.weights == plain.result.weights
+            and other.result.metrics["val/loss"] == plain.result.metrics["val/loss"]
+        )
 
 
-@pytest.mark.parametrize(("device", "chosen"), [("cpu", ("fp32", False, False, False)), ("cuda", ("bf16", "blocks", True, True))])
+@pytest.mark.parametrize(
+    ("device", "chosen"),
+    [("cpu", ("fp32", False, False, False)), ("cuda", ("bf16", "blocks", True, True))],
+)
 def test_what_nobody_asked_for_is_chosen_for_the_device(monkeypatch, device, chosen):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     for asked in ("auto", device):
         settled = settle(Runtime(device=asked), 6)
         assert settled["device"] == device and settled["micro_batch"] == 6
-        assert tuple(settled[name] for name in ("dtype", "compile", "replay", "deterministic")) == chosen
+        assert (
+            tuple(settled[name] for name in ("dtype", "compile", "replay", "deterministic"))
+            == chosen
+        )
 
 
 def test_the_device_is_the_one_asked_for(tiny, token_folder):
@@ -120,7 +181,13 @@ def test_the_device_is_the_one_asked_for(tiny, token_folder):
 def test_threads_are_as_many_as_asked_for(tiny, token_folder):
     """Not trained: two threads on a few numbers wait for each other 20 s long."""
     for count in (2, 1):
-        assert Trainer(tiny(), Runtime(device="cpu", threads=count), token_folder).runtime["threads"] == torch.get_num_threads() == count
+        assert (
+            Trainer(tiny(), Runtime(device="cpu", threads=count), token_folder).runtime[
+                "threads"
+            ]
+            == torch.get_num_threads()
+            == count
+        )
 
 
 def test_every_field_is_asked():

@@ -17,9 +17,14 @@ schedule: {warmup_steps: 3}
 budget: {tokens: 1280}   # 20 steps of 64 tokens
 """
 SHEET = {
-    "question": "Does it run?", "base": ["base", "mini"], "with": ["qk_norm", "value_residual"], "design": "leave_one_out", "seeds": [0, 1],
-    "metric": {"name": "val/loss"}, "runtime": {"device": "cpu", "evaluations": 2, "log_every": 5},
-}  # fmt: skip
+    "question": "Does it run?",
+    "base": ["base", "mini"],
+    "with": ["qk_norm", "value_residual"],
+    "design": "leave_one_out",
+    "seeds": [0, 1],
+    "metric": {"name": "val/loss"},
+    "runtime": {"device": "cpu", "evaluations": 2, "log_every": 5},
+}
 
 
 @dataclass
@@ -44,16 +49,28 @@ class Lab:
     def sheet(self, name: str, **keys) -> str:
         """Write an experiment file; keys replace those of SHEET, `runtime` is added to."""
         runtime = SHEET["runtime"] | keys.pop("runtime", {})
-        (self.root / f"{name}.yaml").write_text(json.dumps(SHEET | keys | {"runtime": runtime}))  # JSON is YAML
+        (self.root / f"{name}.yaml").write_text(
+            json.dumps(SHEET | keys | {"runtime": runtime})
+        )  # JSON is YAML
         return f"{name}.yaml"
 
     def start(self, *words: str, **more) -> subprocess.Popen:
         """`ablab WORDS` in a process group of its own."""
-        environment = os.environ | {"ABLAB_STORE": str(self.store), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        environment = os.environ | {
+            "ABLAB_STORE": str(self.store),
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "200",
+        }
         return subprocess.Popen(
-            [sys.executable, "-m", "ablab.experiments.cli", *words], cwd=self.root, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **more,
-        )  # fmt: skip
+            [sys.executable, "-m", "ablab.experiments.cli.main", *words],
+            cwd=self.root,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            **more,
+        )
 
     def run(self, *words: str, **more) -> Ended:
         """`ablab WORDS`, to its end."""
@@ -64,13 +81,21 @@ class Lab:
     def files(self) -> dict[str, tuple[int, int, int]]:
         """Every file of the store: its inode, size and time.  Equal answers: nothing was touched."""
         found = {path: path.stat() for path in sorted(self.store.rglob("*")) if path.is_file()}
-        return {str(path.relative_to(self.store)): (is_.st_ino, is_.st_size, is_.st_mtime_ns) for path, is_ in found.items()}
+        return {
+            str(path.relative_to(self.store)): (is_.st_ino, is_.st_size, is_.st_mtime_ns)
+            for path, is_ in found.items()
+        }
 
     def results(self, name: str) -> dict[tuple[str, int], dict]:
         """(cell, pair) -> result.json, for every planned run of an experiment that has one."""
         plan = json.loads((self.store / "experiments" / f"{name}.json").read_text())
-        paths = {(row["cell"], row["pair"]): self.store / "runs" / row["run"] / "result.json" for row in plan["rows"]}
-        return {key: json.loads(path.read_text()) for key, path in paths.items() if path.exists()}
+        paths = {
+            (row["cell"], row["pair"]): self.store / "runs" / row["run"] / "result.json"
+            for row in plan["rows"]
+        }
+        return {
+            key: json.loads(path.read_text()) for key, path in paths.items() if path.exists()
+        }
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +113,9 @@ def lab(new_lab) -> Lab:
 @pytest.fixture
 def ablab(lab, monkeypatch, capsys):
     """`ablab WORDS` inside this process, in the file's lab: milliseconds instead of a second.  For what starts no worker."""
-    from ablab.core.intervention import REGISTRY
-    from ablab.core.part import Part
-    from ablab.experiments import cli
+    from ablab.core.language.part import Part
+    from ablab.core.recipe.intervention import REGISTRY
+    from ablab.experiments.cli import main as cli
 
     handler = signal.getsignal(signal.SIGTERM)
     held = [(known, dict(known)) for known in (REGISTRY, Part.known, Part.foreign)]

@@ -33,11 +33,16 @@ def noted(what, answer=None):
 
 driver.set_active(
     SimpleNamespace(
-        get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
         launcher_cls=lambda source, metadata: noted("launched"),
-        utils=SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 232448}, load_binary=noted("loaded", (1, 1, 32, 0, 1024))),
+        utils=SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 232448},
+            load_binary=noted("loaded", (1, 1, 32, 0, 1024)),
+        ),
     )
-)  # fmt: skip
+)
 knobs.runtime.jit_post_compile_hook = noted("compiled")
 
 
@@ -47,7 +52,14 @@ def broken():
 
 
 def report(name, began):
-    print(name, count["compiled"], count["loaded"], count["launched"], f"{time.perf_counter() - began:.2f}", flush=True)
+    print(
+        name,
+        count["compiled"],
+        count["loaded"],
+        count["launched"],
+        f"{time.perf_counter() - began:.2f}",
+        flush=True,
+    )
     count.clear()
 
 

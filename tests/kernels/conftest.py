@@ -26,10 +26,17 @@ def for_an_h100(tmp_path):
     In a process of its own, because Triton's interpreter is chosen at import; compile caches are empty, and no GPU is needed.
     """
     pytest.importorskip("triton.backends.nvidia")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
+    } | {"TRITON_CACHE_DIR": str(tmp_path)}
 
     def lines_of(script):
-        told = subprocess.run([sys.executable, Path(__file__).with_name(script)], env=environment, capture_output=True, text=True)
+        told = subprocess.run(
+            [sys.executable, Path(__file__).with_name(script)],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         assert told.returncode == 0, told.stderr
         return [line.split() for line in told.stdout.splitlines()]
 

@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from ablab.core import trainer
-from ablab.core.runtime import Runtime
-from ablab.core.trainer import Trainer
+from ablab.core.runtime.runtime import Runtime
+from ablab.core.train import trainer
+from ablab.core.train.trainer import Trainer
 
 
 def test_what_was_compiled_ahead_launches_at_once_and_a_flaw_waits_for_its_launch(for_an_h100):
@@ -20,18 +20,33 @@ def test_what_was_compiled_ahead_launches_at_once_and_a_flaw_waits_for_its_launc
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("treatment", [[], ["qk_norm", "gating", "value_residual", "muon", "normuon", "cautious_wd", "z_loss"]], ids=["base", "full"])
-def test_a_trainer_finds_its_kernels_compiled_and_trains_to_the_same_bits(tiny, token_folder, monkeypatch, treatment):
+@pytest.mark.parametrize(
+    "treatment",
+    [[], ["qk_norm", "gating", "value_residual", "muon", "normuon", "cautious_wd", "z_loss"]],
+    ids=["base", "full"],
+)
+def test_a_trainer_finds_its_kernels_compiled_and_trains_to_the_same_bits(
+    tiny, token_folder, monkeypatch, treatment
+):
     from triton import knobs
     from triton.runtime.jit import JITFunction
 
     recipe = tiny(treatment, model__attention__head_dim=64, model__width=128, data__context=32)
     runtime, compiled = Runtime(device="cuda", kernels="triton"), []
-    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **named: compiled.append(named["fn"].name))
+    monkeypatch.setattr(
+        knobs.runtime,
+        "jit_post_compile_hook",
+        lambda **named: compiled.append(named["fn"].name),
+    )
 
     def train():
         """Weights after 5 steps and an evaluation, kernels compiled before them, kernels compiled in them."""
-        for kernel in [value for name, module in sys.modules.items() if name.startswith("ablab.kernels") for value in vars(module).values()]:
+        for kernel in [
+            value
+            for name, module in sys.modules.items()
+            if name.startswith("ablab.kernels")
+            for value in vars(module).values()
+        ]:
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.clear()
         compiled.clear()

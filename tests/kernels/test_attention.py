@@ -16,9 +16,24 @@ from ablab.kernels.attention import attention, flops, reference, serves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERYTHING = ("norm", "mix", "gate")
-SMALL = {"prepare": (16, 4, 1), "forward": (32, 16, 4, 1, 0), "queries": (16, 32, 4, 1, 0), "keys": (32, 16, 4, 1, 0)}
-TALL = {"prepare": (32, 4, 1), "forward": (16, 32, 4, 1, 0), "queries": (32, 16, 4, 1, 0), "keys": (16, 32, 4, 1, 0)}
-SUMS = {"q_gain", "k_gain", "weights", "gate"}  # sums of terms of both signs: relative to the sum the error is larger
+SMALL = {
+    "prepare": (16, 4, 1),
+    "forward": (32, 16, 4, 1, 0),
+    "queries": (16, 32, 4, 1, 0),
+    "keys": (32, 16, 4, 1, 0),
+}
+TALL = {
+    "prepare": (32, 4, 1),
+    "forward": (16, 32, 4, 1, 0),
+    "queries": (32, 16, 4, 1, 0),
+    "keys": (16, 32, 4, 1, 0),
+}
+SUMS = {
+    "q_gain",
+    "k_gain",
+    "weights",
+    "gate",
+}  # sums of terms of both signs: relative to the sum the error is larger
 
 
 def inputs(B, T, H, KV, D, parts=EVERYTHING, dtype=torch.float32, seed=0, device=DEVICE):
@@ -26,7 +41,11 @@ def inputs(B, T, H, KV, D, parts=EVERYTHING, dtype=torch.float32, seed=0, device
     draw = torch.Generator(device).manual_seed(seed)
     normal = lambda *shape: torch.randn(shape, generator=draw, device=device)  # noqa: E731
     angle = normal(T + 3, D // 2)
-    made = {"qkv": normal(B, T, (H + 2 * KV) * D).to(dtype), "cos": angle.cos(), "sin": angle.sin()}
+    made = {
+        "qkv": normal(B, T, (H + 2 * KV) * D).to(dtype),
+        "cos": angle.cos(),
+        "sin": angle.sin(),
+    }
     if "norm" in parts:
         made |= {"q_gain": 1 + 0.3 * normal(D), "k_gain": 1 + 0.3 * normal(D)}
     if "mix" in parts:
@@ -43,13 +62,19 @@ def run(function, made, H, KV, **more):
     """Output and gradients by name, for a random dy rounded to the dtype of qkv (of `low` for the formula in fp64)."""
     low = more.pop("low", made["qkv"].dtype)
     y = function(heads=H, kv_heads=KV, **made, **more)
-    dy = torch.randn(y.shape, generator=torch.Generator(y.device).manual_seed(1), device=y.device).to(low)
+    dy = torch.randn(
+        y.shape, generator=torch.Generator(y.device).manual_seed(1), device=y.device
+    ).to(low)
     wanted = {name: x for name, x in made.items() if x.requires_grad}
-    return {"y": y.detach()} | dict(zip(wanted, torch.autograd.grad(y, tuple(wanted.values()), dy.to(y.dtype)), strict=True))
+    return {"y": y.detach()} | dict(
+        zip(wanted, torch.autograd.grad(y, tuple(wanted.values()), dy.to(y.dtype)), strict=True)
+    )
 
 
 def exact(made, H, KV):
-    wide = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in made.items()}
+    wide = {
+        name: x.detach().double().requires_grad_(x.requires_grad) for name, x in made.items()
+    }
     return run(reference, wide, H, KV, low=made["qkv"].dtype)
 
 
@@ -63,7 +88,9 @@ def error(got, want):
 
 def test_the_reference_is_the_formula_written_token_by_token():
     B, T, H, KV, D = 1, 5, 4, 2, 32
-    made = {name: x.detach().double() for name, x in inputs(B, T, H, KV, D, device="cpu").items()}
+    made = {
+        name: x.detach().double() for name, x in inputs(B, T, H, KV, D, device="cpu").items()
+    }
     rows = made["qkv"][0].view(T, H + 2 * KV, D)
     turn = torch.complex(made["cos"], made["sin"])
 
@@ -74,10 +101,15 @@ def test_the_reference_is_the_formula_written_token_by_token():
     for t in range(T):
         for h in range(H):
             q = placed(rows[t, h], t, made["q_gain"])
-            scores = [(q.conj() * placed(rows[s, H + h // 2], s, made["k_gain"])).sum().real / D**0.5 for s in range(t + 1)]
+            scores = [
+                (q.conj() * placed(rows[s, H + h // 2], s, made["k_gain"])).sum().real / D**0.5
+                for s in range(t + 1)
+            ]
             odds = torch.stack(scores).exp() / torch.stack(scores).exp().sum()
             own, first = made["weights"]
-            values = own * rows[: t + 1, H + KV + h // 2] + first * made["first"][0, : t + 1, h // 2]
+            values = (
+                own * rows[: t + 1, H + KV + h // 2] + first * made["first"][0, : t + 1, h // 2]
+            )
             want = made["gate"][0, t, h] * (odds[:, None] * values).sum(0)
             got = reference(heads=H, kv_heads=KV, **made)[0, t, h * D : (h + 1) * D]
             assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
@@ -88,9 +120,14 @@ def test_the_reference_is_the_formula_written_token_by_token():
 
 @settings(max_examples=5)
 @given(
-    B=st.integers(1, 2), T=st.integers(1, 34), shape=st.sampled_from([(1, 1), (2, 2), (2, 1), (3, 1)]), D=st.sampled_from([32, 64]),
-    parts=st.sets(st.sampled_from(EVERYTHING)), tiles=st.sampled_from([SMALL, TALL]), seed=st.integers(0, 9),
-)  # fmt: skip
+    B=st.integers(1, 2),
+    T=st.integers(1, 34),
+    shape=st.sampled_from([(1, 1), (2, 2), (2, 1), (3, 1)]),
+    D=st.sampled_from([32, 64]),
+    parts=st.sets(st.sampled_from(EVERYTHING)),
+    tiles=st.sampled_from([SMALL, TALL]),
+    seed=st.integers(0, 9),
+)
 def test_output_and_every_gradient_equal_fp64(B, T, shape, D, parts, tiles, seed):
     made = inputs(B, T, *shape, D, parts, seed=seed)
     got = run(attention, made, *shape, tiles=tiles)
@@ -98,7 +135,9 @@ def test_output_and_every_gradient_equal_fp64(B, T, shape, D, parts, tiles, seed
         assert error(got[name], want) < (2e-5 if name in SUMS else 2e-6), name
 
 
-@pytest.mark.parametrize(("T", "D", "tiles"), [(1, 64, None), (16, 128, None), (33, 32, SMALL), (50, 32, TALL)])
+@pytest.mark.parametrize(
+    ("T", "D", "tiles"), [(1, 64, None), (16, 128, None), (33, 32, SMALL), (50, 32, TALL)]
+)
 def test_one_token_a_full_block_and_one_token_more_equal_fp64(T, D, tiles):
     made = inputs(1, T, 2, 1, D)
     got = run(attention, made, 2, 1, tiles=tiles)
@@ -117,7 +156,11 @@ def test_fp16_errs_at_most_a_tenth_more_than_the_torch_path():
     made = inputs(1, 37, 4, 2, 32, dtype=torch.float16)
     want = exact(made, 4, 2)
     got, plain = run(attention, made, 4, 2, tiles=SMALL), run(reference, made, 4, 2)
-    assert {name: (error(got[name], x), error(plain[name], x)) for name, x in want.items() if error(got[name], x) > 1.1 * error(plain[name], x)} == {}
+    assert {
+        name: (error(got[name], x), error(plain[name], x))
+        for name, x in want.items()
+        if error(got[name], x) > 1.1 * error(plain[name], x)
+    } == {}
 
 
 def test_a_gate_of_zero_gets_its_gradient():
@@ -134,11 +177,18 @@ def test_strided_views_give_the_bits_of_contiguous_tensors():
     wide = torch.full((T, B, (H + 2 * KV) * D + 32), float("nan"), device=DEVICE)
     packed = torch.full((B, T, H + 2 * KV, D), float("nan"), device=DEVICE)
     gates = torch.full((H, B, T), float("nan"), device=DEVICE)
-    views = {"qkv": wide.transpose(0, 1)[..., : (H + 2 * KV) * D], "first": packed[:, :, H + KV :], "gate": gates.permute(1, 2, 0)}
+    views = {
+        "qkv": wide.transpose(0, 1)[..., : (H + 2 * KV) * D],
+        "first": packed[:, :, H + KV :],
+        "gate": gates.permute(1, 2, 0),
+    }
     for name, view in views.items():
         view.copy_(made[name].detach())
     views = made | {name: view.detach().requires_grad_() for name, view in views.items()}
-    one, other = run(attention, made, H, KV, tiles=SMALL), run(attention, views, H, KV, tiles=SMALL)
+    one, other = (
+        run(attention, made, H, KV, tiles=SMALL),
+        run(attention, views, H, KV, tiles=SMALL),
+    )
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -147,13 +197,20 @@ def test_an_incoming_gradient_of_any_strides_is_read():
     y = attention(heads=2, kv_heads=1, **made)
     dy = torch.randn(64, 9, 2, device=DEVICE).permute(2, 1, 0)
     for strided in (dy, torch.ones((), device=DEVICE).expand(y.shape)):
-        assert torch.equal(*(torch.autograd.grad(y, made["qkv"], each, retain_graph=True)[0] for each in (strided, strided.contiguous())))
+        assert torch.equal(
+            *(
+                torch.autograd.grad(y, made["qkv"], each, retain_graph=True)[0]
+                for each in (strided, strided.contiguous())
+            )
+        )
 
 
 def test_runs_repeat_bitwise_and_do_not_read_what_they_did_not_write(monkeypatch):
     made = inputs(1, 37, 4, 2, 32)
     one = run(attention, made, 4, 2, tiles=SMALL)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # other rubbish than NaN
+    monkeypatch.setattr(
+        torch.utils.deterministic, "fill_uninitialized_memory", False
+    )  # other rubbish than NaN
     other = run(attention, made, 4, 2, tiles=SMALL)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -164,7 +221,9 @@ def test_a_later_token_changes_no_earlier_output():
     with torch.no_grad():
         made["qkv"][0, 13:] += 1
     changed = attention(heads=1, kv_heads=1, **made, tiles=SMALL)
-    assert torch.equal(y[:, :13], changed[:, :13]) and not torch.equal(y[:, 13:], changed[:, 13:])
+    assert torch.equal(y[:, :13], changed[:, :13]) and not torch.equal(
+        y[:, 13:], changed[:, 13:]
+    )
 
 
 # ---- the op ----
@@ -176,7 +235,20 @@ def test_the_op_keeps_its_contract_with_torch(parts):
     absent = dict.fromkeys(("q_gain", "k_gain", "first", "weights", "gate"))
     flat = [number for tile in SMALL.values() for number in tile]
     named = absent | made | {"heads": 2, "kv_heads": 1, "eps": 1e-6, "tiles": flat}
-    order = ("qkv", "heads", "kv_heads", "cos", "sin", "q_gain", "k_gain", "eps", "first", "weights", "gate", "tiles")
+    order = (
+        "qkv",
+        "heads",
+        "kv_heads",
+        "cos",
+        "sin",
+        "q_gain",
+        "k_gain",
+        "eps",
+        "first",
+        "weights",
+        "gate",
+        "tiles",
+    )
     torch.library.opcheck(kernel._attention, tuple(named[name] for name in order))
 
 
@@ -187,7 +259,10 @@ def test_compile_keeps_it_one_op_forward_and_one_backward():
     compiled = torch.compile(attention, fullgraph=True, backend=backend)
     one, other = run(attention, made, 2, 1), run(compiled, made, 2, 1)
     assert all(torch.equal(one[name], other[name]) for name in one)
-    called = [[str(node.target) for node in graph.graph.nodes if "ablab" in str(node.target)] for graph in backend.fw_graphs + backend.bw_graphs]
+    called = [
+        [str(node.target) for node in graph.graph.nodes if "ablab" in str(node.target)]
+        for graph in backend.fw_graphs + backend.bw_graphs
+    ]
     assert called == [["ablab.attention.default"], ["ablab.attention_backward.default"]]
 
 
@@ -196,7 +271,15 @@ def test_every_kernel_compiles_for_an_h100_onto_its_matrix_units(for_an_h100):
     rows = for_an_h100("compile_sm90.py")
     products, passes = (
         ["_prepare", "_forward", "_queries", "_keys", "_symmetric_kernel", "_symmetric_kernel"],
-        [*(f"_{name}_kernel" for name in ("adam", "momentum", "inverse_norm", "energy", "scale", "apply")), "_forward", "_backward", *["_row"] * 3],
+        [
+            *(
+                f"_{name}_kernel"
+                for name in ("adam", "momentum", "inverse_norm", "energy", "scale", "apply")
+            ),
+            "_forward",
+            "_backward",
+            *["_row"] * 3,
+        ],
     )
     assert [row[0] for row in rows] == products + passes
     assert all(int(row[-1]) > 0 for row in rows[: len(products)] if row[0] != "_prepare"), rows
@@ -211,8 +294,14 @@ def test_every_kernel_compiles_for_an_h100_onto_its_matrix_units(for_an_h100):
     [
         ((64, torch.bfloat16, 12, 4), ""),
         ((48, torch.bfloat16), "head_dim=48: the attention kernel serves 32, 64, 128"),
-        ((64, torch.float64), "dtype=torch.float64: the attention kernel serves torch.bfloat16, torch.float16, torch.float32"),
-        ((64, torch.float16, 6, 4), "kv_heads=4: the attention kernel serves divisors of heads=6"),
+        (
+            (64, torch.float64),
+            "dtype=torch.float64: the attention kernel serves torch.bfloat16, torch.float16, torch.float32",
+        ),
+        (
+            (64, torch.float16, 6, 4),
+            "kv_heads=4: the attention kernel serves divisors of heads=6",
+        ),
     ],
 )
 def test_serves_names_the_shape_and_the_rule(shape, told):
@@ -222,13 +311,14 @@ def test_serves_names_the_shape_and_the_rule(shape, told):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"k_gain": None}, "q_gain and k_gain go together"), ({"weights": None}, "first and weights go together"),
+        ({"k_gain": None}, "q_gain and k_gain go together"),
+        ({"weights": None}, "first and weights go together"),
         ({"gate": torch.ones(1, 9, 3)}, r"gate is torch.float32 \[1, 9, 3\].*\[1, 9, 2\]"),
         ({"weights": torch.ones(2).half()}, r"weights is torch.float16 \[2\].*float32 \[2\]"),
         ({"cos": torch.ones(8, 16)}, r"cos is torch.float32 \[8, 16\].*\[9 or more, 16\]"),
         ({"qkv": torch.ones(1, 256, 9)[:, ::2].transpose(1, 2)}, "qkv has channels 18 apart"),
     ],
-)  # fmt: skip
+)
 def test_arguments_that_do_not_fit_are_named(change, told):
     with pytest.raises(ValueError, match=told):
         attention(heads=2, kv_heads=1, **(inputs(1, 9, 2, 1, 32, device="cpu") | change))
@@ -245,19 +335,40 @@ def test_flops_are_those_of_mfu():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
-@pytest.mark.parametrize("parts", [(), ("norm",), EVERYTHING], ids=["plain", "norm", "everything"])
-@pytest.mark.parametrize("shape", [(96, 384, 12, 12, 64), (24, 768, 18, 6, 64), (3, 1000, 4, 2, 128), (5, 77, 4, 4, 32)], ids=str)
+@pytest.mark.parametrize(
+    "parts", [(), ("norm",), EVERYTHING], ids=["plain", "norm", "everything"]
+)
+@pytest.mark.parametrize(
+    "shape",
+    [(96, 384, 12, 12, 64), (24, 768, 18, 6, 64), (3, 1000, 4, 2, 128), (5, 77, 4, 4, 32)],
+    ids=str,
+)
 def test_bf16_errs_at_most_a_tenth_more_than_the_torch_path(shape, parts):
     B, T, H, KV, D = shape
-    made = inputs(B, T, H, KV, D, parts, torch.bfloat16, seed=int.from_bytes(os.urandom(4), "little"))
+    made = inputs(
+        B, T, H, KV, D, parts, torch.bfloat16, seed=int.from_bytes(os.urandom(4), "little")
+    )
     got = run(attention, made, H, KV)
     plain, want = run(reference, made, H, KV), exact(made, H, KV)
-    if "mix" in parts:  # two sums of terms of both signs: each error is one draw, of the size of the terms and not of what they leave
-        dv, values = want["first"] / made["weights"][1], made["qkv"].detach().unflatten(-1, (H + 2 * KV, D))[:, :, H + KV :]
-        terms = torch.stack([(dv * v.double()).norm() for v in (values, made["first"].detach())]).norm()
-        assert (got["weights"] - want.pop("weights")).norm() < 0.015 * terms  # the torch path: 0.005 in the median, 99 % below 0.013
+    if (
+        "mix" in parts
+    ):  # two sums of terms of both signs: each error is one draw, of the size of the terms and not of what they leave
+        dv, values = (
+            want["first"] / made["weights"][1],
+            made["qkv"].detach().unflatten(-1, (H + 2 * KV, D))[:, :, H + KV :],
+        )
+        terms = torch.stack(
+            [(dv * v.double()).norm() for v in (values, made["first"].detach())]
+        ).norm()
+        assert (
+            got["weights"] - want.pop("weights")
+        ).norm() < 0.015 * terms  # the torch path: 0.005 in the median, 99 % below 0.013
     seen = {name: (error(got[name], x), error(plain[name], x)) for name, x in want.items()}
-    bad = {name: pair for name, pair in seen.items() if not (pair[0] <= 1.1 * pair[1] and pair[0] <= (5e-3 if name == "y" else 1e-2))}
+    bad = {
+        name: pair
+        for name, pair in seen.items()
+        if not (pair[0] <= 1.1 * pair[1] and pair[0] <= (5e-3 if name == "y" else 1e-2))
+    }
     assert not bad, seen
 
 

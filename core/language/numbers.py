@@ -1,0 +1,17 @@
+"""The numbers that a dose or a setting may be: their ranges are checked where plain data becomes a value."""
+
+from typing import Annotated
+
+from msgspec import Meta
+
+Natural = Annotated[int, Meta(ge=0)]
+Whole = Annotated[int, Meta(ge=1)]
+
+Positive = Annotated[float, Meta(gt=0)]
+NonNegative = Annotated[float, Meta(ge=0)]
+
+Unit = Annotated[float, Meta(ge=0, le=1)]
+Share = Annotated[float, Meta(gt=0, le=1)]  # of something that must not be empty
+Memory = Annotated[
+    float, Meta(ge=0, lt=1)
+]  # what a running average keeps at a step: 1 would keep all for ever

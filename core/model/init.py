@@ -1,0 +1,32 @@
+"""Initial values, each parameter from its own generator.
+
+The generator is seeded by (seed, name): a parameter that two arms share starts with the same bits in both, whatever
+else they switch on or off.  Drawn on the CPU, so the device does not matter.
+"""
+
+import hashlib
+
+import torch
+from torch import nn
+
+from ablab.core.recipe.recipe import Recipe
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, recipe: Recipe) -> None:
+    for name, value in model.named_parameters():
+        declared = value.declared
+        if declared.fill is not None:
+            value.fill_(declared.fill)
+        else:
+            std = recipe.parametrization.scales(declared, recipe.model, "adam").std
+            value.copy_(
+                torch.empty(declared.shape).normal_(
+                    0.0, std, generator=generator(recipe.seed, name)
+                )
+            )
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,0 +1,15 @@
+"""The root-mean-square norm and the multiplier that stand between the slots.  Functions are pure."""
+
+from ablab.core.language.declare import fusable
+
+
+def rms_norm(x, *, gain, eps):
+    """x / rms(x) * gain over the last axis, in fp32 inside.  x: [..., C]; gain: [C]; eps added to the mean square."""
+    from torch.nn.functional import rms_norm
+
+    return rms_norm(x, gain.shape, gain.to(x.dtype), eps)
+
+
+@fusable("multiply")
+def multiply(x, *, factor):
+    return x * factor

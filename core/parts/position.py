@@ -1,0 +1,48 @@
+"""Rotary positions.  Functions are pure."""
+
+from ablab.core.language.declare import Stage, Table, Where, fusable
+from ablab.core.language.numbers import Positive
+from ablab.core.language.part import Part, part
+
+
+@part("rope")
+class Rope(Part):
+    """Rotary positions, split-half layout: channel i turns with channel i + D/2.  Su et al., arXiv:2104.09864."""
+
+    base: Positive = 10_000.0
+
+    def build(self, where: Where) -> Stage:
+        return Stage(
+            rotate,
+            cos=Table(lambda: _angles(where, self.base).cos()),
+            sin=Table(lambda: _angles(where, self.base).sin()),
+        )
+
+
+def _angles(where: Where, base: float):
+    """[context, D/2] angles position * base^(-2i/D), computed in fp64 (fp32 loses 1e-4 rad at position 1e3)."""
+    import torch
+
+    half = torch.arange(where.head_dim // 2, dtype=torch.float64)
+    return torch.arange(where.context, dtype=torch.float64)[:, None] * base ** (
+        -2 * half / where.head_dim
+    )
+
+
+@fusable("rope")
+def rotate(q, k, start, *, cos, sin):
+    """q: [B,T,H,D], k: [B,T,KV,D] at positions start..start+T-1.  Same shapes out."""
+    span = slice(start, start + q.shape[1])
+    cos, sin = cos[span, None].to(q.dtype), sin[span, None].to(q.dtype)
+    return _turn(q, cos, sin), _turn(k, cos, sin)
+
+
+def _turn(x, cos, sin):
+    a, b = x.chunk(2, dim=-1)
+    return _join(a * cos - b * sin, b * cos + a * sin)
+
+
+def _join(a, b):
+    import torch
+
+    return torch.cat((a, b), dim=-1)

@@ -1,0 +1,112 @@
+"""Pure edits of a frozen tree at a dotted path, and what differs between two trees."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass, replace
+from typing import Any
+
+from ablab.core.errors import UserError
+from ablab.core.language.part import Part, fields_of, join, near
+
+Change = Callable[[Any], Any]
+
+
+def edit(tree: Any, path: str, change: Change) -> Any:
+    """A copy of `tree` whose value at `path` is `change(old)`.  Raises UserError for an unknown path."""
+    return _edit(tree, path.split("."), change, "")
+
+
+def _edit(tree: Any, keys: list[str], change: Change, seen: str) -> Any:
+    if not keys:
+        return change(tree)
+    key, rest = keys[0], keys[1:]
+    known = children(tree)
+    if key not in known:
+        raise UserError(
+            f"unknown path {join(seen, '.'.join(keys))!r}. {near(key, known)}Known here: {', '.join(known) or 'nothing'}"
+        )
+    new = _edit(known[key], rest, change, join(seen, key))
+    if isinstance(tree, Mapping):
+        return {**tree, key: new}
+    if isinstance(tree, tuple):
+        return tuple(new if part is known[key] else part for part in tree)
+    return replace(tree, **{key: new})
+
+
+def children(tree: Any) -> dict[str, Any]:
+    """What a path may name below `tree`: fields, keys, or the kinds of the parts in a slot."""
+    if isinstance(tree, Mapping):
+        return dict(tree)
+    if isinstance(tree, tuple):
+        return {part.kind: part for part in reversed(tree) if isinstance(part, Part)}
+    return (
+        {name: getattr(tree, name) for name in fields_of(type(tree))}
+        if is_dataclass(tree)
+        else {}
+    )
+
+
+def put(value: Any) -> Change:
+    """Choose `value`, whatever stood there."""
+    return lambda old: value
+
+
+def append(*parts: Part) -> Change:
+    return lambda old: (*old, *parts)
+
+
+def swap(target: type[Part], *parts: Part) -> Change:
+    """Put `parts` in the place of each part of class `target`.  A slot without one is an error."""
+    return _at(target, lambda old: parts)
+
+
+def after(target: type[Part], *parts: Part) -> Change:
+    """Insert `parts` behind each part of class `target`.  A slot without one is an error."""
+    return _at(target, lambda old: (old, *parts))
+
+
+def _at(target: type[Part], become: Callable[[Part], tuple[Part, ...]]) -> Change:
+    def change(old: tuple[Part, ...]) -> tuple[Part, ...]:
+        if not any(isinstance(part, target) for part in old):
+            raise UserError(
+                f"no {target.kind!r} in [{', '.join(part.kind for part in old)}] to build on"
+            )
+        return tuple(
+            new
+            for part in old
+            for new in (become(part) if isinstance(part, target) else (part,))
+        )
+
+    return change
+
+
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """Dotted path -> plain leaf, over the dicts and lists that `recipe.plain` gives.
+
+    The parts of a slot go by their kinds, as in overrides; an empty slot is a leaf, [].
+    """
+    if isinstance(tree, (list, tuple)) and tree:
+        tree = {
+            item["kind"] if isinstance(item, Mapping) else i: item
+            for i, item in enumerate(tree)
+        }
+    if isinstance(tree, Mapping) and tree:
+        return {
+            k: v
+            for key, value in tree.items()
+            for k, v in leaves(value, join(path, key)).items()
+        }
+    return {path: [] if isinstance(tree, (list, tuple)) else tree}
+
+
+def diff(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """Dotted path -> (old, new) for every leaf that differs; None where a side has no such leaf, or an empty slot there."""
+    before, behind = (
+        {path: value for path, value in leaves(tree).items() if value != []}
+        for tree in (old, new)
+    )
+    paths = dict.fromkeys([*before, *behind])
+    return {
+        path: (before.get(path), behind.get(path))
+        for path in paths
+        if before.get(path) != behind.get(path)
+    }

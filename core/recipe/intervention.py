@@ -1,0 +1,164 @@
+"""Interventions: named, pure edits of a recipe, with their controls written down.
+
+    @register("cautious_wd", off="ordinary decoupled decay with the same rate", ...)
+    class CautiousDecay(Decay):
+        def apply(self, recipe): ...
+
+A registered class is a frozen dataclass whose fields are its *dose*; it may also be the part that it puts into a slot.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, dataclass_transform
+
+from ablab.core.errors import UserError
+from ablab.core.language.part import near, parse, part
+from ablab.core.recipe.edit import children
+from ablab.core.recipe.recipe import Recipe, check
+
+
+@dataclass(frozen=True)
+class About:
+    """What is said of an intervention besides its formula."""
+
+    name: str
+    off: str  # one sentence: what its control does instead
+    source: str
+    slots: tuple[str, ...]  # the recipe paths that it may change, and no others
+    order: int  # interventions are applied by (order, name), so that the order in a file cannot matter
+    neutral_at_init: bool  # True: the same logits at step 0, bit for bit
+    requires: tuple[str, ...]
+    excludes: tuple[str, ...]
+    crosses_late: bool  # True: its loss curve crosses the control's late, so it must never be pruned early
+    summary: str  # first line of the docstring
+
+
+class Intervention(Protocol):
+    about: About
+    kind: str
+
+    def apply(self, recipe: Recipe) -> Recipe: ...
+
+
+REGISTRY: dict[str, type[Intervention]] = {}
+
+# Slots that hold exactly one choice: two interventions that both change one of them clash.
+CHOICES = ("model.ffn", "model.attention.position", "parametrization", "schedule")
+
+
+@dataclass_transform(frozen_default=True)
+def register(
+    name: str,
+    *,
+    off: str,
+    source: str,
+    slots: tuple[str, ...],
+    order: int = 50,
+    neutral_at_init: bool = False,
+    requires: tuple[str, ...] = (),
+    excludes: tuple[str, ...] = (),
+    crosses_late: bool = False,
+):
+    def decorate(cls):
+        if (taken := REGISTRY.get(name)) and (taken.__module__, taken.__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        ):
+            raise UserError(
+                f"two interventions are called {name!r}: {taken.__module__} and {cls.__module__}; rename one"
+            )
+        summary = (cls.__doc__ or "no description").strip().splitlines()[0]
+        cls = part(name)(cls)
+        cls.about = About(
+            name,
+            off,
+            source,
+            slots,
+            order,
+            neutral_at_init,
+            requires,
+            excludes,
+            crosses_late,
+            summary,
+        )
+        REGISTRY[name] = cls
+        return cls
+
+    return decorate
+
+
+Treatment = Mapping[str, Intervention]  # name -> dose; the empty treatment is the base recipe
+
+
+def treatment_of(
+    listed: Iterable[str | Mapping[str, Any]], path: str = "with"
+) -> dict[str, Intervention]:
+    """Read `[qk_norm, {gating: {per: head}}]`.  Raises UserError for an unknown name, dose key or dose."""
+    treatment: dict[str, Intervention] = {}
+    for item in listed:
+        name, dose = (
+            next(iter(item.items()))
+            if isinstance(item, Mapping) and len(item) == 1
+            else (item, {})
+        )
+        if isinstance(name, Mapping):
+            raise UserError(
+                f"{path} lists {dict(name)!r}; an item is one intervention, as qk_norm or {{gating: {{per: head}}}}"
+            )
+        if not isinstance(name, str) or name not in REGISTRY:
+            known = ", ".join(sorted(REGISTRY))
+            raise UserError(
+                f"unknown intervention {name!r}. {near(name, REGISTRY)}Registered: {known}; one of your own needs --plugins FOLDER"
+            )
+        if name in treatment:
+            raise UserError(f"{path} names {name!r} twice; keep one")
+        treatment[name] = parse(REGISTRY[name], dose or {}, f"{path}.{name}")
+    return treatment
+
+
+def ordered(treatment: Treatment) -> list[Intervention]:
+    return sorted(treatment.values(), key=lambda one: (one.about.order, one.about.name))
+
+
+def resolve(base: Recipe, treatment: Treatment) -> Recipe:
+    """Apply a set of interventions to a recipe.  Raises UserError on a missing requirement, an exclusion or a clash."""
+    recipe, chosen_by = base, {}
+    for one in ordered(treatment):
+        about = one.about
+        if missing := [name for name in about.requires if name not in treatment]:
+            raise UserError(
+                f"{about.name} builds on {missing[0]}; add {missing[0]} to the same cell, or drop {about.name}"
+            )
+        if barred := [name for name in about.excludes if name in treatment]:
+            raise UserError(
+                f"{about.name} and {barred[0]} exclude each other; list them in separate cells"
+            )
+        new = one.apply(recipe)
+        for slot in CHOICES:
+            if at(new, slot) != at(recipe, slot):
+                if (other := chosen_by.get(slot)) and other not in about.requires:
+                    raise UserError(
+                        f"{other} and {about.name} both choose {slot}; drop one, or list them in separate cells"
+                    )
+                chosen_by[slot] = about.name
+        recipe = new
+    return check(recipe)
+
+
+def at(recipe: Any, path: str) -> Any:
+    """The value at a dotted path that exists."""
+    for key in path.split("."):
+        recipe = children(recipe)[key] if not hasattr(recipe, key) else getattr(recipe, key)
+    return recipe
+
+
+def dependents(name: str, treatment: Treatment) -> list[str]:
+    """Everything in the treatment that cannot stand without `name`, itself first."""
+    gone = [name]
+    for one in gone:
+        gone += [
+            other
+            for other in treatment
+            if one in treatment[other].about.requires and other not in gone
+        ]
+    return gone

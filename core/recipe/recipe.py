@@ -1,0 +1,268 @@
+"""The recipe: everything that decides what a run computes, and nothing about how it is run.
+
+`run_id(recipe)` hashes the whole tree, so editing a default renames runs.  Units stand in the names or
+docstrings; `Runtime` (core/runtime/runtime.py) holds device, kernels and cadence, which are recorded, never hashed.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal
+
+import msgspec
+
+from ablab.core.errors import UserError
+from ablab.core.language.numbers import Natural, Positive, Whole
+from ablab.core.language.part import Part
+from ablab.core.parts import feedforward, parametrize, position, schedule, transforms
+
+SCHEMA = 1  # part of every identity: raise it when the meaning of a field changes
+
+
+ROLES = ("embedding", "hidden", "readout", "vector", "gate")
+Role = Literal["embedding", "hidden", "readout", "vector", "gate"]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Causal self-attention.  Heads number width / head_dim; each key-value head serves `group` query heads."""
+
+    head_dim: Whole = 64
+    group: Whole = 1
+    position: Part = field(default_factory=position.Rope)
+    on_qk: tuple[
+        Part, ...
+    ] = ()  # q [B,T,H,D], k [B,T,KV,D] -> q, k; before the position is applied
+    on_values: tuple[Part, ...] = ()  # v [B,T,KV,D], carry -> v, carry
+    on_heads: tuple[Part, ...] = ()  # y [B,T,H,D], x [B,T,W] -> y; before the output projection
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder-only transformer, pre-norm.  Widths in channels; the vocabulary comes with the data."""
+
+    width: Whole = 768
+    layers: Whole = 8
+    tied: bool = False  # one matrix for embedding and readout
+    norm_eps: Positive = 1e-6
+    attention: Attention = field(default_factory=Attention)
+    ffn: Part = field(default_factory=feedforward.SwiGLU)
+    on_norm: tuple[
+        Part, ...
+    ] = ()  # x [B,T,W] -> x; after both norms of every block, not after the final norm
+    on_logits: tuple[Part, ...] = ()  # logits [B,T,V] -> logits
+    products: tuple[
+        Part, ...
+    ] = ()  # how a linear map multiplies: its dotted name and declaration -> (x, weight) -> y, or None
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.attention.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads // self.attention.group
+
+
+@dataclass(frozen=True)
+class Chain:
+    """How the parameters of one role move:  w <- w - lr * optim.lr * schedule * lr_scale * steps(gradient)."""
+
+    steps: tuple[Part, ...]
+    lr: Positive = 1.0  # relative to optim.lr
+
+
+def _adamw() -> dict[Role, Chain]:
+    """AdamW; decoupled decay on hidden matrices alone, as in the IMU-1 recipe (wd 0.1 on 2-D hidden weights)."""
+    adam = transforms.Adam()
+    return {
+        role: Chain((adam, transforms.Decay(0.1)) if role == "hidden" else (adam,))
+        for role in ROLES
+    }
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: Positive = 3e-3  # peak, per optimizer step
+    clip: Positive | None = 1.0  # global gradient norm; null: no clipping
+    chains: dict[Role, Chain] = field(default_factory=_adamw)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which tokens, in which batches.  `digest` names the exact token files and tokenizer."""
+
+    name: str
+    digest: str | None = (
+        None  # null in a config: filled from the token folder when the recipe is loaded
+    )
+    vocab: Whole = 32_000
+    context: Whole = 384  # tokens a row
+    batch: Whole = 192  # rows an optimizer step
+    held_out: Whole = (
+        1_000_000  # validation tokens, always the first ones; fewer if the file is shorter
+    )
+
+
+@dataclass(frozen=True)
+class Budget:
+    tokens: Whole = 100_000_000  # training tokens, rounded down to whole optimizer steps
+
+
+@dataclass(frozen=True)
+class Recipe:
+    data: Data
+    model: Model = field(default_factory=Model)
+    parametrization: Part = field(default_factory=parametrize.Standard)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Part = field(default_factory=schedule.Cosine)
+    objective: tuple[Part, ...] = ()  # penalties added to the cross-entropy
+    after_step: tuple[Part, ...] = ()
+    budget: Budget = field(default_factory=Budget)
+    seed: Natural = 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.data.batch * self.data.context
+
+    @property
+    def steps(self) -> int:
+        return self.budget.tokens // self.tokens_per_step
+
+
+def check_folder_name(where: str, name: str) -> None:
+    """Refuse a token folder's name that would leave STORE/data.  Raises UserError."""
+    if not name or Path(name).name != name or name.startswith("."):
+        plain = Path(name).stem.strip(".") or "web"
+        raise UserError(
+            f"{where}{name!r} must be a plain folder name, without '/' or a leading '.'; try {plain!r}"
+        )
+
+
+def check(recipe: Recipe) -> Recipe:
+    """Refuse names, shapes and budgets that cannot be built; returns the recipe.  Raises UserError."""
+    check_folder_name("data.name=", recipe.data.name)
+    model, attention = recipe.model, recipe.model.attention
+    unit = attention.head_dim * attention.group
+    if model.width % unit:
+        low = max(model.width // unit, 1) * unit
+        raise UserError(
+            f"model.width={model.width} is {model.width / attention.head_dim:.1f} heads of {attention.head_dim}; "
+            f"use a multiple of head_dim*group={unit}; nearest: {low}, {low + unit}"
+        )
+    if attention.head_dim % 2:
+        raise UserError(
+            f"model.attention.head_dim={attention.head_dim} must be even for rotary positions; nearest: {attention.head_dim + 1}"
+        )
+    if recipe.steps < 1:
+        raise UserError(
+            f"budget.tokens={recipe.budget.tokens} is less than one step of batch*context={recipe.tokens_per_step} tokens; raise it"
+        )
+    warmup = getattr(recipe.schedule, "warmup_steps", 0) or 0  # null: none
+    if warmup > recipe.steps:
+        raise UserError(
+            f"schedule.warmup_steps={warmup} exceeds the run's {recipe.steps} steps; lower it or raise budget.tokens"
+        )
+    if missing := [role for role in ROLES if role not in recipe.optim.chains]:
+        raise UserError(f"optim.chains has no chain for {missing[0]!r} parameters; add one")
+    for path, method, parts in _slots(recipe):
+        kinds = [part.kind for part in parts]
+        if method in ("update", "advance") and (
+            twice := [kind for kind in kinds if kinds.count(kind) > 1]
+        ):
+            raise UserError(
+                f"{path} names {twice[0]!r} twice; its parts keep their state by kind: keep one"
+            )
+        for part in parts:
+            if not hasattr(part, method):
+                fit = sorted(kind for kind, one in Part.known.items() if hasattr(one, method))
+                raise UserError(
+                    f"{path} cannot hold {part.kind!r}, which has no {method}(); parts that have one: {', '.join(fit)}"
+                )
+    return recipe
+
+
+def _slots(recipe: Recipe) -> Iterator[tuple[str, str, tuple[Part, ...]]]:
+    """Each slot: its path, what is asked of its parts, the parts in it."""
+    model, attention = recipe.model, recipe.model.attention
+    yield "schedule", "multiplier", (recipe.schedule,)
+    yield "parametrization", "scales", (recipe.parametrization,)
+    yield "model.ffn", "build", (model.ffn,)
+    yield "model.attention.position", "build", (attention.position,)
+    for name in ("on_norm", "on_logits"):
+        yield f"model.{name}", "build", getattr(model, name)
+    yield "model.products", "product", model.products
+    for name in ("on_qk", "on_values", "on_heads"):
+        yield f"model.attention.{name}", "build", getattr(attention, name)
+    for role, chain in recipe.optim.chains.items():
+        yield f"optim.chains.{role}.steps", "update", chain.steps
+    yield "objective", "penalty", recipe.objective
+    yield "after_step", "advance", recipe.after_step
+
+
+def plain(recipe: Any) -> Any:
+    """The tree as dicts, lists, numbers and words: what recipe.yaml holds.  Refuses anything else."""
+    _refuse_exotic(recipe, "recipe")
+    return msgspec.to_builtins(recipe)
+
+
+def _refuse_exotic(value: Any, path: str) -> None:
+    kind = type(value)
+    if kind in (str, int, bool, NoneType) or (kind is float and math.isfinite(value)):
+        return
+    if dataclasses.is_dataclass(value):
+        parts = [(f".{name}", getattr(value, name)) for name in value.__dataclass_fields__]
+    elif kind is dict:
+        parts = [(f".{key}", item) for key, item in value.items()]
+    elif kind in (tuple, list):
+        parts = [(f"[{i}]", item) for i, item in enumerate(value)]
+    else:
+        raise UserError(
+            f"{path}={value!r} is not plain data; use finite numbers, words, true/false or null"
+        )
+    for name, part in parts:
+        _refuse_exotic(part, path + name)
+
+
+def _filled(tree: Any) -> Any:
+    """The tree without its empty lists."""
+    match tree:
+        case dict():
+            return {key: _filled(value) for key, value in tree.items() if value != []}
+        case list():
+            return [_filled(value) for value in tree]
+    return tree
+
+
+def run_id(recipe: Recipe) -> str:
+    """sha256 of the canonical full recipe and the schema number, 16 hex digits.
+
+    An empty slot is left out, so that a new slot renames no run that does not use it.  A part from a user's own file
+    brings the digest of that file: an idea that was edited is another run.
+    """
+    canonical = msgspec.json.encode(
+        {"schema": SCHEMA, "recipe": _filled(plain(recipe))}, order="deterministic"
+    )
+    for kind, digest in sorted(Part.foreign.items()):
+        if f'"kind":"{kind}"'.encode() in canonical:
+            canonical += f"{kind} {digest}".encode()
+    return hashlib.sha256(canonical).hexdigest()[:16]
+
+
+def structure(recipe: Recipe, runtime: Any) -> str:
+    """Equal for recipes whose runs can share one Trainer: what the compiled graphs see, and nothing else."""
+    same = dataclasses.replace(
+        recipe,
+        seed=0,
+        budget=Budget(recipe.tokens_per_step),
+        data=dataclasses.replace(recipe.data, name="", digest=None, held_out=1),
+        optim=dataclasses.replace(recipe.optim, lr=1.0),
+        schedule=schedule.Constant(),
+        parametrization=parametrize.Standard(),
+        after_step=(),
+    )
+    return f"{run_id(same)} {recipe.parametrization.multipliers(recipe.model)} {runtime}"

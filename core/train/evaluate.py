@@ -1,0 +1,32 @@
+"""Held-out loss: the same tokens for every run of a data set, in file order."""
+
+import math
+
+import torch
+
+from ablab.core.data.tokens import Tokens
+
+
+@torch.no_grad()
+def held_out_loss(nats_of, tokens: Tokens, rows: int, device: torch.device) -> dict[str, float]:
+    """nats_of: tokens, int [rows,T+1] -> cross-entropy of each from those before it, [rows,T].  Returns loss (nats/token over all tokens) and bits_per_byte.
+
+    Every batch has `rows` rows, the last one padded by repetition and cut after the forward: one compiled shape.
+    """
+    table, total = tokens.token_bytes.to(device), tokens.held_out_rows()
+    nats, counted, size = (
+        torch.zeros((), dtype=torch.float64, device=device) for _ in range(3)
+    )
+    for first in range(0, total, rows):
+        count = min(rows, total - first)
+        block = tokens.held_out_batch(first, count)
+        block = block[torch.arange(rows) % count].to(device, non_blocking=True)
+        losses = nats_of(block)[:count].double()
+        weight = table[block[:count, 1:]]
+        nats += losses.sum()
+        counted += (losses * (weight > 0)).sum()
+        size += weight.sum()
+    return {
+        "loss": nats.item() / (total * tokens.context),
+        "bits_per_byte": counted.item() / (math.log(2) * size.item()),
+    }

@@ -1,0 +1,36 @@
+"""A tracker watches runs.  The run folder is the truth; every tracker is a view that can be rebuilt from it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Card:
+    """Who a run is: everything a tracker may show besides its numbers."""
+
+    run: str  # content hash of the recipe
+    experiment: str
+    cell: str
+    pair: int  # runs of one experiment with the same pair number share seed and batches
+    seed: int
+    folder: Path  # the run folder: recipe.yaml, metrics.jsonl, pace.jsonl, result.json
+    tags: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, str | int | float | bool] = field(
+        default_factory=dict
+    )  # what differs from the base recipe
+
+
+class Tracker(Protocol):
+    def open(self, card: Card) -> None: ...
+    def log(self, step: int, scalars: Mapping[str, float], seconds: float) -> None: ...
+    def close(self, status: str, summary: Mapping[str, float]) -> None: ...
+
+
+class NullTracker:
+    """Watches nothing."""
+
+    def open(self, card: Card) -> None: ...
+    def log(self, step: int, scalars: Mapping[str, float], seconds: float) -> None: ...
+    def close(self, status: str, summary: Mapping[str, float]) -> None: ...

@@ -1,0 +1,233 @@
+"""How much of a grid's wall time is training: `ablab bench grid`.
+
+A cold run first, with empty compile caches, gives the rate, and so the budget that makes each cell train for the seconds asked
+for.  Then the grid: the real runner with its check that arms are alive, one warm worker, a fresh store, random tokens, one
+evaluation a cell (its last step).
+    pure training   seconds of core/train/stopwatch.py: no first step, no evaluation, no saving
+    before a cell   from the end of the cell before it to the end of its first step; of the first cell from the call of the runner,
+                    so it holds the start of the worker and the check.  With several jobs a cell begins when a worker takes it, and
+                    waiting for its turn on the GPU counts
+"""
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import typer
+
+from ablab.core.errors import UserError
+from ablab.core.recipe.recipe import run_id
+from ablab.core.store.record import FINISHED, Record, Result, Store
+from ablab.experiments.bench.random_tokens import experiment_on_random_tokens
+from ablab.experiments.plan.experiment import Experiment, Run
+from ablab.experiments.run.progress import Quiet
+from ablab.experiments.run.runner import execute
+
+CELLS, SECONDS = {"cuda": 12, "cpu": 4}, {"cuda": 60.0, "cpu": 3.0}
+PROBE = 30  # steps of the cold run, or the schedule's warm-up if that is longer
+CACHES = (
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR",
+)  # what torch and Triton read; inherited by the workers
+
+
+@dataclass(frozen=True)
+class CellTime:
+    """Seconds of one cell: before its first step ended, training, and everything after that until it was reported."""
+
+    cell: str
+    seed: int
+    before: float
+    training: float
+    rest: float
+
+
+class Observer(Quiet):
+    """Notes when each run's first log came and when it ended: seconds since the runner was called."""
+
+    def __init__(self) -> None:
+        self.called, self.began, self.first, self.ended, self.order = (
+            time.perf_counter(),
+            {},
+            {},
+            {},
+            [],
+        )
+
+    def started(self, run: Run) -> None:
+        self.began[run.id] = time.perf_counter() - self.called
+
+    def logged(self, run: Run, step: int, scalars: dict[str, float]) -> None:
+        self.first.setdefault(run.id, time.perf_counter() - self.called)
+
+    def finished(self, run: Run, result: Result) -> None:
+        if result.status != FINISHED:
+            raise UserError(
+                f"cell {run.cell!r} of the grid ended {result.status}: {result.error}; a benchmark needs all of them"
+            )
+        self.order.append((run, result))
+        self.ended[run.id] = time.perf_counter() - self.called
+
+    def times(self, store: Store, jobs: int = 1) -> list[CellTime]:
+        """In the order in which the runs ended; with one worker each begins where the one before ended."""
+        cells, since = [], 0.0
+        for run, result in self.order:
+            since = self.began[run.id] if jobs > 1 else since
+            stepped = self.first[run.id] - first_pace(store.run(run.id))
+            rest = self.ended[run.id] - stepped - result.seconds
+            cells.append(
+                CellTime(run.cell, run.recipe.seed, stepped - since, result.seconds, rest)
+            )
+            since = self.ended[run.id]
+        return cells
+
+
+def first_pace(record: Record) -> float:
+    """Training seconds at a run's first log: the first step had ended so long before."""
+    return next(iter(record.pace()))["seconds"]
+
+
+def bench_grid(
+    name: str,
+    overrides: dict[str, Any],
+    cells: int | None,
+    seconds: float | None,
+    mlflow: bool,
+    plugins: list[str],
+    jobs: int = 1,
+) -> dict[str, Any]:
+    """Time a cold run, then a grid.  None: the device's own number.  Raises UserError, also where a cell does not finish."""
+    with tempfile.TemporaryDirectory() as folder, _caches_in(Path(folder) / "caches"):
+        root = Path(folder)
+        experiment = experiment_on_random_tokens(
+            name, {"runtime.evaluations": 1} | overrides, root
+        )
+        kind = _device(experiment)
+        count, asked = cells or CELLS[kind], seconds or SECONDS[kind]
+        cold, rate = _probe(experiment, Store(root), mlflow, plugins)
+        runs = _runs(experiment, count, rate * asked)
+        store, watcher = Store(root / "grid"), Observer()
+        (store.root).mkdir()
+        (store.root / "data").symlink_to(root / "data")
+        execute(experiment, store, runs, watcher, jobs, plugins, mlflow)
+        wall = time.perf_counter() - watcher.called
+        times = watcher.times(store, jobs)
+    if len(times) < 2:
+        raise UserError(
+            f"only {len(times)} of {count} cells trained, for the others compute the same bits; name an experiment with more live cells"
+        )
+    training, tokens = (
+        sum(one.training for one in times),
+        sum(result.tokens for _, result in watcher.order),
+    )
+    return {
+        "experiment": experiment.name.split("@")[0],
+        "device": kind,
+        "cells": len(times),
+        "jobs": jobs,
+        "seconds_asked": asked,
+        "mlflow": mlflow,
+        "wall_seconds": wall,
+        "training_seconds": training,
+        "training_over_wall": training / wall,
+        "tokens_per_second_cold_run": rate,
+        "tokens_per_second": tokens / wall,
+        "of_lone_pace": tokens / wall / rate,
+        "cold_start_seconds": cold.before,
+        "first_cell_seconds": times[0].before,
+        "second_cell_seconds": times[1].before,
+        "median_later_cell_seconds": median(one.before for one in times[1:]),
+        "times": [asdict(one) for one in times],
+    }
+
+
+@contextmanager
+def _caches_in(folder: Path):
+    """Compile caches of our own, empty at first: a cold start is cold, and the user's caches stay as they are."""
+    kept = {name: os.environ.get(name) for name in CACHES}
+    os.environ.update({name: str(folder / name.lower()) for name in CACHES})
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _device(experiment: Experiment) -> str:
+    from ablab.core.runtime.runtime import settle
+
+    return settle(experiment.sheet.runtime, experiment.base.data.batch)["device"]
+
+
+def _probe(
+    experiment: Experiment, store: Store, mlflow: bool, plugins: list[str]
+) -> tuple[CellTime, float]:
+    """A short run of the first cell in a new worker: its times, and its tokens/s."""
+    watcher = Observer()
+    execute(experiment, store, runs := _runs(experiment, 1, 0), watcher, 1, plugins, mlflow)
+    rate = store.run(runs[0].id).result().tokens_per_second
+    return watcher.times(store)[0], rate
+
+
+def _runs(experiment: Experiment, count: int, tokens: float) -> list[Run]:
+    """The first `count` runs, seed 0 of every cell before seed 1, each of so many tokens, but no fewer than the schedule's warm-up."""
+    runs = experiment.runs(range(math.ceil(count / len(experiment.cells))))[:count]
+    return [_of_length(run, tokens) for run in runs]
+
+
+def _of_length(run: Run, tokens: float) -> Run:
+    recipe = run.recipe
+    fewest = max(PROBE, getattr(recipe.schedule, "warmup_steps", 0) or 0)
+    steps = max(round(tokens / recipe.tokens_per_step), fewest)
+    recipe = replace(
+        recipe, budget=replace(recipe.budget, tokens=steps * recipe.tokens_per_step)
+    )
+    return replace(run, recipe=recipe, id=run_id(recipe))
+
+
+# -- showing it --------------------------------------------------------------------------------------------------------
+def show_grid(found: dict[str, Any]) -> None:
+    from ablab.experiments.cli.printing import table
+
+    logged = "with MLflow" if found["mlflow"] else "without MLflow"
+    cells = f"{found['cells']} cells of about {found['seconds_asked']:g} s, {found['jobs']} at a time"
+    typer.echo(f"{found['experiment']} on {found['device']}: {cells}, {logged}; random tokens")
+    table([_row(one) for one in found["times"]])
+    rows: Iterable[tuple[str, str]] = (
+        (
+            "training / wall",
+            f"{100 * found['training_over_wall']:.1f} %  ({found['training_seconds']:.1f} of {found['wall_seconds']:.1f} s)",
+        ),
+        (
+            "tokens/s of the grid / of the cold run",
+            f"{100 * found['of_lone_pace']:.1f} %  (grid {found['tokens_per_second']:,.0f})",
+        ),
+        (
+            "cold: new worker, empty compile caches",
+            f"{found['cold_start_seconds']:.2f} s before the first step ended",
+        ),
+        ("first cell: new worker, caches on disk", f"{found['first_cell_seconds']:.2f} s"),
+        ("second cell: warm worker", f"{found['second_cell_seconds']:.2f} s"),
+        ("later cells, median", f"{found['median_later_cell_seconds']:.2f} s"),
+    )
+    typer.echo("")
+    for what, value in rows:
+        typer.echo(f"{what:<40}  {value}")
+
+
+def _row(one: dict[str, Any]) -> dict[str, str]:
+    shown = {
+        "before, s": f"{one['before']:.2f}",
+        "training, s": f"{one['training']:.2f}",
+        "rest, s": f"{one['rest']:.2f}",
+    }
+    return {"cell": one["cell"], "seed": str(one["seed"])} | shown

@@ -1,0 +1,156 @@
+"""`ablab bench`: what this machine does with ablab.  Nothing heavy is imported before a command runs."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ablab.experiments.cli.options import Plugins
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Measure on this machine: ablab's own cost, a study's, a training step, the kernels, a whole grid.",
+)
+
+Name = Annotated[
+    str | None,
+    typer.Argument(
+        help="a catalog entry, a size such as 70m, or a path to a .yaml (loo_70m; without a GPU quickstart)"
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="path=value: a recipe path, with.NAME.DOSE, runtime.X"),
+]
+Out = Annotated[Path | None, typer.Option(help="also write JSON here")]
+
+
+@app.command()
+def overhead(out: Out = None) -> None:
+    """What ablab itself costs, against its targets."""
+    from ablab.experiments.bench import overhead as bench
+
+    bench.show_bench(bench.overhead(), out)
+
+
+@app.command()
+def study(out: Out = None) -> None:
+    """What the coordinator of an Optuna study costs a trial, and what opening a large study takes."""
+    from ablab.experiments.bench.overhead import show_bench
+    from ablab.experiments.bench.study import bench_study
+
+    show_bench(bench_study(), out)
+
+
+@app.command()
+def step(
+    name: Name = None,
+    overrides: Overrides = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="a second subject, timed in turn: hf (Hugging Face's Llama), a cell, or path=value"
+        ),
+    ] = None,
+    cell: Annotated[
+        str | None, typer.Option(help="one arm of the experiment (full, else the first)")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="of a window (100; on a CPU 10)")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="of each subject; their median counts [3]")
+    ] = None,
+    warm_up: Annotated[
+        int | None, typer.Option(min=0, help="steps before the first window (50; on a CPU 3)")
+    ] = None,
+    plugins: Plugins = None,
+    out: Out = None,
+) -> None:
+    """Tokens/s, MFU, memory, launches, and where each millisecond of a training step goes; random tokens."""
+    name, given = _asked(name, overrides, plugins)
+    from ablab.experiments.bench.step import bench_step, show_step
+
+    found = bench_step(name, given, against, cell, steps, windows, warm_up)
+    show_step(found)
+    _write(found, out)
+
+
+@app.command()
+def kernels(
+    only: Annotated[
+        str | None, typer.Option(help="a kernel, or a pattern such as 'attention*'")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    out: Out = None,
+) -> None:
+    """Each kernel beside its peers and its floor; tiny shapes without a GPU."""
+    from ablab.experiments.bench.kernels.comparison import bench_kernels, show_kernels
+
+    found = bench_kernels(only, device)
+    show_kernels(found)
+    _write(found, out)
+
+
+@app.command()
+def grid(
+    name: Name = None,
+    overrides: Overrides = None,
+    cells: Annotated[
+        int | None, typer.Option(min=2, help="runs of the grid (12; without a GPU 4)")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="of training a cell (60; without a GPU 3)")
+    ] = None,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            min=1, help="cells at a time; two on a GPU train one while they compile the other"
+        ),
+    ] = 1,
+    mlflow: Annotated[
+        bool, typer.Option(help="also show the runs in MLflow, whose time then counts")
+    ] = False,
+    plugins: Plugins = None,
+    out: Out = None,
+) -> None:
+    """Training time over wall time of a grid of short cells, and the seconds before each cell's first step; random tokens."""
+    name, given = _asked(name, overrides, plugins)
+    from ablab.experiments.bench.grid import bench_grid, show_grid
+
+    found = bench_grid(
+        name,
+        given,
+        cells,
+        seconds,
+        mlflow,
+        [str(folder.absolute()) for folder in plugins or ()],
+        jobs,
+    )
+    show_grid(found)
+    _write(found, out)
+
+
+def _asked(
+    name: str | None, overrides: list[str] | None, plugins: list[Path] | None
+) -> tuple[str, dict[str, Any]]:
+    """The experiment and its overrides; an override may stand where the name is left out."""
+    from ablab.ablations.registry import discover
+    from ablab.core.recipe.load import overrides_from
+    from ablab.core.runtime.runtime import visible_gpus
+
+    discover(plugins or ())
+    words = list(overrides or [])
+    if name and "=" in name:
+        name, words = None, [name, *words]
+    given = overrides_from(words)
+    small = given.get("runtime.device") == "cpu" or not visible_gpus()
+    return name or ("quickstart" if small else "loo_70m"), given
+
+
+def _write(found: dict[str, Any], out: Path | None) -> None:
+    from ablab.core.store.files import write_atomically
+
+    if out:
+        write_atomically(out, json.dumps(found, indent=1).encode())

@@ -1,0 +1,237 @@
+"""`ablab check`: does the machine keep its promises here?  `coords`: do activations move as far at every width under muP?"""
+
+import json
+import math
+import re
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import typer
+
+from ablab.core.errors import UserError
+from ablab.experiments.cli.options import Json, Plugins
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Checks of the machine itself, cheap enough to run before a grid.",
+)
+
+BASE = ["base", "size/tiny"]
+SMALL = {  # one batch of 512 tokens; the feed-forward is 8/3 widths to within 3 % at every width
+    "data.name": "random",
+    "data.vocab": 256,
+    "model.layers": 2,
+    "model.ffn.multiple": 16,
+}
+STANDARD = "standard"  # the control: where it passes, the check cannot fail and shows nothing
+ARMS = {"mup": "mup"}
+# Zero readouts, because Muon's features move so far that a random one shows its own m^-1/2 (ablations/checks/coords.py).  Matrices
+# at 10 lr: at the 3.36 of IMU-1 the embedding still moves the most, and an rms rate wrong by m^-1/2 passed (-0.08; at 10 -0.31).
+MORE = {
+    "mup, zero readout": "{mup: {readout: zero}}",
+    "mup, spectral muon": "{mup: {readout: zero}}, {muon: {scale: spectral, lr: 10}}",
+    "mup, keller muon": "{mup: {readout: zero}}, {muon: {scale: keller, lr: 10}}",
+    "mup, rms muon": "{mup: {readout: zero}}, {muon: {scale: rms, lr: 10}}",
+}
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="path=value of the small recipe, such as 'model.attention.on_qk=\\[qk_norm]'"
+    ),
+]
+With = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--with",
+        help="an arm, such as 'qk_norm, mup, {muon: {scale: rms}}'; repeat for more (mup)",
+    ),
+]
+
+
+@app.callback()
+def _group() -> None:
+    """Checks of the machine itself, cheap enough to run before a grid."""
+
+
+@app.command()
+def coords(
+    overrides: Overrides = None,
+    widths: Annotated[str, typer.Option(help="four or more, in channels")] = "64,128,256,512",
+    seeds: Annotated[str, typer.Option(help="three or more")] = "0-2",
+    steps: Annotated[int, typer.Option(help="optimizer steps, five or more")] = 6,
+    lr: Annotated[
+        float, typer.Option(help="learning rate of every step, deliberately high")
+    ] = 0.02,
+    with_: With = None,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="also muP with a zero readout, under AdamW and each Muon"),
+    ] = False,
+    base_width: Annotated[
+        int | None, typer.Option(min=1, help="of muP (a quarter of the smallest width)")
+    ] = None,
+    plugins: Plugins = None,
+    out: Annotated[
+        Path | None, typer.Option(help="a folder for coords.png and coords.json")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Coordinate check: how far a few steps move each activation, at several widths.
+
+    Exit code 0: every muP arm is flat and the standard parametrization is not; 1: not so, and a line says which tensor.
+    """
+    setting = {
+        "widths": _numbers(widths, "--widths"),
+        "seeds": _numbers(seeds, "--seeds"),
+        "steps": steps,
+        "lr": lr,
+    }
+    if not 0 < lr < math.inf:
+        raise UserError(f"--lr {lr:g} must be a number above 0; try 0.02")
+    base_width = base_width or max(min(setting["widths"]) // 4, 1)
+    texts = {text: text for text in with_} if with_ else ARMS
+    found = _measure(
+        _recipes(texts | MORE if every else texts, base_width, overrides, plugins),
+        setting,
+        device,
+    ) | {"base_width": base_width}
+    _show(found, out, as_json)
+    if flaw := _flaw(found):
+        typer.echo(flaw, err=True)
+        raise typer.Exit(1)
+
+
+def _recipes(
+    texts: dict[str, str],
+    base_width: int,
+    overrides: list[str] | None,
+    plugins: list[Path] | None,
+) -> dict[str, Any]:
+    """Arm -> recipe, the control first.  `base_width` holds for each mup whose dose names none."""
+    from ablab.ablations.registry import discover
+    from ablab.core.recipe.intervention import resolve, treatment_of
+    from ablab.core.recipe.load import overrides_from, recipe_from
+
+    discover(plugins or ())
+    base = recipe_from(BASE, SMALL | overrides_from(overrides or []))
+    recipes = {STANDARD: base}
+    for name, text in texts.items():
+        doses = [item if isinstance(item, dict) else {item: None} for item in _listed(text)]
+        for item in doses:
+            if "mup" in item:
+                item["mup"] = {"base_width": base_width} | (item["mup"] or {})
+        recipes[name] = resolve(base, treatment_of(doses, "--with"))
+    return recipes
+
+
+def _listed(text: str) -> list[Any]:
+    import yaml
+
+    try:
+        return yaml.safe_load(f"[{text}]")
+    except yaml.YAMLError:
+        raise UserError(
+            f"--with {text!r} must list interventions as an experiment does, such as 'mup, {{muon: {{scale: rms}}}}'"
+        ) from None
+
+
+def _measure(recipes: dict[str, Any], setting: dict[str, Any], device: str) -> dict[str, Any]:
+    """All arms as plain data, in the form that analysis/pictures/coords.py reads."""
+    import torch
+
+    from ablab.ablations.checks import coords as check
+    from ablab.core.language.part import parse
+    from ablab.core.runtime.runtime import Runtime, settle
+
+    runtime = parse(Runtime, {"device": device}, "")
+    torch.set_num_threads(runtime.threads)
+    where, arms = settle(runtime, rows=1)["device"], []
+    for name, recipe in recipes.items():
+        began = perf_counter()
+        rows = check.coordinates(recipe, **setting, device=where)
+        slopes = check.slopes(rows)
+        arms.append(
+            {
+                "name": name,
+                "control": name == STANDARD,
+                "parametrization": recipe.parametrization.kind,
+                "failing": check.failing(slopes),
+                "slopes": {tensor: _finite(slope) for tensor, slope in slopes.items()},
+                "seconds": round(perf_counter() - began, 1),
+                "rows": [
+                    {
+                        "width": row.width,
+                        "seed": row.seed,
+                        "step": row.step,
+                        "tensor": row.tensor,
+                        "change": _finite(row.change),
+                    }
+                    for row in rows
+                ],
+            }
+        )
+        typer.echo(
+            f"{name}: {len(setting['widths']) * len(setting['seeds'])} runs of {setting['steps']} steps in {arms[-1]['seconds']} s",
+            err=True,
+        )
+    return setting | {
+        "flat": check.FLAT,
+        "judged": list(check.CHANGES),
+        "reported": [check.START, check.PEAK],
+        "arms": arms,
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no nan."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _show(found: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    from ablab.analysis.pictures import coords as view
+    from ablab.core.store.files import write_atomically
+    from ablab.experiments.cli.printing import table
+
+    if out:
+        write_atomically(out / "coords.json", json.dumps(found).encode())
+        view.draw(found, out / "coords.png")
+    if as_json:
+        arms = [
+            {key: value for key, value in arm.items() if key != "rows"} for arm in found["arms"]
+        ]
+        return typer.echo(json.dumps(found | {"arms": arms}, indent=1))
+    table(view.table(found))
+    typer.echo(
+        f"\nlr {found['lr']:g}, step {found['steps']}, base width {found['base_width']}; flat: within {found['flat']:g} of 0; x: is not."
+        "  logits at init: -0.5 is the rule of a random muP readout, 0 of a standard one; not judged, nor is the last line"
+    )
+    if out:
+        typer.echo(f"picture: {out / 'coords.png'}\nnumbers: {out / 'coords.json'}")
+
+
+def _flaw(found: dict[str, Any]) -> str | None:
+    """What keeps the check from passing, on one line."""
+    for arm in found["arms"]:
+        if arm["parametrization"] == "mup" and arm["failing"]:
+            worst = arm["failing"][0]
+            slope = arm["slopes"][worst]
+            said = (
+                "has no finite slope"
+                if slope is None
+                else f"changes as width^{slope:+.2f}, beyond {found['flat']:g} either way"
+            )
+            return f"arm {arm['name']!r} fails: {worst} {said}"
+        if arm["control"] and not arm["failing"]:
+            return f"the standard parametrization passes, so the check shows nothing: every change is within {found['flat']:g}; raise --lr or widen --widths"
+    return None
+
+
+def _numbers(text: str, flag: str) -> list[int]:
+    """`64,128` or `0-2`."""
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise UserError(f"{flag} {text!r} must list whole numbers, such as 64,128,256 or 0-2")
+    spans = [part.split("-") for part in text.split(",")]
+    return [number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)]

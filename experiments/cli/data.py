@@ -1,0 +1,151 @@
+"""`ablab data`: train a tokenizer, fill a token folder, list what is there."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ablab.core.errors import UserError
+from ablab.core.recipe.recipe import check_folder_name
+
+app = typer.Typer(no_args_is_help=True, help="Turn text into token folders (STORE/data/NAME).")
+
+Text = Annotated[
+    list[str],
+    typer.Argument(help="files, folders or quoted globs: .jsonl .txt .parquet, also .gz .xz"),
+]
+Field = Annotated[str, typer.Option(help="JSON key or Parquet column that holds the text")]
+Store = Annotated[
+    Path, typer.Option(envvar="ABLAB_STORE", help="where runs and token folders live")
+]
+STORE = Path("ablab-store")
+
+
+@app.command("train-tokenizer")
+def train_tokenizer(
+    text: Text,
+    out: Annotated[Path, typer.Option(help="the tokenizer.json to write")],
+    vocab: Annotated[
+        int, typer.Option(help="ids in all, <|endoftext|> and 256 bytes included")
+    ] = 32_000,
+    max_bytes: Annotated[
+        int | None, typer.Option(help="read only the first so many bytes of text")
+    ] = None,
+    field: Field = "text",
+) -> None:
+    """Train a byte-level BPE.  150 MB of text and 32,000 ids take about 40 s and 0.7 GB on two cores."""
+    from ablab.core.data import corpus
+
+    with _clock() as clock:
+        read = corpus.train_tokenizer(text, out, vocab, max_bytes, field)
+    typer.echo(f"{out}: {vocab:,} ids from {read:,} bytes in {clock()}")
+
+
+@app.command()
+def tokenize(
+    text: Text,
+    tokenizer: Annotated[Path, typer.Option(help="a byte-level tokenizer.json")],
+    name: Annotated[
+        str, typer.Option(help="the folder's name in STORE/data, and `data.name` in a recipe")
+    ],
+    val: Annotated[
+        list[str] | None, typer.Option(help="held-out text; repeat for more")
+    ] = None,
+    val_fraction: Annotated[
+        float | None, typer.Option(help="without --val: documents held out by hash (0.01)")
+    ] = None,
+    field: Field = "text",
+    store: Store = STORE,
+) -> None:
+    """Fill STORE/data/NAME with tokens.  About 0.7 M tokens a second on two cores."""
+    from ablab.core.data import corpus
+
+    check_folder_name("--name ", name)
+    with _clock() as clock, _progress() as progress:
+        meta = corpus.tokenize(
+            text, val or [], tokenizer, store / "data" / name, val_fraction, field, progress
+        )
+    typer.echo(
+        f"{store / 'data' / name}: {meta.train_tokens:,} training and {meta.val_tokens:,} validation tokens, "
+        f"{meta.bytes_per_token:.3f} bytes/token, vocab {meta.vocab:,}, digest {meta.digest}, in {clock()}"
+    )
+
+
+@app.command("list")
+def list_folders(
+    store: Store = STORE,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="one JSON list, for programs")
+    ] = False,
+) -> None:
+    """List the token folders of the store; a damaged one is listed with what is wrong."""
+    rows = [
+        _describe(folder)
+        for folder in sorted((store / "data").glob("[!.]*"))
+        if folder.is_dir()
+    ]
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(rows, indent=1))
+    elif not rows:
+        typer.echo(f"no token folders in {store / 'data'}; fill one with `ablab data tokenize`")
+    for row in [] if as_json else rows:
+        typer.echo(_line(row))
+
+
+def _describe(folder: Path) -> dict:
+    from dataclasses import asdict
+
+    from ablab.core.data.corpus import load_meta
+
+    try:
+        return asdict(load_meta(folder))
+    except UserError as flaw:
+        return {"name": folder.name, "error": str(flaw)}
+
+
+def _line(row: dict) -> str:
+    if "error" in row:
+        return f"{row['name']:<16}  {row['error']}"
+    return (
+        f"{row['name']:<16}  {row['train_tokens']:>14,} train  {row['val_tokens']:>11,} val tokens  "
+        f"{row['train_bytes'] / row['train_tokens']:.3f} bytes/token  vocab {row['vocab']:>7,}  {row['digest']}"
+    )
+
+
+@contextmanager
+def _clock():
+    """Give a function that says the seconds since."""
+    from time import perf_counter
+
+    start = perf_counter()
+    yield lambda: f"{perf_counter() - start:.1f} s"
+
+
+@contextmanager
+def _progress():
+    """Give `progress(done_bytes)`: a live line on a terminal, None elsewhere.  The total is unknown: files are packed."""
+    import sys
+
+    if not sys.stdout.isatty():
+        yield None
+        return
+    from rich.progress import (
+        DownloadColumn,
+        Progress,
+        SpinnerColumn,
+        TimeElapsedColumn,
+        TransferSpeedColumn,
+    )
+
+    with Progress(
+        SpinnerColumn(),
+        "tokenizing",
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+    ) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done: bar.update(task, completed=done)

@@ -1,0 +1,94 @@
+"""The trackers of a grid: MLflow as a view, shown in a thread of its own.
+
+Importing mlflow takes seconds, a new database takes migrations, a locked one makes its writers wait: a grid waits for
+none of that, it only puts what happened into a queue.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
+
+from ablab.core.errors import UserError
+from ablab.core.store.record import Plan, Store
+
+
+def trackers_for(store: Store, plan: Plan, say: Callable[[str], None]) -> "Trackers | None":
+    if importlib.util.find_spec("mlflow"):
+        return Trackers(store, plan, say)
+    say(
+        "mlflow is not installed here; the run folders are complete without it, and `ablab sync` can show them later"
+    )
+    return None
+
+
+class Trackers:
+    """One tracker for each live run, and a sync at the end for everything that the view lacks."""
+
+    def __init__(self, store: Store, plan: Plan, say: Callable[[str], None]):
+        from ablab.experiments.track.mlflow_view import MlflowView
+
+        self.store, self.plan, self.say, self.live = store, plan, say, {}
+        self.view = MlflowView(store, warn=say)
+        self.queue: SimpleQueue = SimpleQueue()
+        self.queue.put(self.view.ensure)
+        self.thread = Thread(target=self._serve, daemon=True)
+        self.thread.start()
+
+    def over(self, plan: Plan) -> "Trackers":
+        """The same view, from now on of another plan."""
+        self.plan = plan
+        return self
+
+    def log(self, run: str, step: int, scalars: dict[str, float], seconds: float) -> None:
+        self.queue.put(partial(self._log, self.plan, run, step, scalars, seconds))
+
+    def close(self, run: str) -> None:
+        self.queue.put(partial(self._close, run))
+
+    def finish(self, note: Callable[[str], None] = lambda line: None) -> None:
+        """Show what was not trained here just now (reused runs, cells that share a run), and wait until all is shown."""
+        self.queue.put(partial(self._sync, self.plan.name))
+        self.queue.put(None)
+        self.thread.join(timeout=1)
+        if self.thread.is_alive():
+            note(
+                "bringing the MLflow view up to date ... (--no-mlflow leaves it to `ablab sync`)"
+            )
+            self.thread.join()
+
+    # -- in the thread ---------------------------------------------------------------------------------------------
+    def _serve(self) -> None:
+        while task := self.queue.get():
+            try:
+                task()
+            except UserError as lost:
+                self.say(str(lost))
+            except Exception as fault:  # a view never stops a grid
+                self.say(
+                    f"MLflow: {type(fault).__name__}: {fault}; the run folders are complete, `ablab sync` shows them later"
+                )
+
+    def _log(
+        self, plan: Plan, run: str, step: int, scalars: dict[str, float], seconds: float
+    ) -> None:
+        from ablab.experiments.track.mlflow_tracker import MlflowTracker, card_of, replay
+
+        if run not in self.live:
+            self.live[run] = MlflowTracker(self.view)
+            row = next(row for row in plan.rows if row.run == run)
+            replay(self.store.run(run), card_of(self.store, plan, row), self.live[run])
+        self.live[run].log(step, scalars, seconds)
+
+    def _close(self, run: str) -> None:
+        from ablab.experiments.track.mlflow_tracker import summary_of
+
+        if (tracker := self.live.pop(run, None)) and (result := self.store.run(run).result()):
+            tracker.close(result.status, summary_of(result))
+
+    def _sync(self, name: str) -> None:
+        from ablab.experiments.track.mlflow_tracker import sync
+
+        if self.view.ensure():
+            sync(self.store, [name])

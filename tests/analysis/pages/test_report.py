@@ -1,0 +1,196 @@
+import json
+
+import pytest
+
+from ablab.analysis.pages import report
+from ablab.core.errors import UserError
+from ablab.core.store.record import DIVERGED, command
+
+FULL, WITHOUT = [3.000, 3.001, 3.002], [3.020, 3.022, 3.021]
+
+
+def page(lab, folder) -> str:
+    return report.write(lab.write(), lab.name, folder / "out").read_text()
+
+
+def row(text: str, arm: str, section: str) -> list[str]:
+    """The cells of an arm's line in a section's table."""
+    lines = text.split(f"## {section}")[1].splitlines()
+    return next(
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith(f"| `{arm}` |")
+    )
+
+
+def test_the_page_holds_question_verdict_control_numbers_and_pictures(lab, tmp_path):
+    lab.treatments = {"full": {"qk_norm": {}, "muon": {}}, "- qk_norm": {"muon": {}}}
+    lab.off = {"qk_norm": "queries and keys as projected", "muon": "AdamW"}
+    text = page(
+        lab.cell("full", FULL, None, points=5).cell(
+            "- qk_norm", WITHOUT, points=5, speed=1.1e5
+        ),
+        tmp_path,
+    )
+    assert (
+        "Which ingredients still pay?" in text
+        and "`val/loss` in nats/token, lower is better" in text
+    )
+    says, control = row(text, "- qk_norm", "Verdicts")[1:]
+    assert (
+        says.startswith("qk_norm helps: without it +0.0200 [")
+        and control == "queries and keys as projected"
+    )
+    numbers = row(text, "- qk_norm", "Numbers")
+    assert numbers[1:5] == ["3", "3.0210", "0.0010", "+0.0200"] and numbers[6:] == [
+        "Welch",
+        "worse",
+        "110,000",
+        "1.10",
+        "3 finished",
+    ]
+    for picture in ("forest.png", "curves.png"):
+        assert f"]({picture})" in text and (tmp_path / "out" / picture).stat().st_size > 10_000
+    assert "Same hyper-parameters, not tuned" in text and "No multiplicity correction" in text
+    assert "## Read first" not in text
+
+
+def test_every_run_id_is_listed(lab, tmp_path):
+    text = page(
+        lab.cell("full", FULL, None).cell("- x", [3.1, "missing", "diverged"]), tmp_path
+    )
+    assert all(planned.run in text.split("## Runs")[1] for planned in lab.rows)
+
+
+def test_an_arm_that_drops_two_ingredients_names_both_controls(lab, tmp_path):
+    lab.treatments = {"full": {"muon": {}, "normuon": {}}, "- muon (and normuon)": {}}
+    lab.off = {"muon": "AdamW", "normuon": "no per-neuron scale"}
+    text = page(lab.cell("full", FULL, None).cell("- muon (and normuon)", WITHOUT), tmp_path)
+    assert (
+        row(text, "- muon (and normuon)", "Verdicts")[2]
+        == "muon: AdamW; normuon: no per-neuron scale"
+    )
+
+
+def test_a_diverged_arm_is_shown_with_its_step_and_reason(lab, tmp_path):
+    lab.cell("full", FULL, None, points=5).cell(
+        "- x", [3.1, 3.2, DIVERGED], points=5, step=41, error="the loss was not finite"
+    )
+    text = page(lab, tmp_path)
+    assert "`- x`: 1 diverged of 3 runs; loo--_x-2 at step 41: the loss was not finite" in text
+    assert row(text, "- x", "Numbers")[-1] == "2 finished, 1 diverged"
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"code": "beef"}, "the runs mix code fingerprints: c0ffee (3 runs), beef (3 runs)"),
+        (
+            {"runtime": {"device": "cuda", "dtype": "float32"}},
+            "the runs mix runtime/dtype: bfloat16 (3 runs), float32 (3 runs)",
+        ),
+        (
+            {"runtime": {"device": "cpu", "dtype": "bfloat16"}},
+            "the runs mix runtime/device: cuda (3 runs), cpu (3 runs)",
+        ),
+        (
+            {"runtime": {"device": "cuda"}},
+            "the runs mix runtime/dtype: bfloat16 (3 runs), not recorded (3 runs)",
+        ),
+        ({"tokens": 7}, "the runs mix token counts: 100000000 (3 runs), 7 (3 runs)"),
+    ],
+)
+def test_arms_that_ran_differently_are_warned_about(lab, tmp_path, changed, words):
+    assert words in page(lab.cell("full", FULL, None).cell("- x", WITHOUT, **changed), tmp_path)
+
+
+def test_missing_interrupted_and_few_seeds_are_warned_about(lab, tmp_path):
+    text = page(
+        lab.cell("full", FULL, None).cell("- x", [3.1, "missing", "interrupted"]), tmp_path
+    )
+    assert (
+        "1 missing, 1 interrupted of 6 runs" in text and "continue with: ablab run loo" in text
+    )
+    assert (
+        "fewer than 3 finished seeds: `- x` (1)" in text and "killed, or still running" in text
+    )
+
+
+def test_runs_that_were_never_started_are_not_called_interrupted(lab, tmp_path):
+    text = page(lab.cell("full", FULL, None).cell("- x", [3.1, "missing", "missing"]), tmp_path)
+    assert (
+        "2 missing of 6 runs; continue with: ablab run loo" in text
+        and "interrupted" not in text
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("loo", "ablab run loo"),
+        (
+            "loo@budget.tokens=20000@optim.lr=0.1",
+            "ablab run loo budget.tokens=20000 optim.lr=0.1",
+        ),
+        ("loo@objective=['z_loss']", """ablab run loo 'objective=['"'"'z_loss'"'"']'"""),
+        ("loo@0123456789ab", "ablab run loo ..."),
+        ("lr@tuned", "ablab study lr"),
+        ("lr@optim.clip=null@study", "ablab study lr optim.clip=null"),
+    ],
+)
+def test_a_message_names_a_command_that_can_be_typed(name, words):
+    assert command(name) == words
+
+
+def test_a_pipe_in_a_name_does_not_break_the_table(lab, tmp_path):
+    assert r"| `a\|b` |" in page(lab.cell("full", FULL, None).cell("a|b", WITHOUT), tmp_path)
+
+
+@pytest.mark.parametrize("values", [["missing", "interrupted"], ["diverged"], []])
+def test_an_experiment_without_a_finished_run_is_refused_in_one_line(lab, tmp_path, values):
+    store = lab.cell("full", values, None).write()
+    with pytest.raises(UserError, match="'loo' has no finished run .*ablab run loo") as refusal:
+        report.write(store, "loo", tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_report_without_logs_or_arms_has_numbers_and_no_pictures(lab, tmp_path):
+    text = page(lab.cell("only", FULL, None), tmp_path)
+    assert row(text, "only", "Numbers")[2] == "3.0010" and ".png" not in text
+
+
+def test_json_is_strict_and_says_what_the_table_says(lab):
+    lab.off = {"x": "nothing in its place"}
+    read = report.read(
+        lab.cell("full", FULL, None).cell("- x", [3.1, "diverged", "missing"]).write(), "loo"
+    )
+    data = json.loads(json.dumps(report.as_json(read), allow_nan=False))
+    arm = data["effects"][1]
+    assert (arm["cell"], arm["n"], arm["interval"], arm["off"]) == (
+        "- x",
+        1,
+        None,
+        "nothing in its place",
+    )
+    assert data["metric"] == {"name": "val/loss", "unit": "nats/token", "better": "lower"}
+    assert (
+        data["warnings"] == read.warnings
+        and len(data["runs"]) == 6
+        and data["runs"][4]["val/loss"] is None
+    )
+
+
+def test_table_rows_share_their_headings(lab):
+    rows = report.table(
+        report.read(
+            lab.cell("full", FULL, None).cell("- x", ["diverged"] * 3).write(), "loo"
+        ).effects
+    )
+    assert rows[0].keys() == rows[1].keys() and all(
+        isinstance(text, str) for line in rows for text in line.values()
+    )
+    assert (rows[0]["verdict"], rows[1]["verdict"], rows[1]["delta"]) == (
+        "reference",
+        "failed",
+        "–",
+    )

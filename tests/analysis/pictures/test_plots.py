@@ -1,0 +1,119 @@
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.image import imread
+
+from ablab.analysis.effects import frame
+from ablab.analysis.effects.effects import measure
+from ablab.analysis.pictures import plots
+from ablab.core.errors import UserError
+
+
+def experiment(lab, normal, arms: int, seeds: int = 3):
+    lab.cell("full", list(normal.normal(3, 0.002, seeds)), None, points=8)
+    for arm in range(arms):
+        lab.cell(f"- part_{arm}", list(normal.normal(3 + 0.002 * arm, 0.002, seeds)), points=8)
+    return lab
+
+
+def draw(lab, folder):
+    """Both pictures as arrays [H, W, 4] in [0, 1]."""
+    store = lab.write()
+    forest = plots.forest(measure(frame.load(store, "loo"), "val/loss"), folder / "forest.png")
+    return imread(forest), imread(
+        plots.curves(frame.curves(store, "loo"), folder / "curves.png")
+    )
+
+
+def shows(picture, colour: str) -> int:
+    """How many pixels have exactly this colour."""
+    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return int((np.rint(picture[..., :3] * 255) == wanted).all(-1).sum())
+
+
+@pytest.mark.parametrize("arms", [3, 14])
+def test_pictures_are_print_size_and_not_blank(lab, normal, tmp_path, arms):
+    forest, curves = draw(experiment(lab, normal, arms), tmp_path)
+    assert (
+        1000 <= forest.shape[1] <= 1500 and 60 * arms <= forest.shape[0] <= 60 * arms + 400
+    )  # 200 dots an inch
+    assert 1200 <= curves.shape[1] <= 1600 and 1200 <= curves.shape[0] <= 1500
+    assert forest.std() > 0.05 and curves.std() > 0.05
+
+
+def test_an_arm_that_got_worse_is_orange_and_one_that_got_better_blue(lab, tmp_path):
+    lab.cell("full", [3.0, 3.001, 3.002], None, points=5).cell(
+        "- a", [3.1, 3.101, 3.102], points=5
+    )
+    orange, blue = plots.VERDICT_COLOUR["worse"], plots.VERDICT_COLOUR["better"]
+    picture, _ = draw(lab, tmp_path)
+    assert shows(picture, orange) > 100 and not shows(picture, blue)
+
+
+def test_above_ten_cells_three_arms_keep_a_colour(lab, normal, tmp_path):
+    store = experiment(lab, normal, arms=14).write()
+    picture = imread(plots.curves(frame.curves(store, "loo"), tmp_path / "curves.png"))
+    assert [bool(shows(picture, colour)) for colour in plots.DISTINCT] == [True] * 3 + [
+        False
+    ] * 6
+    assert shows(picture, plots.BACKGROUND) > 100
+
+
+def test_an_experiment_of_lost_single_and_inert_arms_can_be_drawn(lab, tmp_path):
+    lab.cell("full", [3.0, 3.1], None, points=10).cell(
+        "- lost", ["diverged", "interrupted"], points=10
+    )
+    lab.cell("- inert", [3.0, 3.1], points=10).cell("- single", [3.2, "missing"], points=10)
+    forest, curves = draw(lab, tmp_path)
+    assert forest.std() > 0.02 and curves.std() > 0.02
+
+
+def test_a_single_evaluation_is_a_dot(lab, tmp_path):
+    store = lab.cell("full", [3.0], None, points=1).cell("- a", [3.1], points=1).write()
+    picture = imread(plots.curves(frame.curves(store, "loo"), tmp_path / "curves.png"))
+    assert shows(picture, plots.DISTINCT[0]) > 200  # the letters beside it alone: 35
+
+
+def test_one_cell_alone_has_a_curve(lab, tmp_path):
+    store = lab.cell("only", [3.0], None, points=5).write()
+    assert (
+        imread(plots.curves(frame.curves(store, "loo"), tmp_path / "curves.png")).std() > 0.02
+    )
+
+
+def test_differences_are_taken_where_both_runs_have_been():
+    def curve(tokens, values):
+        rows = {
+            "reference": None,
+            "pair": 0,
+            "status": "finished",
+            "tokens": tokens,
+            "val/loss": values,
+        }
+        return plots.Curve(pd.DataFrame(rows), "val/loss")
+
+    reference = curve([10.0, 20.0, 30.0], [4.0, 3.0, 2.0])
+    grid, difference = curve([5.0, 15.0, 25.0, 35.0], [9.0, 3.6, 2.6, 1.0]).minus(reference)
+    assert list(grid) == [15, 25] and difference[0] == pytest.approx([0.1, 0.1])
+    assert curve([40.0], [1.0]).minus(reference) is None
+
+
+def test_labels_are_pushed_apart():
+    class Axes:
+        placed = []
+
+        def get_ylim(self):
+            return 0.0, 1.0
+
+        def annotate(self, name, at, **_):
+            self.placed.append(at[1])
+
+    plots.label_ends(Axes(), {"a": 0.5, "b": 0.5, "c": 0.51}, dict.fromkeys("abc", "black"))
+    assert np.diff(Axes.placed).min() >= 0.06
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(lab, tmp_path):
+    (tmp_path / "file").write_text("")
+    store = lab.cell("only", [3.0], None, points=5).write()
+    with pytest.raises(UserError, match="cannot write"):
+        plots.curves(frame.curves(store, "loo"), tmp_path / "file" / "curves.png")

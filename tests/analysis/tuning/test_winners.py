@@ -1,0 +1,446 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from ablab.analysis.tuning import winners as tuning
+from ablab.analysis.tuning.transfer import transfer
+from ablab.analysis.tuning.winners import (
+    LR,
+    WIDTH,
+    StudyRecord,
+    Trial,
+    quadratic,
+    seed_sd,
+    widen,
+    winner,
+)
+from ablab.core.errors import UserError
+from ablab.core.store.record import Store
+
+SPACE, HARD = {LR: {"log": [0.001, 0.064]}}, {LR: (1e-4, 0.3)}
+GRID = [0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064]
+
+
+def sweep(outcomes: dict, cell="full", **other) -> list[Trial]:
+    """One trial per learning rate; an outcome is a value or the state of a trial without one."""
+    return [
+        Trial(
+            cell,
+            number,
+            {LR: lr} | other,
+            *((got, None) if isinstance(got, str) else ("complete", float(got))),
+        )
+        for number, (lr, got) in enumerate(outcomes.items())
+    ]
+
+
+def bowl(
+    lrs, optimum=0.008, floor=2.4, curvature=0.02, noise=lambda: 0.0, **other
+) -> list[Trial]:
+    return sweep(
+        {lr: floor + curvature * np.log2(lr / optimum) ** 2 + noise() for lr in lrs}, **other
+    )
+
+
+def study(trials, **changed) -> StudyRecord:
+    space = SPACE | (
+        {WIDTH: {"choices": [32, 64, 128, 256]}} if WIDTH in trials[0].params else {}
+    )
+    usual = {
+        "name": "s",
+        "question": "?",
+        "metric": "val/bits_per_byte",
+        "better": "lower",
+        "space": space,
+        "hard": HARD,
+        "base": {LR: 0.007, WIDTH: 64},
+        "sampler": "grid",
+        "pruner": "none",
+        "seeds": [100],
+        "trials_per_cell": 7,
+    }
+    return StudyRecord(**usual | changed, trials=trials)
+
+
+# The record.
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    ours = study(bowl(GRID), importance={"full": {LR: 1.0}}, tuned="s@tuned")
+    tuning.write(Store(tmp_path), ours)
+    assert tuning.read(Store(tmp_path), "s") == ours
+
+
+@pytest.mark.parametrize(
+    ("trials", "words"),
+    [
+        (
+            sweep({0.1: "diverged", 0.2: "diverged"}),
+            "study 's' has zero finished trials (2 diverged); lower its optim.lr",
+        ),
+        (
+            sweep({0.1: "failed", 0.2: "running"}),
+            "zero finished trials (1 failed, 1 running); continue it with: ablab study s",
+        ),
+        ([Trial("full", 3, {LR: 0.1}, "complete")], "damaged (trial 3 of 'full' has no value)"),
+        ([Trial("full", 3, {}, "failed")], "damaged (trial 3 of 'full' has no optim.lr)"),
+    ],
+)
+def test_a_record_that_carries_no_result_is_refused_in_one_line(tmp_path, trials, words):
+    tuning.write(Store(tmp_path), study(trials, space=SPACE))
+    with pytest.raises(UserError) as refusal:
+        tuning.read(Store(tmp_path), "s")
+    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_missing_and_a_torn_record_are_named_with_their_cure(tmp_path):
+    with pytest.raises(UserError, match="study 's' has no trials in .*ablab study s"):
+        tuning.read(Store(tmp_path), "s")
+    tuning.write(Store(tmp_path), study(bowl(GRID)))
+    path = tmp_path / "studies" / "s.json"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match="s.json is damaged .*ablab study s"):
+        tuning.read(Store(tmp_path), "s")
+
+
+# The winner.
+
+
+def test_a_winner_between_worse_neighbours_is_read():
+    won = winner(bowl(GRID), SPACE, HARD)
+    assert (won.admissible, won.params, won.value) == (True, {LR: 0.008}, 2.4)
+    assert won.reason == "beats lr=0.004 (2.4200) and lr=0.016 (2.4200)"
+    assert [side.params[LR] for side in won.neighbours] == [0.004, 0.016]
+
+
+@pytest.mark.parametrize(("optimum", "edge"), [(0.1, "0.03"), (0.0001, "0.002")])
+def test_a_winner_at_either_edge_is_not_read(optimum, edge):
+    trials, space = (
+        bowl([0.002, 0.004, 0.008, 0.016, 0.03], optimum),
+        {LR: {"log": [0.002, 0.03]}},
+    )
+    won, edge = (
+        winner(trials, space, {}),
+        f"lr={edge} won, but it is the edge of the searched range [0.002, 0.03]",
+    )
+    assert not won.admissible and None in won.neighbours
+    assert won.reason == f"{edge}; widen it before reading the result"
+    assert (
+        winner(trials, space, HARD).reason
+        == f"{edge}; widen it, or raise study.widenings, before reading the result"
+    )
+
+
+def test_a_winner_with_untried_range_beside_it_asks_for_trials_not_for_a_wider_range():
+    won = winner(bowl([0.004, 0.008, 0.016], 0.03), SPACE, HARD)
+    assert (
+        won.reason
+        == "lr=0.016 won, but it is the edge of what was tried here, [0.004, 0.016]; add trials before reading the result"
+    )
+
+
+@pytest.mark.parametrize(
+    ("beyond", "admissible"),
+    [
+        ("diverged", True),
+        ("pruned", True),
+        ("out_of_memory", False),
+        ("failed", False),
+        ("running", False),
+    ],
+)
+def test_a_neighbour_that_diverged_is_worse_and_one_that_failed_says_nothing(
+    beyond, admissible
+):
+    won = winner(sweep({0.004: 2.5, 0.008: 2.4, 0.016: beyond}), SPACE, HARD)
+    assert won.admissible == admissible
+    assert won.reason.endswith(
+        f"lr=0.016 ({beyond})" if admissible else f"; lr=0.016: {beyond.replace('_', ' ')}"
+    )
+
+
+def test_a_winner_at_the_hard_bounds_asks_for_other_bounds():
+    won = winner(sweep({0.1: 2.5, 0.2: 2.45, 0.3: 2.4}), SPACE, HARD)
+    assert (
+        won.reason
+        == "lr=0.3 won, but it is the edge of the hard bounds [0.0001, 0.3]; move them before reading the result"
+    )
+
+
+def test_a_crowd_of_trials_at_the_edge_does_not_make_an_interior():
+    won = winner(
+        sweep({0.008: 2.5, 0.0295: 2.41, 0.0298: 2.40, 0.03: 2.41}),
+        {LR: {"log": [0.008, 0.03]}},
+        HARD,
+    )
+    assert not won.admissible and "edge of the searched range [0.008, 0.03]" in won.reason
+
+
+def test_only_trials_that_differ_in_the_learning_rate_alone_are_neighbours():
+    wide, narrow = (
+        bowl([0.008, 0.016, 0.032], 0.001, model_width=256),
+        bowl(GRID, floor=2.9, model_width=64),
+    )
+    won = winner(wide + narrow, SPACE | {"model_width": {"choices": [64, 256]}}, HARD)
+    assert (
+        won.params == {LR: 0.008, "model_width": 256}
+        and not won.admissible
+        and len(won.line) == 3
+    )
+    alone = winner(wide[:1] + narrow, SPACE, HARD)
+    assert (
+        alone.reason
+        == "lr=0.008 won, but no evaluated trial differs from it in lr alone; add some before reading the result"
+    )
+
+
+def test_a_neighbour_that_ends_in_the_same_number_is_not_beaten():
+    won = winner(sweep({0.004: 2.5, 0.008: 2.4, 0.016: 2.4, 0.032: 2.5}), SPACE, HARD)
+    assert (
+        won.reason
+        == "lr=0.008 won, but lr=0.016 ends at the same 2.4; check that optim.lr reaches the run"
+        and not won.admissible
+    )
+
+
+def test_higher_is_better_is_the_same_search_upside_down():
+    trials = bowl(GRID, optimum=0.006)
+    flipped = [Trial(t.cell, t.number, t.params, t.state, -t.value) for t in trials]
+    ours, theirs = winner(trials, SPACE, HARD), winner(flipped, SPACE, HARD, "higher")
+    assert (ours.params, ours.admissible, ours.optimum, ours.fit.value) == (
+        theirs.params,
+        theirs.admissible,
+        theirs.optimum,
+        -theirs.fit.value,
+    )
+
+
+def test_a_space_without_a_log_scaled_path_has_a_winner_without_edges():
+    trials = [
+        Trial("full", i, {"model.layers": n}, "complete", 3.0 - n) for i, n in enumerate((1, 2))
+    ]
+    won = winner(trials, {"model.layers": {"choices": [1, 2]}}, {})
+    assert (
+        won.admissible
+        and won.params == {"model.layers": 2}
+        and won.lr is None
+        and won.optimum is None
+    )
+    assert widen(trials, {"model.layers": {"choices": [1, 2]}}, {}) is None
+
+
+# The quadratic.
+
+
+def test_an_exact_quadratic_gives_its_vertex_and_a_point_for_an_interval():
+    fit = winner(bowl(GRID, optimum=0.0062), SPACE, HARD).fit
+    assert (fit.optimum, fit.low, fit.high, fit.value, fit.curvature) == pytest.approx(
+        (0.0062, 0.0062, 0.0062, 2.4, 0.02), rel=1e-6
+    )
+    assert (fit.n, fit.span) == (5, (0.002, 0.032)) and fit.at(0.0124) == pytest.approx(2.42)
+
+
+def test_the_fit_equals_numpys_and_its_interval_the_profile(normal):
+    """The ends of the interval are where the weighted residuals of the best parabola with that vertex pass the F test's bound."""
+    lrs, spread = np.geomspace(0.002, 0.032, 9), normal.normal(0, 0.003, 9)
+    values = 2.4 + 0.02 * np.log2(lrs / 0.007) ** 2 + spread
+    fit = quadratic(lrs, values, 0.008)
+    x = np.log2(lrs / 0.008)
+    used = np.abs(x) < 1.5 + 1e-9
+    x, y = x[used], values[used]
+    weight = (1 - (np.abs(x) / (1.3 * np.abs(x).max())) ** 3) ** 3
+    c, b, _ = np.polyfit(x, y, 2, w=np.sqrt(weight))
+    assert (fit.optimum, fit.curvature, fit.n) == pytest.approx(
+        (0.008 * 2 ** (-b / 2 / c), c, 7)
+    )
+
+    def residual(design):
+        return np.linalg.lstsq(design * np.sqrt(weight)[:, None], y * np.sqrt(weight))[1][0]
+
+    free = residual(np.stack([x**0, x, x**2], 1))
+    for end in (fit.low, fit.high):
+        tied = residual(np.stack([x**0, (x - np.log2(end / 0.008)) ** 2], 1))
+        assert (tied - free) / (free / 4) == pytest.approx(stats.f.ppf(0.95, 1, 4), rel=1e-6)
+
+
+@pytest.mark.parametrize(("step", "trials"), [(1.0, 7), (0.5, 11)])
+def test_the_interval_covers_the_optimum_at_95_percent(normal, step, trials):
+    # Bounds: the binomial's 1-in-1000 tails.  The grid lies anywhere about the optimum; the winner is what the noise makes it.
+    studies, covered = 400, 0
+    for _ in range(studies):
+        lrs = 0.008 * 2 ** (
+            step * (np.arange(trials) - trials // 2 + normal.uniform(-0.5, 0.5))
+        )
+        won = winner(bowl(map(float, lrs), noise=lambda: normal.normal(0, 0.002)), SPACE, HARD)
+        covered += won.low <= 0.008 <= won.high
+    assert (
+        stats.binom.ppf(0.001, studies, 0.95)
+        <= covered
+        <= stats.binom.ppf(0.999, studies, 0.95)
+    )
+
+
+def test_noise_that_hides_the_curvature_leaves_no_interval(normal):
+    fits = [
+        winner(
+            bowl(GRID, curvature=1e-4, noise=lambda: normal.normal(0, 0.01)), SPACE, HARD
+        ).fit
+        for _ in range(50)
+    ]
+    assert sum(fit is None or fit.low is None for fit in fits) > 25
+
+
+def test_an_interval_stops_at_the_trials_it_rests_on():
+    fit = winner(
+        sweep(
+            {
+                0.002: 2.7336,
+                0.004: 2.6994,
+                0.008: 2.6691,
+                0.016: 2.6794,
+                0.032: 2.7012,
+                0.064: 2.7294,
+            }
+        ),
+        SPACE,
+        HARD,
+    ).fit
+    assert 0.004 < fit.low < fit.optimum < fit.high == pytest.approx(0.032)
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    [
+        {0.004: 2.5, 0.008: 2.4, 0.016: 2.5},  # three trials
+        {
+            0.004: 2.5,
+            0.008: 2.4,
+            0.016: 2.5,
+            0.032: "diverged",
+        },  # a lost one has no loss to fit
+        {0.004: 2.4, 0.008: 2.5, 0.016: 2.5, 0.032: 2.4},  # a hill
+        {0.001: 2.8, 0.002: 2.6, 0.004: 2.5, 0.008: 2.45},  # the vertex lies beyond the trials
+        {0.004: 2.4, 0.008: 2.4, 0.016: 2.4, 0.032: 2.4},  # flat to the bit
+    ],
+)
+def test_trials_that_do_not_carry_a_quadratic_have_none(outcomes):
+    won = winner(sweep(outcomes), SPACE, HARD)
+    assert won.fit is won.optimum is won.low is won.high is None
+
+
+# Widening.
+
+
+@pytest.mark.parametrize(("optimum", "further"), [(1.0, 0.032), (1e-5, 0.001)])
+def test_widening_goes_one_spacing_beyond_the_edge_that_won(optimum, further):
+    assert widen(bowl([0.002, 0.004, 0.008, 0.016], optimum), SPACE, HARD) == further
+
+
+@pytest.mark.parametrize("hard", [{}, {LR: (0.002, 0.016)}, {LR: (0.0021, 0.0165)}])
+def test_nothing_is_widened_beyond_the_hard_bounds_or_without_any(hard):
+    assert widen(bowl([0.002, 0.004, 0.008, 0.016], 1.0), SPACE, hard) is None
+
+
+def test_an_interior_winner_and_an_edge_with_a_lost_run_beyond_are_left_alone():
+    assert widen(bowl(GRID), SPACE, HARD) is None
+    for state in ("failed", "out_of_memory", "running"):
+        assert widen(sweep({0.004: 2.5, 0.008: 2.4, 0.016: state}), SPACE, HARD) is None
+
+
+@pytest.mark.parametrize("optimum", [1e-6, 3e-4, 0.05, 5.0])
+@pytest.mark.parametrize("start", [[0.008], [0.004, 0.0041, 0.0042], [0.002, 0.003, 0.02]])
+def test_widening_ends_with_an_interior_winner_or_at_the_hard_bounds(optimum, start):
+    lrs = list(start)
+    while (further := widen(bowl(lrs, optimum), SPACE, HARD)) is not None:
+        assert HARD[LR][0] <= further <= HARD[LR][1] and not min(lrs) <= further <= max(lrs)
+        lrs.append(further)
+        assert len(lrs) < 60
+    won = winner(bowl(lrs, optimum), SPACE, HARD)
+    assert (
+        won.admissible == (HARD[LR][0] < optimum < HARD[LR][1]) or "hard bounds" in won.reason
+    )
+
+
+# Width.
+
+
+def grid_of_widths(optimum_at, lrs=GRID, **more) -> list[Trial]:
+    return [
+        trial
+        for width in (32, 64, 128, 256)
+        for trial in bowl(
+            lrs, optimum_at(width), floor=3 - width / 1e3, **{WIDTH: width}, **more
+        )
+    ]
+
+
+def test_a_rate_that_does_not_move_transfers_at_no_cost():
+    moved = transfer(study(grid_of_widths(lambda width: 0.008)))
+    assert (
+        list(moved.width) == [32, 64, 128, 256]
+        and set(moved.base_width) == {64}
+        and set(moved.transferred) == {0.008}
+    )
+    assert (
+        (moved.gap == 0).all()
+        and moved.within_one_step.all()
+        and set(moved.how) == {"evaluated"}
+    )
+
+
+def test_a_rate_that_falls_with_width_costs_what_the_curve_says():
+    moved = transfer(study(grid_of_widths(lambda width: 0.016 * 32 / width))).set_index("width")
+    assert list(moved.lr) == [0.016, 0.008, 0.004, 0.002] and list(
+        moved.optimum
+    ) == pytest.approx([0.016, 0.008, 0.004, 0.002])
+    assert list(moved.steps) == [1, 0, -1, -2] and list(moved.within_one_step) == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert list(moved.gap) == pytest.approx([0.02, 0, 0.02, 0.08])
+
+
+def test_the_smallest_width_is_the_base_where_the_experiments_own_was_not_searched():
+    assert set(
+        transfer(
+            study(grid_of_widths(lambda width: 0.008), base={LR: 0.007, WIDTH: 48})
+        ).base_width
+    ) == {32}
+
+
+def test_a_rate_that_was_not_tried_there_is_read_off_the_quadratic_or_the_nearest_trial():
+    base = bowl(GRID, 0.008, **{WIDTH: 64})
+    between = transfer(
+        study(base + bowl([0.003, 0.006, 0.012, 0.024], 0.008, **{WIDTH: 128}))
+    ).iloc[1]
+    assert between.how == "quadratic" and between.transferred_loss == pytest.approx(2.4)
+    outside = transfer(study(base + bowl([0.001, 0.002, 0.003], 0.002, **{WIDTH: 128}))).iloc[1]
+    assert outside.how == "nearest, 0.003" and outside.gap == pytest.approx(
+        0.02 * np.log2(1.5) ** 2
+    )
+
+
+def test_a_transferred_rate_that_diverges_has_no_loss_there():
+    wide = sweep({0.001: 2.5, 0.002: 2.4, 0.004: 2.5, 0.008: "diverged"}, **{WIDTH: 128})
+    row = transfer(study(bowl(GRID, **{WIDTH: 64}) + wide)).iloc[1]
+    assert np.isnan(row.gap) and row.how == "evaluated: diverged"
+
+
+def test_a_study_without_widths_has_no_transfer_table():
+    with pytest.raises(
+        UserError, match="study 's' searches optim.lr; a transfer table needs model.width"
+    ):
+        transfer(study(bowl(GRID)))
+
+
+def test_the_seed_sd_is_pooled_over_trials():
+    trials = [
+        Trial("full", 0, {LR: 0.1}, "complete", 2.0, {"1": 1.0, "2": 3.0}),
+        Trial("full", 1, {LR: 0.2}, "complete", 5.0, {"1": 4.0, "2": 5.0, "3": 6.0}),
+    ]
+    assert seed_sd(trials) == pytest.approx(
+        np.sqrt((2 + 2) / 3)
+    )  # squares 1+1 and 1+0+1, degrees 1 and 2
+    assert seed_sd(bowl(GRID)) is None

@@ -1,0 +1,555 @@
+"""Token folders: every byte accounted for, every format read, nothing half-written, nothing leaked."""
+
+import gzip
+import hashlib
+import json
+import lzma
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pyarrow
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from ablab.core.data import corpus
+from ablab.core.data.codec import END, Codec
+from ablab.core.errors import UserError
+
+TEXTS = [
+    f"{n} ships sailed to Köln; {n * n} came back, said the 船長 🙂.\nThe end of log {n}."
+    for n in range(200)
+]
+HARD = ["\x00\x7f", "a\u200d🏴‍☠️\U0010ffff", "é" * 9, " \n\t ", f"x{END}y", "'s don't \r\n"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> Path:
+    """A byte-level BPE of 300 ids, so that most multi-byte characters split between tokens."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    corpus.train_tokenizer([write(folder / "text.jsonl", TEXTS)], folder / "bpe.json", 300)
+    return folder / "bpe.json"
+
+
+def write(path: Path, texts: list[str], field: str = "text") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
+    return path
+
+
+def read_ids(folder: Path, side: str) -> numpy.ndarray:
+    return numpy.fromfile(folder / f"{side}.bin", "<u2")
+
+
+def spell(tokenizer: Path) -> dict[int, bytes]:
+    """Id -> bytes, by the definition of the alphabet: printable Latin-1 is itself, the rest counts up from 256."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    byte = {chr(b): b for b in plain}
+    byte |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in plain)}
+    vocab = Tokenizer.from_file(str(tokenizer)).get_vocab()
+    return {
+        number: bytes(byte[c] for c in token) for token, number in vocab.items() if token != END
+    }
+
+
+# ---- bytes ----
+
+
+@settings(max_examples=150)
+@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1, max_size=4))
+@example(HARD)
+def test_ids_spell_exactly_the_bytes_of_any_unicode_text(tokenizer, texts):
+    codec, spelling = Codec(tokenizer), spell(tokenizer)
+    ids, size = codec.encode(texts)
+    ends = numpy.flatnonzero(ids == codec.end)
+    spelt = b"".join(spelling.get(int(i), b"\n<END>\n") for i in ids)
+    assert spelt == b"".join(text.encode() + b"\n<END>\n" for text in texts)
+    assert len(ends) == len(texts) and codec.token_bytes[ids].sum() == size == sum(
+        len(text.encode()) for text in texts
+    )
+
+
+def test_token_bytes_are_the_spelling_of_each_id_and_zero_for_the_end_of_text(tokenizer):
+    codec = Codec(tokenizer)
+    assert codec.token_bytes[codec.end] == 0
+    assert {i: n for i, n in enumerate(codec.token_bytes) if i != codec.end} == {
+        i: len(b) for i, b in spell(tokenizer).items()
+    }
+
+
+def test_a_character_split_over_three_tokens_still_counts_three_bytes(tmp_path):
+    corpus.train_tokenizer([write(tmp_path / "a.jsonl", ["x"])], tmp_path / "bytes.json", 257)
+    codec = Codec(tmp_path / "bytes.json")
+    ids, size = codec.encode(["船"])
+    assert size == 3 and codec.token_bytes[ids].tolist() == [1, 1, 1, 0]
+
+
+def test_the_end_of_text_written_inside_a_document_is_text(tokenizer):
+    ids, size = Codec(tokenizer).encode([f"a{END}b"])
+    assert (ids == 0).tolist() == [False] * (len(ids) - 1) + [True] and size == len(END) + 2
+
+
+def test_truncation_padding_and_special_prefixes_of_a_borrowed_tokenizer_are_ignored(
+    tokenizer, tmp_path
+):
+    borrowed = Tokenizer.from_file(str(tokenizer))
+    borrowed.enable_truncation(3)
+    borrowed.enable_padding(length=50)
+    borrowed.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", special_tokens=[(END, 0)]
+    )
+    borrowed.save(str(tmp_path / "borrowed.json"))
+    assert (
+        Codec(tmp_path / "borrowed.json").encode(HARD)[0].tolist()
+        == Codec(tokenizer).encode(HARD)[0].tolist()
+    )
+
+
+@pytest.mark.parametrize("spoil", ["normalizer", "prefix space", "unknown bytes"])
+def test_a_tokenizer_that_changes_the_text_is_refused(tokenizer, tmp_path, spoil):
+    changed = json.loads(tokenizer.read_text())
+    if spoil == "normalizer":
+        changed["normalizer"] = {"type": "Lowercase"}
+        text = "İ"  # lower case is i and a combining dot: two bytes become three
+    elif spoil == "prefix space":
+        changed["pre_tokenizer"]["add_prefix_space"], text = True, "x"
+    else:
+        changed["model"].update(vocab={"a": 1, END: 0}, merges=[])
+        text = "ab"
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"changes the text: \d bytes became \d"):
+        Codec(tmp_path / "changed.json").encode([text])
+
+
+def test_a_tokenizer_must_exist_be_byte_level_and_know_the_end_of_text(tokenizer, tmp_path):
+    word = Tokenizer(models.BPE({"日本": 0, END: 1}, []))
+    word.save(str(tmp_path / "word.json"))
+    endless = Tokenizer(models.BPE({"a": 0}, []))
+    endless.save(str(tmp_path / "endless.json"))
+    messages = {
+        "word": "not byte-level: token '日本'",
+        "endless": r"no token <\|endoftext\|>",
+        "none": "cannot read",
+    }
+    for file, message in messages.items():
+        with pytest.raises(UserError, match=message):
+            Codec(tmp_path / f"{file}.json")
+
+
+# ---- documents ----
+
+
+def pack(path: Path, content: bytes) -> Path:
+    path.write_bytes(
+        {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)(content)
+    )
+    return path
+
+
+def table(texts: list, field: str = "text") -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(
+        pyarrow.table({"id": list(range(len(texts))), field: texts}), sink, row_group_size=3
+    )
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".xz"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".txt"])
+def test_every_format_gives_back_the_texts_in_order(tmp_path, suffix, packed):
+    texts = HARD[:1] if suffix == ".txt" else HARD
+    lines = "\n\n".join(
+        json.dumps({"body": text, "id": 1}, ensure_ascii=False) for text in texts
+    ).encode()
+    content = {".parquet": table(texts, "body"), ".txt": texts[0].encode()}.get(suffix, lines)
+    assert (
+        list(
+            corpus.documents([pack(tmp_path / f"sample.10BT{suffix}{packed}", content)], "body")
+        )
+        == texts
+    )
+
+
+def test_folders_and_globs_stand_for_their_files_sorted_and_each_once(tmp_path):
+    for name in ("b.jsonl", "a/c.jsonl", "a.jsonl", ".cache/x.jsonl"):
+        write(tmp_path / name, [name])
+    (tmp_path / "README.md").write_text("passed over")
+    assert list(corpus.documents([tmp_path])) == ["a/c.jsonl", "a.jsonl", "b.jsonl"]
+    assert list(corpus.documents([f"{tmp_path}/*.jsonl", tmp_path / "b.jsonl"])) == [
+        "a.jsonl",
+        "b.jsonl",
+    ]
+
+
+def test_documents_of_no_characters_are_skipped(tmp_path):
+    assert list(corpus.documents([write(tmp_path / "a.jsonl", ["", "x", ""])])) == ["x"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("none.jsonl", None, r"no text at .*none\.jsonl; name a file"),
+        ("a.csv", b"x", r"a\.csv: unknown suffix; known: \.jsonl"),
+        ("a.jsonl", b"", r"a\.jsonl is empty"),
+        ("a.jsonl", b"\n \n", r"a\.jsonl is empty"),
+        ("a.txt", b"", r"a\.txt is empty"),
+        ("a.txt", b"ab\xff", r"a\.txt is not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl:2 is not JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"body": "y", "id": 1}',
+            r"a\.jsonl:2 has no key 'text', only: body, id; choose one",
+        ),
+        ("a.jsonl", b"[1]", r"a\.jsonl:1 has no key 'text', only: a list"),
+        ("a.jsonl", b'{"text": 7}', r"a\.jsonl:1: 'text' must be text, not 7"),
+        ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl:1 is not UTF-8"),
+        ("a.jsonl.gz", b'{"text": "x"}', r"cannot read .*a\.jsonl\.gz"),
+        (
+            "a.jsonl.xz",
+            lzma.compress(b'{"text": "x"}' * 99)[:-20],
+            r"cannot read .*a\.jsonl\.xz",
+        ),
+        ("a.parquet", b"not a table", r"a\.parquet is not Parquet"),
+        ("a.parquet", table(["x"], "body"), r"a\.parquet has no column 'text', only: id, body"),
+        (
+            "a.parquet",
+            table(["x", "y", "z", None]),
+            r"a\.parquet row 4: 'text' must be text, not None",
+        ),
+        ("a.parquet", table(["x"])[:0], r"a\.parquet is not Parquet"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line_and_its_cure(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        list(corpus.documents([tmp_path / name]))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="this Python reads .zst")
+def test_zstd_without_support_says_how_to_unpack(tmp_path):
+    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"unpack it first: zstd -d"):
+        list(corpus.documents([tmp_path / "a.jsonl.zst"]))
+
+
+# ---- training a tokenizer ----
+
+
+def test_training_twice_gives_the_same_file_with_the_asked_vocabulary(tokenizer, tmp_path):
+    read = corpus.train_tokenizer(
+        [write(tmp_path / "text.jsonl", TEXTS)], tmp_path / "again.json", 300
+    )
+    assert (tmp_path / "again.json").read_bytes() == tokenizer.read_bytes()
+    trained = Tokenizer.from_file(str(tokenizer))
+    assert read == sum(len(text.encode()) for text in TEXTS)
+    assert trained.get_vocab_size() == 300 and trained.token_to_id(END) == 0
+
+
+def test_training_stops_at_the_document_that_reaches_max_bytes(tmp_path):
+    text = write(tmp_path / "text.jsonl", ["é" * 10] * 5)
+    assert corpus.train_tokenizer([text], tmp_path / "t.json", 257, max_bytes=30) == 40
+
+
+def test_a_vocabulary_that_cannot_be_had_is_refused(tmp_path):
+    text = write(tmp_path / "text.jsonl", ["abc"])
+    with pytest.raises(UserError, match="vocab=256 is too small"):
+        corpus.train_tokenizer([text], tmp_path / "t.json", 256)
+    with pytest.raises(UserError, match="3 bytes of text yield only 259 ids, not 4096"):
+        corpus.train_tokenizer([text], tmp_path / "t.json", 4096)
+    with pytest.raises(UserError, match=r"text\.jsonl:1 has no key 'body'"):
+        corpus.train_tokenizer([text], tmp_path / "t.json", 300, field="body")
+    assert not (tmp_path / "t.json").exists()
+
+
+# ---- token folders ----
+
+
+def test_a_token_folder_holds_the_texts_and_meta_counts_them(tokenizer, tmp_path):
+    train, val = (
+        write(tmp_path / "train.jsonl", TEXTS[:150]),
+        write(tmp_path / "val.jsonl", TEXTS[150:]),
+    )
+    meta = corpus.tokenize([train], [val], tokenizer, tmp_path / "data" / "logs")
+    folder, plain = tmp_path / "data" / "logs", Tokenizer.from_file(str(tokenizer))
+    for side, texts in (("train", TEXTS[:150]), ("val", TEXTS[150:])):
+        expected = [number for text in texts for number in [*plain.encode(text).ids, 0]]
+        assert read_ids(folder, side).tolist() == expected
+        assert getattr(meta, f"{side}_tokens") == len(expected)
+        assert getattr(meta, f"{side}_bytes") == sum(len(text.encode()) for text in texts)
+    parts = [(folder / name).read_bytes() for name in ("train.bin", "val.bin")]
+    lengths = numpy.load(folder / "token_bytes.npy")
+    said = (
+        b"uint16"
+        + b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+        + lengths.tobytes()
+    )
+    assert meta.digest == hashlib.sha256(said).hexdigest()[:16]
+    assert (meta.name, meta.vocab, meta.end_of_text, lengths.dtype, lengths.shape) == (
+        "logs",
+        300,
+        0,
+        "int32",
+        (300,),
+    )
+    assert (folder / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
+    assert corpus.load_meta(folder) == meta
+
+
+def test_the_batch_size_leaves_no_trace(tokenizer, tmp_path, monkeypatch):
+    text = write(tmp_path / "text.jsonl", TEXTS)
+    whole = corpus.tokenize([text], [], tokenizer, tmp_path / "whole", 0.2)
+    monkeypatch.setattr(corpus, "BATCH", 100)
+    said = []
+    pieces = corpus.tokenize(
+        [text], [], tokenizer, tmp_path / "pieces", 0.2, progress=said.append
+    )
+    assert pieces.digest == whole.digest
+    assert (
+        said == sorted(set(said))
+        and len(said) > 50
+        and said[-1] <= whole.train_bytes + whole.val_bytes
+    )
+
+
+def test_ids_above_65535_are_kept_in_32_bits(tmp_path):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, END, *(f"{'Ġ' * 20}{n}" for n in range(65_536 - 257)), "ab"]
+    wide = Tokenizer(models.BPE({token: n for n, token in enumerate(tokens)}, [("a", "b")]))
+    wide.pre_tokenizer, wide.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    wide.add_special_tokens([END])
+    wide.save(str(tmp_path / "wide.json"))
+    text = write(tmp_path / "text.jsonl", ["ab"]), write(tmp_path / "val.jsonl", ["a"])
+    meta = corpus.tokenize(text[:1], text[1:], tmp_path / "wide.json", tmp_path / "wide")
+    assert (meta.dtype, meta.vocab) == ("uint32", 65_537)
+    assert numpy.fromfile(tmp_path / "wide" / "train.bin", "<u4").tolist() == [65_536, 256]
+    assert corpus.load_meta(tmp_path / "wide") == meta
+
+
+def sides(folder: Path, tokenizer: Path) -> dict[str, list[str]]:
+    plain = Tokenizer.from_file(str(tokenizer))
+    return {
+        side: plain.decode(read_ids(folder, side), skip_special_tokens=False).split(END)[:-1]
+        for side in ("train", "val")
+    }
+
+
+def test_the_held_out_side_of_a_document_survives_reordering_and_binds_its_copies(
+    tokenizer, tmp_path
+):
+    for name, texts in {"a": TEXTS, "b": TEXTS[::-1] + TEXTS[:100]}.items():
+        corpus.tokenize(
+            [write(tmp_path / f"{name}.jsonl", texts)], None, tokenizer, tmp_path / name, 0.25
+        )
+    first, second = sides(tmp_path / "a", tokenizer), sides(tmp_path / "b", tokenizer)
+    assert set(first["val"]) == set(second["val"]) and set(first["train"]) == set(
+        second["train"]
+    )
+    assert not set(second["val"]) & set(second["train"])
+    assert (
+        30 <= len(first["val"]) <= 70
+    )  # 50 expected of 200 at 0.25; four standard deviations are 24
+
+
+@pytest.mark.parametrize(
+    "val, fraction, message",
+    [
+        (["val.jsonl"], 0.1, r"val_fraction=0\.1 were both given; drop one"),
+        (["train.jsonl"], None, r"train\.jsonl was named as training and as validation text"),
+        ([], 1.5, r"val_fraction=1\.5 must lie between 0 and 1"),
+        ([], 1e-9, "no document fell to val; give more text"),
+        (["none.jsonl"], None, "no text at"),
+    ],
+)
+def test_a_held_out_side_that_cannot_be_is_refused_and_leaves_nothing(
+    tokenizer, tmp_path, val, fraction, message
+):
+    write(tmp_path / "train.jsonl", TEXTS[:3]), write(tmp_path / "val.jsonl", TEXTS[3:5])
+    held_out = [tmp_path / name for name in val]
+    with pytest.raises(UserError, match=message):
+        corpus.tokenize(
+            [tmp_path / "train.jsonl"], held_out, tokenizer, tmp_path / "out" / "x", fraction
+        )
+    assert not list((tmp_path / "out").glob("[!.]*")) and not list(
+        (tmp_path / "out").glob(".*.partial")
+    )
+
+
+def test_a_full_folder_is_never_written_over(tokenizer, tmp_path):
+    text = write(tmp_path / "text.jsonl", TEXTS)
+    meta = corpus.tokenize([text], [], tokenizer, tmp_path / "x", 0.5)
+    with pytest.raises(UserError, match="exists already; delete it or choose another --name"):
+        corpus.tokenize([text], [], tokenizer, tmp_path / "x", 0.1)
+    assert corpus.load_meta(tmp_path / "x") == meta
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tokenizer, tmp_path):
+    text, limit = (
+        write(tmp_path / "text.jsonl", TEXTS),
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (4096, limit[1])
+    )  # stands for the full disk: write() fails after 4096 bytes
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*/data/x: File too large"):
+            corpus.tokenize([text], [], tokenizer, tmp_path / "data" / "x", 0.5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [file.name for file in (tmp_path / "data").iterdir()] in ([], [".x.lock"])
+
+
+def python(script: str, *arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)], stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_a_kill_half_way_leaves_no_folder_and_the_next_try_succeeds(tokenizer, tmp_path):
+    text = write(tmp_path / "text.jsonl", TEXTS)
+    script = """
+import os, signal, sys
+from ablab.core.data import corpus
+corpus.BATCH = 100
+corpus.tokenize([sys.argv[1]], [], sys.argv[2], sys.argv[3], 0.5, progress=lambda done: os.kill(os.getpid(), signal.SIGKILL))
+"""
+    out = tmp_path / "data" / "x"
+    assert python(script, text, tokenizer, out).wait(30) == -signal.SIGKILL
+    assert not out.exists() and (out.parent / ".x.partial" / "train.bin").exists()
+    meta = corpus.tokenize([text], [], tokenizer, out, 0.5)
+    assert corpus.load_meta(out) == meta and not (out.parent / ".x.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", ["folder", "meta.json", "json", "schema", "type", "train.bin", "token_bytes.npy"]
+)
+def test_a_damaged_token_folder_is_named_with_its_cure(tokenizer, tmp_path, damage):
+    folder = tmp_path / "store" / "data" / "x"
+    if damage != "folder":
+        corpus.tokenize([write(tmp_path / "text.jsonl", TEXTS)], [], tokenizer, folder, 0.5)
+    meta = folder / "meta.json"
+    match damage:
+        case "meta.json" | "token_bytes.npy":
+            (folder / damage).unlink()
+        case "json":
+            meta.write_text("{")
+        case "schema":
+            meta.write_text(meta.read_text().replace('"schema": 1', '"schema": 2'))
+        case "type":
+            meta.write_text(meta.read_text().replace('"vocab": 300', '"vocab": "many"'))
+        case "train.bin":
+            (folder / damage).write_bytes((folder / damage).read_bytes()[:-2])
+    message = {
+        "folder": rf"no token folder .*/x; fill it: ablab data tokenize TEXT .* --name x --store {tmp_path / 'store'}$",
+        "train.bin": r"train\.bin has [\d,]+ bytes, but meta\.json says [\d,]+; delete the folder and fill it again",
+        "token_bytes.npy": r"token_bytes\.npy has 0 bytes, but meta\.json says 1,328",
+    }.get(damage, r"cannot read .*meta\.json: .*; delete the folder and fill it again")
+    with pytest.raises(UserError, match=message):
+        corpus.load_meta(folder)
+
+
+# ---- the embedded text ----
+
+
+@pytest.fixture
+def tiny_configs(tokenizer, tmp_path, monkeypatch) -> Path:
+    """A configs/data folder of 200 short texts in place of the shipped one, with its digest pinned."""
+    configs = tmp_path / "configs"
+    for side, texts in (("train", TEXTS[:150]), ("val", TEXTS[150:])):
+        pack(
+            configs / "embedded" / f"{side}.jsonl.xz",
+            write(configs / "embedded" / f"{side}.jsonl", texts).read_bytes(),
+        )
+    (configs / "embedded" / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    monkeypatch.setattr(corpus, "CONFIGS", configs)
+    train, val = configs / "embedded" / "train.jsonl", configs / "embedded" / "val.jsonl"
+    digest = corpus.tokenize([train], [val], tokenizer, tmp_path / "x").digest
+    (configs / "embedded.yaml").write_text(
+        f"data: {{name: embedded, digest: {digest}, vocab: 300}}"
+    )
+    return configs
+
+
+def test_the_embedded_text_is_tokenized_once_and_found_afterwards(
+    tiny_configs, tmp_path, monkeypatch
+):
+    folder = corpus.ensure_embedded(tmp_path)
+    assert (
+        folder == tmp_path / "data" / "embedded" and corpus.load_meta(folder).name == "embedded"
+    )
+    monkeypatch.setattr(corpus, "_fill", None)
+    assert corpus.ensure_embedded(tmp_path) == folder
+
+
+def test_a_digest_other_than_the_pinned_one_is_refused_before_and_after_filling(
+    tiny_configs, tmp_path
+):
+    pinned = (tiny_configs / "embedded.yaml").read_text()
+    (tiny_configs / "embedded.yaml").write_text(
+        "data: {name: embedded, digest: 0123456789abcdef, vocab: 300}"
+    )
+    with pytest.raises(
+        UserError,
+        match=r"not 0123456789abcdef as pinned .* tokenizers \d.* splits text differently",
+    ):
+        corpus.ensure_embedded(tmp_path)
+    assert not (tmp_path / "data" / "embedded").exists()
+    (tiny_configs / "embedded.yaml").write_text(pinned)
+    corpus.ensure_embedded(tmp_path)
+    (tiny_configs / "embedded.yaml").write_text(
+        "data: {name: embedded, digest: 0123456789abcdef, vocab: 300}"
+    )
+    with pytest.raises(UserError, match="embedded.yaml pins 0123456789abcdef; delete it"):
+        corpus.ensure_embedded(tmp_path)
+
+
+def test_two_processes_that_ask_at_once_fill_the_embedded_folder_once(tiny_configs, tmp_path):
+    script = """
+import sys, time
+from pathlib import Path
+from ablab.core.data import corpus
+corpus.CONFIGS, store, fill = Path(sys.argv[1]), Path(sys.argv[2]), corpus._fill
+def slow(*arguments):
+    print("filled")
+    time.sleep(1)
+    return fill(*arguments)
+corpus._fill = slow
+(store / f"ready{sys.argv[3]}").touch()
+while len(list(store.glob("ready*"))) < 2:
+    time.sleep(0.01)
+print(corpus.load_meta(corpus.ensure_embedded(store)).digest)
+"""
+    pair = [python(script, tiny_configs, tmp_path, number) for number in range(2)]
+    said = [process.communicate(timeout=30)[0].split() for process in pair]
+    digest = yaml.safe_load((tiny_configs / "embedded.yaml").read_text())["data"]["digest"]
+    assert [process.returncode for process in pair] == [0, 0]
+    assert sorted(said, key=len) == [[digest], ["filled", digest]]
+
+
+def test_the_shipped_text_and_tokenizer_are_the_ones_that_were_pinned():
+    shipped = corpus.CONFIGS / "embedded"
+    for side in ("train", "val"):
+        content = lzma.decompress((shipped / f"{side}.jsonl.xz").read_bytes())
+        assert (
+            f"{hashlib.sha256(content).hexdigest()}  {side}.jsonl\n"
+            in (shipped / "build.sh").read_text()
+        )
+    codec = Codec(shipped / "tokenizer.json")
+    ids, size = codec.encode(list(corpus.documents([shipped / "val.jsonl.xz"])))
+    assert (codec.vocab, len(ids), size) == (4096, 88_527, 305_950)
+
+
+def test_importing_the_module_loads_nothing_heavy():
+    script = "import sys, ablab.core.data.corpus; print({'torch', 'numpy', 'tokenizers', 'pyarrow', 'yaml'} & set(sys.modules))"
+    assert python(script).communicate(timeout=30)[0].strip() == "set()"

@@ -1,0 +1,297 @@
+"""Kernels in their places: the same function of the same parameters as the stages that they replace."""
+
+import itertools
+
+import pytest
+import torch
+
+from ablab.core.errors import UserError
+from ablab.core.fusion import places as fuse
+from ablab.core.model.init import initialise
+from ablab.core.model.objective import heads_of, of_rows
+from ablab.core.model.transformer import Transformer
+from ablab.core.runtime.runtime import Runtime, settle
+from ablab.core.store.record import Record
+from ablab.core.train.trainer import Trainer, run
+
+SHAPE = {
+    "model__width": 64,
+    "model__attention__head_dim": 32,
+    "model__layers": 3,
+    "data__context": 24,
+    "data__batch": 2,
+    "budget__tokens": 4 * 48,
+}
+STACK = ["qk_norm", {"gating": {"per": "head"}}, "value_residual", "z_loss"]
+ATTENTION = {  # treatments that differ in what the attention kernel holds
+    "nothing": [],
+    "channel": ["qk_norm"],
+    "scalar": [{"qk_norm": {"gain": "scalar", "scale": 1.4}}],
+    "no gain": [{"qk_norm": {"gain": "none"}}],
+    "normalised": ["value_residual"],
+    "learnable": [{"value_residual": {"form": "learnable"}}],
+    "constant": [{"value_residual": {"form": "constant"}}],
+    "sparse": [{"value_residual": {"form": "sparse"}}],
+    "gate": [{"gating": {"per": "head"}}],
+    "sparse gate": [{"gating": {"per": "first_channels"}}],
+    "all": STACK,
+}
+LOSS = {
+    "nothing": [],
+    "z": [{"z_loss": {"weight": 0.01}}],
+    "cap": [{"soft_cap": {"cap": 2.0}}],
+    "rational": [{"soft_cap": {"cap": 2.0, "form": "rational"}}],
+    "multiplier": [{"mup": {"base_width": 32, "readout": "multiplier"}}],
+    "all": [{"mup": {"readout": "multiplier"}}, {"soft_cap": {"cap": 2.0}}, "z_loss"],
+}
+ASKED = {"device": "cpu", "dtype": "fp32", "kernels": "triton"}
+cpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"
+)
+
+
+def evaluated(recipe, kernels: set[str]) -> dict[str, torch.Tensor]:
+    """Loss, nats and every gradient on one batch, parameters stirred."""
+    model = Transformer(recipe)
+    initialise(model, recipe)
+    draw = torch.Generator().manual_seed(3)
+    for value in model.parameters():
+        value.data += 0.1 * torch.randn(value.shape, generator=draw)
+    block = torch.randint(
+        recipe.data.vocab, (recipe.data.batch, recipe.data.context + 1), generator=draw
+    )
+    fuse.fuse_blocks(model, kernels)
+    descend, _ = (fuse.fused_heads if "loss" in kernels else heads_of)(model, recipe.objective)
+    loss, nats = of_rows(model, descend)(block)
+    (loss / 7).backward()
+    return {"loss": loss.detach(), "nats": nats} | {
+        name: value.grad for name, value in model.named_parameters()
+    }
+
+
+def far(ours, theirs) -> dict[str, float]:
+    """Names whose relative difference is above what fp32 sums in another order leave."""
+    error = {
+        name: ((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-6)).item()
+        for name in theirs
+    }
+    return {name: size for name, size in error.items() if not size < 2e-5}
+
+
+@cpu
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("treatment", LOSS)
+def test_the_fused_loss_is_the_same_function_of_the_same_parameters(tiny, treatment, tied):
+    if tied and treatment in ("multiplier", "all"):
+        pytest.skip("a tied head takes its multiplier from mup alone")
+    recipe = tiny(LOSS[treatment], **SHAPE, model__tied=tied)
+    assert fuse.places(recipe, ASKED)["loss"].kernel
+    ours, theirs = evaluated(recipe, {"loss"}), evaluated(recipe, set())
+    assert ours.keys() == theirs.keys() and far(ours, theirs) == {}
+
+
+@cpu
+@pytest.mark.parametrize("treatment", ATTENTION)
+def test_the_fused_attention_is_the_same_function_of_the_same_parameters(tiny, treatment):
+    recipe = tiny(ATTENTION[treatment], **SHAPE)
+    assert fuse.places(recipe, ASKED)["attention"].kernel
+    ours, theirs = evaluated(recipe, {"attention"}), evaluated(recipe, set())
+    assert ours.keys() == theirs.keys() and far(ours, theirs) == {}
+
+
+@cpu
+def test_the_fused_feed_forward_is_the_same_function_of_the_same_parameters(tiny, monkeypatch):
+    from ablab.kernels import swiglu
+
+    called, kernel = [], swiglu.swiglu
+    monkeypatch.setattr(
+        swiglu, "swiglu", lambda packed: called.append(packed.shape) or kernel(packed)
+    )
+    recipe = tiny([], **SHAPE)
+    assert fuse.places(recipe, ASKED)["ffn"].kernel
+    assert (
+        far(evaluated(recipe, {"ffn"}), evaluated(recipe, set())) == {}
+        and len(called) == recipe.model.layers
+    )
+
+
+@cpu
+def test_grouped_heads_and_everything_at_once_too(tiny):
+    recipe = tiny(
+        [*STACK, {"soft_cap": {"cap": 2.0}}],
+        **SHAPE | {"model__width": 128, "model__attention__group": 2},
+    )
+    assert far(evaluated(recipe, {"attention", "ffn", "loss"}), evaluated(recipe, set())) == {}
+
+
+@cpu
+def test_a_model_with_kernels_compiles_as_one_graph_to_the_same_bits(tiny):
+    """One block keeps its activations, two are recomputed."""
+    recipe = tiny([*STACK, "ln_scaling"], **SHAPE | {"data__context": 16})
+    model = Transformer(recipe, recompute=2)
+    initialise(model, recipe)
+    fuse.fuse_attention(model)
+    loss, seen = of_rows(model, fuse.fused_heads(model, recipe.objective)[0]), []
+    block = torch.randint(
+        recipe.data.vocab, (2, 17), generator=torch.Generator().manual_seed(1)
+    )
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        total, nats = function(block)
+        total.backward()
+        seen.append([total.detach(), nats, *(value.grad for value in model.parameters())])
+        model.zero_grad()
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
+def test_what_a_kernel_cannot_serve_is_named_and_torch_serves_it(tiny, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(fuse, "_gpu", lambda: "this GPU")
+    monkeypatch.setattr(
+        fuse,
+        "FASTER",
+        {"this GPU": {place: lambda recipe: True for place in ("attention", "ffn", "loss")}},
+    )
+    cases = [
+        (tiny(), "attention", "head_dim=8: the attention kernel serves 32, 64, 128"),
+        (
+            tiny([{"gating": {"per": "elementwise"}}], **SHAPE),
+            "attention",
+            "64 gates for 2 heads; the kernel knows one a head",
+        ),
+        (
+            tiny([{"relu2": {}}], **SHAPE),
+            "ffn",
+            "the feed-forward is relu2, which the kernel does not know",
+        ),
+        (
+            tiny([{"fp8": {"where": "both"}}], **SHAPE),
+            "loss",
+            "the readout multiplies by fp8, which the kernel does not know",
+        ),
+    ]
+    for recipe, place, said in cases:
+        auto = fuse.places(recipe, ASKED | {"kernels": "auto", "dtype": "bf16"})[place]
+        assert (auto.kernel, auto.flaw, auto.why) == (False, True, f"torch: {said}")
+        with pytest.raises(
+            UserError,
+            match=f"runtime.kernels=triton cannot serve the {place}: {said}; use runtime.kernels=auto",
+        ):
+            fuse.places(recipe, ASKED)
+    for served in ([], ["fp8"]):  # fp8 in the feed-forward alone
+        assert fuse.places(tiny(served, **SHAPE), ASKED | {"kernels": "auto", "dtype": "bf16"})[
+            "loss"
+        ].kernel
+
+
+def test_auto_takes_no_kernel_that_was_not_measured_to_be_faster_here(tiny, monkeypatch):
+    monkeypatch.setattr(fuse, "FASTER", {})
+    monkeypatch.setattr(fuse, "_gpu", lambda: "this GPU")
+    held = fuse.places(
+        tiny(["muon"], **SHAPE), ASKED | {"kernels": "auto", "dtype": "bf16", "device": "cuda"}
+    )
+    assert list(held) == ["attention", "ffn", "loss", "newton_schulz", "optimizer"]
+    assert {(one.kernel, one.flaw, one.why) for one in held.values()} == {
+        (False, False, "torch: the kernel is not known to be faster on this GPU")
+    }
+
+
+@pytest.mark.parametrize(
+    ("shape", "served"),
+    [
+        ({}, True),
+        ({"model__attention__head_dim": 128}, False),
+        ({"data__context": 4096}, False),
+    ],
+    ids=str,
+)
+def test_auto_takes_a_kernel_at_the_shapes_where_it_was_measured_alone(
+    tiny, monkeypatch, shape, served
+):
+    monkeypatch.setattr(fuse, "_gpu", lambda: "NVIDIA H100 80GB HBM3")
+    recipe = tiny(
+        [],
+        **{
+            "model__width": 768,
+            "model__attention__head_dim": 64,
+            "data__context": 384,
+            "budget__tokens": 10**6,
+        }
+        | shape,
+    )
+    held = fuse.places(recipe, ASKED | {"kernels": "auto", "dtype": "bf16", "device": "cuda"})
+    assert held["attention"].kernel is served and held["ffn"].kernel
+    assert (
+        held["attention"].why == "triton"
+    ) is served and "at this shape on NVIDIA H100" in held["attention"].why + held["loss"].why
+
+
+@cpu
+def test_triton_without_a_gpu_and_without_the_interpreter_is_refused(tiny, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(
+        UserError,
+        match="runtime.kernels=triton needs a CUDA GPU, and there is none; use runtime.kernels=auto",
+    ):
+        settled = settle(Runtime(device="cpu", kernels="triton"), 2)
+        fuse.places(tiny(), settled)
+    assert fuse.places(tiny(), ASKED | {"kernels": "auto"})["loss"].why == "torch: no GPU"
+
+
+@cpu
+def test_a_run_by_kernels_follows_the_run_by_torch_and_says_what_served_it(
+    tiny, token_folder, tmp_path
+):
+    recipe, curves, weights = (
+        tiny(
+            [*STACK, "muon", "normuon"],
+            **SHAPE | {"model__layers": 2, "data__held_out": 48, "budget__tokens": 3 * 48},
+        ),
+        {},
+        set(),
+    )
+    for kernels in ("torch", "triton"):
+        record = Record(tmp_path / kernels)
+        result = run(
+            recipe,
+            Runtime(device="cpu", kernels=kernels, log_every=1, evaluations=1),
+            token_folder,
+            record,
+        )
+        assert result.status == "finished" and record.about()["kernels"]["attention"] == {
+            "torch": "torch: runtime.kernels=torch"
+        }.get(kernels, kernels)
+        moved_by = Trainer(
+            recipe, Runtime(device="cpu", kernels=kernels), token_folder
+        ).optimizer.move.function.__qualname__
+        assert moved_by.startswith("fused_move.") is (kernels == "triton")
+        weights.add(result.weights)
+        curves[kernels] = torch.tensor([line["train/loss"] for line in record.metrics()])
+    assert len(curves["torch"]) == 3 and (curves["triton"] - curves["torch"]).abs().max() < 2e-4
+    assert len(weights) == 2  # another order of sums: the kernels did run
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(
+    "names",
+    [list(names) for n in range(4) for names in itertools.combinations(STACK[:3], n)],
+    ids=str,
+)
+def test_on_a_gpu_two_hundred_steps_follow_the_torch_path_within_seed_noise(
+    tiny, token_folder, names
+):
+    shape = SHAPE | {"data__batch": 8, "data__context": 32, "budget__tokens": 200 * 256}
+
+    def last(kernels, seed):
+        recipe = tiny([*names, "z_loss", "muon", "normuon"], **shape, seed=seed)
+        trainer = Trainer(
+            recipe,
+            Runtime(device="cuda", dtype="bf16", compile=False, kernels=kernels),
+            token_folder,
+        )
+        for _ in range(recipe.steps):
+            trainer.advance()
+        return trainer.evaluate()["val/loss"]
+
+    theirs = [last("torch", seed) for seed in range(3)]
+    assert abs(last("triton", 0) - theirs[0]) <= max(theirs) - min(theirs)

@@ -1,0 +1,66 @@
+"""How `Runtime.compile` divides a model into graphs, and that dividing changes nothing.  Compiled by a backend that only counts."""
+
+import pytest
+import torch
+
+from ablab.core.runtime.runtime import Runtime
+from ablab.core.train.trainer import Trainer
+
+FULL = [
+    "qk_norm",
+    "gating",
+    "value_residual",
+    "ln_scaling",
+    "mup",
+    "muon",
+    "normuon",
+    "cautious_wd",
+    "z_loss",
+    "soft_cap",
+]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Every graph compiled since."""
+    made, real = [], torch.compile
+
+    def count(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **more: real(function, **{"backend": count} | more)
+    )
+    yield made
+    torch.compiler.reset()
+
+
+def trained(recipe, folder, compile, steps=3):
+    trainer = Trainer(recipe, Runtime(device="cpu", compile=compile), folder)
+    norms = [trainer.advance().item() for _ in range(steps)]
+    return norms, trainer.close_window(), trainer.evaluate(), trainer.digest()
+
+
+@pytest.mark.parametrize("treatment", [[], FULL], ids=["base", "full"])
+@pytest.mark.parametrize("compile", [True, "blocks"])
+def test_a_compiled_run_is_the_eager_run(tiny, token_folder, graphs, treatment, compile):
+    recipe = tiny(treatment)
+    eager = trained(recipe, token_folder, False)
+    assert not graphs and trained(recipe, token_folder, compile) == eager and graphs
+
+
+def test_equal_blocks_share_a_graph_though_their_numbers_differ(tiny, token_folder, graphs):
+    """LayerNorm scaling has another factor in each layer; value residual keeps the first layer's values and mixes them in the others."""
+    counts = []
+    for layers in (4, 9):
+        torch.compiler.reset()
+        graphs.clear()
+        trained(tiny(FULL, model__layers=layers), token_folder, "blocks", steps=2)
+        counts.append(len(graphs))
+    assert counts[0] == counts[1] <= 12
+
+
+def test_one_graph_of_the_whole_model_has_no_others_beside_it(tiny, token_folder, graphs):
+    trained(tiny(FULL), token_folder, True, steps=2)
+    assert len(graphs) == 3  # the loss, the optimizer step, the held-out loss

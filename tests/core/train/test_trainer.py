@@ -1,0 +1,532 @@
+"""The training loop: equal to a plain torch loop, to itself in micro-batches, and to itself after a kill."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ablab.core.data.tokens import Tokens
+from ablab.core.recipe.recipe import structure
+from ablab.core.runtime.runtime import Runtime
+from ablab.core.store.record import DIVERGED, FINISHED, Record
+from ablab.core.train import checkpoint
+from ablab.core.train.banks import Optimizer
+from ablab.core.train.trainer import Trainer, Warm, run
+
+CPU = Runtime(device="cpu", compile=False, log_every=1, evaluations=3)
+FULL = [
+    "qk_norm",
+    "gating",
+    "value_residual",
+    "ln_scaling",
+    "mup",
+    "muon",
+    "normuon",
+    "cautious_wd",
+    "ema",
+    "z_loss",
+    "wsd",
+]
+
+
+def how(**more) -> Runtime:
+    return replace(CPU, **more)
+
+
+def train(recipe, folder, store, runtime=CPU, **more):
+    record = Record(store)
+    return run(recipe, runtime, folder, record, **more), record
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+
+
+class KilledAt:
+    """A tracker that dies at one step, as a process would: nothing after it is written."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def log(self, step, scalars, seconds):
+        if step == self.step:
+            raise KeyboardInterrupt
+
+
+def never(said: str):
+    raise AssertionError(f"unexpected warning: {said}")
+
+
+# ---- what a run computes ----
+
+
+def test_training_equals_a_plain_torch_loop(tiny, build, token_folder, tmp_path):
+    """Everything at once: batches, mean loss, clipping, schedule, decay on hidden matrices alone, bias-corrected AdamW."""
+    recipe = tiny(optim__lr=0.01, optim__clip=0.5)
+    result, record = train(recipe, token_folder, tmp_path, how(keep_weights=True))
+    model, tokens = build(recipe), Tokens(recipe, token_folder)
+    groups = [
+        {
+            "params": [
+                v for v in model.parameters() if (v.declared.role == "hidden") == hidden
+            ],
+            "weight_decay": 0.1 * hidden,
+        }
+        for hidden in (True, False)
+    ]
+    rule, logged, clipped = (
+        torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-10),
+        list(record.metrics()),
+        0,
+    )
+    for t in range(1, 13):
+        block = tokens.rows(t - 1, 0, 4)
+        loss = torch.nn.functional.cross_entropy(
+            model(block[:, :-1]).flatten(0, 1), block[:, 1:].flatten()
+        )
+        rule.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        lr = 0.01 * (t / 3 if t < 3 else 0.1 + 0.9 * (1 + math.cos(math.pi * (t - 3) / 9)) / 2)
+        for group in rule.param_groups:
+            group["lr"] = lr
+        rule.step()
+        line = logged[t - 1]
+        assert (line["step"], line["tokens"]) == (t, 64 * t)
+        assert (
+            abs(line["train/loss"] - loss.item()) < 5e-6
+            and abs(line["train/grad_norm"] / norm.item() - 1) < 2e-5
+        )
+        assert abs(line["optim/lr"] - lr) < 1e-12
+        clipped += norm.item() > 0.5
+    assert clipped > 6
+    from safetensors.torch import load_file
+
+    final = load_file(tmp_path / "weights.safetensors")
+    assert final.keys() == dict(model.named_parameters()).keys()
+    for name, value in model.named_parameters():
+        assert (final[name] - value).abs().max() < 1e-5, (
+            name
+        )  # measured 8e-7; one step moves by 1e-3 to 1e-2
+    assert (result.status, result.step, result.tokens) == (FINISHED, 12, 768)
+
+
+def test_a_run_learns_what_there_is_to_learn(tiny, token_folder, tmp_path):
+    """Independent tokens have an entropy of 3.5 nats; a uniform guess costs ln 64 = 4.16."""
+    result, record = train(tiny(budget__tokens=60 * 64, optim__lr=0.01), token_folder, tmp_path)
+    first = next(record.metrics())
+    assert 4.0 < first["train/loss"] < 4.9 and result.metrics["val/loss"] < 3.95
+    assert first["train/loss"] - result.metrics["train/loss"] > 0.2
+
+
+def test_the_same_recipe_gives_the_same_bits_and_another_seed_gives_others(
+    tiny, token_folder, tmp_path
+):
+    digests = [
+        train(tiny(FULL, seed=seed), token_folder, tmp_path / f"{i}")[0].weights
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    assert digests[0] == digests[1] != digests[2] and len(digests[0]) == 16
+
+
+# ---- micro-batches ----
+
+
+@pytest.mark.parametrize("treatment", [[], FULL])
+def test_micro_batches_of_one_row_give_the_full_batch_and_the_same_schedule(
+    tiny, token_folder, treatment
+):
+    recipe = tiny(treatment, optim__lr=2e-3)
+    whole, pieces = (Trainer(recipe, how(micro_batch=rows), token_folder) for rows in (None, 1))
+    start = weights(whole)
+    for _ in range(6):
+        norms = [trainer.advance().item() for trainer in (whole, pieces)]
+        assert abs(norms[1] / norms[0] - 1) < 1e-4
+    assert whole.step == pieces.step == 6
+    assert abs(whole.close_window() - pieces.close_window()) < 1e-6
+    for name, value in weights(pieces).items():
+        assert (value - weights(whole)[name]).abs().max() < 1e-5, name
+        assert not torch.equal(value, start[name]) or name.endswith(".scale"), name
+
+
+def test_the_logged_schedule_does_not_depend_on_micro_batches(tiny, token_folder, tmp_path):
+    logs = [
+        list(
+            train(tiny(), token_folder, tmp_path / str(rows), how(micro_batch=rows))[
+                1
+            ].metrics()
+        )
+        for rows in (4, 2, 1)
+    ]
+    for field in ("step", "tokens", "optim/lr"):
+        assert (
+            [line[field] for line in logs[0]]
+            == [line[field] for line in logs[1]]
+            == [line[field] for line in logs[2]]
+        )
+    assert len(logs[0]) == 12
+
+
+# ---- resuming ----
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny, token_folder, tmp_path_factory):
+    return train(
+        tiny(FULL),
+        token_folder,
+        tmp_path_factory.mktemp("whole"),
+        how(save_seconds=0.0, keep_weights=True),
+    )
+
+
+def same(one, other) -> None:
+    """Two runs (result, record): equal weights' bits, final numbers and metrics file."""
+    assert one[0].weights == other[0].weights and one[0].metrics == other[0].metrics
+    assert one[1].metrics_path.read_bytes() == other[1].metrics_path.read_bytes()
+    assert (one[1].folder / "weights.safetensors").read_bytes() == (
+        other[1].folder / "weights.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("log_every", [1, 5])
+def test_resume_at_step_7_equals_never_stopping(tiny, token_folder, tmp_path, log_every):
+    """Killed in step 8; with log_every 5 the kill falls between two log lines, so the open window must be saved too."""
+    recipe, runtime = (
+        tiny(FULL),
+        how(save_seconds=0.0, keep_weights=True, log_every=log_every, evaluations=3),
+    )
+    whole = train(recipe, token_folder, tmp_path / "whole", runtime)
+    advance = Trainer.advance
+
+    def killed(self):
+        if self.step == 7:
+            raise KeyboardInterrupt
+        return advance(self)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "advance", killed)
+        train(recipe, token_folder, tmp_path / "cut", runtime)
+    assert checkpoint.newest(tmp_path / "cut" / "checkpoints", never)[0] == 7
+    same(whole, train(recipe, token_folder, tmp_path / "cut", runtime, warn=never))
+
+
+def test_a_line_logged_after_the_last_checkpoint_is_forgotten(
+    tiny, token_folder, tmp_path, uninterrupted
+):
+    """Killed after step 8 was logged and before it was saved: the log goes back to step 7."""
+    recipe, runtime = tiny(FULL), how(save_seconds=0.0, keep_weights=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, token_folder, tmp_path, runtime, tracker=KilledAt(8))
+    assert [line["step"] for line in Record(tmp_path).metrics()][-1] == 8
+    assert checkpoint.newest(tmp_path / "checkpoints", never)[0] == 7
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 9, "train/lo')  # torn by the kill
+    same(uninterrupted, train(recipe, token_folder, tmp_path, runtime, warn=never))
+
+
+def test_a_damaged_newest_checkpoint_costs_one_step_and_changes_nothing(
+    tiny, token_folder, tmp_path, uninterrupted
+):
+    recipe, runtime, said = tiny(FULL), how(save_seconds=0.0, keep_weights=True), []
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, token_folder, tmp_path, runtime, tracker=KilledAt(8))
+    newest = checkpoint.listed(tmp_path / "checkpoints")[-1]
+    newest.write_bytes(newest.read_bytes()[:-3])
+    same(uninterrupted, train(recipe, token_folder, tmp_path, runtime, warn=said.append))
+    assert len(said) == 1 and newest.name in said[0] and "damaged" in said[0]
+
+
+def test_a_finished_run_leaves_no_checkpoints(uninterrupted):
+    assert checkpoint.listed(uninterrupted[1].folder / "checkpoints") == []
+    assert uninterrupted[1].result() == uninterrupted[0]
+
+
+# ---- starting again ----
+
+SAME_STRUCTURE = {
+    "seed": {"seed": 5},
+    "rate": {"optim__lr": 0.02},
+    "schedule": {"schedule": {"kind": "constant", "warmup_steps": 1}},
+    "budget": {"budget__tokens": 9 * 64},
+    "held_out": {"data__held_out": 100},
+    "init": {"parametrization__gain": 0.5},
+}
+TOGGLES = {"mup": ["mup"], "wsd": ["wsd"], "ema": ["ema"]}
+
+
+@pytest.mark.parametrize("before", ["finished", "diverged", "broken"])
+def test_a_warm_trainer_gives_the_bits_of_a_fresh_one(
+    tiny, token_folder, tmp_path, monkeypatch, before
+):
+    """Whatever the run before it left behind: momenta, gradients, averages, a window of NaN."""
+    matrices, warm = ["muon", "normuon", "cautious_wd", "value_residual"], Warm()
+    if before == "broken":  # in step 3, between the backward pass and the update
+
+        def broken(self, t, step=Optimizer.step):
+            if t == 3:
+                raise RuntimeError("the cable came loose")
+            return step(self, t)
+
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="cable"):
+            patch.setattr(Optimizer, "step", broken)
+            train(tiny([*matrices, "ema"]), token_folder, tmp_path / "first", warm=warm)
+    else:
+        first = tiny([*matrices, "ema"], optim__lr=1e30 if before == "diverged" else 3e-3)
+        assert train(first, token_folder, tmp_path / "first", warm=warm)[0].status == before
+    kept = warm.trainer
+    recipes = {name: tiny(matrices, **paths) for name, paths in SAME_STRUCTURE.items()} | {
+        name: tiny(matrices + toggle) for name, toggle in TOGGLES.items()
+    }
+    for name in recipes if before == "finished" else ("seed", "ema"):
+        recipe = recipes[name]
+        again, fresh = (
+            train(recipe, token_folder, tmp_path / name, warm=warm),
+            train(recipe, token_folder, tmp_path / f"{name}-fresh"),
+        )
+        assert warm.trainer is kept, name
+        assert again[0].weights == fresh[0].weights and again[0].metrics == fresh[0].metrics, (
+            name
+        )
+        assert again[1].metrics_path.read_bytes() == fresh[1].metrics_path.read_bytes(), name
+    assert len({structure(recipe, CPU) for recipe in recipes.values()}) == 1
+
+
+def test_a_rehearsal_leaves_nothing_behind(tiny, token_folder, tmp_path, monkeypatch):
+    steps, step = [], Trainer.advance
+    monkeypatch.setattr(Trainer, "advance", lambda self: steps.append(self.step) or step(self))
+    recipe = tiny(["muon", "normuon", "cautious_wd", "ema"])
+    fresh, rehearsed = (
+        train(recipe, token_folder, tmp_path / "fresh"),
+        train(recipe, token_folder, tmp_path / "rehearsed", warm=Warm(rehearse=True)),
+    )
+    assert steps == [*range(12), 0, *range(12)]
+    assert (
+        fresh[0].weights == rehearsed[0].weights
+        and fresh[1].metrics_path.read_bytes() == rehearsed[1].metrics_path.read_bytes()
+    )
+
+
+def test_what_the_graphs_see_needs_another_trainer(tiny, token_folder, tmp_path):
+    """A shared trainer would silently train the other model."""
+    paths = [
+        {"model__width": 64},
+        {"model__tied": True},
+        {"model__norm_eps": 1e-5},
+        {"data__batch": 8},
+        {"data__context": 8},
+        {"optim__clip": None},
+        {"optim__clip": 0.5},
+        {"optim__chains__hidden__steps__decay__rate": 0.2},
+        {"optim__chains__vector__lr": 0.5},
+    ]
+    treatments = [
+        ["muon"],
+        [{"muon": {"lr": 2.0}}],
+        ["muon", "normuon"],
+        ["cautious_wd"],
+        ["qk_norm"],
+        ["z_loss"],
+        [{"z_loss": {"weight": 0.5}}],
+        ["soft_cap"],
+        [{"mup": {"readout": "multiplier"}}],
+        [{"mup": {"alpha_in": 3.0}}],
+        ["relu2"],
+        ["ln_scaling"],
+    ]
+    others = [tiny(**one) for one in paths] + [tiny(one) for one in treatments]
+    keys = [structure(recipe, CPU) for recipe in (tiny(), *others)]
+    assert len(set(keys)) == len(keys)
+    assert structure(tiny(), how(micro_batch=2)) != keys[0]
+    warm = Warm()
+    for recipe in (tiny(), tiny(["qk_norm"]), tiny()):
+        again, fresh = (
+            train(
+                recipe, token_folder, tmp_path / f"{len(list(tmp_path.iterdir()))}", warm=one
+            )[0]
+            for one in (warm, None)
+        )
+        assert again.weights == fresh.weights
+
+
+# ---- ends ----
+
+
+def test_a_run_that_diverges_becomes_a_record_with_its_step_and_last_good_loss(
+    tiny, token_folder, tmp_path
+):
+    result, record = train(tiny(optim__lr=1e30, optim__clip=None), token_folder, tmp_path)
+    lines = list(record.metrics())
+    assert result.status == DIVERGED and 1 < result.step < 12 and record.result() == result
+    assert len(lines) == result.step - 1 and math.isfinite(lines[-1]["train/loss"])
+    assert (
+        f"at step {result.step}" in result.error
+        and f"{lines[-1]['train/loss']:.4f}" in result.error
+    )
+    assert (
+        result.metrics == {}
+        and result.weights == ""
+        and checkpoint.listed(tmp_path / "checkpoints") == []
+    )
+
+
+def test_every_number_of_a_diverging_run_can_be_read_again(tiny, token_folder, tmp_path):
+    """The last update may be the one that breaks the weights: the training loss is finite, the held-out loss is not."""
+    for steps in (1, 2, 3):
+        for lr in (1e12, 1e20, 1e30, 3e38):
+            recipe = tiny(
+                optim__lr=lr, optim__clip=None, schedule="constant", budget__tokens=64 * steps
+            )
+            result, record = train(recipe, token_folder, tmp_path / f"{steps}-{lr}")
+            assert record.result() == result
+            numbers = [
+                *result.metrics.values(),
+                *(value for line in record.metrics() for value in line.values()),
+            ]
+            assert all(
+                isinstance(value, (int, float)) and math.isfinite(value) for value in numbers
+            ), (steps, lr, numbers)
+
+
+def test_an_error_in_the_loop_is_not_swallowed(tiny, token_folder, tmp_path, monkeypatch):
+    def broken(self):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(Trainer, "advance", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train(tiny(), token_folder, tmp_path)
+    assert Record(tmp_path).result() is None
+
+
+def test_lack_of_memory_becomes_a_record(tiny, token_folder, tmp_path, monkeypatch):
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    class Card:
+        total_memory = 2**34
+
+    monkeypatch.setattr(Trainer, "advance", full)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Card)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**33)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2**33)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**31, 2**34))
+    result, record = train(tiny(), token_folder, tmp_path)
+    assert result.status == "out_of_memory" and record.result() == result
+    assert (
+        "8.0 GiB of 16.0 in use, 6.0 by others, at" in result.error
+        and "try runtime.micro_batch=2" in result.error
+    )
+
+
+def test_an_evaluation_without_memory_is_repeated_without_the_graphs_that_hold_it(
+    tiny, token_folder, monkeypatch
+):
+    trainer, called = Trainer(tiny(), CPU, token_folder), []
+    wanted, loss = trainer.evaluate(), trainer._held_out_loss
+
+    def full_once():
+        called.append(trainer.descend.graph)
+        if trainer.descend.graph:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss()
+
+    monkeypatch.setattr(trainer, "_held_out_loss", full_once)
+    trainer.descend.graph = "recorded"
+    assert (
+        trainer.evaluate() == wanted
+        and called == ["recorded", None]
+        and not trainer.optimizer.move.replay
+    )
+    monkeypatch.setattr(
+        trainer,
+        "_held_out_loss",
+        lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")),
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.evaluate()
+
+
+# ---- evaluating ----
+
+
+@pytest.mark.parametrize("treatment", [[], [{"ema": {"mix": 0.7}}]])
+def test_evaluation_leaves_the_weights_and_the_next_steps_untouched(
+    tiny, token_folder, treatment
+):
+    looked, blind = (Trainer(tiny(treatment), CPU, token_folder) for _ in range(2))
+    for trainer in (looked, blind):
+        for _ in range(5):
+            trainer.advance()
+            if trainer is looked:
+                before = trainer.digest()
+                scores = trainer.evaluate()
+                assert trainer.digest() == before and scores == trainer.evaluate()
+    assert looked.digest() == blind.digest()
+
+
+def test_evaluations_are_evenly_spaced_and_the_last_is_after_the_last_step(
+    tiny, token_folder, tmp_path
+):
+    for count, expected in {
+        1: [12],
+        3: [4, 8, 12],
+        5: [3, 5, 8, 10, 12],
+        40: list(range(1, 13)),
+    }.items():
+        result, record = train(
+            tiny(), token_folder, tmp_path / str(count), how(evaluations=count, log_every=7)
+        )
+        lines = list(record.metrics())
+        assert [line["step"] for line in lines if "val/loss" in line] == expected
+        assert {line["step"] for line in lines} == {7, *expected}
+        assert result.metrics["val/loss"] == lines[-1]["val/loss"]
+
+
+def test_ema_reports_its_average_as_val_and_the_raw_weights_as_raw_val(
+    tiny, token_folder, tmp_path
+):
+    """The raw numbers are those of the same run without EMA, bit for bit: training does not change."""
+    plain, averaged = (
+        train(tiny(treatment, optim__lr=0.02), token_folder, tmp_path / str(len(treatment)))[0]
+        for treatment in ([], [{"ema": {"horizon": 5}}])
+    )
+    assert plain.weights == averaged.weights
+    for name in ("val/loss", "val/bits_per_byte"):
+        assert (
+            averaged.metrics[f"raw/{name}"] == plain.metrics[name]
+            and f"raw/{name}" not in plain.metrics
+        )
+        assert abs(averaged.metrics[name] - plain.metrics[name]) > 1e-3
+
+
+def test_the_mean_loss_of_a_window_is_over_all_its_tokens(tiny, token_folder, tmp_path):
+    each, windows = (
+        [
+            line["train/loss"]
+            for line in train(
+                tiny(), token_folder, tmp_path / str(every), how(log_every=every, evaluations=1)
+            )[1].metrics()
+        ]
+        for every in (1, 4)
+    )
+    assert len(windows) == 3
+    for i, value in enumerate(windows):
+        assert abs(value - sum(each[4 * i : 4 * i + 4]) / 4) < 1e-9
+
+
+def test_the_metrics_file_holds_nothing_that_depends_on_the_clock(tiny, token_folder, tmp_path):
+    result, record = train(tiny(), token_folder, tmp_path)
+    fields = set().union(*record.metrics())
+    assert fields == {
+        "step",
+        "tokens",
+        "train/loss",
+        "train/grad_norm",
+        "optim/lr",
+        "val/loss",
+        "val/bits_per_byte",
+    }
+    assert {"seconds", "tokens_per_second"} < set(next(record.pace())) and result.seconds > 0
+    assert json.loads((tmp_path / "run.json").read_text())["runtime"]["device"] == "cpu"

@@ -1,0 +1,350 @@
+"""The command line: what each command prints, how it ends, and what it does not load."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+LIGHT = """
+import sys
+sys.argv = ["ablab", *{words!r}]
+from ablab.experiments.cli import main as cli
+try:
+    cli.main()
+finally:
+    heavy = sorted({{name.split(".")[0] for name in sys.modules}} & {{"torch", "mlflow", "optuna", "pandas", "matplotlib", "scipy", "numpy"}})
+    print(*heavy, file=sys.stderr)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sheets(lab):
+    lab.sheet("grid")
+    lab.sheet("doses", **{"with": [{"gating": {"per": "head"}}, "muon", "normuon"]})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["list"],
+        ["show", "quickstart", "--diff", "base"],
+        ["run", "quickstart", "--seeds", "0-833", "--dry-run", "--json"],
+    ],
+    ids=" ".join,
+)
+def test_looking_loads_nothing_heavy(lab, words):
+    """10,008 dry runs among it: 12 cells of quickstart, 834 seeds."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT.format(words=words)],
+        cwd=lab.root,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stderr.strip() == "", done.stderr
+    if "--json" in words:
+        found = json.loads(done.stdout)
+        assert (
+            found["runs"] == len(found["rows"]) == found["missing"] == 10_008
+            and len({row["run"] for row in found["rows"]}) == 10_008
+        )
+
+
+def test_help_says_how_it_ends(ablab):
+    ended = ablab("--help")
+    assert ended.code == 0 and all(
+        word in ended.out
+        for word in ("Exit codes: 0", "1 runs failed", "2 the request", "130", "--debug")
+    )
+    assert ablab().code == 2
+
+
+def test_help_shows_every_default_and_bracket_that_was_written(ablab):
+    """A terminal takes [word] for markup and shows nothing in its place."""
+    wanted = {
+        "show": "(the first)",
+        "run": "(one a GPU, 4 with runtime.turns=false, else",
+        "study": "(STORE/optuna.db)",
+        "sync": "(all in the store)",
+    }
+    assert all(
+        said in " ".join(ablab(command, "--help").out.replace("│", " ").split())
+        for command, said in wanted.items()
+    )
+    coords = "".join(ablab("check", "coords", "--help").out.replace("│", " ").split())
+    assert "on_qk=[qk_norm]" in coords and "(aquarterofthesmallestwidth)" in coords
+
+
+def test_list_names_every_intervention_with_its_control(ablab):
+    from ablab.core.recipe.intervention import REGISTRY
+
+    listed = ablab("list", "--json").json
+    assert [one["name"] for one in listed["interventions"]] == sorted(REGISTRY)
+    assert all(one["off"] and one["summary"] for one in listed["interventions"])
+    assert {
+        "name": "quickstart",
+        "question": next(
+            e["question"] for e in listed["experiments"] if e["name"] == "quickstart"
+        ),
+    } in listed["experiments"]
+    text = ablab("list").out
+    assert all(
+        f"  {one['name']}" in text and one["off"] in text for one in listed["interventions"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "without"),
+    [(140, []), (80, ["x reference", "tokens/s", "method", "sd", "runs"])],
+)
+def test_a_narrow_terminal_leaves_columns_out_and_says_so_but_cuts_no_name_or_number(
+    monkeypatch, capsys, columns, without
+):
+    from ablab.experiments.cli.printing import SPARE, table
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    row = {
+        "arm": "- muon (and normuon)",
+        "pairs": "3",
+        "mean": "2.7781",
+        "sd": "0.0057",
+        "delta": "+0.0299",
+        "95 % interval": "-0.0213 to +0.0810",
+        "method": "Welch",
+        "verdict": "too few seeds",
+        "tokens/s": "5,690",
+        "x reference": "1.43",
+        "runs": "3 finished",
+    }
+    table([row], SPARE)
+    _, line, *note = capsys.readouterr().out.splitlines()
+    assert (
+        all(text in line for head, text in row.items() if head not in without)
+        and len(line) <= columns
+    )
+    assert note == ([f"(too narrow for: {', '.join(without)})"] if without else [])
+
+
+def test_show_prints_a_recipe_that_reads_back_as_the_same_run(ablab):
+    import yaml
+
+    from ablab.core.language.part import parse
+    from ablab.core.recipe.recipe import Recipe, run_id
+
+    out = ablab("show", "grid.yaml", "--cell", "- qk_norm").out
+    assert (
+        "cell '- qk_norm', seed 0" in out
+        and f"run {run_id(parse(Recipe, yaml.safe_load(out), ''))}" in out
+    )
+
+
+def test_show_diff_prints_what_differs_and_nothing_else(ablab):
+    lines = [
+        line
+        for line in ablab(
+            "show", "grid.yaml", "--cell", "full", "--diff", "- qk_norm"
+        ).out.splitlines()
+        if not line.startswith("#")
+    ]
+    assert lines and all(
+        line.startswith("model.attention.on_qk.qk_norm.") and ": absent -> " in line
+        for line in lines
+    )
+    assert "optim.lr" not in "".join(
+        ablab("show", "grid.yaml", "optim.lr=0.5", "--diff", "base").out.splitlines()[2:]
+    )  # both have it
+    assert (
+        "no difference from base"
+        in ablab("show", "grid.yaml", "--cell", "base", "--diff", "base").out
+    )
+    assert (
+        "nesterov: absent -> true\n" in ablab("show", "doses.yaml", "--diff", "base").out
+    )  # as YAML has it
+
+
+def test_show_counts_parameters_as_the_model_has_them(ablab, build):
+    import yaml
+
+    from ablab.core.language.part import parse
+    from ablab.core.recipe.recipe import Recipe
+
+    out = ablab("show", "grid.yaml").out
+    model = build(parse(Recipe, yaml.safe_load(out), ""))
+    assert f"{sum(value.numel() for value in model.parameters()):,} parameters" in out
+
+
+def test_an_override_of_a_dose_reaches_the_cells_that_have_it(ablab):
+    changed = ablab(
+        "show", "doses.yaml", "with.gating.per=elementwise", "--diff", "- gating"
+    ).out
+    assert (
+        "# doses@with.gating.per=elementwise" in changed
+        and "gating.per: absent -> elementwise" in changed
+    )
+    assert (
+        ablab(
+            "show", "doses.yaml", "with.gating.per=elementwise", "--cell", "- gating"
+        ).out.splitlines()[2:]
+        == (ablab("show", "doses.yaml", "--cell", "- gating").out.splitlines()[2:])
+    )
+
+
+def test_a_dry_run_writes_nothing_and_knows_what_is_missing(lab, ablab):
+    before = lab.files()
+    found = ablab("run", "grid.yaml", "--dry-run", "--json").json
+    assert (found["runs"], found["missing"], found["tokens"]) == (8, 8, 8 * 1280) and found[
+        "seconds"
+    ] > 0
+    assert {row["state"] for row in found["rows"]} == {"missing"} and all(
+        row["flops"] > 0 and row["parameters"] > 0 for row in found["rows"]
+    )
+    assert lab.files() == before
+    text = ablab("run", "grid.yaml", "--dry-run").out
+    assert all(row["run"] in text for row in found["rows"]) and "8 runs, 8 missing" in text
+
+
+def test_a_dry_run_counts_a_run_that_two_cells_share_once(lab, ablab):
+    from ablab.core.store.record import FINISHED, Result, Store
+
+    rows = ablab("run", "grid.yaml", "--dry-run", "--json").json["rows"]
+    Store(lab.store).run(rows[0]["run"]).finish(
+        Result(rows[0]["run"], FINISHED, 20, 1280, seconds=2.0)
+    )
+    found = ablab("run", "grid.yaml", "--dry-run", "--json").json
+    assert (found["missing"], found["rows"][0]["state"], found["rate"]) == (
+        7,
+        "finished",
+        "measured",
+    )
+    assert found["rows"][0]["seconds"] == pytest.approx(
+        2.0
+    )  # the time it took is the time it is said to take
+    (lab.store / "runs" / rows[0]["run"] / "result.json").unlink()
+
+
+ONLY = {  # patterns, comma-separated -> cells
+    "full": {"full"},
+    "qk_norm": {"- qk_norm"},
+    "- *": {"- qk_norm", "- value_residual"},
+    "!base": {"full", "- qk_norm", "- value_residual"},
+    "- *,!*residual": {"- qk_norm"},
+    "full,base": {"full", "base"},
+    "!full,!base,!qk_norm": {"- value_residual"},
+}
+
+
+@pytest.mark.parametrize("patterns", ONLY)
+def test_only_takes_names_words_patterns_and_their_negations(ablab, patterns):
+    words = [word for pattern in patterns.split(",") for word in ("--only", pattern)]
+    found = ablab("run", "grid.yaml", "--dry-run", "--json", *words).json
+    assert {row["cell"] for row in found["rows"]} == ONLY[patterns] and found[
+        "runs"
+    ] == 2 * len(ONLY[patterns])
+
+
+@pytest.mark.parametrize(
+    "seeds, expected",
+    [
+        ("0", [0]),
+        ("2-4", [2, 3, 4]),
+        ("7,1", [7, 1]),
+        ("0-1,5,1", [0, 1, 5]),
+        (" 3 , 4 ", [3, 4]),
+    ],
+)
+def test_seeds_are_numbers_spans_and_lists_each_once(ablab, seeds, expected):
+    found = ablab(
+        "run", "grid.yaml", "--dry-run", "--json", "--only", "full", "--seeds", seeds
+    ).json
+    assert [row["seed"] for row in found["rows"]] == expected
+
+
+def test_a_new_intervention_is_listed_and_shown(lab, ablab):
+    ended = ablab("new", "intervention", "my_idea", "--folder", "mine")
+    assert ended.code == 0 and "ablab list --plugins mine" in ended.out
+    assert "my_idea" in [
+        one["name"]
+        for one in ablab("list", "--plugins", "mine", "--json").json["interventions"]
+    ]
+    lab.sheet("mine", **{"with": ["my_idea"]})
+    assert (
+        "my_idea.start: absent -> 0.0"
+        in ablab("show", "mine.yaml", "--plugins", "mine", "--diff", "base").out
+    )
+    again = ablab("new", "intervention", "my_idea", "--folder", "mine")
+    assert again.code == 2 and "'my_idea' exists already" in again.err
+
+
+def test_a_bug_is_one_line_with_exit_code_1_and_debug_shows_where(lab, ablab, monkeypatch):
+    from ablab.experiments.plan import experiment
+
+    def broken(*words):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(experiment, "load", broken)
+    ended = ablab("show", "grid.yaml")
+    assert (ended.code, ended.err) == (1, "error: KeyError: 'a bug' (--debug shows where)\n")
+    with pytest.raises(KeyError):
+        ablab("show", "grid.yaml", "--debug")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        PermissionError(errno.EACCES, "Permission denied", "/a/file"),
+    ],
+)
+def test_a_disk_that_refuses_anywhere_is_one_line_with_exit_code_2(ablab, monkeypatch, fault):
+    from ablab.experiments.plan import experiment
+
+    def refuse(*words):
+        raise fault
+
+    monkeypatch.setattr(experiment, "load", refuse)
+    ended = ablab("show", "grid.yaml")
+    assert ended.code == 2 and ended.err.startswith(
+        f"error: cannot use {fault.filename or 'the disk'}: {fault.strerror}; free space"
+    )
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_schedulers_stop_are_one_line_with_exit_code_130(ablab, monkeypatch, sign):
+    from ablab.experiments.plan import experiment
+
+    monkeypatch.setattr(experiment, "load", lambda *words: os.kill(os.getpid(), sign))
+    ended = ablab("show", "grid.yaml")
+    assert (ended.code, ended.err) == (130, "interrupted; the same command goes on from here\n")
+
+
+def test_the_coordinate_check_takes_an_intervention_of_ones_own(lab, ablab):
+    words = (
+        "check",
+        "coords",
+        "--with",
+        "my_check",
+        "--widths",
+        "16,32,48,64",
+        "--steps",
+        "5",
+        "data.context=16",
+        "data.batch=4",
+        "data.vocab=64",
+        "--json",
+    )
+    refused = ablab(*words)
+    assert (
+        refused.code == 2
+        and "my_check" in refused.err
+        and len(refused.err.strip().splitlines()) == 1
+    )
+    assert ablab("new", "intervention", "my_check").code == 0
+    assert [arm["name"] for arm in ablab(*words, "--plugins", "plugins").json["arms"]] == [
+        "standard",
+        "my_check",
+    ]

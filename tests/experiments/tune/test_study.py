@@ -1,0 +1,521 @@
+"""Studies with the real runner on tiny runs, and what is refused before anything runs."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import optuna
+import pytest
+
+from ablab.core.errors import UserError
+from ablab.core.store.record import DIVERGED, FINISHED, PRUNED, Record, Store
+from ablab.experiments.plan.experiment import load
+from ablab.experiments.run.runner import execute
+from ablab.experiments.tune import study as studies
+from ablab.experiments.tune.pruning import Past
+from ablab.experiments.tune.study import Study
+
+COMPLETE, FAIL = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL
+GATED = {
+    "with": [{"gating": {"per": "head"}}],
+    "design": "add_one",
+    "seeds": [0],
+    "runtime": {"evaluations": 2},
+}
+SPACE = {
+    "optim.lr": {"log": [1e-4, 4e-4]},
+    "with.gating.per": {"choices": ["head", "elementwise"]},
+}
+BLOCK = {
+    "space": SPACE,
+    "sampler": "tpe",
+    "trials_per_cell": 4,
+    "generation": 2,
+    "hard": {"optim.lr": [0.0001, 0.0012]},
+    "widenings": 3,
+}
+
+
+def watcher():
+    quiet, said = (lambda *_: None), []
+    return SimpleNamespace(
+        planned=quiet,
+        started=quiet,
+        logged=quiet,
+        finished=quiet,
+        arms=quiet,
+        note=quiet,
+        say=said.append,
+        said=said,
+    )
+
+
+def study(lab, name="study", block=BLOCK, **keys):
+    path = lab.root / lab.sheet(name, **{**GATED, **keys}, study=block)
+    return Study(
+        load(str(path), {}, lambda data: "00000000deadbeef"), Store(lab.store), watcher()
+    )
+
+
+def content(held):
+    return [
+        (
+            arm.name,
+            one.number,
+            one.state.name,
+            one.params,
+            one.value,
+            one.user_attrs["state"],
+            one.user_attrs["told"] | {"seconds": None},
+        )
+        for arm in held.arms
+        for one in arm.stored
+    ]
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    monkeypatch.setattr(studies, "Pool", None)
+
+
+@pytest.fixture(scope="module")
+def tuned(lab):
+    """Two cells, a dose that only one of them has, a range whose upper edge wins; tuned and confirmed with one worker."""
+    held = study(lab)
+    record = held.tune(1, (), False)
+    held.confirm(record, 1, (), False)
+    return held, record
+
+
+# -- a study, end to end -----------------------------------------------------------------------------------------------
+def test_each_trial_is_a_run_whose_final_metric_is_its_value(lab, tuned):
+    _, record = tuned
+    assert [trial.state for trial in record.trials] == ["complete"] * len(record.trials)
+    for trial in record.trials:
+        (run,) = trial.runs
+        result = Record(lab.store / "runs" / run).result()
+        assert (result.status, result.metrics["val/loss"], trial.values) == (
+            FINISHED,
+            trial.value,
+            {"100": trial.value},
+        )
+
+
+def test_a_dose_is_searched_only_in_cells_that_have_the_intervention(lab, tuned):
+    _, record = tuned
+    assert set(record.cells) == {"base", "+ gating"}
+    assert {frozenset(trial.params) for trial in record.cells["base"]} == {
+        frozenset({"optim.lr"})
+    }
+    assert {frozenset(trial.params) for trial in record.cells["+ gating"]} == {
+        frozenset({"optim.lr", "with.gating.per"})
+    }
+    assert {trial.params["with.gating.per"] for trial in record.cells["+ gating"]} == {
+        "head",
+        "elementwise",
+    }
+    for trial in record.cells["+ gating"]:
+        recipe = (lab.store / "runs" / trial.runs[0] / "recipe.yaml").read_text()
+        assert f"per: {trial.params['with.gating.per']}" in recipe
+
+
+def test_an_edge_that_wins_is_widened_within_the_hard_bounds_and_then_called_inadmissible(
+    lab, tuned
+):
+    """The rate at which this model stops improving lies far above; so every widening wins until the bound."""
+    held, record = tuned
+    base = [trial.params["optim.lr"] for trial in record.cells["base"]]
+    assert base[:4] == [1e-4, 1.587e-4, 2.52e-4, 4e-4]
+    assert (
+        base[4:] == sorted(base[4:])
+        and base[4] > 4e-4
+        and base[-1] == 1.2e-3
+        and 1 <= len(base) - 4 <= 3
+    )
+    assert any(
+        "base: INADMISSIBLE: lr=0.0012 won, but it is the edge of the hard bounds" in line
+        for line in held.watcher.said
+    )
+
+
+def test_the_winners_are_confirmed_on_other_seeds_beside_the_shared_values(lab, tuned):
+    held, record = tuned
+    shared, best = held.store.read_plan("study"), held.store.read_plan("study@tuned")
+    assert [(row.cell, row.seed, row.reference) for row in best.rows] == [
+        ("base", 0, None),
+        ("+ gating", 0, "base"),
+    ]
+    assert [(row.cell, row.seed) for row in shared.rows] == [("base", 0), ("+ gating", 0)]
+    for row in best.rows:
+        won = min(record.cells[row.cell], key=lambda trial: trial.value)
+        assert (
+            f"lr: {won.params['optim.lr']}"
+            in (lab.store / "runs" / row.run / "recipe.yaml").read_text()
+        )
+    assert all(
+        held.store.run(row.run).result().status == FINISHED
+        for row in (*shared.rows, *best.rows)
+    )
+    assert not {row.run for row in best.rows} & {
+        run for trial in record.trials for run in trial.runs
+    }
+
+
+def test_a_second_call_trains_nothing_and_adds_nothing(lab, tuned, no_training):
+    held, record = tuned
+    before = {name: stat for name, stat in lab.files().items() if name.startswith("runs/")}
+    again = study(lab)
+    assert again.tune(1, (), False) == record
+    assert content(again) == content(held)
+    assert {
+        name: stat for name, stat in lab.files().items() if name.startswith("runs/")
+    } == before
+
+
+def test_trials_whose_runs_exist_cost_nothing(lab, tuned, no_training):
+    held, _ = tuned
+    grid = [trial.params["optim.lr"] for trial in tuned[1].cells["base"][:4]]
+    other = study(
+        lab,
+        "other",
+        {"space": {"optim.lr": {"choices": grid}}, "sampler": "grid"},
+        **{"with": []},
+    )
+    record = other.tune(1, (), False)
+    assert [(trial.params["optim.lr"], trial.value) for trial in record.trials] == [
+        (t.params["optim.lr"], t.value) for t in tuned[1].cells["base"][:4]
+    ]
+
+
+@pytest.mark.slow
+def test_two_workers_find_the_same_trials_and_values(new_lab, tuned):
+    other = study(new_lab())
+    other.tune(2, (), False)
+    assert content(other) == content(tuned[0])
+
+
+def test_the_plan_of_a_study_holds_every_trial_with_its_tags(tuned):
+    held, record = tuned
+    rows = held.store.read_plan("study@study").rows
+    assert [(row.cell, row.run) for row in rows] == [
+        (trial.cell, run) for trial in record.trials for run in trial.runs
+    ]
+    assert [row.tags for row in rows] == [
+        {
+            "ablab.study": "study",
+            "ablab.trial": str(trial.number),
+            "ablab.trial_state": "complete",
+        }
+        for trial in record.trials
+    ]
+
+
+# -- what can become of a trial ----------------------------------------------------------------------------------------
+def test_two_seeds_make_one_trial_with_their_mean_and_a_diverged_one_is_stored_as_failed_with_its_reason(
+    lab,
+):
+    block = {
+        "space": {"optim.lr": {"choices": [0.01, 1e30]}},
+        "sampler": "grid",
+        "seeds": [100, 101],
+    }
+    held = study(lab, "wild", block, **{"with": []})
+    record = held.tune(1, (), False)
+    (fine, wild), results = (
+        held.arms[0].stored,
+        lambda trial: [
+            held.store.run(run).result() for run in trial.user_attrs["told"]["runs"]
+        ],
+    )
+    values = [result.metrics["val/loss"] for result in results(fine)]
+    assert (fine.state, fine.value, len(set(values))) == (COMPLETE, sum(values) / 2, 2)
+    assert (
+        fine.user_attrs["told"]["values"] == dict(zip(("100", "101"), values, strict=True))
+        and "error" not in fine.user_attrs["told"]
+    )
+    assert (wild.state, wild.value, wild.user_attrs["state"]) == (FAIL, None, "diverged")
+    assert [result.status for result in results(wild)] == [DIVERGED] * 2 and wild.user_attrs[
+        "told"
+    ]["error"] == results(wild)[0].error != ""
+    assert [trial.state for trial in record.trials] == ["complete", "diverged"]
+
+
+@pytest.mark.slow
+def test_a_pruned_run_ends_early_and_a_grid_that_asks_for_it_finishes_it_to_the_same_bits(
+    lab, write_token_folder
+):
+    from ablab.core.train.trainer import run as train
+
+    data = write_token_folder(lab.store / "data" / "long", train=20_000)
+    paths = {"data.name": "long", "budget.tokens": 19_200}  # 300 steps
+    sheet = {"with": [], "set": paths, "runtime": {"evaluations": 10, "log_every": 10}}
+    rates = [0.004, 0.005, 0.006, 0.007, 1e-7]
+    held = study(
+        lab,
+        "cut",
+        {
+            "space": {"optim.lr": {"choices": rates}},
+            "sampler": "grid",
+            "pruner": "median",
+            "generation": 4,
+        },
+        **sheet,
+    )
+    *fine, bad = held.tune(1, (), False).trials
+    assert [trial.state for trial in fine] == ["complete"] * 4
+    frozen, record = held.arms[0].stored[4], held.store.run(bad.runs[0])
+    assert (bad.state, frozen.state.name, frozen.value) == ("pruned", "PRUNED", None)
+    assert (
+        list(frozen.intermediate_values) == [30]
+        and frozen.user_attrs["told"]["error"] == "pruned at step 30"
+    )
+    result = record.result()
+    assert (
+        result.status == PRUNED
+        and 30 <= result.step < 300
+        and list((record.folder / "checkpoints").iterdir())
+    )
+
+    grid = replace(
+        held.experiment, name="grid", sheet=replace(held.experiment.sheet, study=None)
+    )
+    base = replace(grid.base, optim=replace(grid.base.optim, lr=1e-7))
+    grid = replace(grid, base=base)
+    execute(grid, held.store, grid.runs([100]), watcher(), 1, mlflow=False)
+    (wanted,) = grid.runs([100])
+    assert (
+        wanted.id == bad.runs[0]
+        and record.result().status == FINISHED
+        and not (record.folder / "checkpoints").exists()
+    )
+    whole = Record(lab.root / "whole")
+    train(wanted.recipe, grid.sheet.runtime, data, whole, warn=lambda line: None)
+    assert record.result().weights == whole.result().weights
+    assert record.metrics_path.read_bytes() == whole.metrics_path.read_bytes()
+
+
+# -- pruning -----------------------------------------------------------------------------------------------------------
+def past(count: int, pruner: str):
+    """An arm of `count` finished trials whose curves fall from 4 to their value; the Past that has lived through them."""
+    space = {"x": optuna.distributions.FloatDistribution(0, 1)}
+    trials = []
+    for i in range(count):
+        value = 3 + (7 * i % 10) / 10
+        curve = {step: value + (20 - step) * 0.05 for step in (5, 10, 15, 20)}
+        trials.append(
+            optuna.trial.create_trial(
+                params={"x": 0.5}, distributions=space, value=value, intermediate_values=curve
+            )
+        )
+    return Past(pruner, "minimize", steps=20, evaluations=4), trials
+
+
+BAD, GOOD = ({step: value for step in (5, 10, 15, 20)} for value in (9.0, 1.0))
+
+
+@pytest.mark.parametrize("pruner", ["median", "asha", "hyperband"])
+def test_a_curve_above_all_others_is_stopped_and_one_below_is_not(pruner):
+    arm, trials = past(12, pruner)
+    verdicts = {number: arm.referee(trials, number).verdict(BAD) for number in range(12, 24)}
+    assert {
+        number: arm.referee(trials, number).verdict(GOOD) for number in range(12, 24)
+    } == dict.fromkeys(range(12, 24))
+    stopped = [step for step in verdicts.values() if step]
+    assert (
+        stopped
+        and set(stopped) <= {5, 10, 15}
+        and (pruner == "hyperband" or len(stopped) == 12)
+    )
+
+
+@pytest.mark.parametrize("pruner", ["median", "asha", "hyperband"])
+def test_a_verdict_is_the_same_from_a_fresh_replay_and_however_the_curve_arrives(pruner):
+    arm, trials = past(12, pruner)
+    middle = {5: 3.9, 10: 3.8, 15: 3.75, 20: 3.7}
+    for number in range(12, 16):
+        grown, others = past(12, pruner)
+        for count in (2, 7, 12):
+            grown.of(trials[:count])
+        referee = grown.referee(trials, number)
+        stepwise = [
+            referee.verdict(dict(list(middle.items())[:count])) for count in (1, 1, 2, 3, 4)
+        ]
+        assert stepwise[-1] == arm.referee(trials, number).verdict(middle)
+
+
+def test_peers_of_a_generation_do_not_see_each_other():
+    arm, trials = past(12, "asha")
+    alone = arm.referee(trials, 13).verdict(BAD)
+    peer = arm.referee(trials, 12)
+    peer.verdict({step: 20.0 for step in (5, 10, 15)})
+    assert arm.referee(trials, 13).verdict(BAD) == alone and len(arm.of(trials)) == 12
+
+
+def test_nothing_is_stopped_before_there_is_something_to_compare_with():
+    arm, trials = past(3, "median")
+    assert arm.referee(trials, 3).verdict(BAD) is None
+
+
+def test_a_finished_run_is_not_stopped_at_its_last_step():
+    arm, trials = past(12, "median")
+    assert arm.referee(trials, 12).verdict({20: 99.0}) is None
+
+
+def test_an_arm_whose_curves_cross_late_is_never_pruned(lab):
+    block = {"space": {"optim.lr": {"log": [0.001, 0.1]}}, "pruner": "median"}
+    held = study(lab, "late", block, **{"with": ["cautious_wd", "qk_norm"]})
+    assert {arm.cell.name: arm.past is not None for arm in held.arms} == {
+        "base": True,
+        "+ cautious_wd": False,
+        "+ qk_norm": True,
+    }
+
+
+# -- bad input, before anything runs -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("block", "keys", "said"),
+    [
+        (
+            {"space": {"optim.lrr": {"log": [0.1, 1]}}},
+            {},
+            r"unknown path 'optim.lrr': no 'lrr'. Did you mean 'lr'\?",
+        ),
+        (
+            {"space": {"with.gatin.per": {"choices": ["head"]}}},
+            {},
+            r"unknown path 'with.gatin.per'. Did you mean 'with.gating.per'\?",
+        ),
+        (
+            {"space": {"with.gating.pr": {"choices": ["head"]}}},
+            {},
+            r"unknown path 'with.gating.pr'. Did you mean 'with.gating.per'\?",
+        ),
+        (
+            {"space": {"with.gating": {"choices": ["head"]}}},
+            {},
+            "unknown path 'with.gating'. .*Doses of this experiment: with.gating.per",
+        ),
+        (
+            {"space": {"with.muon.momentum": {"uniform": [0.1, 1]}}},
+            {"with": []},
+            "Doses of this experiment: none",
+        ),
+        (
+            {"space": {"with.gating.per": {"choices": ["head", "tail"]}}},
+            {},
+            "with.gating.per|per='tail'",
+        ),
+        (
+            {"space": {"with.gating.per": {"choices": ["head"]}}},
+            {},
+            "cell 'base' has nothing to tune: none of with.gating.per is in it; add a recipe path",
+        ),
+        ({"space": {"optim.lr": {"log": [1, 0.1]}}}, {}, r"\[1, 0.1\] is empty or inverted"),
+        ({"space": {}}, {}, "study.space is empty"),
+        (
+            {"space": {"seed": {"choices": [1, 2]}}},
+            {},
+            "seed cannot be searched: each trial runs on study.seeds",
+        ),
+        (
+            {"space": {"data.name": {"choices": ["tiny", "web"]}}},
+            {},
+            "data.name cannot be searched: all trials of a study read one token folder",
+        ),
+        (
+            {"space": {"model.width": {"choices": [16, 20]}}},
+            {},
+            r"the corner model.width=20 of cell 'base' cannot be built: model.width=20",
+        ),
+        (
+            {"space": {"model.width": {"int": [16, 32]}}},
+            {},
+            "the point model.width=17 of cell 'base' cannot be built",
+        ),
+        (
+            {"space": {"model.width": {"choices": [32, 64]}}},
+            {},
+            r"width=\[32, 64\] lacks 16, the width at which arms are confirmed; add it, or",
+        ),
+        (
+            {"space": {"optim.lr": {"log": [0.1, 1]}}, "seeds": [0]},
+            {},
+            r"study.seeds and seeds share \[0\]",
+        ),
+        (
+            {"space": {"optim.lr": {"log": [0.1, 1]}}, "seeds": []},
+            {},
+            "must name at least one seed",
+        ),
+        (
+            {"space": {"optim.lr": {"log": [0.1, 1]}}, "seeds": [5, 6], "pruner": "median"},
+            {},
+            "works with one selection seed, not 2",
+        ),
+        (
+            {"space": {"optim.lr": {"log": [0.1, 1]}}, "hard": {"optim.rl": [0.01, 2]}},
+            {},
+            r"'optim.rl' is not searched. Did you mean 'optim.lr'\?",
+        ),
+        (
+            {"space": {"optim.lr": {"log": [0.1, 1]}}, "hard": {"optim.lr": [0.2, 2]}},
+            {},
+            r"around the searched range \[0.1, 1.0\]",
+        ),
+        (
+            {"space": {"optim.lr": {"log": [0.1, 1]}}, "hard": {"optim.lr": [0.2]}},
+            {},
+            r"must be \[low, high\]",
+        ),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused_in_one_line_and_leaves_nothing(
+    new_lab, block, keys, said
+):
+    lab = new_lab()
+    before = lab.files()
+    with pytest.raises(UserError, match=said) as refusal:
+        study(lab, "bad", block, **keys)
+    assert "\n" not in str(refusal.value) and lab.files() == before
+
+
+def test_an_experiment_without_a_study_says_what_to_add(lab):
+    experiment = load(str(lab.root / lab.sheet("plain")), {}, lambda data: "00000000deadbeef")
+    with pytest.raises(
+        UserError,
+        match="has no study: block; add one with a space, or start it with: ablab run plain",
+    ):
+        Study(experiment, Store(lab.store), watcher())
+
+
+def test_the_report_of_a_study_that_confirms_nothing_is_the_studys(lab, ablab):
+    study(
+        lab,
+        "unconfirmed",
+        {"space": {"optim.lr": {"log": [0.1, 1]}}, "trials_per_cell": 1},
+        seeds=[],
+    ).tune(1, (), False)
+    for name in ("unconfirmed", "unconfirmed.yaml"):
+        ended = ablab("report", name)
+        assert (
+            ended.code == 0
+            and "winner" in ended.out
+            and "reports/unconfirmed/study.md" in ended.out
+        )
+
+
+def test_a_study_without_a_finished_trial_is_not_confirmed_and_not_reported(lab, no_training):
+    from ablab.analysis.pages import study_report
+
+    held = study(lab, "none", {"space": {"optim.lr": {"log": [0.1, 1]}}, "hours": 0.0})
+    record = held.tune(1, (), False)
+    for asked in (
+        lambda: held.confirm(record, 1, (), False),
+        lambda: study_report.read(held.store, "none"),
+    ):
+        with pytest.raises(
+            UserError,
+            match=r"study 'none' has zero finished trials \(none started\); continue it with: ablab study none",
+        ):
+            asked()
+    assert json.loads((lab.store / "studies" / "none.json").read_text())["trials"] == []

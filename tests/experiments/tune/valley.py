@@ -1,0 +1,226 @@
+"""A coordinator without training: a study whose pool answers with a formula, for tests that need hundreds of trials.
+
+python valley.py STORE URL '{"sampler": "tpe", ...}' SECONDS     tune, SECONDS of sleep a run
+"""
+
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from ablab.ablations.registry import discover
+from ablab.core.errors import UserError  # noqa: F401  (for the tests)
+from ablab.core.store.record import (
+    DIVERGED,
+    FAILED,
+    FINISHED,
+    OUT_OF_MEMORY,
+    PRUNED,
+    Result,
+    Store,
+)
+from ablab.experiments.plan.experiment import Experiment, load
+from ablab.experiments.tune import study
+
+CONFIG = """\
+model: {width: 16, layers: 2, attention: {head_dim: 8}}
+data: {name: tiny, vocab: 64, context: 16, batch: 4, held_out: 320, digest: 00000000deadbeef}
+schedule: {warmup_steps: 3}
+budget: {tokens: 1280}   # 20 steps of 64 tokens
+"""
+SPACE = {"optim.lr": {"log": [1e-3, 1e-1]}, "model.width": {"choices": [16, 32, 64]}}
+SHEET = {
+    "question": "Which?",
+    "base": ["base", "mini"],
+    "with": [],
+    "design": "add_one",
+    "seeds": [],
+    "metric": {"name": "val/loss"},
+    "runtime": {"device": "cpu", "evaluations": 4, "log_every": 5},
+}
+TWO_CELLS = {"with": ["qk_norm"]}
+OPTIMUM, BEST = (
+    0.012,
+    3.0,
+)  # of width 16, and the loss there; every doubling of the width halves the one and lowers the other by 0.05
+
+
+def valley(recipe) -> float:
+    """The loss of a recipe: a parabola in log2 lr, 0.05 an octave^2; qk_norm doubles the best rate."""
+    doublings = math.log2(recipe.model.width / 16)
+    return (
+        BEST
+        - 0.05 * doublings
+        + 0.05
+        * math.log2(
+            recipe.optim.lr
+            / (OPTIMUM * (1 + bool(recipe.model.attention.on_qk)) / 2**doublings)
+        )
+        ** 2
+    )
+
+
+def status_of(recipe) -> str:
+    """Above 0.09 it diverges, width 64 below 0.002 is out of memory, and some in between crash: as the recipe alone decides."""
+    if recipe.optim.lr > 0.09:
+        return DIVERGED
+    if recipe.model.width == 64 and recipe.optim.lr < 0.002:
+        return OUT_OF_MEMORY
+    return FAILED if int(recipe.optim.lr * 1e6) % 17 == 0 else FINISHED
+
+
+class Formula:
+    """Stands for runner.Pool: the same records, no training.  A run logs four evaluations, 5 steps apart."""
+
+    seconds, trained = 0.0, []
+
+    def __init__(self, experiment, store, watcher, jobs=None, plugins=()):
+        self.experiment, self.store, self.watcher, self.jobs, self.trackers = (
+            experiment,
+            store,
+            watcher,
+            jobs or 1,
+            None,
+        )
+
+    def train(self, runs, stops=lambda run, step, scalars: False):
+        order = (
+            list(runs)
+            if self.jobs == 1
+            else random.Random(self.jobs).sample(list(runs), len(runs))
+        )
+        for run in order:
+            self._train(run, stops)
+            self.trained.append(run.id)
+
+    def _train(self, run, stops):
+        record, value, status = (
+            self.store.run(run.id),
+            valley(run.recipe),
+            status_of(run.recipe),
+        )
+        record.folder.mkdir(parents=True, exist_ok=True)
+        about = {"started": 1.76e9, "params": self.experiment.params(run)}
+        (record.folder / "run.json").write_text(json.dumps(about))
+        done = {int(line["step"]) for line in record.metrics()}
+        for step in (5, 10, 15, 20) if status == FINISHED else (5,):
+            time.sleep(self.seconds / 4)
+            scalars = {"tokens": step * 64, "val/loss": value + (20 - step) * 0.02}
+            if step not in done:
+                record.log(step, scalars, {"seconds": step * 0.1, "tokens_per_second": 640.0})
+            if stops(run, step, scalars):
+                status = PRUNED
+                break
+        record.finish(
+            result := Result(
+                run.id,
+                status,
+                step,
+                step * 64,
+                {"val/loss": value} if status == FINISHED else {},
+                1.0,
+                640.0,
+            )
+        )
+        self.watcher.finished(run, result)
+
+    def close(self): ...
+
+
+def watcher():
+    said, stood = [], []
+    quiet = lambda *_: None  # noqa: E731
+    arms = lambda lines, metric: stood.append(lines)  # noqa: E731
+    return SimpleNamespace(
+        planned=quiet,
+        started=quiet,
+        logged=quiet,
+        finished=quiet,
+        arms=arms,
+        note=quiet,
+        say=said.append,
+        said=said,
+        stood=stood,
+    )
+
+
+def experiment(root: Path, block: dict, name: str = "valley", **keys) -> Experiment:
+    """An experiment on mini.yaml in `root`, whose `study:` is SPACE and `block`."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "mini.yaml").write_text(CONFIG)
+    (root / f"{name}.yaml").write_text(
+        json.dumps(SHEET | {"study": {"space": SPACE} | block} | keys)
+    )  # JSON is YAML
+    return load(str(root / f"{name}.yaml"), {}, lambda data: "00000000deadbeef")
+
+
+def tune(
+    root: Path,
+    block: dict,
+    url: str | None = "",
+    jobs: int | None = None,
+    seconds: float = 0.0,
+    **keys,
+):
+    """Tune by formula; the store is `root`/store.  Returns the study, its record, and what was said.
+
+    url: "" is a journal file, 1 s faster to make than the tables of the default, None.
+    """
+    real, study.Pool = study.Pool, Formula
+    Formula.seconds, Formula.trained = seconds, []
+    try:
+        heard = watcher()
+        held = study.Study(
+            experiment(root, block, **keys),
+            Store(root / "store"),
+            heard,
+            f"journal:{root}/trials.journal" if url == "" else url,
+        )
+        return held, held.tune(jobs, (), False), heard.said
+    finally:
+        study.Pool = real
+
+
+def content(held) -> list[dict]:
+    """All that a study's storage says of its trials, in order; without the clock."""
+    return [
+        {
+            "arm": arm.name,
+            "number": one.number,
+            "state": one.state.name,
+            "params": one.params,
+            "value": one.value,
+            "curve": one.intermediate_values,
+            "attrs": {"state": one.user_attrs["state"]}
+            | {key: value for key, value in one.user_attrs["told"].items() if key != "seconds"},
+        }
+        for arm in held.arms
+        for one in arm.stored
+    ]
+
+
+def heard(method):
+    """Say so on stdout, before and after."""
+
+    def call(*arguments):
+        print("before", flush=True)
+        method(*arguments)
+        print("after", flush=True)
+
+    return call
+
+
+if __name__ == "__main__":
+    discover()
+    Formula._train, study.Arm.tell = heard(Formula._train), heard(study.Arm.tell)
+    held, record, _ = tune(
+        Path(sys.argv[1]),
+        json.loads(sys.argv[3]),
+        sys.argv[2] or None,
+        seconds=float(sys.argv[4]),
+        **TWO_CELLS,
+    )
+    print(json.dumps(content(held)))
