@@ -26,6 +26,7 @@ MAY_IMPORT = {
 }
 READ_ONLY_CORE = {
     "ablab.core.store.record",
+    "ablab.core.store.study_record",
     "ablab.core.errors",
     "ablab.core.store.files",
 }  # all that analysis may use of core

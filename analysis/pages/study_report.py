@@ -31,17 +31,17 @@ from ablab.analysis.pages.report import NONE, bullets, markdown_table, text
 from ablab.analysis.pictures import study_plots
 from ablab.analysis.tuning import winners as tuning
 from ablab.analysis.tuning.transfer import movements, transfer
-from ablab.analysis.tuning.winners import (
+from ablab.analysis.tuning.winners import Winner, axis
+from ablab.core.store import study_record
+from ablab.core.store.files import write_atomically
+from ablab.core.store.record import FINISHED, PRUNED, Store, command
+from ablab.core.store.study_record import (
     COMPLETE,
     EVALUATED,
     RUNNING,
     WIDTH,
     StudyRecord,
-    Winner,
-    axis,
 )
-from ablab.core.store.files import write_atomically
-from ablab.core.store.record import FINISHED, PRUNED, Store, command
 
 METHOD = """\
 The winner is an arm's best finished trial.  It is read only if it beats what was tried on both sides of it; a diverged or
@@ -68,7 +68,7 @@ class StudyReport:
 
 def read(store: Store, name: str) -> StudyReport:
     """UserError when the study is missing, damaged, or has no finished trial."""
-    study = tuning.read(store, name)
+    study = study_record.read(store, name)
     done = {
         cell: trials
         for cell, trials in study.cells.items()
@@ -171,7 +171,7 @@ def _warnings(
     """Sentences for the top of the page, the gravest kind first."""
     for cell, trials in study.cells.items():
         if cell not in winners:
-            yield f"`{cell}`: no trial finished ({tuning.said(Counter(trial.state for trial in trials))})"
+            yield f"`{cell}`: no trial finished ({study_record.said(Counter(trial.state for trial in trials))})"
         elif not winners[cell].admissible:
             yield f"`{cell}`: {winners[cell].reason}"
     for row in moved.itertuples():
@@ -213,7 +213,7 @@ def _row(study: StudyRecord, cell: str, trials: list, won: Winner | None) -> dic
     )
     return {
         "arm": cell,
-        "trials": tuning.said(Counter(trial.state for trial in trials)),
+        "trials": study_record.said(Counter(trial.state for trial in trials)),
         **searched,
         study.metric: text(won and won.value, ".4f"),
         "winner": verdict,
@@ -233,7 +233,7 @@ def _markdown(report: StudyReport, pictures: dict[str, str]) -> str:
         study.question,
         f"Metric: `{study.metric}` in {frame.unit(study.metric)}, {study.better} is better.  Sampler: {study.sampler}, pruner: {study.pruner}, "
         f"up to {study.trials_per_cell} trials an arm, seeds {', '.join(map(str, study.seeds))}.  "
-        f"Trials: {tuning.said(Counter(trial.state for trial in study.trials))}.",
+        f"Trials: {study_record.said(Counter(trial.state for trial in study.trials))}.",
         "Searched: "
         + "; ".join(f"`{path}` {_range(how)}" for path, how in study.space.items())
         + ".",
@@ -345,7 +345,7 @@ def _setting(won: Winner | None) -> str:
     )
 
 
-def _listed(study: StudyRecord, trial: tuning.Trial) -> dict[str, str]:
+def _listed(study: StudyRecord, trial: study_record.Trial) -> dict[str, str]:
     params = {path: _number(trial.params.get(path, NONE)) for path in study.space}
     value, runs = text(trial.value, ".4f"), ", ".join(f"`{run}`" for run in trial.runs)
     return {

@@ -19,9 +19,10 @@ from ablab.analysis.pictures.plots import (
     label_ends,
     save,
 )
-from ablab.analysis.tuning.winners import COMPLETE, WIDTH, StudyRecord, Winner, axis, winner
+from ablab.analysis.tuning.winners import Winner, axis, winner
 from ablab.core.errors import UserError
 from ablab.core.store.record import DIVERGED, PRUNED, command
+from ablab.core.store.study_record import COMPLETE, WIDTH, StudyRecord
 
 ABOVE = 3.0  # losses beyond this many times (median - best) above the best stand on the edge as triangles
 PANELS = 4  # side by side

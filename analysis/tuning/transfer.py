@@ -6,19 +6,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ablab.analysis.tuning.winners import (
-    COMPLETE,
-    EVALUATED,
-    LR,
-    WIDTH,
-    StudyRecord,
-    Trial,
-    Winner,
-    axis,
-    spacing,
-    winner,
-)
+from ablab.analysis.tuning.winners import Winner, axis, spacing, winner
 from ablab.core.errors import UserError
+from ablab.core.store.study_record import COMPLETE, EVALUATED, LR, WIDTH, StudyRecord, Trial
 
 
 def transfer(study: StudyRecord) -> pd.DataFrame:

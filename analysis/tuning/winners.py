@@ -17,22 +17,15 @@ in short runs, at low ones: that of exp(x/2) - x/2 - 1 is read 0.17 / 0.09 / 0.0
 c/35 or less in loss, and covered in 99 / 65 / 18 %.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-import msgspec
 import numpy as np
 from scipy.special import stdtrit
 
-from ablab.core.errors import UserError
-from ablab.core.store.files import write_atomically
-from ablab.core.store.record import DIVERGED, PRUNED, Store, command
+from ablab.core.store.study_record import COMPLETE, EVALUATED, LR, Trial, finished
 
-LR, WIDTH, COMPLETE, RUNNING = "optim.lr", "model.width", "complete", "running"
-EVALUATED = (COMPLETE, DIVERGED, PRUNED)
 WINDOW, NEAREST, FEWEST, REACH = (
     1.5,
     5,
@@ -41,52 +34,6 @@ WINDOW, NEAREST, FEWEST, REACH = (
 )  # of the quadratic: octaves, trials, trials, times the farthest trial
 CLOSE = 1 / 8  # octaves; nearer trials differ by noise alone, so they are no neighbours
 LEAST_STEP = 1 / 4  # octaves; random samplers crowd, and a search must not creep
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One point of one arm's search.  `value`: mean over seeds of the final metric; `values`: by seed; seconds of training.
-
-    `params` lacks the doses (`with.NAME.DOSE`) of ingredients that the arm does without.
-    """
-
-    cell: str
-    number: int
-    params: dict[str, Any]
-    state: Literal["complete", "pruned", "failed", "diverged", "out_of_memory", "running"]
-    value: float | None = None
-    values: dict[str, float | None] = field(default_factory=dict)
-    runs: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class StudyRecord:
-    """STORE/studies/NAME.json."""
-
-    name: str
-    question: str
-    metric: str
-    better: Literal["lower", "higher"]
-    space: dict[str, dict[str, Any]]  # path -> {"log": [low, high]} or {"choices": [...]}
-    hard: dict[str, tuple[float, float]]  # path -> bounds that no widening may pass
-    base: dict[str, Any]  # path -> value of the experiment's own recipe
-    sampler: str
-    pruner: str
-    seeds: list[int]
-    trials_per_cell: int
-    trials: list[Trial]
-    importance: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # cell -> path -> share
-    tuned: str | None = None  # the plan of the confirmation runs, each arm at its own winner
-
-    @property
-    def cells(self) -> dict[str, list[Trial]]:
-        return {
-            cell: [trial for trial in self.trials if trial.cell == cell]
-            for cell in dict.fromkeys(trial.cell for trial in self.trials)
-        }
 
 
 @dataclass(frozen=True)
@@ -137,59 +84,6 @@ class Winner:
     @property
     def high(self) -> float | None:
         return self.fit and self.fit.high
-
-
-def study_path(store: Store, name: str) -> Path:
-    return store.root / "studies" / f"{name}.json"
-
-
-def write(store: Store, record: StudyRecord) -> None:
-    write_atomically(
-        study_path(store, record.name),
-        msgspec.json.format(msgspec.json.encode(record), indent=1),
-    )
-
-
-def read(store: Store, name: str) -> StudyRecord:
-    """UserError when the study is missing or damaged, or when none of its trials has finished."""
-    path, again = study_path(store, name), command(name, "study")
-    try:
-        record = msgspec.json.decode(path.read_bytes(), type=StudyRecord)
-    except FileNotFoundError:
-        raise UserError(
-            f"study {name!r} has no trials in {store.root}; start it with: {again}"
-        ) from None
-    except msgspec.MsgspecError as flaw:
-        raise UserError(f"{path} is damaged ({flaw}); write it again with: {again}") from None
-    for trial in record.trials:
-        absent = [
-            key
-            for key in record.space
-            if key not in trial.params and not key.startswith("with.")
-        ]
-        absent += ["value"] * (trial.state == COMPLETE and trial.value is None)
-        if absent:
-            raise UserError(
-                f"{path} is damaged (trial {trial.number} of {trial.cell!r} has no {absent[0]}); write it again with: {again}"
-            )
-    finished(record.trials, f"study {name!r}", f"it with: {again}")
-    return record
-
-
-def finished(trials: Sequence[Trial], whose: str, again: str = "the study") -> list[Trial]:
-    """The complete trials; UserError without any."""
-    done = [trial for trial in trials if trial.state == COMPLETE]
-    if not done:
-        counts = Counter(trial.state for trial in trials)
-        cure = f"lower its {LR}" if set(counts) == {DIVERGED} else f"continue {again}"
-        raise UserError(
-            f"{whose} has zero finished trials ({said(counts) or 'none started'}); {cure}"
-        )
-    return done
-
-
-def said(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in counts.items())
 
 
 def axis(space: Mapping[str, Any]) -> str | None:

@@ -76,7 +76,7 @@ SPARE = (
 def show_report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {}) -> None:
     """The verdicts; of a study that confirms nothing, the winners.  Raises UserError where no run has finished."""
     from ablab.analysis.pages import report as reports
-    from ablab.analysis.tuning.winners import study_path
+    from ablab.core.store.study_record import study_path
 
     if not store.plan_path(name).is_file() and study_path(store, name).is_file():
         return show_study(store, name, as_json)

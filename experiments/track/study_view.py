@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from ablab.analysis.tuning import winners as tuning
+from ablab.core.store import study_record
 from ablab.core.store.record import Plan, Store
 
 SECTION = "study"
@@ -63,13 +63,13 @@ def _paths(store: Store, plan: Plan) -> list[str]:
     """The searched paths that a run has as a parameter; optim.lr while the study has left no record."""
     try:
         space = list(
-            json.loads(tuning.study_path(store, plan.name.removesuffix("@study")).read_text())[
-                "space"
-            ]
+            json.loads(
+                study_record.study_path(store, plan.name.removesuffix("@study")).read_text()
+            )["space"]
         )
     except (OSError, ValueError, KeyError):
         space = []
-    return space or [tuning.LR]
+    return space or [study_record.LR]
 
 
 def _charts(paths: list[str], metric: str) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from ablab.core.errors import UserError
 from ablab.core.recipe.intervention import resolve
 from ablab.core.recipe.load import assign
 from ablab.core.recipe.recipe import Recipe, run_id
+from ablab.core.store import study_record
 from ablab.core.store.record import FINISHED, PRUNED, Planned, Store
 from ablab.experiments.plan.experiment import Experiment, Run
 from ablab.experiments.tune import proposals as search
@@ -17,7 +18,9 @@ from ablab.experiments.tune import storage
 from ablab.experiments.tune.proposals import Axis
 from ablab.experiments.tune.pruning import Past, Referee
 
-STATES = {FINISHED: tuning.COMPLETE}  # of a run -> of a trial; any other status keeps its name
+STATES = {
+    FINISHED: study_record.COMPLETE
+}  # of a run -> of a trial; any other status keeps its name
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Arm:
         self.study: Any = None
         self.referees: dict[int, Referee] = {}  # of the trials that are not stored yet
         self.records: list[
-            tuning.Trial
+            study_record.Trial
         ] = []  # of those that are, as far as they were asked for
 
     # -- before anything runs --------------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ class Arm:
         if (
             len(stored) >= self.total + self.sheet.widenings
             or not self.sheet.hard
-            or not any(one.state == tuning.COMPLETE for one in spent)
+            or not any(one.state == study_record.COMPLETE for one in spent)
         ):
             return []
         searched = (spent, self.sheet.space, self.sheet.hard, self.metric.better)
@@ -262,7 +265,7 @@ class Arm:
                 )
         return spaces
 
-    def spent(self) -> list[tuning.Trial]:
+    def spent(self) -> list[study_record.Trial]:
         """The stored trials, as the reports want them."""
         for frozen in self.stored[len(self.records) :]:
             told = frozen.user_attrs["told"]
@@ -274,7 +277,7 @@ class Arm:
                 told["runs"],
                 told["seconds"],
             )
-            self.records.append(tuning.Trial(self.cell.name, frozen.number, *known))
+            self.records.append(study_record.Trial(self.cell.name, frozen.number, *known))
         return self.records
 
     def rows(self, coming: list[Trial]) -> list[Planned]:
@@ -284,7 +287,7 @@ class Arm:
             for one in self.spent()
         ]
         known += [
-            (one.number, tuning.RUNNING, [(run.recipe.seed, run.id) for run in one.runs])
+            (one.number, study_record.RUNNING, [(run.recipe.seed, run.id) for run in one.runs])
             for one in coming
         ]
         tags = {"ablab.study": self.experiment.name}

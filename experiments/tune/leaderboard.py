@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ablab.analysis.tuning.winners import COMPLETE
 from ablab.core.store.record import FINISHED, Result
+from ablab.core.store.study_record import COMPLETE
 from ablab.experiments.run.progress import Line
 
 

@@ -17,6 +17,7 @@ from ablab.core.language.part import fields_of, near
 from ablab.core.recipe.intervention import at
 from ablab.core.recipe.load import assign
 from ablab.core.recipe.recipe import Recipe
+from ablab.core.store import study_record
 from ablab.core.store.files import writing
 from ablab.core.store.record import PRUNED, Plan, Result, Store, command
 from ablab.experiments.plan.experiment import Experiment, Run
@@ -90,7 +91,7 @@ class Study:
     # -- tuning ----------------------------------------------------------------------------------------------------
     def tune(
         self, jobs: int | None, plugins: Iterable[str], mlflow: bool
-    ) -> tuning.StudyRecord:
+    ) -> study_record.StudyRecord:
         """Run generations until every arm is done or the hours are spent.  Returns what stands in the storage."""
         with self._alone():
             began, pool = time.monotonic(), None
@@ -135,7 +136,7 @@ class Study:
         """Two coordinators of one study would store each trial twice."""
         from filelock import FileLock, Timeout
 
-        path = tuning.study_path(self.store, self.experiment.name)
+        path = study_record.study_path(self.store, self.experiment.name)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path.with_name(f".{path.name}.lock"))
@@ -190,7 +191,7 @@ class Study:
             rows=rows,
         )
 
-    def write(self, importances: bool = False) -> tuning.StudyRecord:
+    def write(self, importances: bool = False) -> study_record.StudyRecord:
         """Leave STORE/studies/NAME.json: what the reports read."""
         sheet, metric = self.sheet, self.experiment.sheet.metric
         shares = (
@@ -201,7 +202,7 @@ class Study:
             if importances
             else {}
         )
-        record = tuning.StudyRecord(
+        record = study_record.StudyRecord(
             name=self.experiment.name,
             question=self.experiment.sheet.question,
             metric=metric.name,
@@ -221,22 +222,24 @@ class Study:
             importance=shares,
             tuned=f"{self.experiment.name}@tuned" if self.experiment.sheet.seeds else None,
         )
-        tuning.write(self.store, record)
+        study_record.write(self.store, record)
         return record
 
-    def winners(self, record: tuning.StudyRecord) -> dict[str, dict[str, Any]]:
+    def winners(self, record: study_record.StudyRecord) -> dict[str, dict[str, Any]]:
         """Cell -> its best point.  Where the width is searched, at the experiment's own: arms of two widths do not compare.
 
         Raises UserError where no trial of any arm has finished.
         """
-        tuning.finished(
+        study_record.finished(
             record.trials,
             f"study {self.experiment.name!r}",
             f"it with: {command(self.experiment.name, 'study')}",
         )
         best, width = {}, self.experiment.base.model.width
         for cell, spent in record.cells.items():
-            spent = [trial for trial in spent if trial.params.get(tuning.WIDTH, width) == width]
+            spent = [
+                trial for trial in spent if trial.params.get(study_record.WIDTH, width) == width
+            ]
             try:
                 won = tuning.winner(spent, record.space, record.hard, record.better)
             except UserError as dead:
@@ -248,7 +251,11 @@ class Study:
         return best
 
     def confirm(
-        self, record: tuning.StudyRecord, jobs: int | None, plugins: Iterable[str], mlflow: bool
+        self,
+        record: study_record.StudyRecord,
+        jobs: int | None,
+        plugins: Iterable[str],
+        mlflow: bool,
     ) -> None:
         """Train every cell on the confirmation seeds: once at the shared values, once at its own best ones.
 
@@ -305,7 +312,7 @@ def check_width(experiment: Experiment, axes: list[Axis]) -> None:
     """Arms are confirmed at the experiment's own width, so that width must be among those searched."""
     for axis in axes:
         if (
-            axis.path == tuning.WIDTH
+            axis.path == study_record.WIDTH
             and experiment.sheet.seeds
             and experiment.base.model.width not in axis.values
         ):

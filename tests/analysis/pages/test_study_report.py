@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from ablab.analysis.pages import study_report
-from ablab.analysis.tuning import winners as tuning
 from ablab.analysis.tuning.transfer import movements, transfer
-from ablab.analysis.tuning.winners import LR, WIDTH, StudyRecord, Trial
 from ablab.core.errors import UserError
+from ablab.core.store import study_record
+from ablab.core.store.study_record import LR, WIDTH, StudyRecord, Trial
 
 LRS, WIDTHS = [0.001, 0.002, 0.004, 0.008, 0.016, 0.032], (32, 64, 128, 256)
 OPTIMA = {"full": lambda width: 0.008, "- muon": lambda width: 0.016 * 32 / width}
@@ -57,12 +57,12 @@ def search(optima=OPTIMA, widths=WIDTHS, seeds=("100",), **changed) -> StudyReco
 
 
 def page(lab, folder, study: StudyRecord) -> str:
-    tuning.write(lab.store, study)
+    study_record.write(lab.store, study)
     return study_report.write(lab.store, study.name, folder / "out").read_text()
 
 
 def warnings(lab, study: StudyRecord) -> str:
-    tuning.write(lab.store, study)
+    study_record.write(lab.store, study)
     return "\n".join(study_report.read(lab.store, study.name).warnings)
 
 
@@ -240,13 +240,13 @@ def test_a_gap_is_judged_by_the_seed_sd(seed_sd, verdict):
 
 def test_the_seed_sd_comes_from_the_search_or_else_from_the_experiments_own_runs(lab):
     moving = {"full": lambda width: 0.004 if width > 64 else 0.008}
-    tuning.write(lab.store, search(optima=moving))
+    study_record.write(lab.store, search(optima=moving))
     assert "seed sd unknown" in study_report.read(lab.store, "lr_width").moves["full"]
     plans(lab, 0.1, 0.1)
     assert (
         "(20.0 seed sd)" in study_report.read(lab.store, "lr_width").moves["full"]
     )  # the sd of 2.400, 2.401, 2.402 is 0.001
-    tuning.write(lab.store, search(optima=moving, seeds=("100", "101")))
+    study_record.write(lab.store, search(optima=moving, seeds=("100", "101")))
     assert (
         "(7.1 seed sd)" in study_report.read(lab.store, "lr_width").moves["full"]
     )  # two seeds 0.004 apart: 0.0028
@@ -316,7 +316,7 @@ def test_json_is_strict_and_says_what_the_table_says(lab):
         "diverged",
         lambda trial: trial.params[WIDTH] == 256 and trial.params[LR] > 0.004,
     )
-    tuning.write(lab.store, study)
+    study_record.write(lab.store, study)
     data = json.loads(json.dumps(study_report.as_json(lab.store, "lr_width"), allow_nan=False))
     arm = data["arms"][1]
     assert (data["study"], arm["cell"], arm["trials"], arm["winner"]["params"]) == (
@@ -357,7 +357,7 @@ def test_a_study_without_finished_trials_and_one_that_does_not_exist_are_refused
         UserError, match="study 'nowhere' has no trials in .*ablab study nowhere"
     ):
         study_report.write(lab.store, "nowhere", tmp_path)
-    tuning.write(
+    study_record.write(
         lab.store,
         ended(search(widths=(64,), optima={"full": OPTIMA["full"]}), "full", "diverged"),
     )

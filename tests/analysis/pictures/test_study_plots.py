@@ -4,8 +4,8 @@ from matplotlib.image import imread
 
 from ablab.analysis.pictures import study_plots
 from ablab.analysis.pictures.plots import BACKGROUND, DISTINCT, INK
-from ablab.analysis.tuning.winners import LR, WIDTH, StudyRecord, Trial
 from ablab.core.errors import UserError
+from ablab.core.store.study_record import LR, WIDTH, StudyRecord, Trial
 
 LRS = [float(lr) for lr in np.geomspace(0.001, 0.064, 7)]
 

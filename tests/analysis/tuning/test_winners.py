@@ -2,20 +2,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ablab.analysis.tuning import winners as tuning
 from ablab.analysis.tuning.transfer import transfer
-from ablab.analysis.tuning.winners import (
-    LR,
-    WIDTH,
-    StudyRecord,
-    Trial,
-    quadratic,
-    seed_sd,
-    widen,
-    winner,
-)
+from ablab.analysis.tuning.winners import quadratic, seed_sd, widen, winner
 from ablab.core.errors import UserError
+from ablab.core.store import study_record
 from ablab.core.store.record import Store
+from ablab.core.store.study_record import LR, WIDTH, StudyRecord, Trial
 
 SPACE, HARD = {LR: {"log": [0.001, 0.064]}}, {LR: (1e-4, 0.3)}
 GRID = [0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064]
@@ -67,8 +59,8 @@ def study(trials, **changed) -> StudyRecord:
 
 def test_a_record_is_read_as_it_was_written(tmp_path):
     ours = study(bowl(GRID), importance={"full": {LR: 1.0}}, tuned="s@tuned")
-    tuning.write(Store(tmp_path), ours)
-    assert tuning.read(Store(tmp_path), "s") == ours
+    study_record.write(Store(tmp_path), ours)
+    assert study_record.read(Store(tmp_path), "s") == ours
 
 
 @pytest.mark.parametrize(
@@ -87,20 +79,20 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     ],
 )
 def test_a_record_that_carries_no_result_is_refused_in_one_line(tmp_path, trials, words):
-    tuning.write(Store(tmp_path), study(trials, space=SPACE))
+    study_record.write(Store(tmp_path), study(trials, space=SPACE))
     with pytest.raises(UserError) as refusal:
-        tuning.read(Store(tmp_path), "s")
+        study_record.read(Store(tmp_path), "s")
     assert words in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_a_missing_and_a_torn_record_are_named_with_their_cure(tmp_path):
     with pytest.raises(UserError, match="study 's' has no trials in .*ablab study s"):
-        tuning.read(Store(tmp_path), "s")
-    tuning.write(Store(tmp_path), study(bowl(GRID)))
+        study_record.read(Store(tmp_path), "s")
+    study_record.write(Store(tmp_path), study(bowl(GRID)))
     path = tmp_path / "studies" / "s.json"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match="s.json is damaged .*ablab study s"):
-        tuning.read(Store(tmp_path), "s")
+        study_record.read(Store(tmp_path), "s")
 
 
 # The winner.
