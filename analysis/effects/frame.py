@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 import pandas as pd
 
-from ablab.core.store.record import Plan, Planned, Record, Result, Store
+from ablab.core.store.record import GridPlan, Planned, Record, Result, Store
 
 MISSING, INTERRUPTED, INERT = "missing", "interrupted", "inert"
 UNITS = {"loss": "nats/token", "bits_per_byte": "bits/byte"}
@@ -62,7 +62,7 @@ def curves(store: Store, experiment: str) -> pd.DataFrame:
     )
 
 
-def _runs(store: Store, plan: Plan) -> Iterator[tuple[Planned, Record, Result | None]]:
+def _runs(store: Store, plan: GridPlan) -> Iterator[tuple[Planned, Record, Result | None]]:
     for row in plan.rows:
         record = store.run(row.run)
         yield row, record, record.result()

@@ -26,7 +26,7 @@ from ablab.analysis.effects.effects import (
 from ablab.analysis.pictures import plots
 from ablab.core.errors import UserError
 from ablab.core.store.files import write_atomically
-from ablab.core.store.record import FINISHED, Plan, Store, command
+from ablab.core.store.record import FINISHED, GridPlan, Store, command
 
 FEWEST_PAIRS = 3  # below, an interval is a formality: t(0.975) is 12.7 at one degree of freedom
 NONE = "–"
@@ -48,7 +48,7 @@ that a delta survives scale.  All runs share one held-out set, so its own sampli
 class Report:
     """What was planned, what came of it, and what must be said about it."""
 
-    plan: Plan
+    plan: GridPlan
     runs: pd.DataFrame  # frame.load
     effects: list[Effect]
     warnings: list[str]
@@ -135,7 +135,7 @@ def as_json(report: Report) -> dict:
     }
 
 
-def _warnings(plan: Plan, runs: pd.DataFrame, effects: list[Effect]) -> Iterator[str]:
+def _warnings(plan: GridPlan, runs: pd.DataFrame, effects: list[Effect]) -> Iterator[str]:
     """Sentences for the top of the page, the gravest kind first."""
     finished = runs[runs.status == FINISHED]
     for column in ("code", "tokens", *(name for name in runs if name.startswith("runtime/"))):
@@ -166,7 +166,7 @@ def _warnings(plan: Plan, runs: pd.DataFrame, effects: list[Effect]) -> Iterator
         yield f"fewer than {FEWEST_PAIRS} finished seeds: {', '.join(few)}; no verdict to rely on, add seeds"
 
 
-def _off(plan: Plan, effect: Effect) -> str:
+def _off(plan: GridPlan, effect: Effect) -> str:
     """What stands where the toggles that tell cell and reference apart are off: the sentences from the plan."""
     treatments = plan.treatments
     if effect.cell in treatments and effect.reference in treatments:

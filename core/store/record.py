@@ -76,7 +76,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Plan:
+class GridPlan:
     """An experiment as it was last asked for: the desired state that the runner works towards."""
 
     name: str
@@ -105,14 +105,17 @@ class Store:
     def plan_path(self, experiment: str) -> Path:
         return self.root / "experiments" / f"{experiment}.json"
 
-    def write_plan(self, plan: Plan) -> None:
+    def write_plan(self, plan: GridPlan) -> None:
         write_atomically(
             self.plan_path(plan.name), msgspec.json.format(msgspec.json.encode(plan), indent=1)
         )
 
     def change_plan(
-        self, experiment: str, change: Callable[[Plan | None], Plan], say: Callable[[str], None]
-    ) -> Plan:
+        self,
+        experiment: str,
+        change: Callable[[GridPlan | None], GridPlan],
+        say: Callable[[str], None],
+    ) -> GridPlan:
         """Write and return `change(the plan as it stands, or None)`; one process at a time.  A damaged plan is set aside."""
         from filelock import FileLock
 
@@ -128,10 +131,10 @@ class Store:
                 self.write_plan(plan := change(old))
         return plan
 
-    def read_plan(self, experiment: str) -> Plan:
+    def read_plan(self, experiment: str) -> GridPlan:
         path = self.plan_path(experiment)
         try:
-            return msgspec.json.decode(path.read_bytes(), type=Plan)
+            return msgspec.json.decode(path.read_bytes(), type=GridPlan)
         except FileNotFoundError:
             raise UserError(
                 f"experiment {experiment!r} has no runs in {self.root}; start it with: {command(experiment)}"

@@ -18,7 +18,7 @@ from ablab.core.recipe.intervention import REGISTRY, resolve, treatment_of
 from ablab.core.recipe.load import assign, blaming, read_yaml, recipe_from
 from ablab.core.recipe.recipe import Recipe, plain, run_id
 from ablab.core.runtime.runtime import Runtime, rows_at_once
-from ablab.core.store.record import Plan, Planned
+from ablab.core.store.record import GridPlan, Planned
 from ablab.experiments.tune.proposals import StudySheet
 
 REPLICA = 1000  # how far the seeds of A/A replicas lie apart
@@ -95,7 +95,7 @@ class Experiment:
                 f"cell {cell.name!r} of {self.name} cannot be built: {flaw}"
             ) from None
 
-    def plan(self, runs: Iterable[Run]) -> Plan:
+    def plan(self, runs: Iterable[Run]) -> GridPlan:
         cells = {cell.name: cell for cell in self.cells}
         rows = [
             Planned(run.cell, run.pair, run.recipe.seed, run.id, cells[run.cell].reference)
@@ -107,7 +107,7 @@ class Experiment:
         }
         off = {name: REGISTRY[name].about.off for cell in self.cells for name in cell.treatment}
         sheet = self.sheet
-        return Plan(
+        return GridPlan(
             self.name,
             sheet.question,
             sheet.metric.name,
@@ -294,8 +294,8 @@ def _fits(cell: str, pattern: str) -> bool:
 
 
 def merged_plan(
-    experiment: Experiment, runs: list[Run], old: Plan | None, inert: Mapping[str, str] = {}
-) -> Plan:
+    experiment: Experiment, runs: list[Run], old: GridPlan | None, inert: Mapping[str, str] = {}
+) -> GridPlan:
     """The plan of these runs, and of earlier seeds of the same cells whose recipes are still the same.
 
     inert: for each cell just looked at, the reference whose bits it computes, or "" where it is alive; any other cell

@@ -16,7 +16,7 @@ from ablab.core.errors import UserError
 from ablab.core.recipe.recipe import Recipe, plain, structure
 from ablab.core.runtime.runtime import NO_GPU, Runtime, visible_gpus
 from ablab.core.store.files import set_aside
-from ablab.core.store.record import RETRY, Plan, Record, Result, Store
+from ablab.core.store.record import RETRY, GridPlan, Record, Result, Store
 from ablab.experiments.plan.experiment import Experiment, Run, merged_plan
 from ablab.experiments.run.gate import Check
 from ablab.experiments.run.processes import Workers
@@ -71,7 +71,7 @@ def execute(
         watcher.planned(len(unique), len(unique) - len(todo), min(pool.jobs, len(todo)))
         inert: dict[str, str] = {}
 
-        def planned(looked: dict[str, str]) -> Plan:
+        def planned(looked: dict[str, str]) -> GridPlan:
             return store.change_plan(
                 experiment.name,
                 lambda old: merged_plan(experiment, runs, old, looked),

@@ -24,7 +24,7 @@ from ablab.core.store.record import (
     FINISHED,
     OUT_OF_MEMORY,
     PRUNED,
-    Plan,
+    GridPlan,
     Planned,
     Record,
     Result,
@@ -54,7 +54,7 @@ STEPS, SECONDS = (
 
 
 # -- who a run is ------------------------------------------------------------------------------------------------------
-def card_of(store: Store, plan: Plan, planned: Planned) -> Card:
+def card_of(store: Store, plan: GridPlan, planned: Planned) -> Card:
     """The card of one planned run, for the live tracker and for `ablab sync` alike; params come from its run.json."""
     record = store.run(planned.run)
     about = record.about()

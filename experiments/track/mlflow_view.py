@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ablab.core.errors import UserError
-from ablab.core.store.record import Plan, Store
+from ablab.core.store.record import GridPlan, Store
 from ablab.experiments.track.study_view import section, view_of
 
 PREFIX = "ablab/"  # of our experiments' names, on a server that others use too
@@ -105,7 +105,7 @@ def create_database(root: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def colour_of(plan: Plan, cell: str) -> str:
+def colour_of(plan: GridPlan, cell: str) -> str:
     """One colour for all seeds of a cell, so that arms can be told apart before anything is grouped."""
     cells = list(dict.fromkeys(row.cell for row in plan.rows))
     return COLOURS[cells.index(cell) % len(COLOURS)]
@@ -129,7 +129,7 @@ def experiment_tags(store: Store, name: str) -> dict[str, str]:
     }
 
 
-def _arms(plan: Plan) -> dict[str, object]:
+def _arms(plan: GridPlan) -> dict[str, object]:
     """The saved view of a grid: rows grouped by cell, best first, every seed's curve in its arm's colour."""
     columns = [f"metrics.`{plan.metric}`", "metrics.`tokens_per_second`", "tags.`ablab.status`"]
     return (

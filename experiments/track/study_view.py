@@ -4,12 +4,12 @@ import json
 from typing import Any
 
 from ablab.core.store import study_record
-from ablab.core.store.record import Plan, Store
+from ablab.core.store.record import GridPlan, Store
 
 SECTION = "study"
 
 
-def view_of(store: Store, plan: Plan) -> dict[str, Any]:
+def view_of(store: Store, plan: GridPlan) -> dict[str, Any]:
     """The saved view of NAME@study: parallel coordinates, the metric over each searched path, a contour of the first two; a line a trial.
 
     What the MLflow UI, 3.17, reads from the tag mlflow.sharedViewState.KEY.
@@ -59,7 +59,7 @@ def section(name: str, charts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _paths(store: Store, plan: Plan) -> list[str]:
+def _paths(store: Store, plan: GridPlan) -> list[str]:
     """The searched paths that a run has as a parameter; optim.lr while the study has left no record."""
     try:
         space = list(

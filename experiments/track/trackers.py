@@ -11,10 +11,10 @@ from queue import SimpleQueue
 from threading import Thread
 
 from ablab.core.errors import UserError
-from ablab.core.store.record import Plan, Store
+from ablab.core.store.record import GridPlan, Store
 
 
-def trackers_for(store: Store, plan: Plan, say: Callable[[str], None]) -> "Trackers | None":
+def trackers_for(store: Store, plan: GridPlan, say: Callable[[str], None]) -> "Trackers | None":
     if importlib.util.find_spec("mlflow"):
         return Trackers(store, plan, say)
     say(
@@ -26,7 +26,7 @@ def trackers_for(store: Store, plan: Plan, say: Callable[[str], None]) -> "Track
 class Trackers:
     """One tracker for each live run, and a sync at the end for everything that the view lacks."""
 
-    def __init__(self, store: Store, plan: Plan, say: Callable[[str], None]):
+    def __init__(self, store: Store, plan: GridPlan, say: Callable[[str], None]):
         from ablab.experiments.track.mlflow_view import MlflowView
 
         self.store, self.plan, self.say, self.live = store, plan, say, {}
@@ -36,7 +36,7 @@ class Trackers:
         self.thread = Thread(target=self._serve, daemon=True)
         self.thread.start()
 
-    def over(self, plan: Plan) -> "Trackers":
+    def over(self, plan: GridPlan) -> "Trackers":
         """The same view, from now on of another plan."""
         self.plan = plan
         return self
@@ -71,7 +71,7 @@ class Trackers:
                 )
 
     def _log(
-        self, plan: Plan, run: str, step: int, scalars: dict[str, float], seconds: float
+        self, plan: GridPlan, run: str, step: int, scalars: dict[str, float], seconds: float
     ) -> None:
         from ablab.experiments.track.mlflow_tracker import MlflowTracker, card_of, replay
 

@@ -19,7 +19,7 @@ from ablab.core.recipe.load import assign
 from ablab.core.recipe.recipe import Recipe
 from ablab.core.store import study_record
 from ablab.core.store.files import writing
-from ablab.core.store.record import PRUNED, Plan, Result, Store, command
+from ablab.core.store.record import PRUNED, GridPlan, Result, Store, command
 from ablab.experiments.plan.experiment import Experiment, Run
 from ablab.experiments.run.runner import Pool, Watcher, default_jobs, execute, result_of
 from ablab.experiments.track.trackers import trackers_for
@@ -177,7 +177,7 @@ class Study:
         return lambda run, step, scalars: metric in scalars and self._ends(wanted[run.id])
 
     # -- what is left behind ---------------------------------------------------------------------------------------
-    def plan(self, coming: list[Trial] = ()) -> Plan:
+    def plan(self, coming: list[Trial] = ()) -> GridPlan:
         """NAME@study: every trial as a planned run."""
         rows = [
             row

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ablab.core.store.record import FINISHED, Plan, Planned, Result, Store
+from ablab.core.store.record import FINISHED, GridPlan, Planned, Result, Store
 
 METRIC = "val/loss"
 TOKENS = 100_000_000
@@ -83,7 +83,7 @@ class Lab:
     def write(self) -> Store:
         question = "Which ingredients still pay?"
         self.store.write_plan(
-            Plan(
+            GridPlan(
                 self.name,
                 question,
                 self.metric,

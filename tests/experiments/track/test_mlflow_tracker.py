@@ -22,7 +22,7 @@ from ablab.core.store.record import (
     FINISHED,
     OUT_OF_MEMORY,
     PRUNED,
-    Plan,
+    GridPlan,
     Planned,
     Result,
     Store,
@@ -88,14 +88,14 @@ def new_store(root: Path, migrated: tuple[Path, str]) -> Store:
     return Store(root)
 
 
-def planned(store: Store, cells=("base", "+ gating"), seeds=2, name="demo") -> Plan:
+def planned(store: Store, cells=("base", "+ gating"), seeds=2, name="demo") -> GridPlan:
     """A plan whose run folders have begun."""
     rows = [
         Planned(cell, seed, seed, f"{c:08x}{seed:08x}", "base" if c else None)
         for c, cell in enumerate(cells)
         for seed in range(seeds)
     ]
-    plan = Plan(name, "Which arm helps?", "val/loss", "lower", "add_one", rows)
+    plan = GridPlan(name, "Which arm helps?", "val/loss", "lower", "add_one", rows)
     store.write_plan(plan)
     for i, row in enumerate(rows):
         folder = store.run(row.run).folder
@@ -122,7 +122,7 @@ def line(row: Planned, step: int) -> dict[str, float]:
 
 def train(
     store: Store,
-    plan: Plan,
+    plan: GridPlan,
     row: Planned,
     steps: range,
     tracker: MlflowTracker | None,
@@ -159,7 +159,7 @@ def train(
             tracker.close(status, summary_of(record.result()))
 
 
-def train_all(store: Store, plan: Plan, view: MlflowView | None) -> None:
+def train_all(store: Store, plan: GridPlan, view: MlflowView | None) -> None:
     for row in plan.rows:
         train(store, plan, row, range(10, 101, 10), view and MlflowTracker(view))
 
@@ -402,7 +402,7 @@ def test_a_second_sync_sends_nothing(store, monkeypatch):
     plan = planned(store)
     train_all(store, plan, None)
     store.write_plan(
-        Plan(
+        GridPlan(
             plan.name,
             plan.question,
             plan.metric,
@@ -476,7 +476,7 @@ def test_one_recipe_in_two_cells_is_two_mlflow_runs(store):
     train(store, plan, plan.rows[0], range(10, 31, 10), None)
     row = plan.rows[0]
     twin = Planned("A/A", 1, row.seed, row.run)
-    store.write_plan(Plan("demo", "", "val/loss", "lower", "add_one", [row, twin]))
+    store.write_plan(GridPlan("demo", "", "val/loss", "lower", "add_one", [row, twin]))
     assert sync(store)["added"] == 2
     assert sync(store)["current"] == 2
     assert {run.info.run_name for run in MlflowView(store).runs("demo")} == {
