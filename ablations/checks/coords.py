@@ -30,6 +30,7 @@ from ablab.core.model.transformer import Transformer
 from ablab.core.parts.schedule import Constant
 from ablab.core.recipe.recipe import Budget, Recipe, check
 from ablab.core.train.banks import Optimizer
+from ablab.core.train.step import TrainingStep
 
 CHANGES = (
     "attention out",
@@ -106,28 +107,33 @@ def tokens(recipe: Recipe, seed: int = 0) -> Tensor:
 
 
 def _train(recipe: Recipe, steps: int, block: Tensor) -> Iterator[Row]:
+    """Each forward pass shows what the steps before it have changed; the one after the last step trains nothing."""
     model = Transformer(recipe)
     initialise(model, recipe)
-    optimizer, objective = (
-        Optimizer(model.to(block.device), recipe),
-        objective_of(recipe.objective),
+    model.to(block.device)
+    inputs, targets = block[:, :-1], block[:, 1:]
+    objective = objective_of(recipe.objective)
+    training = TrainingStep(
+        loss=lambda rows: objective(model(rows[:, :-1]), rows[:, 1:]),
+        optimizer=Optimizer(model, recipe),
+        recipe=recipe,
+        tokens=targets.numel(),
     )
-    inputs, targets, seen = block[:, :-1], block[:, 1:], _listen(model)
-    start = {}
-    for step in range(steps + 1):
-        loss, _ = objective(model(inputs), targets)
+    seen = _listen(model)
+    start: dict[str, Tensor] = {}
+    for taken in range(steps + 1):
+        if taken < steps:
+            training.take(taken + 1, [block])
+        else:
+            model(inputs)
         now = {name: torch.stack(seen.pop(name)).float() for name in list(seen)}
         start = start or now
-        sizes = (
-            {name: _rms(now[name] - start[name]) for name in CHANGES}
-            if step
-            else {START: _rms(now["logits"])}
-        )
-        for name, size in (sizes | {PEAK: now[PEAK].max().item()}).items():
-            yield Row(recipe.model.width, recipe.seed, step, name, size)
-        if step < steps:
-            (loss / targets.numel()).backward()
-            optimizer.step(step + 1)
+        sizes = {START: _rms(now["logits"])}
+        if taken:
+            sizes = {name: _rms(now[name] - start[name]) for name in CHANGES}
+        sizes[PEAK] = now[PEAK].max().item()
+        for name, size in sizes.items():
+            yield Row(recipe.model.width, recipe.seed, taken, name, size)
 
 
 def _rms(x: Tensor) -> float:

@@ -5,7 +5,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ablab.core.model.transformer import Transformer
 from ablab.core.recipe.load import dump
 from ablab.core.recipe.recipe import Recipe, plain, run_id, structure
 from ablab.core.runtime.compilation import compile_kernels, compiled
-from ablab.core.runtime.replay import OnDevice, use_recordable_stream
+from ablab.core.runtime.replay import use_recordable_stream
 from ablab.core.runtime.runtime import (
     Runtime,
     code_fingerprint,
@@ -35,6 +35,7 @@ from ablab.core.store.record import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, R
 from ablab.core.train import checkpoint
 from ablab.core.train.banks import Optimizer
 from ablab.core.train.evaluate import held_out_loss
+from ablab.core.train.step import TrainingStep
 from ablab.core.train.stopwatch import Stopwatch
 from ablab.core.train.tracker import NullTracker, Tracker
 
@@ -74,7 +75,6 @@ class Trainer:
         self.optimizer = Optimizer(
             self.model, recipe, bool(self.runtime["compile"]), kernels, *replay
         )
-        self.weights = [bank.weight for bank in self.optimizer.banks]
         heads = (fuse.fused_heads if "loss" in kernels else heads_of)(
             self.model, recipe.objective
         )
@@ -86,12 +86,11 @@ class Trainer:
             recipe.data.context,
             self.runtime["compile"],
         )
-        self.loss, self.nats = compiled(self.model, heads, self.runtime["compile"])
-        self.window = torch.zeros(
-            2, dtype=torch.float64, device=self.device
-        )  # nats and tokens since the last log
-        self.descend = OnDevice(self._descend, self.device, *replay)
-        self.replayed = (self.descend, self.optimizer.move)
+        loss, self.nats = compiled(self.model, heads, self.runtime["compile"])
+        self.training_step = TrainingStep(
+            loss, self.optimizer, recipe, recipe.tokens_per_step, *replay
+        )
+        self.replayed = (self.training_step.descend, self.optimizer.move)
         self.restart(recipe, data_folder)
 
     def restart(self, recipe: Recipe, data_folder: Path) -> None:
@@ -99,9 +98,7 @@ class Trainer:
         self.recipe, self.tokens = recipe, Tokens(recipe, data_folder)
         self.step, self.watch = 0, Stopwatch()
         initialise(self.model, recipe)
-        self.optimizer.restart(recipe)
-        self.after = [(part, part.begin(self.weights)) for part in recipe.after_step]
-        self.window.zero_()
+        self.training_step.restart(recipe)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # else a run reports the peak of every run before it in this process
 
@@ -116,21 +113,14 @@ class Trainer:
     # -- one step --------------------------------------------------------------------------------------------------
     def advance(self) -> Tensor:
         """One optimizer step.  Returns the gradient norm before clipping, 0-D; nothing waits for the device."""
+        blocks = self._micro_batches(self.step)
+        self.step += 1
+        return self.training_step.take(self.step, blocks)
+
+    def _micro_batches(self, step: int) -> Iterator[Tensor]:
         rows = self.runtime["micro_batch"]
         for first in range(0, self.recipe.data.batch, rows):
-            self.descend(self.tokens.rows(self.step, first, rows))
-        self.window[1] += self.recipe.tokens_per_step
-        self.step += 1
-        norm = self.optimizer.step(self.step)
-        for part, state in self.after:
-            part.advance(state, self.weights, self.step, self.recipe.steps)
-        return norm
-
-    def _descend(self, block: Tensor) -> None:
-        """Add the gradients of one micro-batch, int [B,T+1], and its cross-entropy."""
-        loss, nats = self.loss(block)
-        (loss / self.recipe.tokens_per_step).backward()
-        self.window[0] += nats
+            yield self.tokens.rows(step, first, rows)
 
     def peak_memory(self) -> int:
         """Bytes on the GPU; 0 without one."""
@@ -145,13 +135,13 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics; where a readout such as EMA replaces the weights, also those of the raw weights."""
         scores = {f"val/{name}": value for name, value in self._held_out().items()}
-        for part, state in self.after:
+        for part, state in self.training_step.after:
             scores = {
                 f"raw/{name}": value
                 for name, value in scores.items()
                 if name.startswith("val/")
             } | scores
-            with self._weights_of(part.readout(state, self.weights)):
+            with self._weights_of(part.readout(state, self.training_step.weights)):
                 scores |= {f"val/{name}": value for name, value in self._held_out().items()}
         return scores
 
@@ -170,29 +160,25 @@ class Trainer:
 
     @contextmanager
     def _weights_of(self, readout: list[Tensor]):
-        kept = [weight.clone() for weight in self.weights]
-        for weight, value in zip(self.weights, readout, strict=True):
+        weights = self.training_step.weights
+        kept = [weight.clone() for weight in weights]
+        for weight, value in zip(weights, readout, strict=True):
             weight.copy_(value)
         yield
-        for weight, value in zip(self.weights, kept, strict=True):
+        for weight, value in zip(weights, kept, strict=True):
             weight.copy_(value)
 
     def close_window(self) -> float:
         """Mean training loss since the last log, nats/token.  Waits for the device."""
-        nats, tokens = self.window.tolist()
-        self.window.zero_()
+        nats, tokens = self.training_step.window.tolist()
+        self.training_step.window.zero_()
         return nats / tokens
 
     # -- saving ----------------------------------------------------------------------------------------------------
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by name."""
-        state = {f"model/{name}": value for name, value in self.model.named_parameters()}
-        state |= {
-            f"optimizer/{name}": value for name, value in self.optimizer.tensors().items()
-        }
-        for part, values in self.after:
-            state |= {f"after/{part.kind}/{name}": value for name, value in values.items()}
-        return state | {"window": self.window}
+        weights = {f"model/{name}": value for name, value in self.model.named_parameters()}
+        return weights | self.training_step.tensors()
 
     def save(self, folder: Path) -> None:
         watch = torch.tensor([self.watch.seconds, self.watch.steps], dtype=torch.float64)
@@ -337,7 +323,7 @@ def _loop(trainer: Trainer, record: Record, tracker: Tracker) -> dict[str, float
         if (
             t < steps
             and time.perf_counter() - saved >= runtime["save_seconds"]
-            and trainer.window.isfinite().all()
+            and trainer.training_step.window.isfinite().all()
         ):
             watch.stop()
             trainer.save(folder)

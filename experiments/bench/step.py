@@ -57,7 +57,8 @@ class Ours:
 
     def __init__(self, recipe: Recipe, runtime: Runtime, folder: Path, marks: Marks):
         self.trainer, self.marks = (trainer := Trainer(recipe, runtime, folder)), marks
-        trainer.loss = marks.around(trainer.loss, "forward", "backward")
+        step = trainer.training_step
+        step.loss = marks.around(step.loss, "forward", "backward")
         trainer.tokens.rows = marks.around(trainer.tokens.rows, "data", "data")
         trainer.optimizer.step = marks.around(trainer.optimizer.step, "optimizer", "optimizer")
         self.flops_per_token = cost_of(recipe).flops_per_token

@@ -201,15 +201,17 @@ def test_the_average_of_a_run_is_the_shares_of_its_weights(tiny, token_folder, d
     trainer, history = Trainer(tiny([{"ema": dose}], optim__lr=0.02), CPU, token_folder), []
     for _ in range(12):
         trainer.advance()
-        history.append([weight.double().clone() for weight in trainer.weights])
-    (part, state), weights = trainer.after[0], shares(EMA(**dose), 12)
-    for i, average in enumerate(part.readout(state, trainer.weights)):
+        history.append([weight.double().clone() for weight in trainer.training_step.weights])
+    (part, state), weights = trainer.training_step.after[0], shares(EMA(**dose), 12)
+    for i, average in enumerate(part.readout(state, trainer.training_step.weights)):
         expected = sum(share * one[i] for share, one in zip(weights, history, strict=True))
         assert average.dtype == torch.float32 and (average - expected).abs().max() < 1e-6
     moved = max(
         (one - other).abs().max().item()
         for one, other in zip(
-            part.readout(state, trainer.weights), trainer.weights, strict=True
+            part.readout(state, trainer.training_step.weights),
+            trainer.training_step.weights,
+            strict=True,
         )
     )
     assert (moved > 1e-3) == (dose.get("beta") != 0.0)
@@ -225,9 +227,9 @@ def test_held_out_metrics_are_those_of_a_model_that_holds_the_average(
     for _ in range(12):
         trainer.advance()
     scores, model = trainer.evaluate(), build(trainer.recipe)
-    (part, state) = trainer.after[0]
+    (part, state) = trainer.training_step.after[0]
     for bank, average in zip(
-        trainer.optimizer.banks, part.readout(state, trainer.weights), strict=True
+        trainer.optimizer.banks, part.readout(state, trainer.training_step.weights), strict=True
     ):
         for name, value in zip(bank.names, average, strict=True):
             model.get_parameter(name).data.copy_(value)

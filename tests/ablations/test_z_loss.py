@@ -79,7 +79,7 @@ def test_the_gradient_is_linear_in_the_weight(tiny, token_folder):
     grads = []
     for trainer in trainers(tiny, token_folder, 0.0, 0.5, 1.0):
         block = trainer.tokens.rows(0, 0, 4)
-        trainer.loss(block)[0].backward()
+        trainer.training_step.loss(block)[0].backward()
         grads.append(torch.cat([value.grad.flatten() for value in trainer.model.parameters()]))
     slope = grads[2] - grads[0]
     assert slope.abs().max() > 1e-2 * grads[0].abs().max()

@@ -110,7 +110,7 @@ OBSERVED = {
     "kernels": lambda seen: seen.about["kernels"],
     "compile": lambda seen: seen.compiled > 0,
     "replay": lambda seen: (
-        seen.trainer.descend.replay,
+        seen.trainer.training_step.descend.replay,
         seen.trainer.optimizer.move.replay,
     ),  # core/runtime/replay.py; tests/core/test_gpu.py
     "micro_batch": lambda seen: seen.rows,

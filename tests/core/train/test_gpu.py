@@ -103,7 +103,7 @@ def test_replayed_steps_are_the_steps_themselves(tiny, token_folder, compile):
         )
         norms = [trainer.advance().item() for _ in range(9)]
         assert (
-            (trainer.descend.graph is not None)
+            (trainer.training_step.descend.graph is not None)
             == (trainer.optimizer.move.graph is not None)
             == replay
         )
@@ -119,7 +119,7 @@ def test_a_chain_that_waits_for_the_device_is_not_recorded(tiny, token_folder):
         token_folder,
     )
     assert all(trainer.advance().isfinite() for _ in range(6))
-    assert trainer.descend.graph and not trainer.optimizer.move.graph
+    assert trainer.training_step.descend.graph and not trainer.optimizer.move.graph
 
 
 def test_a_run_reports_the_memory_of_its_replays(tiny, token_folder, tmp_path):

@@ -427,13 +427,13 @@ def test_an_evaluation_without_memory_is_repeated_without_the_graphs_that_hold_i
     wanted, loss = trainer.evaluate(), trainer._held_out_loss
 
     def full_once():
-        called.append(trainer.descend.graph)
-        if trainer.descend.graph:
+        called.append(trainer.training_step.descend.graph)
+        if trainer.training_step.descend.graph:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss()
 
     monkeypatch.setattr(trainer, "_held_out_loss", full_once)
-    trainer.descend.graph = "recorded"
+    trainer.training_step.descend.graph = "recorded"
     assert (
         trainer.evaluate() == wanted
         and called == ["recorded", None]

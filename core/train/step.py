@@ -1,0 +1,79 @@
+"""One training step: micro-batches -> backward -> optimizer -> after_step."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ablab.core.recipe.recipe import Recipe
+from ablab.core.runtime.replay import OnDevice
+from ablab.core.train.banks import Optimizer
+
+# rows of tokens, int [B,T+1] -> (nats to descend, nats to report), both summed over tokens
+Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class TrainingStep:
+    """What every optimizer step of a recipe does; the trainer and the checks take the same one.
+
+        gradient <- d(loss / tokens), summed over micro-batches;  weights <- optimizer(gradient);  after_step(weights)
+
+    tokens: of all micro-batches of a step together.
+    replay, pool: of `OnDevice`, which a micro-batch goes through.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        optimizer: Optimizer,
+        recipe: Recipe,
+        tokens: int,
+        replay: bool = False,
+        pool: Any = None,
+    ):
+        self.loss = loss
+        self.optimizer = optimizer
+        self.tokens = tokens
+        self.weights = [bank.weight for bank in optimizer.banks]
+        # nats and tokens since whoever reads it last cleared it
+        self.window = torch.zeros(2, dtype=torch.float64, device=optimizer.device)
+        self.descend = OnDevice(self._descend, optimizer.device, replay, pool)
+        self.restart(recipe)
+
+    def restart(self, recipe: Recipe) -> None:
+        """The state of step 0, for the weights as they are now; recipes of one structure share a step."""
+        self.steps = recipe.steps
+        self.optimizer.restart(recipe)
+        self.after = [(part, part.begin(self.weights)) for part in recipe.after_step]
+        self.window.zero_()
+
+    def take(self, t: int, blocks: Iterable[Tensor]) -> Tensor:
+        """Optimizer step t (from 1) on micro-batches, int [B,T+1] each, on the host.
+
+        Returns the gradient norm before clipping, 0-D; nothing waits for the device.
+        """
+        for block in blocks:
+            self.descend(block)
+        return self.move(t)
+
+    def move(self, t: int) -> Tensor:
+        """The second half of step t, for gradients that stand in the banks."""
+        norm = self.optimizer.step(t)
+        for part, state in self.after:
+            part.advance(state, self.weights, t, self.steps)
+        self.window[1] += self.tokens
+        return norm
+
+    def _descend(self, block: Tensor) -> None:
+        """Add the gradients of one micro-batch, int [B,T+1] on the device, and its nats."""
+        loss, nats = self.loss(block)
+        (loss / self.tokens).backward()
+        self.window[0] += nats
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything besides the parameters that a resumed run needs, by name."""
+        state = {f"optimizer/{name}": value for name, value in self.optimizer.tensors().items()}
+        for part, values in self.after:
+            state |= {f"after/{part.kind}/{name}": value for name, value in values.items()}
+        return state | {"window": self.window}
