@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ablab.core.errors import UserError
-from ablab.core.language.part import near
+from ablab.core.language.parse import near
 from ablab.core.recipe.intervention import Intervention, Treatment, dependents
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from ablab.core.errors import UserError
 from ablab.core.model.init import generator, initialise
 from ablab.core.model.layers import LinearMap
-from ablab.core.model.objective import objective_of
+from ablab.core.model.objective import losses
 from ablab.core.model.transformer import Transformer
 from ablab.core.parts.schedule import Constant
 from ablab.core.recipe.recipe import Budget, Recipe, check
@@ -111,21 +111,26 @@ def _train(recipe: Recipe, steps: int, block: Tensor) -> Iterator[Row]:
     model = Transformer(recipe)
     initialise(model, recipe)
     model.to(block.device)
-    inputs, targets = block[:, :-1], block[:, 1:]
-    objective = objective_of(recipe.objective)
+    seen = _listen(model)
+
+    def loss(rows: Tensor) -> tuple[Tensor, Tensor]:
+        features = model.features(rows[:, :-1])
+        logits = model.logits(features)
+        seen["logits"] = [logits.detach()]
+        return losses(features, logits, rows[:, 1:], model.logits, model.objective.values())
+
     training = TrainingStep(
-        loss=lambda rows: objective(model(rows[:, :-1]), rows[:, 1:]),
+        loss=loss,
         optimizer=Optimizer(model, recipe),
         recipe=recipe,
-        tokens=targets.numel(),
+        tokens=block[:, 1:].numel(),
     )
-    seen = _listen(model)
     start: dict[str, Tensor] = {}
     for taken in range(steps + 1):
         if taken < steps:
             training.take(taken + 1, [block])
         else:
-            model(inputs)
+            loss(block)
         now = {name: torch.stack(seen.pop(name)).float() for name in list(seen)}
         start = start or now
         sizes = {START: _rms(now["logits"])}
@@ -166,7 +171,6 @@ def _listen(model: Transformer) -> dict[str, list[Tensor]]:
         )
         out_of(block.ffn, "feed-forward out")
     into(model.norm, "residual")
-    out_of(model, "logits")
     return seen
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ablab.core.model.init import generator, initialise
-from ablab.core.model.objective import objective_of
+from ablab.core.model.objective import heads_of, of_rows
 from ablab.core.model.transformer import Transformer
 from ablab.core.recipe.recipe import Recipe
 from ablab.core.train.banks import Optimizer
@@ -39,7 +39,8 @@ def trace(recipe: Recipe, device: str = "cpu") -> str:
 def _trace(recipe: Recipe, device: str) -> str:
     model = Transformer(recipe)
     initialise(model, recipe)
-    optimizer, objective = Optimizer(model.to(device), recipe), objective_of(recipe.objective)
+    optimizer = Optimizer(model.to(device), recipe)
+    descend = of_rows(model, heads_of(model)[0])
     weights = [bank.weight for bank in optimizer.banks]
     after = [(part, part.begin(weights)) for part in recipe.after_step]
     block = torch.randint(
@@ -49,7 +50,7 @@ def _trace(recipe: Recipe, device: str) -> str:
     for t in sorted(
         {1, max(recipe.steps // 2, 1), max(recipe.steps * 9 // 10, 1), recipe.steps}
     ):
-        loss, _ = objective(model(block[:, :-1]), block[:, 1:])
+        loss, _ = descend(block)
         (loss / block[:, 1:].numel()).backward()
         reached |= {
             name

@@ -19,9 +19,11 @@ from dataclasses import replace
 from typing import Literal
 
 from ablab.core.errors import UserError
+from ablab.core.language.declare import Param
 from ablab.core.language.numbers import Positive, Whole
 from ablab.core.language.part import Part
-from ablab.core.parts.parametrize import Multipliers, Scales
+from ablab.core.parts.parametrize import Multipliers, Scales, Sizes, Standard
+from ablab.core.recipe.asks import Parametrizes
 from ablab.core.recipe.edit import edit, put
 from ablab.core.recipe.intervention import register
 
@@ -47,9 +49,7 @@ class MuP(Part):
     )
     decay_width: float = 0.0
     depth: Literal["none", "sqrt", "complete"] = "none"
-    base: Part | None = (
-        None  # the parametrization that holds at the base width; filled in by apply
-    )
+    base: Parametrizes | None = None  # holds at the base width; null: the recipe's own
 
     def apply(self, recipe):
         if recipe.model.tied and self.readout != "init":
@@ -62,8 +62,9 @@ class MuP(Part):
             put(replace(self, base=self.base or recipe.parametrization)),
         )
 
-    def scales(self, param, model, rule) -> Scales:
-        std, m = self.base.scales(param, model, rule).std, model.width / self.base_width
+    def scales(self, name: str, param: Param, model: Sizes, rule: str) -> Scales:
+        std = self._base.scales(name, param, model, rule).std
+        m = model.width / self.base_width
         if param.role == "gate" and param.shape[-1] != model.width:
             m = 1.0  # a gate that reads a fixed number of channels: its fan-in does not grow
         if param.role in ("embedding", "vector"):
@@ -92,10 +93,14 @@ class MuP(Part):
     def _alpha(self) -> float:
         return {"none": 0.0, "sqrt": 0.5, "complete": 1.0}[self.depth]
 
-    def _depth(self, model) -> float:
+    @property
+    def _base(self) -> Parametrizes:
+        return self.base or Standard()
+
+    def _depth(self, model: Sizes) -> float:
         return model.layers / self.base_layers
 
-    def multipliers(self, model) -> Multipliers:
+    def multipliers(self, model: Sizes) -> Multipliers:
         shrinks = model.tied or self.readout == "multiplier"
         return Multipliers(
             embedding=self.alpha_in,

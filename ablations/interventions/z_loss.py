@@ -5,6 +5,7 @@
 Reported losses stay plain cross-entropy.  Redundant with a soft cap.
 """
 
+from ablab.core.language.declare import Stage, Where
 from ablab.core.language.numbers import NonNegative
 from ablab.core.language.part import Part
 from ablab.core.recipe.edit import append, edit
@@ -32,6 +33,11 @@ class ZLoss(Part):
         """The penalty is this times lse^2 and nothing else, so a kernel can add it."""
         return self.weight
 
-    def penalty(self, lse):
-        """lse: fp32 [...] -> nats [...]."""
-        return self.weight * lse.square()
+    def build(self, where: Where) -> Stage:
+        return Stage(squared_normaliser, weight=self.weight)
+
+
+def squared_normaliser(features, logits, targets, read, *, weight):
+    """logits: [B,T,V] -> nats, 0-D fp32."""
+    lse = logits.float().logsumexp(-1)
+    return (weight * lse.square()).sum()

@@ -126,6 +126,8 @@ def _attention_flaw(plan: Plan, recipe: Recipe, dtype: str) -> str:
     for block in plan.blocks:
         if name_of(block.attention.position) != "rope":
             return f"positions by {block.attention.position.function.__name__}, which the kernel does not know"
+        if name_of(block.attention.mix) != "causal":
+            return f"values mixed by {block.attention.mix.function.__name__}, which the kernel does not know"
         for slot, known in KNOWN.items():
             if unknown := _unknown(getattr(block.attention, slot), known):
                 return f"{slot} holds {unknown}, which the kernel does not know"

@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Where:
-    """The place a stage is built for.  `layer` counts from 0; sizes in channels, heads, tokens."""
+    """The place a stage is built for.  `layer` counts from 0 (outside the blocks: 0); sizes in channels, heads, tokens."""
 
     layer: int
     layers: int
@@ -20,6 +20,7 @@ class Where:
     kv_heads: int
     head_dim: int
     context: int
+    vocab: int
     eps: float
 
 
@@ -71,10 +72,15 @@ class Table:
 
 
 class Stage:
-    """`function(*inputs, **bound)`, where bound values are Params, Linears, Tables or plain numbers."""
+    """`function(*inputs, **bound)`, where bound values are Params, Linears, Tables or plain numbers.
 
-    def __init__(self, function: Callable[..., Any], **bound: Any):
-        self.function, self.bound = function, bound
+    A carry that the function gets is returned with its entries, never changed in place.  What must outlive the tokens
+    at hand, because later ones look back, is an entry named `past/...`: decoding hands it in again, training starts without.
+    """
+
+    def __init__(self, function: Callable[..., Any], /, **bound: Any):
+        self.function = function
+        self.bound = bound
 
 
 def params(tree: Any, path: str = "") -> Iterator[tuple[str, Param]]:
@@ -125,7 +131,7 @@ def multiplied(
 def fusable(name: str) -> Callable[[Callable], Callable]:
     """Marks a stage function that a kernel can compute; core/fusion/places.py lists the names and the bound values each must have."""
 
-    def mark(function: Callable) -> Callable:
+    def mark(function: Any) -> Any:
         function.fusable = name
         return function
 

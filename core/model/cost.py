@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ablab.core.language.declare import params
-from ablab.core.language.part import Part
 from ablab.core.model.plan import plan_for
+from ablab.core.recipe.asks import MayBuild, Parametrizes
 from ablab.core.recipe.recipe import Model, Recipe
 
 
@@ -20,16 +20,31 @@ class Cost:
 
 def cost_of(recipe: Recipe) -> Cost:
     """FLOPs/token = 6 * matmul parameters + 6 * layers * context * width (causal scores and mixing, T/2 seen on average)."""
-    return _cost(recipe.model, recipe.parametrization, recipe.data.vocab, recipe.data.context)
+    return _cost(
+        recipe.model,
+        recipe.parametrization,
+        recipe.objective,
+        recipe.data.vocab,
+        recipe.data.context,
+    )
 
 
 @lru_cache(maxsize=256)
-def _cost(model: Model, parametrization: Part, vocab: int, context: int) -> Cost:
-    declared = list(params(plan_for(model, parametrization, vocab, context)))
-    matmul = sum(p.size for _, p in declared if p.role in ("hidden", "readout", "gate"))
-    matmul += vocab * model.width if model.tied else 0
+def _cost(
+    model: Model,
+    parametrization: Parametrizes,
+    objective: tuple[MayBuild, ...],
+    vocab: int,
+    context: int,
+) -> Cost:
+    plan = plan_for(model, parametrization, objective, vocab, context)
+    declared = [one for _, one in params(plan)]
+    matmul = sum(one.size for one in declared if one.role in ("hidden", "readout", "gate"))
+    if model.tied:
+        matmul += vocab * model.width
+    attended = model.layers * context * model.heads * model.attention.head_dim
     return Cost(
-        sum(p.size for _, p in declared),
-        matmul,
-        6 * matmul + 6 * model.layers * context * model.heads * model.attention.head_dim,
+        parameters=sum(one.size for one in declared),
+        matmul_parameters=matmul,
+        flops_per_token=6 * matmul + 6 * attended,
     )

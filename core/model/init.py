@@ -9,22 +9,21 @@ import hashlib
 import torch
 from torch import nn
 
+from ablab.core.model.layers import declaration
 from ablab.core.recipe.recipe import Recipe
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, recipe: Recipe) -> None:
     for name, value in model.named_parameters():
-        declared = value.declared
+        declared = declaration(value)
         if declared.fill is not None:
             value.fill_(declared.fill)
         else:
-            std = recipe.parametrization.scales(declared, recipe.model, "adam").std
-            value.copy_(
-                torch.empty(declared.shape).normal_(
-                    0.0, std, generator=generator(recipe.seed, name)
-                )
-            )
+            scales = recipe.parametrization.scales(name, declared, recipe.model, "adam")
+            drawn = torch.empty(declared.shape)
+            drawn.normal_(0.0, scales.std, generator=generator(recipe.seed, name))
+            value.copy_(drawn)
 
 
 def generator(seed: int, name: str) -> torch.Generator:

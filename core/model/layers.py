@@ -1,10 +1,25 @@
 """Turning declarations into modules.  Nothing here knows which stage it runs."""
 
+from collections.abc import ItemsView, Iterator, ValuesView
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ablab.core.language.declare import Linear, Param, Stage, Table
+
+
+def parameter(declared: Param) -> nn.Parameter:
+    """An unset fp32 parameter that carries its declaration; core/model/init.py fills it."""
+    made: Any = nn.Parameter(torch.empty(declared.shape))
+    made.declared = declared
+    return made
+
+
+def declaration(value: Any) -> Param:
+    """What a parameter was declared as."""
+    return value.declared
 
 
 class LinearMap(nn.Module):
@@ -24,35 +39,56 @@ def plain_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class StageModule(nn.Module):
-    """A stage's function with its parameters, maps, tables and numbers bound by name."""
+    """A stage's function with its parameters, maps, tables and numbers bound by name.
+
+    Written into torch's own tables, not registered: registration refuses the names of a module's attributes, such as
+    `half` or `type`, and a user's names are not torch's business.
+    """
 
     def __init__(self, stage: Stage):
         super().__init__()
         self.function = stage.function
-        self.numbers = {}
+        self.numbers: dict[str, Any] = {}
         for name, value in stage.bound.items():
             match value:
                 case Param():
-                    self.register_parameter(name, parameter(value))
+                    self._parameters[name] = parameter(value)
                 case Linear():
-                    self.add_module(name, LinearMap(value))
+                    self._modules[name] = LinearMap(value)
                 case Table():
-                    self.register_buffer(name, value.make().float(), persistent=False)
+                    self._buffers[name] = value.make().float()
+                    self._non_persistent_buffers_set.add(name)
                 case _:
                     self.numbers[name] = value
 
-    def forward(self, *inputs):
+    def forward(self, *inputs: Any) -> Any:
         return self.function(
             *inputs, **self._parameters, **self._modules, **self._buffers, **self.numbers
         )
 
 
-def parameter(declared: Param) -> nn.Parameter:
-    """An unset fp32 parameter that carries its declaration; core/model/init.py fills it."""
-    made = nn.Parameter(torch.empty(declared.shape))
-    made.declared = declared
-    return made
+class StageModules(nn.Module):
+    """Named stages in their order, whatever their names; nn.ModuleDict refuses `half`, `pop` and `type`."""
 
+    def __init__(self, declared: dict[str, Stage]):
+        super().__init__()
+        for name, stage in declared.items():
+            self._modules[name] = StageModule(stage)
 
-def stages(declared: dict[str, Stage]) -> nn.ModuleDict:
-    return nn.ModuleDict({name: StageModule(stage) for name, stage in declared.items()})
+    def values(self) -> ValuesView[Any]:
+        return self._modules.values()
+
+    def items(self) -> ItemsView[str, Any]:
+        return self._modules.items()
+
+    def __getitem__(self, name: str) -> Any:
+        return self._modules[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)

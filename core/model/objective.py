@@ -1,52 +1,51 @@
-"""Cross-entropy in nats, bits per byte, and the penalties that a recipe adds.  fp32 throughout."""
+"""Cross-entropy in nats, and what a recipe adds to it in training.  fp32 throughout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from ablab.core.language.part import Part
-
-Head = Callable[
-    [Tensor, Tensor], Any
-]  # (what the trunk leaves [B,T,W], targets int [B,T]) -> numbers
+# (what the trunk leaves [B,T,W], targets int [B,T]) -> numbers
+Head = Callable[[Tensor, Tensor], Any]
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each token: logits [..., V], targets int [...] -> nats [...], fp32."""
-    return F.cross_entropy(
-        logits.float().flatten(0, -2), targets.flatten(), reduction="none"
-    ).view(targets.shape)
+    flat = logits.float().flatten(0, -2)
+    return F.cross_entropy(flat, targets.flatten(), reduction="none").view(targets.shape)
 
 
-def objective_of(
-    penalties: tuple[Part, ...],
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(logits, targets) -> (loss to descend, cross-entropy to report), sums over tokens in nats.
+def losses(
+    features: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    read: Callable[[Tensor], Tensor],
+    more: Iterable[Any],
+) -> tuple[Tensor, Tensor]:
+    """(loss to descend, cross-entropy to report), sums over tokens in nats.
 
-    The report never contains a penalty: an arm with z-loss and one without are compared on the same number.
+    features: normed [B,T,W]; read: features -> logits [B,T,V]; more: the stages of the slot `objective`.  The report
+    never contains them: an arm with z-loss and one without are compared on the same number.
     """
-
-    def objective(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        loss = total = token_losses(logits, targets).sum()
-        for penalty in penalties:
-            loss = loss + penalty.penalty(logits.float().logsumexp(-1)).sum()
-        return loss, total.detach()
-
-    return objective
+    loss = reported = token_losses(logits, targets).sum()
+    for stage in more:
+        loss = loss + stage(features, logits, targets, read)
+    return loss, reported.detach()
 
 
-def heads_of(model: Any, penalties: tuple[Part, ...]) -> tuple[Head, Head]:
+def heads_of(model: Any) -> tuple[Head, Head]:
     """What may follow the trunk: the objective, and the cross-entropy of each token, in nats [B,T] fp32."""
-    objective = objective_of(penalties)
 
-    def logits(x: Tensor) -> Tensor:
-        return model.logits(model.norm(x))
+    def descend(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        features = model.norm(x)
+        logits = model.logits(features)
+        return losses(features, logits, targets, model.logits, model.objective.values())
 
-    return lambda x, targets: objective(logits(x), targets), lambda x, targets: token_losses(
-        logits(x), targets
-    )
+    def measure(x: Tensor, targets: Tensor) -> Tensor:
+        return token_losses(model.logits(model.norm(x)), targets)
+
+    return descend, measure
 
 
 def of_rows(model: Any, head: Head) -> Callable[[Tensor], Any]:

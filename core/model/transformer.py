@@ -4,36 +4,47 @@ No configuration is read in a forward: an absent stage is an empty loop, and a c
 Shapes: B rows, T tokens, W channels, H heads, KV key-value heads, D channels a head, V vocabulary.
 """
 
-import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ablab.core.model.layers import LinearMap, StageModule, stages
+from ablab.core.model.layers import LinearMap, StageModule, StageModules, plain_product
 from ablab.core.model.plan import AttentionPlan, BlockPlan, FeedForwardPlan, plan_of
 from ablab.core.recipe.recipe import Recipe
 
-Carry = dict[
-    str, Tensor
-]  # handed from block to block; a stage returns a new one, never mutates it
-Past = tuple[Tensor, Tensor]  # keys and values seen so far, [B,KV,T,D] each
+# Handed from block to block; a stage returns a new one, never mutates it.
+Carry = dict[str, Tensor]
+# Keys and values seen so far, [B,KV,S,D] each.
+Past = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What decoding keeps of the tokens seen: each block's keys and values, and the carry's `past/...`."""
+
+    blocks: list[Past]
+    carry: Carry
 
 
 class Attention(nn.Module):
     def __init__(self, plan: AttentionPlan, head_dim: int):
         super().__init__()
-        self.norm, self.on_norm = StageModule(plan.norm), stages(plan.on_norm)
-        self.qkv, self.out = LinearMap(plan.qkv), LinearMap(plan.out)
-        self.on_qk, self.position = stages(plan.on_qk), StageModule(plan.position)
-        self.on_values, self.on_heads = stages(plan.on_values), stages(plan.on_heads)
-        self.on_branch = stages(plan.on_branch)
+        self.norm = StageModule(plan.norm)
+        self.on_norm = StageModules(plan.on_norm)
+        self.qkv = LinearMap(plan.qkv)
+        self.out = LinearMap(plan.out)
+        self.on_qk = StageModules(plan.on_qk)
+        self.position = StageModule(plan.position)
+        self.on_values = StageModules(plan.on_values)
+        self.mix = StageModule(plan.mix)
+        self.on_heads = StageModules(plan.on_heads)
+        self.on_branch = StageModules(plan.on_branch)
         self.heads = [rows // head_dim for rows in plan.qkv.weight.blocks]  # H, KV, KV
-        self.mix = functools.partial(
-            F.scaled_dot_product_attention, enable_gqa=self.heads[0] != self.heads[1]
-        )
         self.attend = self._attend  # core/fusion/places.py may put one kernel here
 
     def forward(self, x: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
@@ -44,17 +55,18 @@ class Attention(nn.Module):
     def _attend(self, x: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
         """x: normed [B,T,W] -> the heads' outputs [B,T,H,D]."""
         q, k, v, carry = self.project(x, carry, 0)
-        return self.gated(self.mix(q, k, v, is_causal=True), x), carry
+        return self.gated(self.mix(q, k, v, carry, 0), x), carry
 
     def extend(self, x: Tensor, carry: Carry, past: Past) -> tuple[Tensor, Carry, Past]:
         """The same for T new tokens that follow `past`."""
-        x, seen = self.normed(x), past[0].shape[2]
+        keys, values = past
+        seen = keys.shape[2]
+        x = self.normed(x)
         q, k, v, carry = self.project(x, carry, seen)
-        past = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        visible = torch.ones(
-            q.shape[2], past[0].shape[2], dtype=torch.bool, device=x.device
-        ).tril(seen)
-        return self.merge(self.gated(self.mix(q, *past, attn_mask=visible), x)), carry, past
+        keys = torch.cat((keys, k), dim=2)
+        values = torch.cat((values, v), dim=2)
+        y = self.gated(self.mix(q, keys, values, carry, seen), x)
+        return self.merge(y), carry, (keys, values)
 
     def normed(self, x: Tensor) -> Tensor:
         x = self.norm(x)
@@ -66,7 +78,8 @@ class Attention(nn.Module):
         self, x: Tensor, carry: Carry, start: int
     ) -> tuple[Tensor, Tensor, Tensor, Carry]:
         """normed x -> q [B,H,T,D], k and v [B,KV,T,D], carry."""
-        q, k, v = self.qkv(x).unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
+        heads = self.qkv(x).unflatten(-1, (sum(self.heads), -1))
+        q, k, v = heads.split(self.heads, dim=2)
         for stage in self.on_qk.values():
             q, k = stage(q, k)
         q, k = self.position(q, k, start)
@@ -89,11 +102,25 @@ class Attention(nn.Module):
         return y
 
 
+class Continued:
+    """A block's attention that goes on after `past`, and keeps the keys and values of the new tokens too."""
+
+    def __init__(self, attention: Attention, past: Past):
+        self.attention = attention
+        self.past = past
+
+    def __call__(self, x: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
+        y, carry, self.past = self.attention.extend(x, carry, self.past)
+        return y, carry
+
+
 class FeedForward(nn.Module):
     def __init__(self, plan: FeedForwardPlan):
         super().__init__()
-        self.norm, self.on_norm = StageModule(plan.norm), stages(plan.on_norm)
-        self.inner, self.on_branch = StageModule(plan.inner), stages(plan.on_branch)
+        self.norm = StageModule(plan.norm)
+        self.on_norm = StageModules(plan.on_norm)
+        self.inner = StageModule(plan.inner)
+        self.on_branch = StageModules(plan.on_branch)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,T,W] -> the branch's output [B,T,W]."""
@@ -107,19 +134,33 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """Two branches, attention and feed-forward; the stage `block` says how they join the stream."""
+
     def __init__(self, plan: BlockPlan, head_dim: int):
         super().__init__()
-        self.attention, self.ffn = Attention(plan.attention, head_dim), FeedForward(plan.ffn)
+        self.attention = Attention(plan.attention, head_dim)
+        self.ffn = FeedForward(plan.ffn)
+        self.on_block = StageModules(plan.on_block)
+        self.block = StageModule(plan.block)
 
     def forward(self, x: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
-        y, carry = self.attention(x, carry)
-        x = x + y
-        return x + self.ffn(x), carry
+        for stage in self.on_block.values():
+            x, carry = stage(x, carry)
+        return self.block(x, carry, self.attention, self.ffn)
 
     def extend(self, x: Tensor, carry: Carry, past: Past) -> tuple[Tensor, Carry, Past]:
-        y, carry, past = self.attention.extend(x, carry, past)
-        x = x + y
-        return x + self.ffn(x), carry, past
+        """The same for T new tokens that follow `past`."""
+        attention = Continued(self.attention, past)
+        for stage in self.on_block.values():
+            x, carry = stage(x, carry)
+        x, carry = self.block(x, carry, attention, self.ffn)
+        return x, carry, attention.past
+
+
+class Embedding(StageModule):
+    """The token table [V,W]; a tied readout reads it too."""
+
+    table: Tensor
 
 
 class Transformer(nn.Module):
@@ -127,27 +168,27 @@ class Transformer(nn.Module):
 
     def __init__(self, recipe: Recipe, dtype: torch.dtype = torch.float32, recompute: int = 0):
         super().__init__()
-        plan, head_dim = plan_of(recipe), recipe.model.attention.head_dim
-        self.embedding, self.on_embedding = (
-            StageModule(plan.embedding),
-            stages(plan.on_embedding),
-        )
-        self.blocks = nn.ModuleList(Block(block, head_dim) for block in plan.blocks)
+        plan = plan_of(recipe)
+        self.shape = recipe.model
+        self.context = recipe.data.context
+        self.dtype = dtype
+        self.embedding = Embedding(plan.embedding)
+        self.on_table = StageModules(plan.on_table)
+        self.on_embedding = StageModules(plan.on_embedding)
+        blocks = [Block(block, recipe.model.attention.head_dim) for block in plan.blocks]
+        self.blocks = nn.ModuleList(blocks)
+        self.on_features = StageModules(plan.on_features)
         self.norm = StageModule(plan.norm)
+        self.read: Callable[[Tensor], Tensor] = self._tied_readout
         if plan.readout:
             self.readout = LinearMap(plan.readout)
-        self.on_logits = stages(plan.on_logits)
-        self.dtype, self.context, self.shape = dtype, recipe.data.context, recipe.model
-        self.run = [
-            _recomputed(block) if i < recompute else block
-            for i, block in enumerate(self.blocks)
-        ]
-        self.read = (
-            functools.partial(self.readout) if plan.readout else self._tied_readout
-        )  # partial: not registered twice
+            self.read = partial(self.readout)  # partial: not registered twice
+        self.on_logits = StageModules(plan.on_logits)
+        self.objective = StageModules(plan.objective)
+        self.run = [*map(_recomputed, blocks[:recompute]), *blocks[recompute:]]
 
     def _tied_readout(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.embedding.table.to(x.dtype))
+        return plain_product(x, self.embedding.table)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: int [B,T] -> logits [B,T,V] in the activations' dtype."""
@@ -158,36 +199,48 @@ class Transformer(nn.Module):
         return self.norm(self.trunk(tokens))
 
     def trunk(self, tokens: Tensor) -> Tensor:
-        """What the blocks leave: tokens int [B,T] -> [B,T,W]."""
-        x, carry = self.embed(tokens), {}
+        """What the final norm reads: tokens int [B,T] -> [B,T,W]."""
+        carry: Carry = {}
+        x = self.embed(tokens)
+        for stage in self.on_embedding.values():
+            x, carry = stage(x, tokens, carry)
         for block in self.run:
             x, carry = block(x, carry)
+        for stage in self.on_features.values():
+            x = stage(x, carry)
         return x
 
-    def extend(self, tokens: Tensor, cache: list[Past] | None) -> tuple[Tensor, list[Past]]:
+    def extend(self, tokens: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         """Logits [B,T,V] of T new tokens, given the cache of the tokens before them (None: there are none)."""
+        before = cache or self._nothing_seen(tokens)
+        carry = before.carry
+        x = self.embed(tokens)
+        for stage in self.on_embedding.values():
+            x, carry = stage(x, tokens, carry)
+        pasts = []
+        for block, past in zip(self.blocks, before.blocks, strict=True):
+            x, carry, past = block.extend(x, carry, past)
+            pasts.append(past)
+        for stage in self.on_features.values():
+            x = stage(x, carry)
+        kept = {name: value for name, value in carry.items() if name.startswith("past/")}
+        return self.logits(self.norm(x)), Cache(pasts, kept)
+
+    def _nothing_seen(self, tokens: Tensor) -> Cache:
+        rows = len(tokens)
         empty = torch.empty(
-            tokens.shape[0],
-            self.shape.kv_heads,
-            0,
-            self.shape.attention.head_dim,
+            (rows, self.shape.kv_heads, 0, self.shape.attention.head_dim),
             dtype=self.dtype,
             device=tokens.device,
         )
-        x, carry, grown = self.embed(tokens), {}, []
-        for block, past in zip(
-            self.blocks, cache or [(empty, empty)] * len(self.blocks), strict=True
-        ):
-            x, carry, past = block.extend(x, carry, past)
-            grown.append(past)
-        return self.logits(self.norm(x)), grown
+        return Cache([(empty, empty)] * len(self.blocks), {})
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.enter(self.embedding(tokens))
 
     def enter(self, x: Tensor) -> Tensor:
-        """x: rows of the token table [B,T,W] -> what the first block reads, in the activations' dtype."""
-        for stage in self.on_embedding.values():
+        """x: rows of the token table [B,T,W] -> scaled, in the activations' dtype."""
+        for stage in self.on_table.values():
             x = stage(x)
         return x.to(self.dtype)
 
@@ -199,9 +252,9 @@ class Transformer(nn.Module):
         return logits
 
 
-def _recomputed(block: Block) -> Callable:
+def _recomputed(block: Block) -> Callable[..., Any]:
     """The block is bound here, not looked up in a loop: a late-bound loop variable recomputes the wrong block.
 
     Nothing in a block is random, and a CUDA graph cannot record the state of a generator.
     """
-    return functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+    return partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)

@@ -1,11 +1,24 @@
-"""Parametrization: how init, learning rate, decay and multipliers depend on a parameter's role and fans."""
+"""Parametrization: how init, learning rate, decay and multipliers depend on a parameter's name, role and fans."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 from ablab.core.language.declare import Param
 from ablab.core.language.numbers import Positive
 from ablab.core.language.part import Part, part
+
+
+class Sizes(Protocol):
+    """What a parametrization may know of the model; core/recipe/recipe.py's Model has more."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def tied(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -37,14 +50,11 @@ class Standard(Part):
     embedding: Positive = 0.02
     gain: Positive = 1.0
 
-    def scales(self, param: Param, model: Any, rule: str) -> Scales:
-        """rule: how the parameter's optimizer scales with width: adam, spectral or rms (unused here)."""
-        return Scales(self.std(param))
-
-    def std(self, param: Param) -> float:
+    def scales(self, name: str, param: Param, model: Sizes, rule: str) -> Scales:
         if param.role == "embedding":
-            return self.embedding
-        return self.gain / param.shape[-1] ** 0.5
+            return Scales(self.embedding)
+        fan_in = param.shape[-1]
+        return Scales(self.gain / fan_in**0.5)
 
-    def multipliers(self, model: Any) -> Multipliers:
+    def multipliers(self, model: Sizes) -> Multipliers:
         return Multipliers()

@@ -5,7 +5,8 @@ from dataclasses import is_dataclass, replace
 from typing import Any
 
 from ablab.core.errors import UserError
-from ablab.core.language.part import Part, fields_of, join, near
+from ablab.core.language.parse import fields_of, join, near
+from ablab.core.language.part import Part
 
 Change = Callable[[Any], Any]
 
@@ -43,6 +44,13 @@ def children(tree: Any) -> dict[str, Any]:
         if is_dataclass(tree)
         else {}
     )
+
+
+def at(tree: Any, path: str) -> Any:
+    """The value at a dotted path that exists."""
+    for key in path.split("."):
+        tree = getattr(tree, key) if hasattr(tree, key) else children(tree)[key]
+    return tree
 
 
 def put(value: Any) -> Change:

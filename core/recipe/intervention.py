@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol, dataclass_transform
 
 from ablab.core.errors import UserError
-from ablab.core.language.part import near, parse, part
-from ablab.core.recipe.edit import children
+from ablab.core.language.parse import near, parse
+from ablab.core.language.part import part
+from ablab.core.recipe.edit import at
 from ablab.core.recipe.recipe import Recipe, check
+from ablab.core.recipe.slots import CHOICES
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,6 @@ class Intervention(Protocol):
 
 
 REGISTRY: dict[str, type[Intervention]] = {}
-
-# Slots that hold exactly one choice: two interventions that both change one of them clash.
-CHOICES = ("model.ffn", "model.attention.position", "parametrization", "schedule")
 
 
 @dataclass_transform(frozen_default=True)
@@ -143,13 +142,6 @@ def resolve(base: Recipe, treatment: Treatment) -> Recipe:
                 chosen_by[slot] = about.name
         recipe = new
     return check(recipe)
-
-
-def at(recipe: Any, path: str) -> Any:
-    """The value at a dotted path that exists."""
-    for key in path.split("."):
-        recipe = children(recipe)[key] if not hasattr(recipe, key) else getattr(recipe, key)
-    return recipe
 
 
 def dependents(name: str, treatment: Treatment) -> list[str]:

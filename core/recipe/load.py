@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ablab.core.errors import UserError
-from ablab.core.language.part import fields_of, near, parse
+from ablab.core.language.parse import fields_of, near, parse
 from ablab.core.recipe.edit import children, edit
 from ablab.core.recipe.recipe import Data, Recipe, check, plain
 

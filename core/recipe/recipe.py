@@ -7,57 +7,76 @@ docstrings; `Runtime` (core/runtime/runtime.py) holds device, kernels and cadenc
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
 from ablab.core.errors import UserError
 from ablab.core.language.numbers import Natural, Positive, Whole
 from ablab.core.language.part import Part
-from ablab.core.parts import feedforward, parametrize, position, schedule, transforms
+from ablab.core.parts import (
+    block,
+    feedforward,
+    mixing,
+    parametrize,
+    position,
+    schedule,
+    transforms,
+)
+from ablab.core.recipe.asks import (
+    Advances,
+    Builds,
+    MayBuild,
+    Moves,
+    Multiplies,
+    Parametrizes,
+    Schedules,
+)
+from ablab.core.recipe.slots import SLOTS, held
 
 SCHEMA = 1  # part of every identity: raise it when the meaning of a field changes
 
 
-ROLES = ("embedding", "hidden", "readout", "vector", "gate")
 Role = Literal["embedding", "hidden", "readout", "vector", "gate"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal self-attention.  Heads number width / head_dim; each key-value head serves `group` query heads."""
+    """Self-attention.  Heads number width / head_dim; each key-value head serves `group` query heads."""
 
     head_dim: Whole = 64
     group: Whole = 1
-    position: Part = field(default_factory=position.Rope)
-    on_qk: tuple[
-        Part, ...
-    ] = ()  # q [B,T,H,D], k [B,T,KV,D] -> q, k; before the position is applied
-    on_values: tuple[Part, ...] = ()  # v [B,T,KV,D], carry -> v, carry
-    on_heads: tuple[Part, ...] = ()  # y [B,T,H,D], x [B,T,W] -> y; before the output projection
+    on_qk: tuple[MayBuild, ...] = ()  # before the position is applied
+    position: Builds = field(default_factory=position.Rope)
+    on_values: tuple[MayBuild, ...] = ()
+    mix: Builds = field(default_factory=mixing.Causal)
+    on_heads: tuple[MayBuild, ...] = ()  # before the output projection
 
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder-only transformer, pre-norm.  Widths in channels; the vocabulary comes with the data."""
+    """A decoder-only transformer, pre-norm.  Widths in channels; the vocabulary comes with the data.
+
+    Slots hold parts; core/recipe/slots.py says what the stage of each gets and returns.
+    """
 
     width: Whole = 768
     layers: Whole = 8
     tied: bool = False  # one matrix for embedding and readout
     norm_eps: Positive = 1e-6
+    on_embedding: tuple[MayBuild, ...] = ()  # after the table's rows, before the first block
+    on_block: tuple[MayBuild, ...] = ()  # before each block
+    block: Builds = field(default_factory=block.Residual)  # how the two branches join
+    on_norm: tuple[MayBuild, ...] = ()  # after both norms of every block, not the final one
     attention: Attention = field(default_factory=Attention)
-    ffn: Part = field(default_factory=feedforward.SwiGLU)
-    on_norm: tuple[
-        Part, ...
-    ] = ()  # x [B,T,W] -> x; after both norms of every block, not after the final norm
-    on_logits: tuple[Part, ...] = ()  # logits [B,T,V] -> logits
-    products: tuple[
-        Part, ...
-    ] = ()  # how a linear map multiplies: its dotted name and declaration -> (x, weight) -> y, or None
+    ffn: Builds = field(default_factory=feedforward.SwiGLU)
+    on_features: tuple[MayBuild, ...] = ()  # after the last block, before the final norm
+    on_logits: tuple[MayBuild, ...] = ()
+    products: tuple[Multiplies, ...] = ()  # how linear maps multiply
 
     @property
     def heads(self) -> int:
@@ -72,17 +91,16 @@ class Model:
 class Chain:
     """How the parameters of one role move:  w <- w - lr * optim.lr * schedule * lr_scale * steps(gradient)."""
 
-    steps: tuple[Part, ...]
+    steps: tuple[Moves, ...]
     lr: Positive = 1.0  # relative to optim.lr
 
 
 def _adamw() -> dict[Role, Chain]:
     """AdamW; decoupled decay on hidden matrices alone, as in the IMU-1 recipe (wd 0.1 on 2-D hidden weights)."""
     adam = transforms.Adam()
-    return {
-        role: Chain((adam, transforms.Decay(0.1)) if role == "hidden" else (adam,))
-        for role in ROLES
-    }
+    chains = {role: Chain((adam,)) for role in ROLES}
+    chains["hidden"] = Chain((adam, transforms.Decay(0.1)))
+    return chains
 
 
 @dataclass(frozen=True)
@@ -117,11 +135,11 @@ class Budget:
 class Recipe:
     data: Data
     model: Model = field(default_factory=Model)
-    parametrization: Part = field(default_factory=parametrize.Standard)
+    parametrization: Parametrizes = field(default_factory=parametrize.Standard)
     optim: Optim = field(default_factory=Optim)
-    schedule: Part = field(default_factory=schedule.Cosine)
-    objective: tuple[Part, ...] = ()  # penalties added to the cross-entropy
-    after_step: tuple[Part, ...] = ()
+    schedule: Schedules = field(default_factory=schedule.Cosine)
+    objective: tuple[MayBuild, ...] = ()  # what is added to the cross-entropy in training
+    after_step: tuple[Advances, ...] = ()
     budget: Budget = field(default_factory=Budget)
     seed: Natural = 0
 
@@ -146,62 +164,60 @@ def check_folder_name(where: str, name: str) -> None:
 def check(recipe: Recipe) -> Recipe:
     """Refuse names, shapes and budgets that cannot be built; returns the recipe.  Raises UserError."""
     check_folder_name("data.name=", recipe.data.name)
-    model, attention = recipe.model, recipe.model.attention
+    _check_heads(recipe.model)
+    _check_budget(recipe)
+    _check_chains(recipe.optim)
+    _check_slots(recipe)
+    return recipe
+
+
+def _check_heads(model: Model) -> None:
+    attention = model.attention
     unit = attention.head_dim * attention.group
     if model.width % unit:
+        heads = model.width / attention.head_dim
         low = max(model.width // unit, 1) * unit
         raise UserError(
-            f"model.width={model.width} is {model.width / attention.head_dim:.1f} heads of {attention.head_dim}; "
+            f"model.width={model.width} is {heads:.1f} heads of {attention.head_dim}; "
             f"use a multiple of head_dim*group={unit}; nearest: {low}, {low + unit}"
         )
     if attention.head_dim % 2:
         raise UserError(
-            f"model.attention.head_dim={attention.head_dim} must be even for rotary positions; nearest: {attention.head_dim + 1}"
+            f"model.attention.head_dim={attention.head_dim} must be even for rotary positions; "
+            f"nearest: {attention.head_dim + 1}"
         )
+
+
+def _check_budget(recipe: Recipe) -> None:
     if recipe.steps < 1:
         raise UserError(
-            f"budget.tokens={recipe.budget.tokens} is less than one step of batch*context={recipe.tokens_per_step} tokens; raise it"
+            f"budget.tokens={recipe.budget.tokens} is less than one step of "
+            f"batch*context={recipe.tokens_per_step} tokens; raise it"
         )
     warmup = getattr(recipe.schedule, "warmup_steps", 0) or 0  # null: none
     if warmup > recipe.steps:
         raise UserError(
-            f"schedule.warmup_steps={warmup} exceeds the run's {recipe.steps} steps; lower it or raise budget.tokens"
+            f"schedule.warmup_steps={warmup} exceeds the run's {recipe.steps} steps; "
+            "lower it or raise budget.tokens"
         )
-    if missing := [role for role in ROLES if role not in recipe.optim.chains]:
+
+
+def _check_chains(optim: Optim) -> None:
+    if missing := [role for role in ROLES if role not in optim.chains]:
         raise UserError(f"optim.chains has no chain for {missing[0]!r} parameters; add one")
-    for path, method, parts in _slots(recipe):
+
+
+def _check_slots(recipe: Recipe) -> None:
+    for slot, path, parts in held(recipe):
         kinds = [part.kind for part in parts]
-        if method in ("update", "advance") and (
-            twice := [kind for kind in kinds if kinds.count(kind) > 1]
-        ):
+        twice = [kind for kind in kinds if kinds.count(kind) > 1]
+        if slot.keeps_state and twice:
             raise UserError(
                 f"{path} names {twice[0]!r} twice; its parts keep their state by kind: keep one"
             )
         for part in parts:
-            if not hasattr(part, method):
-                fit = sorted(kind for kind, one in Part.known.items() if hasattr(one, method))
-                raise UserError(
-                    f"{path} cannot hold {part.kind!r}, which has no {method}(); parts that have one: {', '.join(fit)}"
-                )
-    return recipe
-
-
-def _slots(recipe: Recipe) -> Iterator[tuple[str, str, tuple[Part, ...]]]:
-    """Each slot: its path, what is asked of its parts, the parts in it."""
-    model, attention = recipe.model, recipe.model.attention
-    yield "schedule", "multiplier", (recipe.schedule,)
-    yield "parametrization", "scales", (recipe.parametrization,)
-    yield "model.ffn", "build", (model.ffn,)
-    yield "model.attention.position", "build", (attention.position,)
-    for name in ("on_norm", "on_logits"):
-        yield f"model.{name}", "build", getattr(model, name)
-    yield "model.products", "product", model.products
-    for name in ("on_qk", "on_values", "on_heads"):
-        yield f"model.attention.{name}", "build", getattr(attention, name)
-    for role, chain in recipe.optim.chains.items():
-        yield f"optim.chains.{role}.steps", "update", chain.steps
-    yield "objective", "penalty", recipe.objective
-    yield "after_step", "advance", recipe.after_step
+            if said := slot.refusal(path, part):
+                raise UserError(said)
 
 
 def plain(recipe: Any) -> Any:
@@ -228,25 +244,42 @@ def _refuse_exotic(value: Any, path: str) -> None:
         _refuse_exotic(part, path + name)
 
 
-def _filled(tree: Any) -> Any:
-    """The tree without its empty lists."""
-    match tree:
-        case dict():
-            return {key: _filled(value) for key, value in tree.items() if value != []}
-        case list():
-            return [_filled(value) for value in tree]
+def _canonical(recipe: Recipe) -> dict[str, Any]:
+    """The plain tree without the silent slots that stand at their default."""
+    tree = plain(recipe)
+    for slot in SLOTS:
+        if slot.silent:
+            _drop_default(tree, recipe, slot.path.split("."))
     return tree
+
+
+def _drop_default(tree: dict[str, Any], holder: Any, keys: list[str]) -> None:
+    """Take the slot at `keys` out of the holder's plain tree if it is as by default, and what this leaves empty."""
+    key, below = keys[0], keys[1:]
+    if below:
+        _drop_default(tree[key], getattr(holder, key), below)
+        dispensable = not tree[key]
+    else:
+        dispensable = getattr(holder, key) == _default(type(holder), key)
+    if dispensable:
+        del tree[key]
+
+
+def _default(cls: Any, name: str) -> Any:
+    described = next(one for one in dataclasses.fields(cls) if one.name == name)
+    if described.default_factory is dataclasses.MISSING:
+        return described.default
+    return described.default_factory()
 
 
 def run_id(recipe: Recipe) -> str:
     """sha256 of the canonical full recipe and the schema number, 16 hex digits.
 
-    An empty slot is left out, so that a new slot renames no run that does not use it.  A part from a user's own file
-    brings the digest of that file: an idea that was edited is another run.
+    A silent slot at its default is left out, so that a new slot renames no run that was before it.  A part from a
+    user's own file brings the digest of that file: an idea that was edited is another run.
     """
-    canonical = msgspec.json.encode(
-        {"schema": SCHEMA, "recipe": _filled(plain(recipe))}, order="deterministic"
-    )
+    tree = {"schema": SCHEMA, "recipe": _canonical(recipe)}
+    canonical = msgspec.json.encode(tree, order="deterministic")
     for kind, digest in sorted(Part.foreign.items()):
         if f'"kind":"{kind}"'.encode() in canonical:
             canonical += f"{kind} {digest}".encode()

@@ -94,7 +94,7 @@ class Optimizer:
         self.lr, self.schedule, self.steps = recipe.optim.lr, recipe.schedule, recipe.steps
         for bank in self.banks:
             scales = recipe.parametrization.scales(
-                bank.declared, recipe.model, width_rule(bank.chain)
+                bank.names[0], bank.declared, recipe.model, width_rule(bank.chain)
             )
             bank.lr.fill_(scales.lr * bank.chain.lr)
             bank.decay.fill_(scales.decay)

@@ -75,8 +75,10 @@ class Trainer:
         self.optimizer = Optimizer(
             self.model, recipe, bool(self.runtime["compile"]), kernels, *replay
         )
-        heads = (fuse.fused_heads if "loss" in kernels else heads_of)(
-            self.model, recipe.objective
+        heads = (
+            fuse.fused_heads(self.model, recipe.objective)
+            if "loss" in kernels
+            else heads_of(self.model)
         )
         compile_kernels(
             self.model,

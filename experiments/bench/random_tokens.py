@@ -8,7 +8,7 @@ from typing import Any
 
 from ablab.core.data.corpus import Meta
 from ablab.core.errors import UserError
-from ablab.core.language.part import near
+from ablab.core.language.parse import near
 from ablab.core.recipe.load import CONFIGS
 from ablab.core.recipe.recipe import Data
 from ablab.experiments.plan.experiment import Experiment, catalog, load

@@ -21,7 +21,7 @@ import torch
 import typer
 
 from ablab.core.errors import UserError
-from ablab.core.language.part import near
+from ablab.core.language.parse import near
 from ablab.core.model.cost import cost_of
 from ablab.core.recipe.recipe import Budget, Recipe
 from ablab.core.runtime.runtime import Runtime, settle

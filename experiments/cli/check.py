@@ -143,7 +143,7 @@ def _measure(recipes: dict[str, Any], setting: dict[str, Any], device: str) -> d
     import torch
 
     from ablab.ablations.checks import coords as check
-    from ablab.core.language.part import parse
+    from ablab.core.language.parse import parse
     from ablab.core.runtime.runtime import Runtime, settle
 
     runtime = parse(Runtime, {"device": device}, "")

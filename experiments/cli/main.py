@@ -220,7 +220,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """The verdict table; writes report.md, a forest plot and the loss curves into STORE/reports/NAME."""
-    from ablab.core.language.part import near
+    from ablab.core.language.parse import near
     from ablab.experiments.cli.printing import show_report
     from ablab.experiments.plan.experiment import catalog
 
@@ -336,7 +336,7 @@ def _seeds(text: str | None) -> list[int] | None:
 
 
 def _one(runs: list[Any], cell: str) -> Any:
-    from ablab.core.language.part import near
+    from ablab.core.language.parse import near
 
     found = next((run for run in runs if run.cell == cell), None)
     if found is None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ablab.ablations.design import Cell, cells_of
 from ablab.core.errors import UserError
 from ablab.core.language.numbers import Natural
-from ablab.core.language.part import near, parse
+from ablab.core.language.parse import near, parse
 from ablab.core.recipe.edit import diff
 from ablab.core.recipe.intervention import REGISTRY, resolve, treatment_of
 from ablab.core.recipe.load import assign, blaming, read_yaml, recipe_from

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ablab.core.errors import Pruned, UserError
-from ablab.core.language.part import parse
+from ablab.core.language.parse import parse
 from ablab.core.recipe.recipe import Recipe, run_id
 from ablab.core.runtime.runtime import Runtime, settle
 from ablab.core.store.files import write_atomically, writing

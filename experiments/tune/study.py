@@ -13,7 +13,7 @@ from typing import Any
 from ablab.ablations.design import Cell
 from ablab.analysis.tuning import winners as tuning
 from ablab.core.errors import UserError
-from ablab.core.language.part import fields_of, near
+from ablab.core.language.parse import fields_of, near
 from ablab.core.recipe.intervention import at
 from ablab.core.recipe.load import assign
 from ablab.core.recipe.recipe import Recipe

@@ -234,7 +234,7 @@ def test_held_out_metrics_are_those_of_a_model_that_holds_the_average(
         for name, value in zip(bank.names, average, strict=True):
             model.get_parameter(name).data.copy_(value)
     expected = held_out_loss(
-        of_rows(model, heads_of(model, ())[1]), trainer.tokens, 4, torch.device("cpu")
+        of_rows(model, heads_of(model)[1]), trainer.tokens, 4, torch.device("cpu")
     )
     assert scores["val/loss"] == pytest.approx(expected["loss"], abs=1e-9) and scores[
         "val/bits_per_byte"

@@ -293,7 +293,7 @@ def test_gradients_of_the_model_are_near_the_plain_ones_and_the_dose_shows_in_al
         *([{"fp8": {"where": "both", "gradient": form}}] for form in FORMATS),
     ):
         model = build(tiny(treatment), stirred=0.1)
-        of_rows(model, heads_of(model, ())[0])(batch(tiny()))[0].backward()
+        of_rows(model, heads_of(model)[0])(batch(tiny()))[0].backward()
         found.append([value.grad for value in model.parameters()])
     precise, wide = (
         [error(*pair) for pair in zip(ours, found[0], strict=True)] for ours in found[1:]
@@ -334,7 +334,7 @@ def test_a_model_compiles_as_one_graph_to_the_same_bits(tiny, build, batch, reco
         lambda f: f,
         lambda f: torch.compile(f, fullgraph=True, backend="aot_eager"),
     ):
-        loss, _ = compiled(of_rows(model, heads_of(model, recipe.objective)[0]))(batch(recipe))
+        loss, _ = compiled(of_rows(model, heads_of(model)[0]))(batch(recipe))
         loss.backward()
         seen.append([loss.detach(), *(value.grad for value in model.parameters())])
         model.zero_grad()

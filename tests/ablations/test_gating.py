@@ -133,7 +133,7 @@ def test_a_closed_gate_silences_the_branch_and_leaves_keys_and_values_alone(tiny
     gates(model)[0].data[:, 0] = -1000.0
     closed_logits, closed_cache = model.extend(tokens, None)
     for part in (0, 1):
-        assert torch.equal(closed_cache[0][part], open_cache[0][part])
+        assert torch.equal(closed_cache.blocks[0][part], open_cache.blocks[0][part])
     attention, x = model.blocks[0].attention, model.embedding(tokens)
     assert not attention(x, {})[0].any() and not torch.equal(closed_logits, open_logits)
 

@@ -47,7 +47,7 @@ def rates(recipe, build) -> dict[str, tuple[float, float]]:
 
 def stds(recipe) -> dict[str, float]:
     return {
-        name: recipe.parametrization.scales(one, recipe.model, "adam").std
+        name: recipe.parametrization.scales(name, one, recipe.model, "adam").std
         for name, one in params(plan_of(recipe))
         if one.fill is None
     }

@@ -12,7 +12,15 @@ from ablab.core.parts.position import Rope
 
 GAINS = ["channel", "scalar", "none"]
 PLACE = Where(
-    layer=1, layers=3, width=32, heads=4, kv_heads=2, head_dim=8, context=16, eps=1e-6
+    layer=1,
+    layers=3,
+    width=32,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    context=16,
+    vocab=64,
+    eps=1e-6,
 )
 
 

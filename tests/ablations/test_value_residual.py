@@ -28,7 +28,7 @@ def values_of(model, tokens):
             )
         )
     _, cache = model.extend(tokens, None)
-    return raw, [values.transpose(1, 2).detach().double().numpy() for _, values in cache]
+    return raw, [values.transpose(1, 2).detach().double().numpy() for _, values in cache.blocks]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_values_keep_the_activations_dtype(tiny, build, batch, name):
     model = build(tiny(form(name)), dtype=torch.bfloat16, stirred=0.1)
     logits, cache = model.extend(batch(tiny())[:, :-1], None)
     assert logits.dtype == torch.bfloat16 and all(
-        past[1].dtype == torch.bfloat16 for past in cache
+        past[1].dtype == torch.bfloat16 for past in cache.blocks
     )
 
 

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from ablab.core.errors import UserError
-from ablab.core.language.part import parse
+from ablab.core.language.parse import parse
 from ablab.core.recipe.intervention import REGISTRY
 from ablab.core.recipe.recipe import run_id
 

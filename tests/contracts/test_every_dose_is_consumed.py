@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ablab.core.errors import UserError
-from ablab.core.language.part import fields_of
+from ablab.core.language.parse import fields_of
 from ablab.core.recipe.intervention import REGISTRY
 from ablab.core.recipe.recipe import run_id
 

@@ -12,7 +12,8 @@ from typing import Any, get_origin
 import pytest
 
 from ablab.core.errors import UserError
-from ablab.core.language.part import Part, fields_of, parse
+from ablab.core.language.parse import fields_of, parse
+from ablab.core.language.part import Part
 from ablab.core.parts.schedule import Cosine
 from ablab.core.recipe.intervention import REGISTRY, resolve, treatment_of
 from ablab.core.recipe.load import assign

@@ -13,8 +13,9 @@ from torch._dynamo.testing import CompileCounter
 
 from ablab.core.data.tokens import Tokens
 from ablab.core.errors import UserError
-from ablab.core.language.part import fields_of, parse
-from ablab.core.model.objective import objective_of
+from ablab.core.language.parse import fields_of, parse
+from ablab.core.model.layers import StageModules
+from ablab.core.model.objective import heads_of, of_rows
 from ablab.core.recipe.edit import edit, put
 from ablab.core.recipe.intervention import REGISTRY, at
 from ablab.core.recipe.load import dump, read_yaml
@@ -216,14 +217,11 @@ def test_compiles_without_a_graph_break(arms, build, batch, variant):
 
 def loss_and_gradients(recipe, build, block, backend=None) -> dict[str, torch.Tensor]:
     torch._dynamo.reset()
-    model, objective = build(recipe, stirred=0.05), objective_of(recipe.objective)
-
-    def loss_of(block):
-        return objective(model(block[:, :-1]), block[:, 1:])[0]
-
-    loss = (torch.compile(loss_of, fullgraph=True, backend=backend) if backend else loss_of)(
-        block
-    )
+    model = build(recipe, stirred=0.05)
+    descend = of_rows(model, heads_of(model)[0])
+    if backend:
+        descend = torch.compile(descend, fullgraph=True, backend=backend)
+    loss, _ = descend(block)
     loss.backward()
     return {"loss": loss.detach()} | {
         name: value.grad for name, value in model.named_parameters() if value.grad is not None
@@ -316,9 +314,7 @@ def test_activations_stay_bfloat16(arms, build, batch, variant):
         return hook
 
     for name, module in model.named_modules():
-        if name != "embedding" and not isinstance(
-            module, torch.nn.ModuleList | torch.nn.ModuleDict
-        ):
+        if name != "embedding" and not isinstance(module, torch.nn.ModuleList | StageModules):
             module.register_forward_hook(look(name or "logits"))
     logits = model(batch(on)[:, :-1])
     assert logits.dtype == torch.bfloat16 and logits.isfinite().all() and not wide

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from ablab.core.errors import UserError
-from ablab.core.model.objective import objective_of
-from ablab.core.recipe.intervention import CHOICES, REGISTRY, at, dependents
+from ablab.core.model.objective import heads_of, of_rows
+from ablab.core.recipe.intervention import REGISTRY, at, dependents
 from ablab.core.recipe.recipe import run_id
+from ablab.core.recipe.slots import CHOICES
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.train.trainer import Trainer
 
@@ -93,8 +94,8 @@ def test_the_full_stack_compiled_by_inductor_equals_eager(full, build, batch):
     block = batch(recipe)
     for compiled in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, dynamic=False)):
         torch._dynamo.reset()
-        model, objective = build(recipe, stirred=0.02), objective_of(recipe.objective)
-        loss = compiled(lambda block: objective(model(block[:, :-1]), block[:, 1:])[0])(block)  # noqa: B023
+        model = build(recipe, stirred=0.02)
+        loss, _ = compiled(of_rows(model, heads_of(model)[0]))(block)
         loss.backward()
         found.append(
             {"loss": loss.detach()}

@@ -20,7 +20,7 @@ import typer
 from torch import Tensor
 
 from ablab.core.errors import UserError
-from ablab.core.language.part import near, parse
+from ablab.core.language.parse import near, parse
 from ablab.core.runtime.runtime import Runtime, settle
 from ablab.experiments.bench import timing
 from ablab.experiments.bench.kernels.attention import attention

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ablab.ablations.registry import discover
-from ablab.core.language.part import fields_of
+from ablab.core.language.parse import fields_of
 from ablab.core.parts.transforms import COEFFICIENTS, newton_schulz, split_blocks
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.train.trainer import Trainer

@@ -61,7 +61,9 @@ def evaluated(recipe, kernels: set[str]) -> dict[str, torch.Tensor]:
         recipe.data.vocab, (recipe.data.batch, recipe.data.context + 1), generator=draw
     )
     fuse.fuse_blocks(model, kernels)
-    descend, _ = (fuse.fused_heads if "loss" in kernels else heads_of)(model, recipe.objective)
+    descend, _ = (
+        fuse.fused_heads(model, recipe.objective) if "loss" in kernels else heads_of(model)
+    )
     loss, nats = of_rows(model, descend)(block)
     (loss / 7).backward()
     return {"loss": loss.detach(), "nats": nats} | {

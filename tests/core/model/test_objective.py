@@ -9,12 +9,19 @@ import torch
 
 from ablab.ablations.interventions.z_loss import ZLoss
 from ablab.core.data.tokens import Tokens
-from ablab.core.model.objective import objective_of, token_losses
+from ablab.core.model.layers import StageModule
+from ablab.core.model.objective import losses, token_losses
 from ablab.core.train.evaluate import held_out_loss
 
 
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def objective_of(*parts):
+    """(logits, targets) -> (loss to descend, cross-entropy to report), by stages that read nothing but logits."""
+    stages = [StageModule(part.build(where=None)) for part in parts]
+    return lambda logits, targets: losses(logits, logits, targets, lambda x: x, stages)
 
 
 def fp64_losses(logits, targets):
@@ -45,7 +52,7 @@ def test_bf16_logits_are_summed_in_fp32(case):
     nats = token_losses(logits, targets)
     assert nats.dtype == torch.float32
     assert np.abs(nats.double().numpy() - fp64_losses(logits, targets)).max() < 1e-5
-    descend, report = objective_of((ZLoss(1e-4),))(logits, targets)
+    descend, report = objective_of(ZLoss(1e-4))(logits, targets)
     assert descend.dtype == report.dtype == torch.float32
     assert abs(report.item() / fp64_losses(logits, targets).sum() - 1) < 1e-6
     lse = np.log(np.exp(logits.double().numpy()).sum(-1))
@@ -62,14 +69,14 @@ def test_huge_logits_lose_nothing():
 
 def test_the_gradient_is_softmax_minus_one_hot(case):
     logits, targets = case[0].requires_grad_(), case[1]
-    objective_of(())(logits, targets)[0].backward()
+    objective_of()(logits, targets)[0].backward()
     expected = logits.detach().double().softmax(-1) - torch.nn.functional.one_hot(targets, 50)
     assert (logits.grad - expected).abs().max() < 1e-6
 
 
 def test_the_z_loss_gradient_is_two_lambda_lse_times_softmax(case):
     logits, targets = case[0].requires_grad_(), case[1]
-    objective_of((ZLoss(0.3),))(logits, targets)[0].backward()
+    objective_of(ZLoss(0.3))(logits, targets)[0].backward()
     z = logits.detach().double()
     expected = z.softmax(-1) * (
         1 + 2 * 0.3 * z.logsumexp(-1, keepdim=True)
@@ -80,7 +87,7 @@ def test_the_z_loss_gradient_is_two_lambda_lse_times_softmax(case):
 def test_the_reported_cross_entropy_never_contains_a_penalty(case):
     descends, reports = zip(
         *(
-            objective_of(parts)(*case)
+            objective_of(*parts)(*case)
             for parts in ((), (ZLoss(0.0),), (ZLoss(0.5),), (ZLoss(0.5), ZLoss(0.5)))
         ),
         strict=True,

@@ -36,6 +36,7 @@ def place(**sizes) -> Where:
             "kv_heads": 4,
             "head_dim": 8,
             "context": 16,
+            "vocab": 64,
             "eps": 1e-6,
         }
         | sizes

@@ -133,7 +133,7 @@ def test_a_narrow_terminal_leaves_columns_out_and_says_so_but_cuts_no_name_or_nu
 def test_show_prints_a_recipe_that_reads_back_as_the_same_run(ablab):
     import yaml
 
-    from ablab.core.language.part import parse
+    from ablab.core.language.parse import parse
     from ablab.core.recipe.recipe import Recipe, run_id
 
     out = ablab("show", "grid.yaml", "--cell", "- qk_norm").out
@@ -170,7 +170,7 @@ def test_show_diff_prints_what_differs_and_nothing_else(ablab):
 def test_show_counts_parameters_as_the_model_has_them(ablab, build):
     import yaml
 
-    from ablab.core.language.part import parse
+    from ablab.core.language.parse import parse
     from ablab.core.recipe.recipe import Recipe
 
     out = ablab("show", "grid.yaml").out

@@ -1,0 +1,202 @@
+"""The slots of a recipe, one row each.  Whatever knows of slots reads this table:
+
+    the checks of a recipe (recipe.py), clashes between interventions and the paths that they may claim
+    (intervention.py), what an identity leaves out (recipe.py), the stages of a plan (core/model/plan.py).
+
+A slot is a field of the recipe and a row here; the place where its stages run is a line of core/model/transformer.py.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from typing import Any
+
+from ablab.core.errors import UserError
+from ablab.core.language.declare import Stage, Where
+from ablab.core.language.part import Asked, Part
+from ablab.core.recipe.asks import (
+    Advances,
+    Builds,
+    MayBuild,
+    Moves,
+    Multiplies,
+    Parametrizes,
+    Schedules,
+)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for parts.
+
+    path: dotted, from the recipe; `*` stands for each key of a mapping.
+    asks: the Protocol that a part must satisfy.
+    many: ordered parts, any number; else exactly one, and two interventions that choose it clash.
+    signature: of the stage's function, or of the method asked where there is no stage.
+    silent: at its default, or empty, it is left out of the identity; so is every slot that came after the first runs.
+    keeps_state: its parts keep tensors by their kind, so that no kind may stand there twice.
+    """
+
+    path: str
+    asks: Any
+    many: bool
+    signature: str
+    silent: bool = False
+    keeps_state: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...] | None:
+        """The positional inputs of the stage's function, by name; None where parts build no stage."""
+        if self.asks not in (Builds, MayBuild):
+            return None
+        given, _, _ = self.signature.partition(" -> ")
+        without_shapes = re.sub(r"\[.*?\]", "", given)
+        return tuple(word.split()[0] for word in without_shapes.split(","))
+
+    def covers(self, path: str) -> bool:
+        """Whether `path` is the slot, or holds it."""
+        own, other = self.path.split("."), path.split(".")
+        return len(other) <= len(own) and all(
+            mine in (key, "*") for mine, key in zip(own, other, strict=False)
+        )
+
+    def refusal(self, path: str, part: Asked) -> str:
+        """Why the part cannot stand there, or ''."""
+        if not (lacking := _lacking(part, self.asks)):
+            return ""
+        fit = sorted(kind for kind, one in Part.known.items() if not _lacking(one, self.asks))
+        return (
+            f"{path} cannot hold {part.kind!r}, which has no {lacking}(); "
+            f"parts that have one: {', '.join(fit)}"
+        )
+
+    def stage(self, part: Any, where: Where) -> Stage | None:
+        """What the part builds there.  Raises UserError for a stage that is made for another slot."""
+        if said := self.refusal(self.path, part):
+            raise UserError(said)
+        stage: Stage | None = part.build(where)
+        if stage is not None and self.inputs is not None:
+            taken = _positional(stage)
+            if not _fits(taken, len(self.inputs)):
+                raise UserError(
+                    f"{self.path} cannot hold {part.kind!r}: its stage takes "
+                    f"{', '.join(one.name for one in taken) or 'nothing'}, and the slot gives "
+                    f"{', '.join(self.inputs)}; choose a part that is made for this slot"
+                )
+        return stage
+
+
+MANY = True
+ONE = False
+
+SLOTS = (
+    Slot(
+        "model.on_embedding",
+        MayBuild,
+        MANY,
+        "x [B,T,W], tokens [B,T], carry -> x, carry",
+        silent=True,
+    ),
+    Slot(
+        "model.on_block",
+        MayBuild,
+        MANY,
+        "x [B,T,W], carry -> x, carry",
+        silent=True,
+    ),
+    Slot(
+        "model.block",
+        Builds,
+        ONE,
+        "x [B,T,W], carry, attention, ffn -> x, carry",
+        silent=True,
+    ),
+    Slot("model.on_norm", MayBuild, MANY, "x [B,T,W] -> x"),
+    Slot("model.attention.on_qk", MayBuild, MANY, "q [B,T,H,D], k [B,T,KV,D] -> q, k"),
+    Slot("model.attention.position", Builds, ONE, "q [B,T,H,D], k [B,T,KV,D], start -> q, k"),
+    Slot("model.attention.on_values", MayBuild, MANY, "v [B,T,KV,D], carry -> v, carry"),
+    Slot(
+        "model.attention.mix",
+        Builds,
+        ONE,
+        "q [B,H,T,D], k [B,KV,S,D], v [B,KV,S,D], carry, start -> y [B,H,T,D]",
+        silent=True,
+    ),
+    Slot("model.attention.on_heads", MayBuild, MANY, "y [B,T,H,D], x [B,T,W] -> y"),
+    Slot("model.ffn", Builds, ONE, "x [B,T,W] -> x"),
+    Slot(
+        "model.on_features",
+        MayBuild,
+        MANY,
+        "x [B,T,W], carry -> x",
+        silent=True,
+    ),
+    Slot("model.on_logits", MayBuild, MANY, "logits [B,T,V] -> logits"),
+    Slot("model.products", Multiplies, MANY, "path, linear -> product of (x, weight), or None"),
+    Slot(
+        "objective",
+        MayBuild,
+        MANY,
+        "features [B,T,W], logits [B,T,V], targets [B,T], read -> nats, their sum",
+    ),
+    Slot("parametrization", Parametrizes, ONE, "name, param, model, rule -> scales"),
+    Slot(
+        "optim.chains.*.steps",
+        Moves,
+        MANY,
+        "update [N,*shape], weight [N,*shape], state, bank, now -> update, state",
+        keeps_state=True,
+    ),
+    Slot("schedule", Schedules, ONE, "t, steps -> factor on the learning rate"),
+    Slot("after_step", Advances, MANY, "state, weights, t, steps", keeps_state=True),
+)
+CHOICES = tuple(slot.path for slot in SLOTS if not slot.many)
+
+
+def slot_at(path: str) -> Slot:
+    return next(slot for slot in SLOTS if slot.path == path)
+
+
+def held(recipe: Any) -> Iterator[tuple[Slot, str, tuple[Any, ...]]]:
+    """Each slot of a recipe: its row, its path with the key in the place of a `*`, and the parts in it."""
+    for slot in SLOTS:
+        for path, value in _found(recipe, slot.path.split("."), ()):
+            yield slot, path, value if slot.many else (value,)
+
+
+def _found(tree: Any, keys: list[str], seen: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    if not keys:
+        yield ".".join(seen), tree
+    elif keys[0] == "*":
+        for key, item in tree.items():
+            yield from _found(item, keys[1:], (*seen, key))
+    else:
+        yield from _found(getattr(tree, keys[0]), keys[1:], (*seen, keys[0]))
+
+
+def _lacking(part: Any, asks: type) -> str:
+    """The first member of the Protocol that a part, or a class of parts, has not; '' where it has all."""
+    asked = [name for one in asks.__mro__ if one is not object for name in _members(one)]
+    return next((name for name in asked if not hasattr(part, name)), "")
+
+
+def _members(protocol: type) -> list[str]:
+    return [name for name in vars(protocol) if not name.startswith("_")]
+
+
+def _positional(stage: Stage) -> list[Parameter]:
+    """What the function is called with besides the bound values."""
+    positional = (
+        Parameter.POSITIONAL_ONLY,
+        Parameter.POSITIONAL_OR_KEYWORD,
+        Parameter.VAR_POSITIONAL,
+    )
+    named = signature(stage.function).parameters.values()
+    return [one for one in named if one.kind in positional and one.name not in stage.bound]
+
+
+def _fits(taken: list[Parameter], given: int) -> bool:
+    single = [one for one in taken if one.kind is not Parameter.VAR_POSITIONAL]
+    needed = [one for one in single if one.default is Parameter.empty]
+    return len(needed) <= given and (given <= len(single) or len(single) < len(taken))
