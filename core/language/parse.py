@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -94,6 +94,14 @@ def fields_of(cls: Any) -> dict[str, Any]:
     """Name -> type of the fields that a user may set."""
     hints = _hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def paths_of(cls: Any, path: str = "") -> Iterator[str]:
+    """Dotted names of all fields that a user may set, through the dataclasses below; parts and mappings are leaves."""
+    for name, hint in fields_of(cls).items():
+        yield join(path, name)
+        if dataclasses.is_dataclass(hint):
+            yield from paths_of(hint, join(path, name))
 
 
 _hint_cache: dict[type, dict[str, Any]] = {}

@@ -7,16 +7,16 @@
 A registered class is a frozen dataclass whose fields are its *dose*; it may also be the part that it puts into a slot.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, dataclass_transform
+from typing import Any, Protocol
 
 from ablab.core.errors import UserError
-from ablab.core.language.parse import near, parse
-from ablab.core.language.part import part
+from ablab.core.language.parse import near, parse, paths_of
+from ablab.core.language.part import Cls, part, refuse_namesake
 from ablab.core.recipe.edit import at
 from ablab.core.recipe.recipe import Recipe, check
-from ablab.core.recipe.slots import CHOICES
+from ablab.core.recipe.slots import CHOICES, SLOTS
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ class Intervention(Protocol):
 REGISTRY: dict[str, type[Intervention]] = {}
 
 
-@dataclass_transform(frozen_default=True)
 def register(
     name: str,
     *,
@@ -57,33 +56,44 @@ def register(
     requires: tuple[str, ...] = (),
     excludes: tuple[str, ...] = (),
     crosses_late: bool = False,
-):
-    def decorate(cls):
-        if (taken := REGISTRY.get(name)) and (taken.__module__, taken.__qualname__) != (
-            cls.__module__,
-            cls.__qualname__,
-        ):
-            raise UserError(
-                f"two interventions are called {name!r}: {taken.__module__} and {cls.__module__}; rename one"
-            )
-        summary = (cls.__doc__ or "no description").strip().splitlines()[0]
-        cls = part(name)(cls)
-        cls.about = About(
-            name,
-            off,
-            source,
-            slots,
-            order,
-            neutral_at_init,
-            requires,
-            excludes,
-            crosses_late,
-            summary,
+) -> Callable[[Cls], Cls]:
+    """Make a class an intervention: a part of that kind, whose fields are its dose, in the REGISTRY with what is said of it.
+
+    Raises UserError for a name that is taken and for a slot that no recipe has.
+    """
+    for path in slots:
+        _refuse_unknown_slot(name, path)
+
+    def decorate(cls: Cls) -> Cls:
+        refuse_namesake("interventions", name, REGISTRY.get(name), cls)
+        made: Any = part(name)(cls)
+        made.about = About(
+            name=name,
+            off=off,
+            source=source,
+            slots=slots,
+            order=order,
+            neutral_at_init=neutral_at_init,
+            requires=requires,
+            excludes=excludes,
+            crosses_late=crosses_late,
+            summary=(cls.__doc__ or "no description").strip().splitlines()[0],
         )
-        REGISTRY[name] = cls
-        return cls
+        REGISTRY[name] = made
+        return made
 
     return decorate
+
+
+def _refuse_unknown_slot(name: str, path: str) -> None:
+    """A slot, a holder of slots such as optim.chains.hidden, or a setting such as optim.clip may be claimed."""
+    settings = set(paths_of(Recipe))
+    if path not in settings and not any(slot.covers(path) for slot in SLOTS):
+        known = [*settings, *(slot.path for slot in SLOTS)]
+        raise UserError(
+            f"intervention {name!r} claims {path!r}, which no recipe has. {near(path, known)}"
+            f"Slots: {', '.join(slot.path for slot in SLOTS)}"
+        )
 
 
 Treatment = Mapping[str, Intervention]  # name -> dose; the empty treatment is the base recipe

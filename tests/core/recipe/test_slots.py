@@ -1,0 +1,188 @@
+"""The table of slots against the types of a recipe, and what follows from it."""
+
+import hashlib
+from dataclasses import dataclass, field, is_dataclass, replace
+from typing import Any, get_args, get_origin
+
+import pytest
+
+from ablab.core.errors import UserError
+from ablab.core.language.declare import Param, Stage, params
+from ablab.core.language.parse import fields_of, parse
+from ablab.core.language.part import Asked, Part
+from ablab.core.model.plan import plan_of
+from ablab.core.recipe.edit import append, at, edit, put
+from ablab.core.recipe.intervention import register, resolve
+from ablab.core.recipe.load import assign
+from ablab.core.recipe.recipe import Recipe, check, plain, run_id
+from ablab.core.recipe.slots import CHOICES, SLOTS, held, slot_at
+from ablab.experiments.plan.experiment import load
+
+BUILDING = [slot for slot in SLOTS if slot.inputs is not None]
+
+
+def slots_in(cls: Any, path: str = ""):
+    """(path, Protocol, many) of each field of a recipe that holds parts, by its type."""
+    for name, hint in fields_of(cls).items():
+        here = f"{path}{name}"
+        options = get_args(hint)
+        if get_origin(hint) is dict:
+            yield from slots_in(options[1], f"{here}.*.")
+        elif is_dataclass(hint):
+            yield from slots_in(hint, f"{here}.")
+        elif get_origin(hint) is tuple and Asked in options[0].__mro__:
+            yield here, options[0], True
+        elif isinstance(hint, type) and Asked in hint.__mro__:
+            yield here, hint, False
+
+
+def test_the_table_and_the_types_of_a_recipe_say_the_same():
+    rows = {(slot.path, slot.asks, slot.many) for slot in SLOTS}
+    assert rows == set(slots_in(Recipe)) and len(rows) == len(SLOTS)
+
+
+def test_the_choices_are_the_slots_that_hold_one():
+    assert set(CHOICES) >= {"model.block", "model.attention.mix", "model.ffn", "schedule"}
+    assert not set(CHOICES) & {slot.path for slot in SLOTS if slot.many}
+
+
+def test_every_part_of_a_recipe_is_found_with_its_path(tiny):
+    found = {path: parts for _, path, parts in held(tiny(["gating", "muon"]))}
+    assert [part.kind for part in found["model.attention.on_heads"]] == ["gating"]
+    assert [part.kind for part in found["model.block"]] == ["residual"]
+    kinds = [part.kind for part in found["optim.chains.hidden.steps"]]
+    assert kinds == ["momentum", "orthogonalize", "decay"]
+
+
+# ---- identity ----
+
+IDENTITIES = {  # of each shipped sheet: sha256 of the run ids of its cells, as they were before the later slots
+    "aa_tiny": "31a37965858a580b",
+    "add_one_70m": "616b195717e44655",
+    "loo_70m": "ca88620bd9e5b995",
+    "lr_70m": "ca88620bd9e5b995",
+    "lr_width_70m": "26197d3953b26355",
+    "lr_width_tiny": "162e99ec4bd044e6",
+    "quickstart": "55491c8e6a301aa0",
+}
+
+
+@pytest.mark.parametrize("sheet", IDENTITIES)
+def test_a_slot_that_a_shipped_sheet_does_not_use_renames_none_of_its_runs(sheet):
+    experiment = load(sheet, {})
+    names = []
+    for cell in experiment.cells:
+        recipe = resolve(experiment.base, cell.treatment)
+        names.append(run_id(replace(recipe, data=replace(recipe.data, digest=None))))
+    assert hashlib.sha256(" ".join(names).encode()).hexdigest()[:16] == IDENTITIES[sheet]
+
+
+def test_a_choice_written_out_at_its_default_is_the_same_run(tiny):
+    written = assign(assign(tiny(), "model.block", "residual"), "model.attention.mix", "causal")
+    assert written == tiny() and run_id(written) == run_id(tiny())
+    assert parse(Recipe, plain(written), "") == tiny()
+
+
+@dataclass(frozen=True)
+class Sized(Part):
+    """With a dose of its own, and a dataclass in it."""
+
+    size: int = 3
+    kind: str = field(default="sized", init=False)
+
+    def build(self, where):
+        return Stage(lambda q, k, v, carry, start: q)
+
+
+def test_another_choice_and_another_dose_of_it_are_other_runs(tiny):
+    names = {
+        run_id(edit(tiny(), "model.attention.mix", put(part)))
+        for part in (at(tiny(), "model.attention.mix"), Sized(), Sized(4))
+    }
+    assert len(names) == 3
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("slot", "kind", "takes", "gives"),
+    [
+        ("model.ffn", "rope", "q, k, start", "x"),
+        ("model.block", "swiglu", "x", "x, carry, attention, ffn"),
+        ("model.attention.mix", "rope", "q, k, start", "q, k, v, carry, start"),
+        ("model.attention.position", "causal", "q, k, v, carry, start", "q, k, start"),
+    ],
+)
+def test_a_choice_that_is_made_for_another_slot_is_refused_when_it_is_planned(
+    tiny, slot, kind, takes, gives
+):
+    with pytest.raises(UserError) as refusal:
+        plan_of(check(assign(tiny(), slot, kind)))
+    said = f"{slot} cannot hold '{kind}': its stage takes {takes}, and the slot gives {gives};"
+    assert str(refusal.value).startswith(said) and "\n" not in str(refusal.value)
+
+
+def test_so_is_one_of_many(tiny):
+    with pytest.raises(UserError, match="objective cannot hold 'soft_cap': its stage takes logits"):
+        plan_of(check(assign(tiny(), "objective", ["soft_cap"])))
+
+
+@pytest.mark.parametrize("slot", SLOTS, ids=lambda slot: slot.path)
+def test_a_part_without_the_method_asked_is_refused_when_the_recipe_is_checked(tiny, slot):
+    """Sgd builds nothing, Rope moves nothing."""
+    stranger = {"kind": "rope"} if slot.inputs is None else {"kind": "sgd"}
+    path = slot.path.replace("*", "gate")
+    wrong = assign(tiny(), path, [stranger] if slot.many else stranger)
+    with pytest.raises(UserError, match=rf"^{path} cannot hold '{stranger['kind']}', which has no"):
+        check(wrong)
+
+
+def test_a_choice_that_builds_nothing_is_refused(tiny):
+    nothing = assign(tiny(), "model.ffn", "ln_scaling")  # in layer 0
+    with pytest.raises(UserError, match="model.ffn=ln_scaling builds nothing"):
+        plan_of(check(nothing))
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("model.attention.on_head", "Did you mean 'model.attention.on_heads'"),
+        ("model.feedforward", ""),
+        ("optim.chains.hidden.step", "Did you mean"),
+    ],
+)
+def test_an_intervention_that_claims_no_place_of_a_recipe_is_refused(path, near):
+    with pytest.raises(UserError, match=f"claims '{path}', which no recipe has.*{near}"):
+        register("unplaced", off="nothing", source="nobody", slots=(path,))
+
+
+# ---- the plan follows ----
+
+
+@dataclass(frozen=True)
+class Probe(Part):
+    """Builds a stage with as many inputs as the slot gives; its parameter shows where it stands."""
+
+    count: int
+    kind: str = field(default="probe", init=False)
+
+    def build(self, where):
+        names = ", ".join(f"a{i}" for i in range(self.count))
+        return Stage(eval(f"lambda {names}, *, mark: a0"), mark=Param((1,), "vector", fill=1.0))
+
+
+@pytest.mark.parametrize("slot", BUILDING, ids=lambda slot: slot.path)
+def test_what_stands_in_a_slot_stands_in_the_plan_under_the_slots_own_name(tiny, slot):
+    probe = Probe(len(slot.inputs))
+    recipe = edit(tiny(), slot.path, append(probe) if slot.many else put(probe))
+    marks = [name for name, _ in params(plan_of(check(recipe))) if name.endswith("mark")]
+    assert marks and len(marks) in (1, 3, 6)  # outside, in each block, at both of its norms
+    field_name = {"ffn": "inner"}.get(slot.path.split(".")[-1], slot.path.split(".")[-1])
+    assert all(field_name in name.split(".") for name in marks)
+
+
+def test_the_signature_names_the_inputs():
+    assert slot_at("model.attention.mix").inputs == ("q", "k", "v", "carry", "start")
+    assert slot_at("model.on_embedding").inputs == ("x", "tokens", "carry")
+    assert slot_at("schedule").inputs is None
