@@ -26,7 +26,7 @@ from ablab.core.errors import UserError
 from ablab.core.recipe.recipe import run_id
 from ablab.core.store.record import FINISHED, Record, Result, Store
 from ablab.experiments.bench.random_tokens import experiment_on_random_tokens
-from ablab.experiments.plan.experiment import Experiment, Run
+from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.run.progress import Quiet
 from ablab.experiments.run.runner import execute
 
@@ -61,13 +61,13 @@ class Observer(Quiet):
             [],
         )
 
-    def started(self, run: Run) -> None:
+    def started(self, run: PlannedRun) -> None:
         self.began[run.id] = time.perf_counter() - self.called
 
-    def logged(self, run: Run, step: int, scalars: dict[str, float]) -> None:
+    def logged(self, run: PlannedRun, step: int, scalars: dict[str, float]) -> None:
         self.first.setdefault(run.id, time.perf_counter() - self.called)
 
-    def finished(self, run: Run, result: Result) -> None:
+    def finished(self, run: PlannedRun, result: Result) -> None:
         if result.status != FINISHED:
             raise UserError(
                 f"cell {run.cell!r} of the grid ended {result.status}: {result.error}; a benchmark needs all of them"
@@ -178,13 +178,13 @@ def _probe(
     return watcher.times(store)[0], rate
 
 
-def _runs(experiment: Experiment, count: int, tokens: float) -> list[Run]:
+def _runs(experiment: Experiment, count: int, tokens: float) -> list[PlannedRun]:
     """The first `count` runs, seed 0 of every cell before seed 1, each of so many tokens, but no fewer than the schedule's warm-up."""
     runs = experiment.runs(range(math.ceil(count / len(experiment.cells))))[:count]
     return [_of_length(run, tokens) for run in runs]
 
 
-def _of_length(run: Run, tokens: float) -> Run:
+def _of_length(run: PlannedRun, tokens: float) -> PlannedRun:
     recipe = run.recipe
     fewest = max(PROBE, getattr(recipe.schedule, "warmup_steps", 0) or 0)
     steps = max(round(tokens / recipe.tokens_per_step), fewest)

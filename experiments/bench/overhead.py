@@ -24,6 +24,7 @@ from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.files import write_atomically
 from ablab.core.store.record import FINISHED, Result, Store
 from ablab.experiments.plan.experiment import Experiment, load
+from ablab.experiments.run.messages import Logged
 from ablab.experiments.run.progress import Quiet
 
 SEEDS = 834  # with the 12 cells of quickstart: 10,008 runs
@@ -184,7 +185,7 @@ def _tracking(store: Store, count: int = 2000) -> float:
     def log() -> None:
         for step in range(count):
             record.log(step, scalars, pace)
-            theirs.send(("log", (step, scalars | pace, 12.3)))
+            theirs.send(Logged(step, scalars | pace, 12.3))
 
     seconds = timed(log) / count / LOG_EVERY
     reader.join()

@@ -11,7 +11,8 @@ from ablab.core.errors import UserError
 from ablab.core.language.parse import near
 from ablab.core.recipe.load import CONFIGS
 from ablab.core.recipe.recipe import Data
-from ablab.experiments.plan.experiment import Experiment, catalog, load
+from ablab.experiments.plan.experiment import Experiment, load
+from ablab.experiments.plan.sheets import catalog
 
 NAME, TRAIN = "random", 4_000_000  # tokens, or 20 steps if that is more; epochs differ in order
 DIGEST = "00000000" + "4a11d0f5"  # a label: these tokens are never compared with others

@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +55,7 @@ def list_(plugins: Plugins = None, as_json: Json = False) -> None:
     """Interventions and experiments, a line each."""
     from ablab.ablations.registry import discover
     from ablab.core.recipe.load import read_yaml
-    from ablab.experiments.plan.experiment import catalog
+    from ablab.experiments.plan.sheets import catalog
 
     interventions = [
         {"name": name, "summary": one.about.summary, "off": one.about.off}
@@ -145,14 +146,16 @@ def run(
         raise UserError(
             f"{experiment.name} names no seeds; write seeds: [0, 1, 2], or give --seeds 0-2"
         )
-    from ablab.experiments.plan.experiment import chosen
+    from ablab.experiments.plan.selection import chosen
 
     picked = chosen(runs, only or [])
     if dry_run:
         from ablab.experiments.run.forecast import forecast, show_forecast
 
         found = forecast(experiment, picked, where, jobs)
-        return typer.echo(json.dumps(found, indent=1)) if as_json else show_forecast(found)
+        return (
+            typer.echo(json.dumps(asdict(found), indent=1)) if as_json else show_forecast(found)
+        )
     from ablab.experiments.cli.printing import show_outcome
     from ablab.experiments.run.progress import watcher
     from ablab.experiments.run.runner import execute
@@ -222,7 +225,7 @@ def report(
     """The verdict table; writes report.md, a forest plot and the loss curves into STORE/reports/NAME."""
     from ablab.core.language.parse import near
     from ablab.experiments.cli.printing import show_report
-    from ablab.experiments.plan.experiment import catalog
+    from ablab.experiments.plan.sheets import catalog
 
     where = _store(store)
     held = list(

@@ -1,111 +1,141 @@
 """What a grid would cost, before anything runs.  No torch here."""
 
-from typing import Any
+from dataclasses import dataclass
 
 import typer
 
 from ablab.core.errors import UserError
 from ablab.core.model.cost import cost_of
+from ablab.core.recipe.recipe import Recipe
+from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.record import FINISHED, RETRY, Result, Store
 from ablab.experiments.cli.printing import count
-from ablab.experiments.plan.experiment import Experiment, Run
-from ablab.experiments.run.runner import default_jobs, gpus_for
+from ablab.experiments.plan.experiment import Experiment, PlannedRun
+from ablab.experiments.run.capacity import default_jobs, gpus_for, training_at_once
+from ablab.experiments.run.progress import duration
 
-GUESS = {
-    "cpu": 1.5e10,
-    "gpu": 2.5e14,
-}  # FLOP/s of one worker while nothing of the experiment has been measured
+# FLOP/s of one worker while nothing of the experiment has been measured
+GUESS_CPU = 1.5e10
+GUESS_GPU = 2.5e14
+
+LIMIT = 200  # rows printed; --json prints them all
+
+
+@dataclass(frozen=True)
+class ForecastRow:
+    cell: str
+    seed: int
+    run: str
+    state: str  # of its result, or "missing"
+    parameters: int
+    flops: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is planned (rows, runs) and what of it is missing: tokens, FLOPs, and seconds with `jobs` workers."""
+
+    experiment: str
+    rows: list[ForecastRow]
+    runs: int
+    missing: int
+    jobs: int
+    tokens: int
+    flops: int
+    seconds: float
+    rate: str  # "measured" or "guessed"
 
 
 def forecast(
-    experiment: Experiment, runs: list[Run], store: Store, jobs: int | None
-) -> dict[str, Any]:
-    """Cells, identities, state, parameters, FLOPs, and seconds of training: measured where this store has runs to go by."""
+    experiment: Experiment, runs: list[PlannedRun], store: Store, jobs: int | None
+) -> Forecast:
+    """Seconds go by the pace of the runs that this store holds, or by a guess where it holds none."""
+    runtime = experiment.sheet.runtime
     unique = {run.id: run for run in runs}
     results = {id: _peek(store, id) for id in unique}
-    pending = [
-        run for id, run in unique.items() if not results[id] or results[id].status in RETRY
-    ]
-    flops = {
-        id: cost_of(run.recipe).flops_per_token * run.recipe.steps * run.recipe.tokens_per_step
-        for id, run in unique.items()
-    }
-    finished = [
-        id
-        for id, result in results.items()
-        if result and result.status == FINISHED and result.seconds
-    ]
-    rate = (
-        sum(flops[id] for id in finished) / sum(results[id].seconds for id in finished)
-        if finished
-        else _guess(experiment)
+    flops = {id: _flops(run.recipe) for id, run in unique.items()}
+    measured = _measured_rate(results, flops)
+    rate = measured or _guessed_rate(runtime)
+    missing = [run for id, run in unique.items() if _is_missing(results[id])]
+    jobs = jobs or default_jobs(runtime)
+    workers = max(min(training_at_once(runtime, jobs), len(missing)), 1)
+    flops_to_do = sum(flops[run.id] for run in missing)
+    return Forecast(
+        experiment=experiment.name,
+        rows=[_row(run, results[run.id], flops[run.id], rate) for run in runs],
+        runs=len(unique),
+        missing=len(missing),
+        jobs=jobs,
+        tokens=sum(_tokens(run.recipe) for run in missing),
+        flops=flops_to_do,
+        seconds=flops_to_do / rate / workers,
+        rate="measured" if measured else "guessed",
     )
-    jobs, gpus = (
-        jobs or default_jobs(experiment.sheet.runtime),
-        len(gpus_for(experiment.sheet.runtime)),
-    )
-    rows = [_row(run, results[run.id], flops[run.id], rate) for run in runs]
-    at_once = min(jobs, gpus) if gpus and experiment.sheet.runtime.turns else jobs
-    seconds = sum(flops[run.id] for run in pending) / rate / max(min(at_once, len(pending)), 1)
-    return {
-        "experiment": experiment.name,
-        "rows": rows,
-        "runs": len(unique),
-        "missing": len(pending),
-        "jobs": jobs,
-        "tokens": sum(run.recipe.steps * run.recipe.tokens_per_step for run in pending),
-        "flops": sum(flops[run.id] for run in pending),
-        "seconds": seconds,
-        "rate": "measured" if finished else "guessed",
-    }
 
 
 def _peek(store: Store, id: str) -> Result | None:
+    """A damaged result counts as none; the run itself will name it."""
     try:
         return store.run(id).result()
     except UserError:
         return None
 
 
-def _guess(experiment: Experiment) -> float:
-    return GUESS["gpu" if gpus_for(experiment.sheet.runtime) else "cpu"]
+def _is_missing(result: Result | None) -> bool:
+    return result is None or result.status in RETRY
 
 
-def _row(run: Run, result: Result | None, flops: int, rate: float) -> dict[str, Any]:
-    return {
-        "cell": run.cell,
-        "seed": run.recipe.seed,
-        "run": run.id,
-        "state": result.status if result else "missing",
-        "parameters": cost_of(run.recipe).parameters,
-        "flops": flops,
-        "seconds": flops / rate,
+def _tokens(recipe: Recipe) -> int:
+    return recipe.steps * recipe.tokens_per_step
+
+
+def _flops(recipe: Recipe) -> int:
+    return cost_of(recipe).flops_per_token * _tokens(recipe)
+
+
+def _measured_rate(results: dict[str, Result | None], flops: dict[str, int]) -> float | None:
+    """FLOP/s over the runs that have finished; None where none has."""
+    seconds = {
+        id: result.seconds
+        for id, result in results.items()
+        if result and result.status == FINISHED and result.seconds
     }
+    if not seconds:
+        return None
+    return sum(flops[id] for id in seconds) / sum(seconds.values())
 
 
-LIMIT = 200  # rows printed; --json prints them all
+def _guessed_rate(runtime: Runtime) -> float:
+    return GUESS_GPU if gpus_for(runtime) else GUESS_CPU
 
 
-def show_forecast(found: dict[str, Any]) -> None:
-    rows = found["rows"]
-    width = max(len(row["cell"]) for row in rows)
+def _row(run: PlannedRun, result: Result | None, flops: int, rate: float) -> ForecastRow:
+    return ForecastRow(
+        cell=run.cell,
+        seed=run.recipe.seed,
+        run=run.id,
+        state=result.status if result else "missing",
+        parameters=cost_of(run.recipe).parameters,
+        flops=flops,
+        seconds=flops / rate,
+    )
+
+
+# -- showing it --------------------------------------------------------------------------------------------------------
+def show_forecast(found: Forecast) -> None:
+    width = max(len(row.cell) for row in found.rows)
     typer.echo(
         f"{'cell':<{width}}  seed  run               state         params      FLOPs     time"
     )
-    for row in rows[:LIMIT]:
-        typer.echo(
-            f"{row['cell']:<{width}}  {row['seed']:>4}  {row['run']}  {row['state']:<12}  {count(row['parameters']):>8}  "
-            f"{row['flops']:.2e}  {duration(row['seconds']):>7}"
-        )
-    if len(rows) > LIMIT:
-        typer.echo(f"... and {len(rows) - LIMIT:,} more (--json prints all)")
+    for row in found.rows[:LIMIT]:
+        identity = f"{row.cell:<{width}}  {row.seed:>4}  {row.run}  {row.state:<12}"
+        cost = f"{count(row.parameters):>8}  {row.flops:.2e}  {duration(row.seconds):>7}"
+        typer.echo(f"{identity}  {cost}")
+    if len(found.rows) > LIMIT:
+        typer.echo(f"... and {len(found.rows) - LIMIT:,} more (--json prints all)")
+    work = f"{found.tokens / 1e6:,.1f} M tokens, {found.flops:.2e} FLOPs"
+    time = f"about {duration(found.seconds)} with {found.jobs} at a time ({found.rate} rate)"
     typer.echo(
-        f"\n{found['experiment']}: {found['runs']:,} runs, {found['missing']:,} missing: {found['tokens'] / 1e6:,.1f} M tokens, "
-        f"{found['flops']:.2e} FLOPs, about {duration(found['seconds'])} with {found['jobs']} at a time ({found['rate']} rate)"
+        f"\n{found.experiment}: {found.runs:,} runs, {found.missing:,} missing: {work}, {time}"
     )
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,33 +1,44 @@
-"""Worker processes: started, handed jobs, listened to, replaced when they die.
-
-What a worker says:     ready                          it may be given a job
-    of its job          began, log, warning            and it goes on
-                        busy                           another process holds the run: it is asked for again a second later
-                        traced, done, found, refused   the answer; `found`: another process trained it
-"""
+"""Worker processes of this machine: started, handed jobs, listened to, replaced when they die."""
 
 import multiprocessing
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import chain
 from multiprocessing import resource_tracker
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar
 
 from ablab.core.errors import UserError
 from ablab.core.store.record import FAILED, Record, Result
-from ablab.experiments.run.worker import Job, serve
+from ablab.experiments.run.executor import Listener, Task
+from ablab.experiments.run.messages import (
+    Began,
+    Busy,
+    Done,
+    Job,
+    Logged,
+    Message,
+    Order,
+    Ready,
+    Stop,
+    TraceJob,
+    TrainJob,
+    Warned,
+)
+from ablab.experiments.run.worker import serve
 
-Task = TypeVar("Task")
-Heard = Callable[[str, Job, Any], Iterable[Task]]  # a message -> tasks that may begin now
 PATIENCE = 1.0  # seconds before a run that another process holds is asked for again
+SECONDS_TO_TIDY = 3.0  # that an idle worker has between the end of its pipe and its own
+CONTEXT = multiprocessing.get_context("spawn")
 
 
-class Workers:
-    """Up to `count` processes, started as work comes.
+class LocalProcesses:
+    """Up to `count` processes, started as work comes: an Executor.
 
     gpus: one of these each, in rotation; empty: all see what we see.  turns: likewise, files to lock while training;
     empty: all train at once.
@@ -37,150 +48,173 @@ class Workers:
         self,
         count: int,
         plugins: Iterable[str] = (),
-        gpus: Iterable[str] = (),
-        turns: Iterable[Path] = (),
+        gpus: Sequence[str] = (),
+        turns: Sequence[Path] = (),
     ):
-        self.count, self.plugins, self.gpus, self.turns = (
-            count,
-            list(plugins),
-            list(gpus),
-            list(turns),
-        )
-        self.context = multiprocessing.get_context("spawn")
-        self.processes: dict[Any, Any] = {}  # pipe -> process
-        self.idle: list[Any] = []  # pipes of workers that are ready and hold nothing
-        self.holds: dict[Any, Job] = {}  # pipe -> the job in hand
+        self.count = count
+        self.plugins = list(plugins)
+        self.gpus = gpus
+        self.turns = turns
+        self.workers: list[WorkerProcess] = []
+        self.idle: list[WorkerProcess] = []  # ready, with nothing in hand
 
-    def work(
-        self,
-        tasks: Iterable[Task],
-        job_of: Callable[[Task], Job],
-        heard: Heard,
-        kind_of: Callable[[Task], str] = lambda task: "",
-    ) -> None:
-        """Hand out jobs until each is answered, and those that `heard` adds.  A job is made when it is given: ten thousand would fill the memory.
-
-        kind_of: tasks of one kind go to one worker, which is warm for it, while others find another kind.
-        Raises UserError where a worker cannot start.
-        """
-        tasks, later = (
-            deque((kind_of(task), task) for task in tasks),
-            deque(),
-        )  # later: (when, kind, job)
-        count = len(self.processes)
-        while tasks or later or self.holds:
-            count = max(count, min(self.count, len(tasks)))
-            for slot in set(range(count)) - {
-                process.slot for process in self.processes.values()
-            }:
-                self._start(slot)
-            while self.idle and (tasks or (later and later[0][0] < time.monotonic())):
-                pipe = self.idle.pop()
-                if tasks:
-                    self._give(pipe, job_of(self._suited(tasks, pipe)))
-                else:
-                    _, self.processes[pipe].kind, job = later.popleft()
-                    self._give(pipe, job)
-            for pipe in wait(list(self.processes), timeout=PATIENCE / 2):
-                word, job, payload = self._hear(pipe)
-                if word == "busy":
-                    later.append((time.monotonic() + PATIENCE, self.processes[pipe].kind, job))
-                if job:
-                    tasks.extend((kind_of(task), task) for task in heard(word, job, payload))
+    def execute(self, tasks: Iterable[Task], heard: Listener) -> None:
+        waiting = Waiting(tasks)
+        wanted = len(self.workers)
+        while waiting or any(worker.job for worker in self.workers):
+            wanted = max(wanted, min(self.count, len(waiting.tasks)))
+            self._start_missing(wanted)
+            while self.idle and waiting.is_due:
+                self._give(self.idle.pop(), waiting)
+            for worker in self._speaking():
+                self._listen(worker, waiting, heard)
 
     def stop(self, run: str) -> None:
-        """End a run early, at its next log: it answers with a pruned result."""
-        for pipe in (pipe for pipe, job in self.holds.items() if job.run == run):
-            with suppress(BrokenPipeError, ConnectionResetError):
-                pipe.send(run)
+        for worker in self.workers:
+            if worker.job and worker.job.run == run:
+                worker.tell(Stop(run))
 
     def close(self) -> None:
         """An idle worker sees its pipe close and tidies up behind itself; one at work is ended."""
-        for pipe, process in self.processes.items():
-            pipe.close()
-            if not any(pipe is one for one in self.idle):
-                process.terminate()
-        until = time.monotonic() + 3
-        for process in self.processes.values():
-            process.join(timeout=max(until - time.monotonic(), 0.01))
-            process.kill()
-        self.processes, self.idle, self.holds = {}, [], {}
+        for worker in self.workers:
+            worker.pipe.close()
+            if worker not in self.idle:
+                worker.process.terminate()
+        until = time.monotonic() + SECONDS_TO_TIDY
+        for worker in self.workers:
+            worker.process.join(timeout=max(until - time.monotonic(), 0.01))
+            worker.process.kill()
+        self.workers = []
+        self.idle = []
 
-    def _start(self, slot: int) -> None:
-        ours, theirs = self.context.Pipe()
-        environment = (
-            {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]} if self.gpus else {}
-        )
+    # -- the steps of `execute` ------------------------------------------------------------------------------------
+    def _start_missing(self, wanted: int) -> None:
+        taken = {worker.slot for worker in self.workers}
+        for slot in range(wanted):
+            if slot not in taken:
+                self.workers.append(self._start(slot))
+
+    def _start(self, slot: int) -> "WorkerProcess":
+        environment = {}
+        if self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         turn = self.turns[slot % len(self.turns)] if self.turns else None
-        process = self.context.Process(
-            target=serve, args=(theirs, self.plugins, environment, turn), daemon=True
-        )
-        with _no_interrupt():
-            process.start()
-        theirs.close()
-        process.slot, process.was_ready, process.kind = slot, False, ""
-        self.processes[ours] = process
+        return start_worker(slot, self.plugins, environment, turn)
 
-    def _suited(self, tasks: deque, pipe: Any) -> Any:
-        """Take out the first task of the kind that the worker had last; else of a kind that none has; else the first."""
-        taken = {process.kind for process in self.processes.values()}
-        wanted = (
-            (lambda kind: kind == self.processes[pipe].kind),
-            (lambda kind: kind not in taken),
-            (lambda kind: True),
-        )
-        place = next(i for suits in wanted for i, (kind, _) in enumerate(tasks) if suits(kind))
-        self.processes[pipe].kind, task = tasks[place]
-        del tasks[place]
-        return task
+    def _give(self, worker: "WorkerProcess", waiting: "Waiting") -> None:
+        taken = {one.affinity for one in self.workers}
+        task = waiting.take(worker.affinity, taken)
+        worker.give(task.make(), task.affinity)
 
-    def _give(self, pipe: Any, job: Job) -> None:
-        self.holds[pipe] = job
-        with suppress(
-            BrokenPipeError, ConnectionResetError
-        ):  # it died idle: `_hear` will find out
-            pipe.send(job)
+    def _speaking(self) -> list["WorkerProcess"]:
+        """The workers that have said something, or died; waits a little for the first."""
+        pipes = wait([worker.pipe for worker in self.workers], timeout=PATIENCE / 2)
+        return [worker for worker in self.workers if worker.pipe in pipes]
 
-    def _hear(self, pipe: Any) -> tuple[str, Job | None, Any]:
-        try:
-            word, payload = pipe.recv()
-        except (EOFError, ConnectionResetError):
-            return self._bury(pipe)
-        if word in ("began", "log", "warning"):
-            return word, self.holds[pipe], payload
-        self.processes[pipe].was_ready = True
-        if not (
-            word == "done" and payload.status == FAILED
-        ):  # a crash may poison its process, as CUDA errors do: it ends itself
-            self.idle.append(pipe)
-        return word, self.holds.pop(pipe, None), payload
+    def _listen(self, worker: "WorkerProcess", waiting: "Waiting", heard: Listener) -> None:
+        job = worker.job
+        said = worker.hear()
+        if said is None:
+            said = self._bury(worker)
+        elif worker.is_free:
+            self.idle.append(worker)
+        if job is None or said is None or isinstance(said, Ready):
+            return
+        if isinstance(said, Busy):
+            waiting.postpone(job, worker.affinity)
+        waiting.tasks.extend(heard(job, said))
 
-    def _bury(self, pipe: Any) -> tuple[str, Job | None, Any]:
-        """A worker died: what it trained is a failure; `work` starts another in its place."""
-        process, job = self.processes.pop(pipe), self.holds.pop(pipe, None)
-        self.idle = [one for one in self.idle if one is not pipe]
-        pipe.close()
-        process.join(timeout=10)
-        if not process.was_ready:
+    def _bury(self, worker: "WorkerProcess") -> Done | None:
+        """A worker died: what it trained is a failure, and another will take its place.
+
+        Raises UserError where it died before it was ready, or over a trace.
+        """
+        self.workers.remove(worker)
+        if worker in self.idle:
+            self.idle.remove(worker)
+        worker.pipe.close()
+        worker.process.join(timeout=10)
+        code = worker.process.exitcode
+        if not worker.was_ready:
             raise UserError(
-                f"a worker ended with exit code {process.exitcode} before it was ready; what it said stands above"
+                f"a worker ended with exit code {code} before it was ready; what it said stands above"
             )
-        cause = f"the worker died with exit code {process.exitcode} (-9: killed, often for lack of host memory); run again to resume from its last checkpoint"
-        if job and job.kind == "trace":
-            raise UserError(f"run {job.run}, liveness check: {cause}")
-        return "done", job, job and _lost(job, cause)
+        cause = (
+            f"the worker died with exit code {code} (-9: killed, often for lack of host memory); "
+            "run again to resume from its last checkpoint"
+        )
+        match worker.job:
+            case TraceJob() as job:
+                raise UserError(f"run {job.run}, liveness check: {cause}")
+            case TrainJob() as job:
+                return Done(_lost(job, cause))
+            case None:  # it died idle, as one does after a crash that may have poisoned it
+                return None
 
 
-def _lost(job: Job, cause: str) -> Result:
+def _lost(job: TrainJob, cause: str) -> Result:
+    """The result of a run whose worker died: what it had just written, else a failure."""
     record = Record(job.folder)
-    result = record.result() if record.stamp() >= job.asked else None
-    if result is None:
-        record.finish(result := Result(job.run, FAILED, 0, 0, error=cause))
+    written = record.result() if record.stamp() >= job.asked else None
+    if written:
+        return written
+    result = Result(job.run, FAILED, step=0, tokens=0, error=cause)
+    record.finish(result)
     return result
 
 
+# -- one of them -------------------------------------------------------------------------------------------------------
+@dataclass(eq=False)
+class WorkerProcess:
+    """One worker, as the runner sees it."""
+
+    slot: int
+    process: BaseProcess
+    pipe: Connection
+    was_ready: bool = False
+    is_free: bool = False  # ready, with nothing in hand, and fit for more
+    affinity: str = ""  # of its last job
+    job: Job | None = None  # in hand
+
+    def give(self, job: Job, affinity: str) -> None:
+        self.job = job
+        self.affinity = affinity
+        self.is_free = False
+        self.tell(job)
+
+    def tell(self, order: Order) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # dead: `hear` will find out
+            self.pipe.send(order)
+
+    def hear(self) -> Ready | Message | None:
+        """What it says next; None where it is dead."""
+        try:
+            said: Ready | Message = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            return None
+        if not isinstance(said, Began | Logged | Warned):
+            self.was_ready = True
+            self.job = None
+            # a crash may poison its process, as CUDA errors do: it ends itself
+            self.is_free = not (isinstance(said, Done) and said.result.status == FAILED)
+        return said
+
+
+def start_worker(
+    slot: int, plugins: list[str], environment: Mapping[str, str], turn: Path | None
+) -> WorkerProcess:
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(
+        target=serve, args=(theirs, plugins, environment, turn), daemon=True
+    )
+    with _no_interrupt():
+        process.start()
+    theirs.close()
+    return WorkerProcess(slot, process, ours)
+
+
 @contextmanager
-def _no_interrupt():
+def _no_interrupt() -> Iterator[None]:
     """A process started in here never gets Ctrl-C, not even while it imports; ours comes at the end."""
     resource_tracker.ensure_running()  # would otherwise be started along, and unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -188,3 +222,42 @@ def _no_interrupt():
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# -- what they will be given -------------------------------------------------------------------------------------------
+class Waiting:
+    """Tasks in the order in which they came, and jobs that another process held when they were given out."""
+
+    def __init__(self, tasks: Iterable[Task]):
+        self.tasks = deque(tasks)
+        self.postponed: deque[tuple[float, Task]] = deque()  # when it is due, and what
+
+    def __bool__(self) -> bool:
+        return bool(self.tasks or self.postponed)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is something to give out now."""
+        if self.tasks or not self.postponed:
+            return bool(self.tasks)
+        due, _ = self.postponed[0]
+        return due < time.monotonic()
+
+    def postpone(self, job: Job, affinity: str) -> None:
+        due = time.monotonic() + PATIENCE
+        self.postponed.append((due, Task(lambda: job, affinity)))
+
+    def take(self, own: str, taken: Collection[str]) -> Task:
+        """Take out the first task of the affinity `own`; else of one that is not `taken`; else the first.
+
+        own: of the worker that asks, warm for it.  taken: of all workers; the others find another affinity.
+        """
+        if not self.tasks:
+            _, task = self.postponed.popleft()
+            return task
+        of_own = (i for i, task in enumerate(self.tasks) if task.affinity == own)
+        of_nobody = (i for i, task in enumerate(self.tasks) if task.affinity not in taken)
+        place = next(chain(of_own, of_nobody), 0)
+        task = self.tasks[place]
+        del self.tasks[place]
+        return task

@@ -2,36 +2,61 @@
 
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ablab.core.store.record import FINISHED, Result
-from ablab.experiments.plan.experiment import Run
+from ablab.experiments.plan.experiment import PlannedRun
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.progress import Progress, Task, TaskID
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
-class Line:
-    """One arm.  `best` is None until a trial has finished; `ends` counts the trials that did not, by how they ended."""
+class ArmProgress:
+    """One arm of a study."""
 
     cell: str
     done: int
     total: int  # as many as are planned; a widening adds more
-    best: float | None
-    at: dict[str, Any]
-    ends: dict[str, int]
+    best: float | None  # until a trial has finished
+    at: dict[str, Any]  # path -> value of that trial
+    ends: dict[str, int]  # how the trials ended that did not finish, and how many did so
 
 
+class Watcher(Protocol):
+    """Shows what happens.  Every method returns at once."""
+
+    def planned(self, total: int, done: int, jobs: int) -> None: ...
+    def started(self, run: PlannedRun) -> None: ...
+    def logged(self, run: PlannedRun, step: int, scalars: dict[str, float]) -> None: ...
+    def finished(self, run: PlannedRun, result: Result) -> None: ...
+    def arms(self, arms: list[ArmProgress], metric: str) -> None: ...  # of a study
+    def note(self, line: str) -> None: ...  # good to know
+    def say(self, line: str) -> None: ...  # not to be missed
+
+
+def watcher(metric: str, quiet: bool) -> "Quiet":
+    if quiet:
+        return Quiet()
+    return Live(metric) if sys.stderr.isatty() else Lines(metric)
+
+
+# -- nothing, and lines ------------------------------------------------------------------------------------------------
 class Quiet:
     """Says only what must not be missed, on stderr."""
 
     def note(self, line: str) -> None: ...
     def planned(self, total: int, done: int, jobs: int) -> None: ...
-    def started(self, run: Run) -> None: ...
-    def logged(self, run: Run, step: int, scalars: dict[str, float]) -> None: ...
-    def arms(self, lines: list[Line], metric: str) -> None: ...
+    def started(self, run: PlannedRun) -> None: ...
+    def logged(self, run: PlannedRun, step: int, scalars: dict[str, float]) -> None: ...
+    def arms(self, arms: list[ArmProgress], metric: str) -> None: ...
     def close(self) -> None: ...
 
-    def finished(self, run: Run, result: Result) -> None:
+    def finished(self, run: PlannedRun, result: Result) -> None:
         if result.status != FINISHED:
             self.say(line_of(run, result, ""))
 
@@ -43,173 +68,183 @@ class Lines(Quiet):
     """One plain line for every run that ends: for logs and pipes."""
 
     def __init__(self, metric: str):
-        self.metric, self.began, self.total, self.done = metric, time.monotonic(), 0, 0
+        self.metric = metric
+        self.began = time.monotonic()
+        self.total = 0
+        self.done = 0
 
     def planned(self, total: int, done: int, jobs: int) -> None:
-        self.total, self.done = total, done
-        self.say(
-            f"{total} runs: {done} done already, "
-            + (
-                f"{total - done} to train, {jobs} at a time"
-                if done < total
-                else "nothing to train"
-            )
-        )
+        self.total = total
+        self.done = done
+        left = total - done
+        coming = f"{left} to train, {jobs} at a time" if left else "nothing to train"
+        self.say(f"{total} runs: {done} done already, {coming}")
 
     def note(self, line: str) -> None:
         self.say(line)
 
-    def finished(self, run: Run, result: Result) -> None:
+    def finished(self, run: PlannedRun, result: Result) -> None:
         self.done += 1
         self.say(f"[{self.done}/{self.total}] {line_of(run, result, self.metric)}")
 
     def say(self, line: str) -> None:
-        print(f"{time.monotonic() - self.began:6.0f}s  {line}", file=sys.stderr, flush=True)
+        print(f"{self.clock()}{line}", file=sys.stderr, flush=True)
+
+    def clock(self) -> str:
+        return f"{time.monotonic() - self.began:6.0f}s  "
 
 
-def line_of(run: Run, result: Result, metric: str) -> str:
+def line_of(run: PlannedRun, result: Result, metric: str) -> str:
     head = f"{run.cell}, seed {run.recipe.seed}"
     if result.status != FINISHED:
         return f"{head}: {result.status.upper()}: {result.error}"
-    return f"{head}: {metric} {result.metrics.get(metric, float('nan')):.4f}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:.0f} s"
+    value = result.metrics.get(metric, float("nan"))
+    pace = f"{result.tokens_per_second:,.0f} tokens/s, {result.seconds:.0f} s"
+    return f"{head}: {metric} {value:.4f}, {pace}"
 
 
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+# -- a terminal --------------------------------------------------------------------------------------------------------
 class Live(Lines):
-    """A bar for the grid and one for each run in hand, with rates and the time left."""
+    """A bar for the grid and one for each run in hand, with rates and the time left; above them the arms of a study."""
 
     def __init__(self, metric: str):
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
         super().__init__(metric)
-
-        class Bars(Progress):
-            """The arms of a study stand above the bars."""
-
-            def get_renderables(bars):
-                yield from self.standing
-                yield from Progress.get_renderables(bars)
-
-        self.standing: list[Any] = []  # the table of the arms, if there are any
-        self.pace: tuple[float, int] | None = (
-            None  # when the table was first drawn, and how many trials were done then
-        )
-        self.bars = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
+        self.left = 0  # runs to train
+        self.steps = 0  # of one run; 0 until the first has begun
+        self.arms_above: list[Table] = []  # at most one
+        self.arms_pace = Pace()
+        self.bars = _bars_below(self.arms_above)
         self.grid = self.bars.add_task("grid", total=None, note="")
-        self.tasks: dict[str, int] = {}
+        self.tasks: dict[str, TaskID] = {}  # run id -> its bar
         self.bars.start()
 
     def planned(self, total: int, done: int, jobs: int) -> None:
         super().planned(total, done, jobs)
-        self.left, self.steps = total - done, 0
+        self.left = total - done
+        self.steps = 0
         self.bars.reset(self.grid, description=self._runs())
-        self.bars.tasks[0].total = (
-            None if self.left else 0
-        )  # None: a bar that waits; reset() takes it for "as before"
+        # None: a bar that waits; reset() takes it for "as before"
+        self._bar(self.grid).total = None if self.left else 0
 
-    def started(self, run: Run) -> None:
+    def started(self, run: PlannedRun) -> None:
         steps = run.recipe.steps
         if not self.steps:
             self.steps = steps
             self.bars.update(self.grid, total=self.left * steps)
-        self.tasks[run.id] = self.bars.add_task(
-            f"{run.cell} · seed {run.recipe.seed}", total=steps, note=""
-        )
+        title = f"{run.cell} · seed {run.recipe.seed}"
+        self.tasks[run.id] = self.bars.add_task(title, total=steps, note="")
 
-    def logged(self, run: Run, step: int, scalars: dict[str, float]) -> None:
+    def logged(self, run: PlannedRun, step: int, scalars: dict[str, float]) -> None:
         task = self.tasks[run.id]
-        before = self.bars.tasks[self.bars.task_ids.index(task)].completed
+        gained = step - self._bar(task).completed
         rate = scalars.get("tokens_per_second", 0.0)
-        self.bars.update(
-            task, completed=step, note=f"loss {scalars['train/loss']:.3f}  {rate:,.0f} tokens/s"
-        )
-        self.bars.update(self.grid, advance=step - before)
+        note = f"loss {scalars['train/loss']:.3f}  {rate:,.0f} tokens/s"
+        self.bars.update(task, completed=step, note=note)
+        self.bars.update(self.grid, advance=gained)
 
-    def finished(self, run: Run, result: Result) -> None:
-        if (task := self.tasks.pop(run.id, None)) is not None:
-            before = self.bars.tasks[self.bars.task_ids.index(task)].completed
-            self.bars.update(self.grid, advance=run.recipe.steps - before)
+    def finished(self, run: PlannedRun, result: Result) -> None:
+        task = self.tasks.pop(run.id, None)
+        if task is not None:
+            unseen = run.recipe.steps - self._bar(task).completed
+            self.bars.update(self.grid, advance=unseen)
             self.bars.remove_task(task)
         super().finished(run, result)
         self.bars.update(self.grid, description=self._runs())
 
-    def arms(self, lines: list[Line], metric: str) -> None:
-        from rich.table import Table
-
-        done, total, now = (
-            sum(line.done for line in lines),
-            sum(line.total for line in lines),
-            time.monotonic(),
-        )
-        began, before = self.pace = self.pace or (now, done)
-        left = (
-            f", about {_span((now - began) / (done - before) * (total - done))} left"
-            if before < done < total
-            else ""
-        )
-        table = Table(
-            "arm",
-            "trials",
-            f"best {metric}",
-            "at",
-            box=None,
-            header_style="bold",
-            title=f"{done} of {total} trials{left}",
-            title_justify="left",
-        )
-        for line in lines:
-            ends = "".join(
-                f", {count} {state.replace('_', ' ')}" for state, count in line.ends.items()
-            )
-            at = ", ".join(f"{path}={value}" for path, value in line.at.items())
-            table.add_row(
-                line.cell,
-                f"{line.done}/{line.total}{ends}",
-                "–" if line.best is None else f"{line.best:.4f}",
-                at,
-            )
-        self.standing = [table]
-
-    def _runs(self) -> str:
-        return f"{self.done}/{self.total} runs"
+    def arms(self, arms: list[ArmProgress], metric: str) -> None:
+        done = sum(arm.done for arm in arms)
+        total = sum(arm.total for arm in arms)
+        left = self.arms_pace.left(done, total)
+        title = f"{done} of {total} trials{left}"
+        self.arms_above[:] = [_table_of(arms, metric, title)]
 
     def say(self, line: str) -> None:
         from rich.text import Text
 
-        self.bars.console.print(
-            Text.assemble((f"{time.monotonic() - self.began:6.0f}s  ", "dim"), line),
-            soft_wrap=True,
-        )
+        text = Text.assemble((self.clock(), "dim"), line)
+        self.bars.console.print(text, soft_wrap=True)
 
     def close(self) -> None:
         self.bars.stop()
 
+    def _runs(self) -> str:
+        return f"{self.done}/{self.total} runs"
 
-def _span(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
+    def _bar(self, task: "TaskID") -> "Task":
+        return self.bars.tasks[self.bars.task_ids.index(task)]
+
+
+@dataclass
+class Pace:
+    """How fast trials have ended since the first look."""
+
+    began: float | None = None  # seconds on the clock at the first look
+    before: int = 0  # trials that were done then
+
+    def left(self, done: int, total: int) -> str:
+        """In words; nothing while no trial has ended since, and when all have."""
+        now = time.monotonic()
+        if self.began is None:
+            self.began = now
+            self.before = done
+        if not self.before < done < total:
+            return ""
+        seconds_each = (now - self.began) / (done - self.before)
+        return f", about {duration(seconds_each * (total - done))} left"
+
+
+def _bars_below(above: "list[Table]") -> "Progress":
+    """Progress bars on stderr that leave nothing behind, under whatever `above` holds when they are drawn."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    class Bars(Progress):
+        def get_renderables(self) -> "Iterable[RenderableType]":
+            yield from above
+            yield from super().get_renderables()
+
+    return Bars(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
     )
 
 
-def watcher(metric: str, quiet: bool) -> Quiet:
-    if quiet:
-        return Quiet()
-    return Live(metric) if sys.stderr.isatty() else Lines(metric)
+def _table_of(arms: list[ArmProgress], metric: str, title: str) -> "Table":
+    from rich.table import Table
+
+    table = Table(
+        "arm",
+        "trials",
+        f"best {metric}",
+        "at",
+        box=None,
+        header_style="bold",
+        title=title,
+        title_justify="left",
+    )
+    for arm in arms:
+        ends = "".join(f", {count} {state}" for state, count in arm.ends.items())
+        trials = f"{arm.done}/{arm.total}{ends.replace('_', ' ')}"
+        best = "–" if arm.best is None else f"{arm.best:.4f}"
+        at = ", ".join(f"{path}={value}" for path, value in arm.at.items())
+        table.add_row(arm.cell, trials, best, at)
+    return table

@@ -7,10 +7,11 @@ import os
 import threading
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ablab.core.errors import Pruned, UserError
 from ablab.core.language.parse import parse
@@ -18,22 +19,30 @@ from ablab.core.recipe.recipe import Recipe, run_id
 from ablab.core.runtime.runtime import Runtime, settle
 from ablab.core.store.files import write_atomically, writing
 from ablab.core.store.record import FAILED, RETRY, Record, Result
+from ablab.experiments.run.messages import (
+    Answer,
+    Began,
+    Busy,
+    Done,
+    Found,
+    Job,
+    Logged,
+    Ready,
+    Refused,
+    Stop,
+    Traced,
+    TraceJob,
+    TrainJob,
+    Warned,
+)
 
-Message = tuple[str, Any]  # a word and what goes with it; processes.py says what each means
+if TYPE_CHECKING:
+    from ablab.core.train.trainer import Warm
 
-
-@dataclass(frozen=True)
-class Job:
-    """`train` a run, or take the liveness `trace` of a recipe.  Plain data: it crosses a pipe."""
-
-    kind: str
-    run: str
-    recipe: dict[str, Any]
-    runtime: dict[str, Any]
-    folder: Path  # the run folder
-    data: Path  # the token folder
-    asked: int = 0  # nanoseconds; a failure from before does not count, so each call tries a failed run once
-    about: dict[str, Any] = field(default_factory=dict)
+GONE = (
+    BrokenPipeError,
+    ConnectionResetError,
+)  # what a pipe says to one who sends to a dead runner
 
 
 def serve(
@@ -52,30 +61,27 @@ def serve(
     from ablab.core.train.trainer import Warm
 
     discover(plugins)
-    how = {
-        "warm": Warm(rehearse=turn is not None),
-        "turn": FileLock(turn) if turn else contextlib.nullcontext(),
-    }
-    with contextlib.suppress(
-        EOFError, BrokenPipeError, ConnectionResetError
-    ):  # the runner is gone, so are we
-        pipe.send(("ready", None))
-        while job := pipe.recv():
-            if not isinstance(job, Job):  # a stop that came after the end
+    worker = Worker(
+        pipe,
+        warm=Warm(rehearse=turn is not None),
+        turn=FileLock(turn) if turn else contextlib.nullcontext(),
+    )
+    with contextlib.suppress(EOFError, *GONE):  # then so are we
+        pipe.send(Ready())
+        while order := pipe.recv():
+            if isinstance(order, Stop):  # it came after the end
                 continue
-            try:
-                word, payload = (
-                    _train(job, pipe, how) if job.kind == "train" else ("traced", _trace(job))
-                )
-            except UserError as refusal:
-                word, payload = "refused", str(refusal)
-            pipe.send((word, payload))
-            if word == "done" and payload.status == FAILED:
-                return  # nobody knows what the crash left behind; processes.py starts another worker
+            answer = worker.answer(order)
+            pipe.send(answer)
+            if isinstance(answer, Done) and answer.result.status == FAILED:
+                return  # nobody knows what the crash left behind; processes.py starts another
 
 
 def keep_freed_memory() -> None:
-    """glibc gives every freed tensor of some MB back to the system and faults it in again: 98 ms a quickstart step, 71 ms without."""
+    """glibc gives every freed tensor of some MB back to the system and faults it in again.
+
+    A step of quickstart took 98 ms with that, 71 ms without.
+    """
     with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
@@ -84,13 +90,79 @@ def keep_freed_memory() -> None:
 
 def _end_with_the_runner() -> None:
     """A killed runner closes no pipe that a training step would notice; its process handle tells at once."""
-    multiprocessing.parent_process().join()
+    runner = multiprocessing.parent_process()
+    assert runner, "a worker is started by a runner"
+    runner.join()
     os._exit(1)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Executes jobs, one after another."""
+
+    pipe: Connection  # to the runner
+    warm: "Warm"  # keeps the trainer for the next run of the same structure
+    turn: AbstractContextManager[Any]  # held while a run trains
+
+    def answer(self, job: Job) -> Answer:
+        try:
+            match job:
+                case TrainJob():
+                    return self._train(job)
+                case TraceJob():
+                    return Traced(_trace(job))
+        except UserError as refusal:
+            return Refused(str(refusal))
+
+    def _train(self, job: TrainJob) -> Answer:
+        """Train one run under its lock: no two processes, here or elsewhere, ever train the same one."""
+        from filelock import FileLock, Timeout
+
+        recipe, runtime = _read(job)
+        record = Record(job.folder)
+        lock = FileLock(job.folder / ".lock")
+        with writing(job.folder):
+            job.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                return Busy()
+        try:
+            if found := _standing(record, job.asked):
+                return Found(found)
+            self.pipe.send(Began())
+            return Done(self._run(job, recipe, runtime, record))
+        finally:
+            lock.release()
+
+    def _run(self, job: TrainJob, recipe: Recipe, runtime: Runtime, record: Record) -> Result:
+        """A crash is a result too: one line in the record, the traceback beside it."""
+        from ablab.core.train.trainer import run
+
+        try:
+            return run(
+                recipe,
+                runtime,
+                job.data,
+                record,
+                tracker=_PipeTracker(self.pipe, job.run),
+                about=job.about,
+                warn=lambda line: self.pipe.send(Warned(line)),
+                warm=self.warm,
+                turn=self.turn,
+            )
+        except (UserError, *GONE):
+            raise
+        except Exception as fault:
+            result = _crash(job.run, fault, record.folder / "error.txt")
+            record.finish(result)
+            return result
 
 
 def _read(job: Job) -> tuple[Recipe, Runtime]:
     """Raises UserError where this process cannot compute what the runner asked for."""
-    recipe, runtime = parse(Recipe, job.recipe, ""), parse(Runtime, job.runtime, "runtime")
+    recipe = parse(Recipe, job.recipe, "")
+    runtime = parse(Runtime, job.runtime, "runtime")
     settle(runtime, recipe.data.batch)
     if run_id(recipe) != job.run:
         raise UserError(
@@ -99,7 +171,7 @@ def _read(job: Job) -> tuple[Recipe, Runtime]:
     return recipe, runtime
 
 
-def _trace(job: Job) -> str:
+def _trace(job: TraceJob) -> str:
     import torch
 
     from ablab.ablations.checks.liveness import trace
@@ -109,88 +181,45 @@ def _trace(job: Job) -> str:
     return trace(recipe, settle(runtime, recipe.data.batch)["device"])
 
 
-def _train(job: Job, pipe: Connection, how: dict[str, Any]) -> Message:
-    """Execute one run under its lock: no two processes, here or elsewhere, ever train the same one."""
-    from filelock import FileLock, Timeout
-
-    recipe, runtime = _read(job)
-    record, lock = Record(job.folder), FileLock(job.folder / ".lock")
-    with writing(job.folder):
-        job.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return "busy", None
-    try:
-        found = record.result()
-        if found and not (found.status in RETRY and record.stamp() < job.asked):
-            return "found", found
-        pipe.send(("began", None))
-        return "done", _run(job, recipe, runtime, record, pipe, how)
-    finally:
-        lock.release()
+def _standing(record: Record, asked: int) -> Result | None:
+    """The result that a run has, unless it is a failure from before it was asked for."""
+    found = record.result()
+    if found and found.status in RETRY and record.stamp() < asked:
+        return None
+    return found
 
 
-def _run(
-    job: Job,
-    recipe: Recipe,
-    runtime: Runtime,
-    record: Record,
-    pipe: Connection,
-    how: dict[str, Any],
-) -> Result:
-    """A crash is a result too: one line in the record, the traceback beside it."""
-    from ablab.core.train.trainer import run
-
-    try:
-        return run(
-            recipe,
-            runtime,
-            job.data,
-            record,
-            _PipeTracker(pipe, job.run),
-            job.about,
-            lambda line: pipe.send(("warning", line)),
-            **how,
-        )
-    except (UserError, BrokenPipeError, ConnectionResetError):
-        raise
-    except Exception as fault:
-        write_atomically(record.folder / "error.txt", traceback.format_exc().encode())
-        result = Result(
-            job.run,
-            FAILED,
-            0,
-            0,
-            error=f"{type(fault).__name__}: {_in_short(fault)} (see {record.folder / 'error.txt'})",
-        )
-        record.finish(result)
-        return result
+def _crash(run: str, fault: Exception, path: Path) -> Result:
+    """The result of a run that raised; its traceback goes to `path`."""
+    write_atomically(path, traceback.format_exc().encode())
+    error = f"{type(fault).__name__}: {_in_short(fault)} (see {path})"
+    return Result(run, FAILED, step=0, tokens=0, error=error)
 
 
 def _in_short(fault: Exception) -> str:
-    refused, asked, _ = str(fault).partition(
+    """What was raised; of an operation that cannot repeat its bits, with the cure."""
+    said = str(fault)
+    refused, advice, _ = said.partition(
         ", but you set 'torch.use_deterministic_algorithms(True)'"
     )
-    return (
-        f"{refused}; run it with runtime.deterministic=false, which need not repeat its bits"
-        if asked
-        else str(fault)
-    )
+    if not advice:
+        return said
+    return f"{refused}; run it with runtime.deterministic=false, which need not repeat its bits"
 
 
+@dataclass(frozen=True)
 class _PipeTracker:
     """Sends scalars to the runner, which alone talks to trackers and terminals."""
 
-    def __init__(self, pipe: Connection, run: str):
-        self.pipe, self.run = pipe, run
+    pipe: Connection
+    run: str
 
-    def open(self, card) -> None: ...
+    def open(self, card: object) -> None: ...
 
     def log(self, step: int, scalars: Mapping[str, float], seconds: float) -> None:
-        self.pipe.send(("log", (step, dict(scalars), seconds)))
+        self.pipe.send(Logged(step, dict(scalars), seconds))
         while self.pipe.poll():
-            if self.pipe.recv() == self.run:
+            if self.pipe.recv() == Stop(self.run):
                 raise Pruned
 
     def close(self, status: str, summary: Mapping[str, float]) -> None: ...

@@ -12,7 +12,7 @@ from ablab.core.recipe.load import assign
 from ablab.core.recipe.recipe import Recipe, run_id
 from ablab.core.store import study_record
 from ablab.core.store.record import FINISHED, PRUNED, Planned, Store
-from ablab.experiments.plan.experiment import Experiment, Run
+from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.tune import proposals as search
 from ablab.experiments.tune import storage
 from ablab.experiments.tune.proposals import Axis
@@ -30,7 +30,7 @@ class Trial:
     cell: Cell
     number: int
     params: dict[str, Any]
-    runs: list[Run]  # one for each selection seed
+    runs: list[PlannedRun]  # one for each selection seed
 
 
 class Arm:
@@ -171,7 +171,9 @@ class Arm:
         for i, seed in enumerate(self.sheet.seeds):
             seeded = replace(recipe, seed=seed)
             runs.append(
-                Run(self.cell.name, number * len(self.sheet.seeds) + i, seeded, run_id(seeded))
+                PlannedRun(
+                    self.cell.name, number * len(self.sheet.seeds) + i, seeded, run_id(seeded)
+                )
             )
         return Trial(self.cell, number, params, runs)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ablab.core.store.record import FINISHED, Result
 from ablab.core.store.study_record import COMPLETE
-from ablab.experiments.run.progress import Line
+from ablab.experiments.run.progress import ArmProgress
 
 
 class Standing:
@@ -14,7 +14,7 @@ class Standing:
 
     def __init__(self, watcher: Any, arms: list[Any], metric: Any):
         self.watcher, self.arms, self.metric = watcher, arms, metric
-        self.lines: dict[str, Line] = {}  # by cell
+        self.lines: dict[str, ArmProgress] = {}  # by cell
         self.results: dict[str, Result] = {}  # of the runs of this generation, by run id
         self.waiting: dict[str, list[Any]] = {}  # run id -> the trials that it belongs to
 
@@ -24,7 +24,8 @@ class Standing:
     def generation(self, trials: list[Any], results: Mapping[str, Result]) -> None:
         """The trials that come next, and the results that some of their runs have already."""
         self.lines = {
-            arm.cell.name: Line(arm.cell.name, 0, arm.total, None, {}, {}) for arm in self.arms
+            arm.cell.name: ArmProgress(arm.cell.name, 0, arm.total, None, {}, {})
+            for arm in self.arms
         }
         self.results, self.waiting = dict(results), {}
         for spent in (one for arm in self.arms for one in arm.spent()):

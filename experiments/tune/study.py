@@ -20,8 +20,12 @@ from ablab.core.recipe.recipe import Recipe
 from ablab.core.store import study_record
 from ablab.core.store.files import writing
 from ablab.core.store.record import PRUNED, GridPlan, Result, Store, command
-from ablab.experiments.plan.experiment import Experiment, Run
-from ablab.experiments.run.runner import Pool, Watcher, default_jobs, execute, result_of
+from ablab.experiments.plan.experiment import Experiment, PlannedRun
+from ablab.experiments.plan.grid_plan import grid_plan_of
+from ablab.experiments.run.capacity import default_jobs
+from ablab.experiments.run.pool import Pool
+from ablab.experiments.run.progress import Watcher
+from ablab.experiments.run.runner import execute, result_of
 from ablab.experiments.track.trackers import trackers_for
 from ablab.experiments.tune import storage
 from ablab.experiments.tune.cell_search import Arm, Trial, tuned_recipe
@@ -29,7 +33,7 @@ from ablab.experiments.tune.leaderboard import Standing
 from ablab.experiments.tune.proposals import Axis, axes_of, importance
 from ablab.experiments.tune.pruning import check
 
-Stops = Callable[[Run, int, dict[str, float]], bool]
+Stops = Callable[[PlannedRun, int, dict[str, float]], bool]
 FIXED = {  # path -> why no trial can differ in it
     "seed": "each trial runs on study.seeds; list more of them there",
     **dict.fromkeys(
@@ -153,7 +157,7 @@ class Study:
 
     def _missing(
         self, trials: list[tuple[Arm, Trial]], jobs: int | None
-    ) -> tuple[list[Run], dict[str, Result]]:
+    ) -> tuple[list[PlannedRun], dict[str, Result]]:
         """The runs to train: without a result, or pruned where this study would let them go on.  And the results of the others, by run id."""
         wanted, missing, known = _by_run(trials), [], {}
         for id, wanted_by in wanted.items():
@@ -185,7 +189,7 @@ class Study:
             for row in arm.rows([trial for trial in coming if trial.cell is arm.cell])
         ]
         return replace(
-            self.experiment.plan([]),
+            grid_plan_of(self.experiment, []),
             name=f"{self.experiment.name}@study",
             design="study",
             rows=rows,

@@ -9,7 +9,10 @@ from ablab.core.errors import UserError
 from ablab.core.language.part import Part
 from ablab.core.recipe import recipe as recipes
 from ablab.core.recipe.recipe import run_id
-from ablab.experiments.plan.experiment import catalog, chosen, load, merged_plan
+from ablab.experiments.plan.experiment import load
+from ablab.experiments.plan.grid_plan import merged_plan
+from ablab.experiments.plan.selection import chosen
+from ablab.experiments.plan.sheets import catalog
 
 
 @pytest.fixture(scope="module")

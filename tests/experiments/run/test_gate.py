@@ -1,76 +1,78 @@
-"""The liveness check: references need not wait for it, every other arm does, and what is known is not asked again."""
+"""The gate: references need not wait at it, every other arm does, and what is known is not asked again."""
 
 import pytest
 
 from ablab.core.store.record import Store
 from ablab.experiments.plan.experiment import load
-from ablab.experiments.run import gate as alive
-from ablab.experiments.run.gate import Check
+from ablab.experiments.run import gate as gates
+from ablab.experiments.run.gate import Gate
 
 
 @pytest.fixture
-def check(tmp_path):
+def gate(tmp_path):
+    """Make a gate of quickstart, or of some of its cells; `said` is what it told."""
     experiment = load("quickstart")
-    return lambda told=lambda inert: None, runs=None: Check(
-        experiment, Store(tmp_path), experiment.runs() if runs is None else runs, told
-    )
+
+    def of(*cells: str) -> Gate:
+        runs = [run for run in experiment.runs() if not cells or run.cell in cells]
+        said: list[dict[str, str]] = []
+        made = Gate(experiment, Store(tmp_path), runs, said.append)
+        made.said = said
+        return made
+
+    return of
 
 
-def answered(check, traces):
-    """Every missing trace given, in the order asked for; returns what each answer set free."""
-    return [
-        check.heard(run.id, traces.get(run.cell, run.cell))
-        for run in list(check.missing.values())
-    ]
+def cells_of(runs) -> set[str]:
+    return {run.cell for run in runs}
 
 
-def test_references_begin_at_once_and_the_others_when_every_trace_is_there(check):
-    said = []
-    asked = check(said.append)
-    cells, first = [run.cell for run in asked.missing.values()], asked.at_once()
-    assert (
-        len(cells) == len(set(cells)) == 12
-        and {run.cell for run in first} == {"full"}
-        and not said
-    )
+def answered(gate, traces):
+    """Every missing trace given, in the order asked for; returns what each answer let through."""
+    missing = list(gate.missing.values())
+    return [gate.traced_as(run.id, traces.get(run.cell, run.cell)) for run in missing]
+
+
+def test_references_begin_at_once_and_the_others_when_every_trace_is_there(gate):
+    asked = gate()
+    cells = [run.cell for run in asked.missing.values()]
+    first = asked.passing()
+    assert len(cells) == len(set(cells)) == 12
+    assert cells_of(first) == {"full"}
+    assert not asked.said
     *before, last = answered(asked, {})
-    assert not any(before) and said == [{}]
+    assert not any(before)
+    assert asked.said == [{}]
     assert len(first) + len(last) == len({run.id for run in first + last}) == 36
 
 
-def test_an_arm_with_the_trace_of_its_reference_is_named_and_left_out(check):
-    said = []
-    *_, last = answered(check(said.append), {"full": "same", "- mup": "same"})
-    assert (
-        said == [{"- mup": "full"}]
-        and len(last) == 30
-        and not any(run.cell == "- mup" for run in last)
-    )
+def test_an_arm_with_the_trace_of_its_reference_is_named_and_left_out(gate):
+    asked = gate()
+    *_, last = answered(asked, {"full": "same", "- mup": "same"})
+    assert asked.said == [{"- mup": "full"}]
+    assert len(last) == 30
+    assert "- mup" not in cells_of(last)
 
 
-def test_what_one_check_learned_the_next_one_knows_until_the_code_changes(check, monkeypatch):
-    answered(check(), {"full": "same", "- mup": "same"})
-    said = []
-    again = check(said.append)
-    assert not again.missing and len(again.at_once()) == 33 and said == [{"- mup": "full"}]
-    monkeypatch.setattr(alive, "code_fingerprint", lambda: "other")
-    assert len(check().missing) == 12
+def test_what_one_check_learned_the_next_one_knows_until_the_code_changes(gate, monkeypatch):
+    answered(gate(), {"full": "same", "- mup": "same"})
+    again = gate()
+    assert not again.missing
+    assert len(again.passing()) == 33
+    assert again.said == [{"- mup": "full"}]
+    monkeypatch.setattr(gates, "code_fingerprint", lambda: "other")
+    assert len(gate().missing) == 12
 
 
-def test_a_damaged_memory_is_asked_again(check):
-    answered(asked := check(), {})
-    asked.path.write_text("{")
-    assert len(check().missing) == 12
+def test_a_damaged_memory_is_asked_again(gate):
+    asked = gate()
+    answered(asked, {})
+    asked.traces.path.write_text("{")
+    assert len(gate().missing) == 12
 
 
-def test_only_the_arms_that_will_run_and_their_reference_are_asked(check):
-    runs = [run for run in load("quickstart").runs() if run.cell in ("- mup", "- wsd")]
-    asked = check(runs=runs)
-    assert {run.cell for run in asked.missing.values()} == {
-        "full",
-        "- mup",
-        "- wsd",
-    } and asked.at_once() == []
-    assert not check(
-        runs=[run for run in load("quickstart").runs() if run.cell == "full"]
-    ).missing
+def test_only_the_arms_that_will_run_and_their_reference_are_asked(gate):
+    asked = gate("- mup", "- wsd")
+    assert cells_of(asked.missing.values()) == {"full", "- mup", "- wsd"}
+    assert asked.passing() == []
+    assert not gate("full").missing

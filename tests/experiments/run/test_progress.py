@@ -5,8 +5,8 @@ import io
 import pytest
 
 from ablab.core.store.record import FAILED, FINISHED, Result
-from ablab.experiments.plan.experiment import Run
-from ablab.experiments.run.progress import Line, Live, watcher
+from ablab.experiments.plan.experiment import PlannedRun
+from ablab.experiments.run.progress import ArmProgress, Live, watcher
 
 
 class Terminal(io.StringIO):
@@ -16,7 +16,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def runs(tiny):
-    return [Run(cell, 0, tiny(), f"id of {cell}") for cell in ("base", "+ ema")]
+    return [PlannedRun(cell, 0, tiny(), f"id of {cell}") for cell in ("base", "+ ema")]
 
 
 def play(watching, runs) -> None:
@@ -86,8 +86,8 @@ def test_a_study_on_a_terminal_shows_its_arms_their_best_so_far_and_the_time_lef
         )
         watching.arms(
             [
-                Line("base", done, 8, best, {"optim.lr": 0.01} if best else {}, {}),
-                Line("+ ema", 1, 8, None, {}, {"diverged": 1}),
+                ArmProgress("base", done, 8, best, {"optim.lr": 0.01} if best else {}, {}),
+                ArmProgress("+ ema", 1, 8, None, {}, {"diverged": 1}),
             ],
             "val/loss",
         )

@@ -5,17 +5,15 @@ import json
 import os
 import subprocess
 import sys
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
 
 from ablab.core.runtime.runtime import Runtime, visible_gpus
 from ablab.core.store.record import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY
-from ablab.experiments.plan.experiment import Metric
-from ablab.experiments.run.runner import default_jobs
+from ablab.experiments.plan.sheets import Metric
+from ablab.experiments.run.capacity import default_jobs
 
 CELLS = ["full", "base", "- qk_norm", "- value_residual"]
 
@@ -597,24 +595,3 @@ def test_a_forecast_knows_that_jobs_take_turns_on_a_gpu(new_lab, monkeypatch):
     }
 
 
-def test_a_worker_keeps_to_the_kind_it_is_warm_for_and_others_find_another():
-    """Two workers, three kinds: b must not wait for the worker of a, and no kind is compiled twice without need."""
-    from ablab.experiments.run.processes import Workers
-
-    workers = Workers(2)
-    one, two = object(), object()
-    workers.processes = {one: SimpleNamespace(kind=""), two: SimpleNamespace(kind="")}
-    tasks = deque((name[0], name) for name in ("a0", "a1", "b0", "a2", "b1", "c0"))
-    given = [
-        (pipe is one, workers._suited(tasks, pipe)) for pipe in (one, two, one, two, one, two)
-    ]
-    assert given == [
-        (True, "a0"),
-        (False, "b0"),
-        (True, "a1"),
-        (False, "b1"),
-        (True, "a2"),
-        (False, "c0"),
-    ]
-    plain = deque(("", number) for number in range(3))
-    assert [workers._suited(plain, one) for _ in range(3)] == [0, 1, 2]

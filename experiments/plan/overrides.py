@@ -1,0 +1,106 @@
+"""Overrides: dotted paths and values given beside an experiment file, each handed to what its first word names."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ablab.core.errors import UserError
+from ablab.core.language.parse import near
+from ablab.core.recipe.intervention import Treatment
+from ablab.core.recipe.load import assign
+from ablab.experiments.plan.sheets import Sheet
+
+OF_THE_SHEET = ("runtime", "seeds", "design", "study")
+RENAMES_NOTHING = ("runtime", "seeds")  # how and how often a recipe runs, not what it computes
+LONGEST_NAME = 150  # characters; with an ending, a file's name may have 255
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What is changed by whom.
+
+    `with.NAME.DOSE` sets a dose; `runtime.X`, `study.X`, `seeds` and `design` a key of the sheet; any other path a leaf of
+    the recipe.
+    """
+
+    given: Mapping[str, Any]  # dotted path -> value
+
+    @property
+    def of_sheet(self) -> dict[str, Any]:
+        return {
+            path: value for path, value in self.given.items() if _owner(path) in OF_THE_SHEET
+        }
+
+    @property
+    def of_doses(self) -> dict[str, Any]:
+        return {path: value for path, value in self.given.items() if path.startswith("with.")}
+
+    @property
+    def of_recipe(self) -> dict[str, Any]:
+        others = self.of_sheet | self.of_doses
+        return {path: value for path, value in self.given.items() if path not in others}
+
+    def on_sheet(self, sheet: Sheet) -> Sheet:
+        """Raises UserError for an unknown key or a wrong value."""
+        for path, value in self.of_sheet.items():
+            sheet = assign(sheet, path, value)
+        return sheet
+
+    def on_treatment(self, treatment: Treatment) -> Treatment:
+        """Raises UserError for a dose that no intervention of the experiment has."""
+        dosed = dict(treatment)
+        for path, value in self.of_doses.items():
+            _, name, *dose = path.split(".")
+            if name not in dosed or len(dose) != 1:
+                known = [f"with.{one}.<dose>" for one in dosed]
+                raise UserError(
+                    f"unknown path {path!r}. {near(path, known)}This experiment has: {', '.join(known)}"
+                )
+            dosed[name] = assign(dosed[name], dose[0], value)
+        return dosed
+
+    def recipe_edits(self, sheet: Sheet) -> dict[str, Any]:
+        """What follows the base configs: `set` in the file, then these overrides.  Raises UserError for a seed."""
+        written = sheet.set | self.of_recipe
+        if "seed" in written:
+            raise UserError(
+                f"seed={written['seed']} would be overwritten: each run has its own; "
+                "write seeds: [3], or give --seeds 3"
+            )
+        return _with_open_digest(sheet.set) | _with_open_digest(self.of_recipe)
+
+    def title(self, stem: str) -> str:
+        """quickstart@optim.lr=0.01; where that would be too long for a file's name, its digest.
+
+        Overridden recipes are another experiment, so no result is overwritten.
+        """
+        renaming = {
+            path: value
+            for path, value in sorted(self.given.items())
+            if _owner(path) not in RENAMES_NOTHING
+        }
+        told = "".join(f"@{path}={_written(value)}" for path, value in renaming.items())
+        told = told.replace("/", "_")
+        if len(stem + told) < LONGEST_NAME:
+            return stem + told
+        return f"{stem}@{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+
+
+def _owner(path: str) -> str:
+    return path.split(".")[0]
+
+
+def _with_open_digest(edits: Mapping[str, Any]) -> dict[str, Any]:
+    """The digest in a config is of the data named there: another name leaves it open."""
+    open_digest = {"data.digest": None} if "data.name" in edits else {}
+    return open_digest | dict(edits)
+
+
+def _written(value: Any) -> Any:
+    """20000.0 as 20000, None as null: one recipe has one name, and the name can be typed again."""
+    if value is None:
+        return "null"
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value

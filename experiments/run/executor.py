@@ -1,0 +1,41 @@
+"""What the runner needs from somebody who executes jobs, wherever that happens."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ablab.experiments.run.messages import Job, Message
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job that is made when it is given out: ten thousand of them would fill the memory."""
+
+    make: Callable[[], Job]
+    affinity: str = ""  # tasks of one affinity suit one worker: it is warm for the second
+
+
+class Listener(Protocol):
+    def __call__(self, job: Job, message: Message) -> Iterable[Task]:
+        """What a job's executor says of it -> tasks that may begin now."""
+
+
+class Executor(Protocol):
+    """Local processes (processes.py), or machines elsewhere.
+
+    tests/experiments/run/test_executors.py holds each of them to what is said here.
+    """
+
+    def execute(self, tasks: Iterable[Task], heard: Listener) -> None:
+        """Execute each task, and those that `heard` returns, until each has been answered.
+
+        `heard` is called in this thread, with every message of a job in the order in which it was said.  A Busy job is
+        given out again after a while.  A run whose worker dies is Done with a failed result.
+        Raises UserError where nothing can be executed, and where a worker dies over a trace.
+        """
+
+    def stop(self, run: str) -> None:
+        """End a run early, at its next log: it is Done with a pruned result."""
+
+    def close(self) -> None:
+        """Leave nothing running.  What was still at work resumes from its checkpoint when it is asked for again."""

@@ -1,0 +1,109 @@
+"""What the runner and those who execute its jobs say to each other.  Plain frozen data: it crosses a pipe.
+
+the runner says        TrainJob, TraceJob             a job, to whoever is Ready
+                       Stop                           end a run early
+a worker says          Ready                          it may be given a job
+    of a TrainJob      Began, Logged, Warned          and it goes on
+                       Done, Found, Busy, Refused     the answer
+    of a TraceJob      Traced, Refused                the answer
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ablab.core.store.record import Result
+
+
+# -- what the runner says ----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class TrainJob:
+    """Train a run to its end and leave its result."""
+
+    run: str
+    recipe: dict[str, Any]
+    runtime: dict[str, Any]
+    folder: Path  # the run folder
+    data: Path  # the token folder
+    # nanoseconds; a failure from before does not count, so each call tries a failed run once
+    asked: int = 0
+    about: dict[str, Any] = field(default_factory=dict)  # what run.json says besides
+
+
+@dataclass(frozen=True)
+class TraceJob:
+    """Take the liveness trace of a recipe (ablations/checks/liveness.py)."""
+
+    run: str
+    recipe: dict[str, Any]
+    runtime: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End a run at its next log.  Of a run that has ended it changes nothing."""
+
+    run: str
+
+
+Job = TrainJob | TraceJob
+Order = Job | Stop
+
+
+# -- what a worker says ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Ready:
+    """It has started, and may be given a job."""
+
+
+@dataclass(frozen=True)
+class Began:
+    """It holds the run, and trains it."""
+
+
+@dataclass(frozen=True)
+class Logged:
+    step: int
+    scalars: dict[str, float]
+    seconds: float  # of training so far
+
+
+@dataclass(frozen=True)
+class Warned:
+    line: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """It trained the run, however that ended."""
+
+    result: Result
+
+
+@dataclass(frozen=True)
+class Found:
+    """The run has a result already: another process trained it."""
+
+    result: Result
+
+
+@dataclass(frozen=True)
+class Busy:
+    """Another process holds the run: it is asked for again, later."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    digest: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """This process cannot compute what was asked for."""
+
+    why: str
+
+
+OnTheWay = Began | Logged | Warned
+Answer = Done | Found | Busy | Traced | Refused
+Message = OnTheWay | Answer

@@ -1,0 +1,257 @@
+"""The pool: runs of one experiment become jobs, and what their executor says of them becomes what a person sees."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import assert_never
+
+from ablab.core.errors import UserError
+from ablab.core.recipe.recipe import Recipe, plain, structure
+from ablab.core.runtime.runtime import NO_GPU
+from ablab.core.store.record import RETRY, Result, Store
+from ablab.experiments.plan.experiment import Experiment, PlannedRun
+from ablab.experiments.run.capacity import default_jobs, gpus_for
+from ablab.experiments.run.executor import Executor, Task
+from ablab.experiments.run.gate import Gate
+from ablab.experiments.run.messages import (
+    Began,
+    Busy,
+    Done,
+    Found,
+    Job,
+    Logged,
+    Message,
+    Refused,
+    Traced,
+    TraceJob,
+    TrainJob,
+    Warned,
+)
+from ablab.experiments.run.processes import LocalProcesses
+from ablab.experiments.run.progress import Watcher
+from ablab.experiments.track.trackers import Trackers
+
+Stops = Callable[[PlannedRun, int, dict[str, float]], bool]
+
+
+@dataclass
+class Outcome:
+    """What became of the runs, by their ids."""
+
+    trained: list[str] = field(default_factory=list)  # here; a diverged run is trained
+    # trained before, or by another process meanwhile
+    reused: list[str] = field(default_factory=list)
+    # crashed or out of memory: the next call tries again
+    failed: list[str] = field(default_factory=list)
+    # cell -> the reference whose bits it computes
+    inert: dict[str, str] = field(default_factory=dict)
+
+
+def never(run: PlannedRun, step: int, scalars: dict[str, float]) -> bool:
+    """No run is stopped early."""
+    return False
+
+
+class Pool:
+    """Warm workers for the runs of one experiment.  Raises UserError where its data or its GPU is not there.
+
+    More jobs than GPUs take turns on them, unless runtime.turns is off: while one trains at its full pace, the other
+    compiles.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        store: Store,
+        watcher: Watcher,
+        jobs: int | None = None,
+        plugins: Iterable[str] = (),
+    ):
+        self.experiment = experiment
+        self.store = store
+        self.watcher = watcher
+        self.runtime = experiment.sheet.runtime
+        self.asked = time.time_ns()
+        self.jobs = jobs or default_jobs(self.runtime)
+        self.gpus = gpus_for(self.runtime)
+        if self.runtime.device == "cuda" and not self.gpus:
+            raise UserError(NO_GPU)  # a worker would say so too, after seconds
+        self.data = data_folder(experiment.base, store, watcher.note)
+        # of this host and this call: nobody else trains for us
+        self.locks = tempfile.TemporaryDirectory(prefix="ablab-turns-")
+        self.executor: Executor = LocalProcesses(
+            self.jobs,
+            plugins,
+            gpus=self.gpus if len(self.gpus) > 1 else (),
+            turns=self._turns(),
+        )
+        self.trackers: Trackers | None = None
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.executor.close()
+        self.locks.cleanup()
+
+    def train(
+        self, runs: list[PlannedRun], stops: Stops = never, gate: Gate | None = None
+    ) -> Outcome:
+        """Train them.
+
+        stops: asked at every log whether the run should end there.  gate: holds runs back until their cells are known
+        to be alive.  Raises UserError where a worker refuses one.
+        """
+        reception = Reception(self, runs, stops, gate)
+        self.executor.execute(self._first_tasks(runs, gate), reception.heard)
+        return reception.outcome
+
+    def training(self, run: PlannedRun) -> Task:
+        """On GPUs, runs that share compiled graphs suit one worker: a change of graph costs tens of seconds.
+
+        On CPUs all are alike.
+        """
+        affinity = structure(run.recipe, self.runtime) if self.gpus else ""
+        return Task(partial(self._train_job, run), affinity)
+
+    def _tracing(self, run: PlannedRun) -> Task:
+        return Task(partial(self._trace_job, run), "trace" if self.gpus else "")
+
+    def _first_tasks(self, runs: list[PlannedRun], gate: Gate | None) -> list[Task]:
+        """What may begin at once: the missing traces, and the runs that wait for none."""
+        if gate is None:
+            return [self.training(run) for run in runs]
+        if gate.missing:
+            self.watcher.note(f"checking that {len(gate.missing)} arms are alive ...")
+        traces = [self._tracing(run) for run in gate.missing.values()]
+        return traces + [self.training(run) for run in gate.passing()]
+
+    def _train_job(self, run: PlannedRun) -> TrainJob:
+        return TrainJob(
+            run=run.id,
+            recipe=plain(run.recipe),
+            runtime=asdict(self.runtime),
+            folder=self.store.run(run.id).folder,
+            data=self.data,
+            asked=self.asked,
+            about={
+                "experiment": self.experiment.name,
+                "params": self.experiment.params(run),
+            },
+        )
+
+    def _trace_job(self, run: PlannedRun) -> TraceJob:
+        return TraceJob(run.id, plain(run.recipe), asdict(self.runtime))
+
+    def _turns(self) -> list[Path]:
+        """A file to lock for each GPU that jobs share, if they take turns on it."""
+        if not self.runtime.turns or self.jobs <= len(self.gpus):
+            return []
+        return [Path(self.locks.name) / gpu for gpu in self.gpus]
+
+
+class Reception:
+    """Hears what is said of the jobs of one call of `train`, passes it on, and keeps the outcome."""
+
+    def __init__(self, pool: Pool, runs: list[PlannedRun], stops: Stops, gate: Gate | None):
+        self.pool = pool
+        self.runs = {run.id: run for run in runs}
+        self.stops = stops
+        self.gate = gate
+        self.outcome = Outcome()
+        self.said: set[str] = set()  # what is said once: warnings of a cell, runs waited for
+
+    def heard(self, job: Job, message: Message) -> Iterable[Task]:
+        """An executor's Listener."""
+        match message:
+            case Traced(digest):
+                return self._let_through(job.run, digest)
+            case Refused(why):
+                raise UserError(f"{self._title(job)}: {why}")
+            case _:
+                self._follow(self.runs[job.run], message)
+                return ()
+
+    def _let_through(self, run: str, trace: str) -> list[Task]:
+        assert self.gate, "only a gate asks for traces"
+        return [self.pool.training(freed) for freed in self.gate.traced_as(run, trace)]
+
+    def _title(self, job: Job) -> str:
+        match job:
+            case TrainJob():
+                return _named(self.runs[job.run])
+            case TraceJob():
+                assert self.gate, "only a gate asks for traces"
+                return self.gate.missing[job.run].cell
+
+    def _follow(
+        self, run: PlannedRun, message: Began | Logged | Warned | Done | Found | Busy
+    ) -> None:
+        match message:
+            case Began():
+                self.pool.watcher.started(run)
+            case Logged():
+                self._logged(run, message)
+            case Warned(line):
+                self._say_once(f"{run.cell}: {line}", f"{_named(run)}: {line}")
+            case Busy():
+                holder = f"another process holds run {run.id}; waiting for it"
+                self._say_once(run.id, f"{_named(run)}: {holder}")
+            case Done(result):
+                self._ended(run, result, self.outcome.trained)
+            case Found(result):
+                self._ended(run, result, self.outcome.reused)
+            case _:
+                assert_never(message)
+
+    def _logged(self, run: PlannedRun, message: Logged) -> None:
+        step, scalars = message.step, message.scalars
+        self.pool.watcher.logged(run, step, scalars)
+        if self.pool.trackers:
+            self.pool.trackers.log(run.id, step, scalars, message.seconds)
+        if self.stops(run, step, scalars):
+            self.pool.executor.stop(run.id)
+
+    def _ended(self, run: PlannedRun, result: Result, among: list[str]) -> None:
+        """among: where the run belongs, unless it is to be tried again."""
+        if result.status in RETRY:
+            among = self.outcome.failed
+        among.append(run.id)
+        self.pool.watcher.finished(run, result)
+        if self.pool.trackers:
+            self.pool.trackers.close(run.id)
+
+    def _say_once(self, what: str, line: str) -> None:
+        """what: of two lines about the same, the first is said; seeds of a cell share their warnings."""
+        if what not in self.said:
+            self.said.add(what)
+            self.pool.watcher.say(line)
+
+
+def _named(run: PlannedRun) -> str:
+    return f"{run.cell}, seed {run.recipe.seed}"
+
+
+def data_folder(recipe: Recipe, store: Store, note: Callable[[str], None]) -> Path:
+    """The token folder of a recipe; the shipped text is tokenized on first use.  Raises UserError where none fits."""
+    from ablab.core.data.corpus import check_meta, ensure_embedded, load_meta
+
+    folder = store.root / "data" / recipe.data.name
+    if recipe.data.name == "embedded":
+        if not folder.exists():
+            note(f"tokenizing the shipped text into {folder} (once, about 15 s) ...")
+        ensure_embedded(store.root)
+    check_meta(recipe, load_meta(folder), folder)
+    return folder

@@ -1,0 +1,222 @@
+"""What every executor of jobs keeps (experiments/run/executor.py).  A new one is a row of EXECUTORS."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from ablab.core.recipe.recipe import plain, run_id
+from ablab.core.runtime.runtime import Runtime
+from ablab.core.store.record import FAILED, FINISHED, PRUNED, Record, Result
+from ablab.experiments.run.executor import Executor, Task
+from ablab.experiments.run.messages import (
+    Began,
+    Busy,
+    Done,
+    Found,
+    Logged,
+    Message,
+    Refused,
+    Traced,
+    TraceJob,
+    TrainJob,
+)
+from ablab.experiments.run.processes import LocalProcesses
+
+LONG = 1000  # steps: never reached
+CPU = asdict(Runtime(device="cpu", log_every=1, evaluations=1))
+
+
+class Local:
+    """Processes of this machine."""
+
+    def start(self) -> Executor:
+        return LocalProcesses(1)
+
+    def kill_worker(self, executor) -> None:
+        os.kill(executor.workers[0].process.pid, signal.SIGKILL)
+
+    def workers_alive(self, pids: list[int]) -> list[int]:
+        return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+    def worker_ids(self, executor) -> list[int]:
+        return [worker.process.pid for worker in executor.workers]
+
+
+EXECUTORS = [Local()]
+
+
+@pytest.fixture(scope="module", params=EXECUTORS, ids=lambda kind: type(kind).__name__)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def executor(kind):
+    """One for the file: a worker takes seconds to start."""
+    started = kind.start()
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def job(tiny, token_folder, tmp_path):
+    """A TrainJob of a recipe of `steps` steps; keys replace its own."""
+
+    def of(steps: int = 6, **keys) -> TrainJob:
+        recipe = tiny(budget__tokens=64 * steps)
+        id = run_id(recipe)
+        own = {"run": id, "recipe": plain(recipe), "folder": tmp_path / id}
+        return TrainJob(**{"runtime": CPU, "data": token_folder, **own, **keys})
+
+    return of
+
+
+@dataclass
+class Listening:
+    """Keeps what it hears, and answers what `then` answers."""
+
+    then: Callable[[Message], None | list[Task]] = lambda message: None
+    heard: list[Message] = field(default_factory=list)
+
+    def __call__(self, job, message):
+        self.heard.append(message)
+        return self.then(message) or []
+
+    def of(self, kind: type) -> list[Message]:
+        return [message for message in self.heard if isinstance(message, kind)]
+
+
+def task(job) -> Task:
+    return Task(lambda: job)
+
+
+def execute(executor, job, then=lambda message: None) -> Listening:
+    listening = Listening(then)
+    executor.execute([task(job)], listening)
+    return listening
+
+
+def test_a_run_is_heard_of_in_order_and_its_last_word_is_its_result(executor, job):
+    wanted = job(6)
+    listening = execute(executor, wanted)
+    first, *logs, last = listening.heard
+    assert first == Began()
+    assert [message.step for message in logs] == [1, 2, 3, 4, 5, 6]
+    assert last.result.status == FINISHED
+    assert last.result == Record(wanted.folder).result()
+
+
+def test_a_run_that_has_a_result_is_found_and_not_trained_again(executor, job):
+    wanted = job()
+    execute(executor, wanted)
+    again = execute(executor, wanted)
+    assert again.heard == [Found(Record(wanted.folder).result())]
+
+
+def test_a_failure_from_before_it_was_asked_for_is_tried_again(executor, job):
+    wanted = job()
+    record = Record(wanted.folder)
+    wanted.folder.mkdir()
+    failure = Result(wanted.run, FAILED, 0, 0, error="an earlier one")
+    record.finish(failure)
+    assert execute(executor, wanted).heard == [Found(failure)]
+    asked_later = job(asked=record.stamp() + 1)
+    assert execute(executor, asked_later).heard[-1].result.status == FINISHED
+
+
+def test_what_an_answer_sets_free_is_executed_too(executor, job):
+    wanted = job()
+    trace = TraceJob(wanted.run, wanted.recipe, wanted.runtime)
+
+    def then(message):
+        return [task(wanted)] if isinstance(message, Traced) else None
+
+    listening = execute(executor, trace, then)
+    assert isinstance(listening.heard[0], Traced)
+    assert isinstance(listening.heard[-1], Done)
+
+
+def test_tasks_are_made_when_they_are_given_and_each_is_answered(executor, job):
+    jobs = [job(steps) for steps in (3, 4, 5)]
+    made_after = []
+    listening = Listening()
+
+    def making(one):
+        made_after.append(len(listening.of(Done)))
+        return one
+
+    executor.execute([Task(lambda one=one: making(one)) for one in jobs], listening)
+    assert made_after == [0, 1, 2]
+    assert [message.result.step for message in listening.of(Done)] == [3, 4, 5]
+
+
+def test_a_run_that_another_process_holds_is_asked_for_again(executor, job):
+    wanted = job()
+    wanted.folder.mkdir()
+    lock = FileLock(wanted.folder / ".lock")
+    lock.acquire()
+
+    def then(message):
+        if isinstance(message, Busy):
+            lock.release()
+
+    listening = execute(executor, wanted, then)
+    assert listening.heard[:2] == [Busy(), Began()]
+    assert listening.heard[-1].result.status == FINISHED
+
+
+def test_a_run_that_is_stopped_ends_pruned_and_goes_on_when_asked_again(executor, job):
+    wanted = job(LONG)
+
+    def then(message):
+        if isinstance(message, Logged):
+            executor.stop(wanted.run)
+
+    stopped = execute(executor, wanted, then).heard[-1].result
+    assert stopped.status == PRUNED
+    assert stopped.step < LONG
+    executor.stop(wanted.run)  # of a run that has ended: nothing happens
+    asked_later = job(LONG, asked=Record(wanted.folder).stamp() + 1)
+    going_on = execute(executor, asked_later, then)
+    assert going_on.of(Logged)[0].step == stopped.step + 1
+
+
+def test_what_a_worker_would_compute_otherwise_than_asked_is_refused(executor, job):
+    [refused] = execute(executor, job(run="0123456789abcdef")).heard
+    assert isinstance(refused, Refused)
+    assert "the file of an intervention changed" in refused.why
+
+
+def test_a_run_whose_worker_dies_is_a_failure_and_another_worker_takes_the_next(
+    executor, job, kind
+):
+    lost = job(LONG)
+    next_one = job(5)
+    killed = []
+
+    def then(message):
+        if isinstance(message, Logged) and not killed:
+            kind.kill_worker(executor)
+            killed.append(message)
+
+    listening = Listening(then)
+    executor.execute([task(lost), task(next_one)], listening)
+    first, second = (message.result for message in listening.of(Done))
+    assert first.status == FAILED
+    assert "the worker died with exit code -9" in first.error
+    assert first == Record(lost.folder).result()
+    assert second.status == FINISHED
+
+
+def test_nothing_runs_on_when_it_is_closed(executor, kind):
+    """The last test of the file, for it ends the executor of the others."""
+    ids = kind.worker_ids(executor)
+    assert ids
+    assert kind.workers_alive(ids) == ids
+    executor.close()
+    assert not kind.workers_alive(ids)

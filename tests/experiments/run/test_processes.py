@@ -1,0 +1,51 @@
+"""Worker processes: who is given what.  What they keep as an executor stands in test_executors.py."""
+
+from ablab.experiments.run.executor import Task
+from ablab.experiments.run.processes import Waiting
+
+
+def tasks(*names: str, affinity=lambda name: name[0]) -> list[Task]:
+    return [Task(lambda name=name: name, affinity(name)) for name in names]
+
+
+def test_a_worker_keeps_to_the_kind_it_is_warm_for_and_others_find_another():
+    """Two workers, three kinds: b must not wait for the worker of a, and no kind is compiled twice without need."""
+    waiting = Waiting(tasks("a0", "a1", "b0", "a2", "b1", "c0"))
+    affinity = {"one": "", "two": ""}
+    given = []
+    for worker in ("one", "two", "one", "two", "one", "two"):
+        task = waiting.take(affinity[worker], affinity.values())
+        affinity[worker] = task.affinity
+        given.append((worker, task.make()))
+    assert given == [
+        ("one", "a0"),
+        ("two", "b0"),
+        ("one", "a1"),
+        ("two", "b1"),
+        ("one", "a2"),
+        ("two", "c0"),
+    ]
+    assert not waiting
+
+
+def test_where_all_are_alike_the_first_comes_first():
+    waiting = Waiting(tasks("0", "1", "2", affinity=lambda name: ""))
+    assert [waiting.take("", {""}).make() for _ in range(3)] == ["0", "1", "2"]
+
+
+def test_a_job_that_another_process_holds_is_due_a_second_later_and_lets_others_pass(
+    monkeypatch,
+):
+    now = 100.0
+    monkeypatch.setattr("ablab.experiments.run.processes.time.monotonic", lambda: now)
+    waiting = Waiting([])
+    waiting.postpone("held", "a")
+    assert waiting
+    assert not waiting.is_due
+    waiting.tasks.extend(tasks("b0"))
+    now = 101.5
+    assert [waiting.take("a", {"a"}).make() for _ in range(2)] == ["b0", "held"]
+    assert not waiting
+    waiting.postpone("held", "a")
+    now = 102.6
+    assert waiting.is_due
