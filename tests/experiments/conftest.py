@@ -1,4 +1,4 @@
-"""A bench for the command line: a folder with tokens, a tiny config and experiment files, and two ways to run `ablab` in it."""
+"""A bench for the command line: a folder with tokens and experiment files, and two ways to run `ablab` in it."""
 
 import json
 import os
@@ -37,21 +37,36 @@ class Ended:
     def json(self):
         return json.loads(self.out)
 
+    @property
+    def trained(self) -> list[str]:
+        """Of `ablab run --json`: the ids of the runs that it trained."""
+        return self.json["outcome"]["trained"]
+
+    @property
+    def reused(self) -> list[str]:
+        return self.json["outcome"]["reused"]
+
+    @property
+    def failed(self) -> list[str]:
+        return self.json["outcome"]["failed"]
+
 
 class Lab:
     """A folder with STORE/data/tiny, mini.yaml, and what a test writes beside them."""
 
     def __init__(self, root: Path, write_token_folder):
-        self.root, self.store = root, root / "store"
+        self.root = root
+        self.store = root / "store"
         write_token_folder(self.store / "data" / "tiny", train=4000)
         (root / "mini.yaml").write_text(CONFIG)
 
     def sheet(self, name: str, **keys) -> str:
-        """Write an experiment file; keys replace those of SHEET, `runtime` is added to."""
+        """Write an experiment file; keys replace those of SHEET, `runtime` is added to.  arms: its `with`."""
+        if "arms" in keys:
+            keys["with"] = keys.pop("arms")
         runtime = SHEET["runtime"] | keys.pop("runtime", {})
-        (self.root / f"{name}.yaml").write_text(
-            json.dumps(SHEET | keys | {"runtime": runtime})
-        )  # JSON is YAML
+        content = SHEET | keys | {"runtime": runtime}
+        (self.root / f"{name}.yaml").write_text(json.dumps(content))  # JSON is YAML
         return f"{name}.yaml"
 
     def start(self, *words: str, **more) -> subprocess.Popen:
@@ -80,22 +95,33 @@ class Lab:
 
     def files(self) -> dict[str, tuple[int, int, int]]:
         """Every file of the store: its inode, size and time.  Equal answers: nothing was touched."""
-        found = {path: path.stat() for path in sorted(self.store.rglob("*")) if path.is_file()}
-        return {
-            str(path.relative_to(self.store)): (is_.st_ino, is_.st_size, is_.st_mtime_ns)
-            for path, is_ in found.items()
-        }
+        found = {}
+        for path in sorted(self.store.rglob("*")):
+            if path.is_file():
+                about = path.stat()
+                stamp = (about.st_ino, about.st_size, about.st_mtime_ns)
+                found[str(path.relative_to(self.store))] = stamp
+        return found
+
+    def plan(self, name: str) -> list[dict]:
+        """The rows of an experiment's plan."""
+        path = self.store / "experiments" / f"{name}.json"
+        return json.loads(path.read_text())["rows"]
+
+    def run_folder(self, id: str) -> Path:
+        return self.store / "runs" / id
+
+    def result(self, name: str, cell: str, pair: int = 0) -> dict:
+        return self.results(name)[cell, pair]
 
     def results(self, name: str) -> dict[tuple[str, int], dict]:
         """(cell, pair) -> result.json, for every planned run of an experiment that has one."""
-        plan = json.loads((self.store / "experiments" / f"{name}.json").read_text())
-        paths = {
-            (row["cell"], row["pair"]): self.store / "runs" / row["run"] / "result.json"
-            for row in plan["rows"]
-        }
-        return {
-            key: json.loads(path.read_text()) for key, path in paths.items() if path.exists()
-        }
+        found = {}
+        for row in self.plan(name):
+            path = self.run_folder(row["run"]) / "result.json"
+            if path.exists():
+                found[row["cell"], row["pair"]] = json.loads(path.read_text())
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +138,17 @@ def lab(new_lab) -> Lab:
 
 @pytest.fixture
 def ablab(lab, monkeypatch, capsys):
-    """`ablab WORDS` inside this process, in the file's lab: milliseconds instead of a second.  For what starts no worker."""
+    """`ablab WORDS` inside this process, in the file's lab: milliseconds instead of a second.
+
+    For what starts no worker.
+    """
     from ablab.core.language.part import Part
     from ablab.core.recipe.intervention import REGISTRY
     from ablab.experiments.cli import main as cli
 
     handler = signal.getsignal(signal.SIGTERM)
-    held = [(known, dict(known)) for known in (REGISTRY, Part.known, Part.foreign)]
+    registries = (REGISTRY, Part.known, Part.foreign)
+    before = [dict(registry) for registry in registries]
 
     def call(*words: str) -> Ended:
         monkeypatch.chdir(lab.root)
@@ -131,8 +161,10 @@ def ablab(lab, monkeypatch, capsys):
 
     yield call
     signal.signal(signal.SIGTERM, handler)
-    for known, before in held:  # no other test shall know this one's plugins
-        known.clear()
-        known.update(before)
-    for module in [name for name in sys.modules if name.startswith("ablab_plugins.")]:
-        del sys.modules[module]
+    # no other test shall know this one's plugins
+    for registry, kept in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(kept)
+    for name in list(sys.modules):
+        if name.startswith("ablab_plugins."):
+            del sys.modules[name]

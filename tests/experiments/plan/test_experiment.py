@@ -31,12 +31,26 @@ def read(lab):
 
 
 def cells_of(runs) -> list[str]:
+    """Of runs, or of the rows of a plan."""
     return [run.cell for run in runs]
+
+
+def pairs_of(runs) -> list[int]:
+    return [run.pair for run in runs]
+
+
+def seeds_of(runs) -> list[int]:
+    return [run.recipe.seed for run in runs]
 
 
 def ids_of(experiment) -> dict[str, str]:
     """Cell -> run id, of seed 0."""
     return {run.cell: run.id for run in experiment.runs([0])}
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    """The cells whose run ids differ."""
+    return {cell for cell, id in after.items() if id != before[cell]}
 
 
 @pytest.mark.parametrize("name", catalog())
@@ -52,8 +66,8 @@ def test_every_experiment_of_the_catalog_loads_and_its_cells_build(name):
 def test_seeds_come_round_by_round_so_that_early_runs_cover_every_cell(read):
     runs = read(seeds=[4, 2]).runs()
     first, second = runs[:4], runs[4:]
-    assert [run.pair for run in first] == [4] * 4
-    assert [run.pair for run in second] == [2] * 4
+    assert pairs_of(first) == [4] * 4
+    assert pairs_of(second) == [2] * 4
     assert cells_of(first) == cells_of(second)
     for run in runs:
         assert run.recipe.seed == run.pair
@@ -61,9 +75,9 @@ def test_seeds_come_round_by_round_so_that_early_runs_cover_every_cell(read):
 
 
 def test_cells_of_one_pair_share_the_seed_and_replicas_never_do(read):
-    assert {run.recipe.seed for run in read().runs([3])} == {3}
+    assert set(seeds_of(read().runs([3]))) == {3}
     replicate = read(design="replicate")
-    seeds = [run.recipe.seed for run in replicate.runs(range(5))]
+    seeds = seeds_of(replicate.runs(range(5)))
     assert len(set(seeds)) == len(seeds) == 10
     with pytest.raises(UserError, match="seed 1000 of sheet would run in both A and B"):
         replicate.runs([1000])
@@ -96,7 +110,7 @@ def test_what_a_run_computes_renames_the_experiment_and_exactly_the_runs_it_touc
 ):
     usual = ids_of(read())
     other = read({path: value})
-    assert {cell for cell, id in ids_of(other).items() if id != usual[cell]} == touched
+    assert changed(usual, ids_of(other)) == touched
     assert other.name == f"sheet@{path}={value}"
 
 
@@ -107,9 +121,7 @@ def test_another_design_is_another_experiment(read):
 def test_a_run_of_an_edited_plugin_has_another_id_and_no_other_run_has(read, monkeypatch):
     before = ids_of(read())
     monkeypatch.setitem(Part.foreign, "qk_norm", "0123456789ab")
-    after = ids_of(read())
-    changed = {cell for cell in before if before[cell] != after[cell]}
-    assert changed == {"full", "- value_residual"}
+    assert changed(before, ids_of(read())) == {"full", "- value_residual"}
 
 
 def test_an_empty_slot_leaves_no_trace_in_an_identity_and_a_filled_one_does(tiny, monkeypatch):
@@ -131,11 +143,15 @@ def test_an_empty_slot_leaves_no_trace_in_an_identity_and_a_filled_one_does(tiny
     assert run_id(tiny()) != usual
 
 
-@pytest.mark.parametrize("value", [float("nan"), b"bytes", object(), {1, 2}])
+EXOTIC = [float("nan"), b"bytes", object(), {1, 2}]
+
+
+@pytest.mark.parametrize("value", EXOTIC)
 def test_a_recipe_that_is_not_plain_data_has_no_id(read, value):
     recipe = read().base
+    model = replace(recipe.model, norm_eps=value)
     with pytest.raises(UserError, match=r"recipe.model.norm_eps=.* is not plain data"):
-        run_id(replace(recipe, model=replace(recipe.model, norm_eps=value)))
+        run_id(replace(recipe, model=model))
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
@@ -189,15 +205,17 @@ def test_a_config_beside_the_file_comes_before_a_shipped_one(lab, read):
 def test_a_later_config_replaces_a_part_of_another_kind_and_merges_one_of_the_same(lab, read):
     (lab.root / "flat.yaml").write_text("schedule: {kind: constant}\n")
     (lab.root / "low.yaml").write_text("schedule: {kind: cosine, floor: 0.5}\n")
-    assert read(base=["base", "mini", "flat"]).base.schedule.kind == "constant"
+    flat = read(base=["base", "mini", "flat"]).base.schedule
     low = read(base=["base", "mini", "low"]).base.schedule
+    assert flat.kind == "constant"
     assert low.floor == 0.5
     assert low.warmup_steps == 3  # mini's
 
 
 # -- which cells -------------------------------------------------------------------------------------------------------
 def test_a_pattern_chooses_what_a_shell_would_and_a_word_what_stands_in_the_name(read):
-    runs = read(**{"with": ["muon", "normuon", "qk_norm"]}).runs([0])
+    experiment = read(arms=["muon", "normuon", "qk_norm"])
+    runs = experiment.runs([0])
     assert cells_of(chosen(runs, ["normuon"])) == ["- muon (and normuon)", "- normuon"]
     assert cells_of(chosen(runs, ["- *", "!*muon*"])) == ["- qk_norm"]
     assert chosen(runs, []) == runs
@@ -218,18 +236,19 @@ def noted(plan) -> dict[str, str]:
 def test_a_plan_keeps_earlier_seeds_while_their_recipes_are_the_same(read):
     experiment = read()
     old = merged(experiment, [0, 5], None)
-    pairs = [row.pair for row in merged(experiment, [0, 1], old).rows]
-    assert pairs == [0] * 4 + [1] * 4 + [5] * 4
-    other = read(**{"set": {"optim.lr": 0.5}})
-    pairs = {row.pair for row in merged(other, [0, 1], old).rows}
-    assert pairs == {0, 1}  # seed 5 was of another recipe
+    again = merged(experiment, [0, 1], old)
+    assert pairs_of(again.rows) == [0] * 4 + [1] * 4 + [5] * 4
+    other = merged(read(set={"optim.lr": 0.5}), [0, 1], old)
+    assert set(pairs_of(other.rows)) == {0, 1}  # seed 5 was of another recipe
 
 
 def test_a_plan_keeps_earlier_seeds_of_the_cells_that_it_still_has(read):
     old = merged(read(), [0, 5], None)
-    rows = merged(read(**{"with": ["qk_norm"]}), [0], old).rows
-    assert {row.cell for row in rows} == {"full", "base", "- qk_norm"}
-    assert {row.cell for row in rows if row.pair == 5} == {"base"}
+    fewer = read(arms=["qk_norm"])
+    rows = merged(fewer, [0], old).rows
+    assert set(cells_of(rows)) == {"full", "base", "- qk_norm"}
+    earlier = [row for row in rows if row.pair == 5]
+    assert cells_of(earlier) == ["base"]
 
 
 def test_a_plan_remembers_what_was_found_inert_until_it_is_asked_again(read):
@@ -257,8 +276,9 @@ def test_a_plan_of_thousands_merges_in_a_time_that_grows_with_its_length(read):
 
 
 def test_what_a_tracker_shows_names_the_toggles_the_dials_and_what_differs(read):
-    experiment = read(**{"with": ["qk_norm", {"gating": {"per": "elementwise"}}]})
-    run = next(run for run in experiment.runs([3]) if run.cell == "- qk_norm")
+    gating = {"gating": {"per": "elementwise"}}
+    experiment = read(arms=["qk_norm", gating])
+    [run] = chosen(experiment.runs([3]), ["- qk_norm"])
     shown = experiment.params(run)
     assert shown["with.qk_norm"] is False
     assert shown["with.gating"] is True

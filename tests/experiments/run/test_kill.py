@@ -13,6 +13,7 @@ import pytest
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.record import FAILED, FINISHED, Record
 
+FORK = multiprocessing.get_context("fork")
 CPU = Runtime(device="cpu", log_every=3, evaluations=3, save_seconds=0)
 
 
@@ -24,7 +25,10 @@ def train(recipe, data: Path, folder: Path) -> None:
 
 
 def train_and_die(recipe, data: Path, folder: Path, events: int, told) -> None:
-    """Train, and kill this process at the `events`-th instant: in a step, in half a write, before a rename, in half a line."""
+    """Train, and kill this process at the `events`-th instant.
+
+    Instants are: in a step, in half a write, before a rename, in half a line of a log.
+    """
     left = events
 
     def instant(name: str, tear=lambda: None):
@@ -44,6 +48,10 @@ def train_and_die(recipe, data: Path, folder: Path, events: int, told) -> None:
 
         setattr(holder, attribute, watched)
 
+    def halve(file: int):
+        size = os.fstat(file).st_size
+        os.ftruncate(file, size // 2)
+
     def half_a_line(record, step, scalars, pace):
         with open(record.metrics_path, "ab") as file:
             file.write(b'{"step":%d,"tok' % step)
@@ -51,7 +59,7 @@ def train_and_die(recipe, data: Path, folder: Path, events: int, told) -> None:
     from ablab.core.train import trainer
 
     at(trainer.Trainer, "advance", "step")
-    at(os, "fsync", "write", lambda file: os.ftruncate(file, os.fstat(file).st_size // 2))
+    at(os, "fsync", "write", halve)
     at(os, "replace", "rename")
     at(Record, "log", "line", half_a_line)
     train(recipe, data, folder)
@@ -60,57 +68,58 @@ def train_and_die(recipe, data: Path, folder: Path, events: int, told) -> None:
 
 def test_a_run_killed_at_any_instant_ends_in_the_same_bytes(tiny, token_folder, tmp_path):
     """Again and again, with momentum, an average of weights and a window of losses to lose."""
-    recipe, fork, draw = (
-        tiny(["muon", "ema"]),
-        multiprocessing.get_context("fork"),
-        random.Random(0),
-    )
-    train(recipe, token_folder, tmp_path / "calm")
+    recipe = tiny(["muon", "ema"])
+    draw = random.Random(0)
+    calm = Record(tmp_path / "calm")
+    killed = Record(tmp_path / "killed")
+    train(recipe, token_folder, calm.folder)
     deaths = []
     while not deaths or deaths[-1] != "end":
-        ours, theirs = fork.Pipe()
-        child = fork.Process(
-            target=train_and_die,
-            args=(recipe, token_folder, tmp_path / "killed", draw.randint(1, 16), theirs),
-        )
+        ours, theirs = FORK.Pipe()
+        what = (recipe, token_folder, killed.folder)
+        events = draw.randint(1, 16)
+        child = FORK.Process(target=train_and_die, args=(*what, events, theirs))
         child.start()
         child.join(timeout=60)
         deaths.append(ours.recv())
-    assert {"step", "write", "rename", "line"} <= set(deaths) and len(deaths) > 12
-    calm, killed = Record(tmp_path / "calm"), Record(tmp_path / "killed")
-    assert killed.metrics_path.read_bytes() == calm.metrics_path.read_bytes()
-    assert (
-        killed.result().weights == calm.result().weights
-        and killed.result().metrics == calm.result().metrics
-    )
-    assert {path.name for path in killed.folder.iterdir()} == {
-        path.name for path in calm.folder.iterdir()
-    }  # and no litter
+    assert {"step", "write", "rename", "line"} <= set(deaths)
+    assert len(deaths) > 12
+    assert_equal(killed, calm)
+    assert names_in(killed.folder) == names_in(calm.folder)  # and no litter
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def assert_equal(one: Record, other: Record) -> None:
+    """They hold the same numbers, bit for bit."""
+    assert one.metrics_path.read_bytes() == other.metrics_path.read_bytes()
+    assert one.result().weights == other.result().weights
+    assert one.result().metrics == other.result().metrics
 
 
 # -- the real thing: a runner, its worker, and signals -----------------------------------------------------------------
 @pytest.fixture(scope="module")
 def grid(lab):
     """A (seed 0) and B (seed 1000) of 300 steps, saved every 50 ms; and A as it is when nobody stops it."""
-    lab.sheet(
-        "long",
-        **{
-            "with": ["muon"],
-            "design": "replicate",
-            "seeds": [0],
-            "set": {"budget.tokens": 64 * 300},
-            "runtime": {"log_every": 1, "save_seconds": 0.05},
-        },
-    )
     from ablab.core.data.corpus import load_meta
     from ablab.experiments.plan.experiment import load
 
-    runs = load(
-        str(lab.root / "long.yaml"),
-        {},
-        lambda name: load_meta(lab.store / "data" / name).digest,
-    ).runs()
-    return lab, runs
+    lab.sheet(
+        "long",
+        arms=["muon"],
+        design="replicate",
+        seeds=[0],
+        set={"budget.tokens": 64 * 300},
+        runtime={"log_every": 1, "save_seconds": 0.05},
+    )
+
+    def digest_of(data: str) -> str:
+        return load_meta(lab.store / "data" / data).digest
+
+    experiment = load(str(lab.root / "long.yaml"), {}, digest_of)
+    return lab, experiment.runs()
 
 
 WORDS = ("run", "long.yaml", "--no-mlflow", "--jobs", "1", "--run-inert")
@@ -124,16 +133,19 @@ def start_and_wait_for(lab, run, lines: int):
 
 
 def wait_for(lab, process, run, lines: int) -> None:
-    path, until = lab.store / "runs" / run.id / "metrics.jsonl", time.monotonic() + 60
+    path = lab.store / "runs" / run.id / "metrics.jsonl"
+    until = time.monotonic() + 60
     while not path.exists() or path.read_bytes().count(b"\n") < lines:
-        assert process.poll() is None and time.monotonic() < until, process.communicate()[1]
+        running = process.poll() is None
+        assert running and time.monotonic() < until, process.communicate()
         time.sleep(0.005)
 
 
 def worker_of(runner: int) -> int:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            _, _, stat = (folder / "stat").read_text().rpartition(")")
+            parent = int(stat.split()[1])
             if parent == runner and b"spawn_main" in (folder / "cmdline").read_bytes():
                 return int(folder.name)
         except OSError:  # it ended while we looked
@@ -175,52 +187,45 @@ def test_signals_to_the_runner_the_worker_and_both_lose_nothing(grid):
     process, worker = start_and_wait_for(lab, a, 120)
     os.kill(process.pid, signal.SIGINT)
     began = time.monotonic()
-    out, err = process.communicate()
-    assert (
-        process.returncode == 130
-        and time.monotonic() - began < 5
-        and "interrupted" in err
-        and "Traceback" not in err
-    )
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert time.monotonic() - began < 5
+    assert "interrupted" in err
+    assert "Traceback" not in err
     assert f"A, seed 0: checkpoint {newest} is damaged (its checksum differs); set aside" in err
-    assert not alive(worker) and record.result() is None
+    assert not alive(worker)
+    assert record.result() is None
 
     process, worker = start_and_wait_for(lab, a, 160)
     os.kill(worker, signal.SIGKILL)
-    out, err = process.communicate()
-    results = lab.results("long")
-    assert (
-        process.returncode == 1
-        and results["A", 0]["status"] == FAILED
-        and "exit code -9" in results["A", 0]["error"]
-    )
-    assert results["B", 0]["status"] == FINISHED  # another worker took its place
+    process.communicate()
+    lost = lab.result("long", "A")
+    other = lab.result("long", "B")
+    assert process.returncode == 1
+    assert lost["status"] == FAILED
+    assert "exit code -9" in lost["error"]
+    assert other["status"] == FINISHED  # another worker took its place
 
     before = lab.files()
     ended = lab.run(*WORDS, "--json")
-    assert (
-        ended.code == 0
-        and ended.json["outcome"]["trained"] == [a.id]
-        and ended.json["outcome"]["reused"] == [b.id]
-    )
-    changed = {
-        name.split("/")[1]
-        for name, stat in lab.files().items()
-        if name.startswith("runs/") and before.get(name) != stat
-    }
-    assert changed == {a.id}
+    assert ended.code == 0
+    assert ended.trained == [a.id]
+    assert ended.reused == [b.id]
+    for name, stat in lab.files().items():
+        if name.startswith("runs/") and before.get(name) != stat:
+            assert name.split("/")[1] == a.id
 
-    train_calm(a.recipe, lab.store / "data" / "tiny", lab.root / "calm")
     calm = Record(lab.root / "calm")
-    assert record.metrics_path.read_bytes() == calm.metrics_path.read_bytes()
-    assert (
-        record.result().weights == calm.result().weights and record.result().status == FINISHED
-    )
-    steps = [json.loads(line)["step"] for line in record.pace_path.read_text().splitlines()]
+    train_calm(a.recipe, lab.store / "data" / "tiny", calm.folder)
+    assert record.result().status == FINISHED
+    assert_equal(record, calm)
+    paces = record.pace_path.read_text().splitlines()
+    steps = [json.loads(pace)["step"] for pace in paces]
     assert steps == list(range(1, 301))
 
 
 def train_calm(recipe, data: Path, folder: Path) -> None:
     from ablab.core.train.trainer import run
 
-    run(recipe, Runtime(device="cpu", log_every=1, evaluations=2), data, Record(folder))
+    as_the_grid = Runtime(device="cpu", log_every=1, evaluations=2)
+    run(recipe, as_the_grid, data, Record(folder))

@@ -16,42 +16,65 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def runs(tiny):
-    return [PlannedRun(cell, 0, tiny(), f"id of {cell}") for cell in ("base", "+ ema")]
+    recipe = tiny()
+    return [PlannedRun(cell, 0, recipe, f"id of {cell}") for cell in ("base", "+ ema")]
+
+
+@pytest.fixture
+def on_a_terminal(monkeypatch):
+    """A function that turns stderr into a terminal, from the test itself: pytest sets it anew before each test."""
+
+    def begin() -> Terminal:
+        terminal = Terminal()
+        monkeypatch.setattr("sys.stderr", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "120")
+        return terminal
+
+    return begin
+
+
+FAILURE = Result("1", FAILED, 0, 0, error="[bold]index [3]")  # looks like markup
+SUCCESS = Result(
+    "0",
+    FINISHED,
+    step=12,
+    tokens=768,
+    metrics={"val/loss": 3.9},
+    seconds=1.5,
+    tokens_per_second=512.0,
+)
 
 
 def play(watching, runs) -> None:
-    """Two runs, one of which fails with words that look like markup."""
+    """Two runs, one of which fails."""
+    good, bad = runs
     watching.planned(3, 1, 2)
-    for run in runs:
-        watching.started(run)
-    watching.logged(runs[0], 6, {"train/loss": 4.1, "tokens_per_second": 1234.0})
+    watching.started(good)
+    watching.started(bad)
+    watching.logged(good, 6, {"train/loss": 4.1, "tokens_per_second": 1234.0})
     watching.note("a note")
-    watching.finished(runs[1], Result("1", FAILED, 0, 0, error="[bold]index [3]"))
-    watching.logged(runs[0], 12, {"train/loss": 4.0, "tokens_per_second": 1234.0})
-    watching.finished(runs[0], Result("0", FINISHED, 12, 768, {"val/loss": 3.9}, 1.5, 512.0))
+    watching.finished(bad, FAILURE)
+    watching.logged(good, 12, {"train/loss": 4.0, "tokens_per_second": 1234.0})
+    watching.finished(good, SUCCESS)
 
 
-def test_a_terminal_gets_bars_that_leave_and_lines_that_stay(runs, monkeypatch):
-    monkeypatch.setattr("sys.stderr", terminal := Terminal())
-    monkeypatch.setenv("TERM", "xterm")
+def test_a_terminal_gets_bars_that_leave_and_lines_that_stay(runs, on_a_terminal):
+    terminal = on_a_terminal()
     watching = watcher("val/loss", quiet=False)
     assert isinstance(watching, Live)
     play(watching, runs)
-    assert (
-        watching.bars.tasks[0].completed == watching.bars.tasks[0].total == 24
-        and len(watching.bars.tasks) == 1
-    )
+    [grid] = watching.bars.tasks
+    assert grid.completed == grid.total == 24
     watching.close()
     said = terminal.getvalue()
-    assert (
-        "[2/3] + ema, seed 0: FAILED: [bold]index [3]" in said
-        and "[3/3] base, seed 0: val/loss 3.9000, 512 tokens/s, 2 s" in said
-    )
+    assert "[2/3] + ema, seed 0: FAILED: [bold]index [3]" in said
+    assert "[3/3] base, seed 0: val/loss 3.9000, 512 tokens/s, 2 s" in said
     assert "\x1b[?25h" in said  # the cursor is back
 
 
-def test_a_grid_that_is_done_already_is_a_full_bar_and_none_that_waits(monkeypatch):
-    monkeypatch.setattr("sys.stderr", Terminal())
+def test_a_grid_that_is_done_already_is_a_full_bar_and_none_that_waits(on_a_terminal):
+    on_a_terminal()
     watching = Live("val/loss")
     watching.planned(6, 6, 0)
     assert watching.bars.tasks[0].total == 0
@@ -74,28 +97,23 @@ def test_a_pipe_gets_plain_lines_and_quiet_only_what_must_not_be_missed(runs, ca
 
 
 def test_a_study_on_a_terminal_shows_its_arms_their_best_so_far_and_the_time_left(
-    runs, monkeypatch
+    on_a_terminal, monkeypatch
 ):
-    monkeypatch.setattr("sys.stderr", terminal := Terminal())
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
+    terminal = on_a_terminal()
     watching = watcher("val/loss", quiet=False)
-    for now, done, best in ((100.0, 2, None), (160.0, 5, 3.25)):
-        monkeypatch.setattr(
-            "ablab.experiments.run.progress.time.monotonic", lambda now=now: now
-        )
-        watching.arms(
-            [
-                ArmProgress("base", done, 8, best, {"optim.lr": 0.01} if best else {}, {}),
-                ArmProgress("+ ema", 1, 8, None, {}, {"diverged": 1}),
-            ],
-            "val/loss",
-        )
+
+    def shown_at(now: float, done: int, best: float | None, at: dict) -> None:
+        clock = "ablab.experiments.run.progress.time.monotonic"
+        monkeypatch.setattr(clock, lambda: now)
+        base = ArmProgress("base", done, 8, best, at, {})
+        ema = ArmProgress("+ ema", 1, 8, None, {}, {"diverged": 1})
+        watching.arms([base, ema], "val/loss")
+
+    shown_at(100.0, done=2, best=None, at={})
+    shown_at(160.0, done=5, best=3.25, at={"optim.lr": 0.01})
     watching.bars.refresh()
     watching.close()
     said = terminal.getvalue()
-    assert all(
-        word in said
-        for word in ("best val/loss", "5/8", "3.2500", "optim.lr=0.01", "1/8, 1 diverged")
-    )
+    for word in ("best val/loss", "5/8", "3.2500", "optim.lr=0.01", "1/8, 1 diverged"):
+        assert word in said
     assert "6 of 16 trials, about 3 min left" in said  # 3 trials took a minute, and 10 are left

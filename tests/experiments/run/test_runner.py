@@ -16,8 +16,11 @@ from ablab.experiments.plan.sheets import Metric
 from ablab.experiments.run.capacity import default_jobs
 
 CELLS = ["full", "base", "- qk_norm", "- value_residual"]
+A_AND_B = {"design": "replicate", "seeds": [0]}  # two runs of one recipe
+QUICK = ("--no-mlflow", "--jobs", "1")
+OWN = ("--plugins", "plugins", *QUICK)  # with interventions of one's own
 
-# Interventions of a user's own: each multiplies the head outputs by `how(...)`.
+# An intervention of a user's own: it multiplies the head outputs by `how(...)`.
 PLUGIN = '''
 """{name}."""
 from ablab.core.language.declare import Stage
@@ -47,8 +50,6 @@ COUNT = """
             file.write(b".")
     return y * 0.9
 """
-
-
 WHO = """
     import os, time, torch
     if torch.is_grad_enabled():
@@ -64,83 +65,98 @@ WHO = """
 
 def plugin(lab, name: str, body: str) -> None:
     (lab.root / "plugins").mkdir(exist_ok=True)
-    (lab.root / "plugins" / f"{name}.py").write_text(
-        PLUGIN.format(name=name, body=body.strip())
-    )
+    source = PLUGIN.format(name=name, body=body.strip())
+    path = lab.root / "plugins" / f"{name}.py"
+    path.write_text(source)
+
+
+def each(key: str, rows) -> list:
+    """That key of the effects of a report, of results, or of the rows of a plan."""
+    return [row[key] for row in rows]
+
+
+def weights(results, pairs) -> dict:
+    return {
+        (cell, pair): result["weights"]
+        for (cell, pair), result in results.items()
+        if pair in pairs
+    }
+
+
+def metrics_of(lab, id: str) -> bytes:
+    return (lab.run_folder(id) / "metrics.jsonl").read_bytes()
+
+
+def only_runs(files) -> dict:
+    return {name: stat for name, stat in files.items() if name.startswith("runs/")}
 
 
 @pytest.fixture(scope="module")
 def first(lab):
     """Two seeds of a leave-one-out grid, one worker."""
-    ended = lab.run("run", lab.sheet("grid"), "--jobs", "1", "--no-mlflow")
+    ended = lab.run("run", lab.sheet("grid"), *QUICK)
     assert ended.code == 0, ended.err
     return ended
 
 
 # -- a grid ------------------------------------------------------------------------------------------------------------
 def test_a_grid_leaves_results_a_plan_and_a_report(lab, first):
-    plan = json.loads((lab.store / "experiments" / "grid.json").read_text())
-    assert [(row["cell"], row["pair"]) for row in plan["rows"]] == [
-        (cell, seed) for seed in (0, 1) for cell in CELLS
-    ]
-    results = lab.results("grid")
-    assert len(results) == 8 and {result["status"] for result in results.values()} == {FINISHED}
-    assert {result["step"] for result in results.values()} == {20} and len(
-        {result["weights"] for result in results.values()}
-    ) == 8
-    report = (lab.store / "reports" / "grid" / "report.md").read_text()
-    assert all(f"`{cell}`" in report for cell in CELLS) and "Does it run?" in first.out
+    rows = lab.plan("grid")
+    assert each("cell", rows) == CELLS + CELLS
+    assert each("pair", rows) == [0] * 4 + [1] * 4
+    results = lab.results("grid").values()
+    assert each("status", results) == [FINISHED] * 8
+    assert each("step", results) == [20] * 8
+    assert len(set(each("weights", results))) == 8
+    folder = lab.store / "reports" / "grid"
+    report = (folder / "report.md").read_text()
+    assert all(f"`{cell}`" in report for cell in CELLS)
+    assert "Does it run?" in first.out
 
 
 def test_a_run_folder_is_complete_and_holds_no_litter(lab, first):
+    complete = {"recipe.yaml", "run.json", "metrics.jsonl", "pace.jsonl", "result.json"}
     for folder in (lab.store / "runs").iterdir():
-        assert {path.name for path in folder.iterdir()} - {".lock"} == {
-            "recipe.yaml",
-            "run.json",
-            "metrics.jsonl",
-            "pace.jsonl",
-            "result.json",
-        }
-        steps = [
-            json.loads(line)["step"]
-            for line in (folder / "metrics.jsonl").read_text().splitlines()
-        ]
-        assert steps == [5, 10, 15, 20]
+        assert {path.name for path in folder.iterdir()} - {".lock"} == complete
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        assert each("step", map(json.loads, lines)) == [5, 10, 15, 20]
 
 
 def test_output_that_is_no_terminal_is_plain_lines(lab, first):
-    assert "\x1b" not in first.out + first.err and "\r" not in first.out + first.err
-    assert (
-        "[8/8]" in first.err and "8 runs: 0 done already, 8 to train, 1 at a time" in first.err
-    )
+    printed = first.out + first.err
+    assert "\x1b" not in printed
+    assert "\r" not in printed
+    assert "[8/8]" in first.err
+    assert "8 runs: 0 done already, 8 to train, 1 at a time" in first.err
 
 
 def test_every_metric_that_a_sheet_may_name_is_one_that_a_run_leaves(lab, first):
     names = set(get_args(get_type_hints(Metric)["name"]))
-    assert names and all(
-        names <= result["metrics"].keys() for result in lab.results("grid").values()
-    )
+    assert names
+    for result in lab.results("grid").values():
+        assert names <= result["metrics"].keys()
 
 
 def test_asked_twice_it_trains_nothing_and_says_so(lab, first, ablab):
-    before = {name: stat for name, stat in lab.files().items() if name.startswith("runs/")}
+    before = only_runs(lab.files())
     ended = ablab("run", "grid.yaml", "--no-mlflow")
-    assert (
-        ended.code == 0
-        and "8 runs: 8 done already, nothing to train" in ended.err
-        and "val/loss" not in ended.err
-    )
-    assert {
-        name: stat for name, stat in lab.files().items() if name.startswith("runs/")
-    } == before
+    assert ended.code == 0
+    assert "8 runs: 8 done already, nothing to train" in ended.err
+    assert "val/loss" not in ended.err
+    assert only_runs(lab.files()) == before
     assert ended.out == first.out
 
 
 def test_asked_twice_it_loads_no_torch_and_starts_no_process(lab, first):
-    code = (
-        "import sys, multiprocessing.process as m; from ablab.experiments.cli import main as cli; sys.argv = ['ablab', 'run', 'grid.yaml', '--no-mlflow', '--json']\n"
-        "try: cli.main()\nfinally: print({'torch', 'mlflow'} & set(sys.modules), m.active_children(), file=sys.stderr)"
-    )
+    code = """
+import sys, multiprocessing.process as processes
+from ablab.experiments.cli import main as cli
+sys.argv = ["ablab", "run", "grid.yaml", "--no-mlflow", "--json"]
+try:
+    cli.main()
+finally:
+    print({"torch", "mlflow"} & set(sys.modules), processes.active_children(), file=sys.stderr)
+"""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=lab.root,
@@ -148,96 +164,62 @@ def test_asked_twice_it_loads_no_torch_and_starts_no_process(lab, first):
         capture_output=True,
         text=True,
     )
-    assert (
-        done.returncode == 0
-        and done.stderr == "set() []\n"
-        and json.loads(done.stdout)["outcome"]["trained"] == []
-    )
+    assert done.returncode == 0
+    assert done.stderr == "set() []\n"
+    told = json.loads(done.stdout)
+    assert told["outcome"]["trained"] == []
 
 
 def test_another_number_of_workers_gives_the_same_bits(lab, first, new_lab):
     other = new_lab()
-    ended = other.run(
-        "run",
-        other.sheet("grid"),
-        "--jobs",
-        "2",
-        "--no-mlflow",
-        "--seeds",
-        "0-1",
-        "--json",
-        "--quiet",
-    )
-    assert ended.code == 0 and ended.err == "" and len(ended.json["outcome"]["trained"]) == 8
-    here, there = lab.results("grid"), other.results("grid")
-    assert {key: result["weights"] for key, result in here.items() if key[1] < 2} == {
-        key: result["weights"] for key, result in there.items()
-    }
-    for result in there.values():
-        path = f"runs/{result['run']}/metrics.jsonl"
-        assert (lab.store / path).read_bytes() == (other.store / path).read_bytes()
+    two_workers = ("--no-mlflow", "--jobs", "2", "--json", "--quiet")
+    other.sheet("grid")
+    ended = other.run("run", "grid.yaml", "--seeds", "0-1", *two_workers)
+    assert ended.code == 0
+    assert ended.err == ""
+    assert len(ended.trained) == 8
+    here = lab.results("grid")
+    there = other.results("grid")
+    assert weights(here, pairs=(0, 1)) == weights(there, pairs=(0, 1))
+    for id in each("run", there.values()):
+        assert metrics_of(lab, id) == metrics_of(other, id)
 
 
 def test_seeds_added_later_extend_the_plan_and_the_report(lab, first, ablab):
-    ended = lab.run(
-        "run",
-        "grid.yaml",
-        "--seeds",
-        "2",
-        "--only",
-        "full",
-        "--only",
-        "base",
-        "--no-mlflow",
-        "--jobs",
-        "1",
-        "--json",
-    )
-    assert (
-        ended.code == 0
-        and len(ended.json["outcome"]["trained"]) == 2
-        and ended.json["outcome"]["reused"] == []
-    )
+    two_cells = ("--only", "full", "--only", "base")
+    ended = lab.run("run", "grid.yaml", "--seeds", "2", *two_cells, *QUICK, "--json")
+    assert ended.code == 0
+    assert len(ended.trained) == 2
+    assert ended.reused == []
     pairs = {effect["cell"]: effect["n"] for effect in ended.json["effects"]}
     assert pairs == {"full": 3, "base": 3, "- qk_norm": 2, "- value_residual": 2}
-    plan = json.loads((lab.store / "experiments" / "grid.json").read_text())
-    assert len(plan["rows"]) == 12 and {row["pair"] for row in plan["rows"]} == {0, 1, 2}
-    ablab(
-        "run", "grid.yaml", "--no-mlflow", "--quiet"
-    )  # the file's own seeds again: nobody forgets seed 2
-    assert len(json.loads((lab.store / "experiments" / "grid.json").read_text())["rows"]) == 12
+    rows = lab.plan("grid")
+    assert len(rows) == 12
+    assert set(each("pair", rows)) == {0, 1, 2}
+    # the file's own seeds again: nobody forgets seed 2
+    ablab("run", "grid.yaml", "--no-mlflow", "--quiet")
+    assert len(lab.plan("grid")) == 12
 
 
 def test_a_report_can_be_asked_for_later_by_name_or_by_file(lab, first, ablab):
-    by_name, by_file = (
-        ablab("report", "grid", "--json").json,
-        ablab("report", "grid.yaml", "--json").json,
-    )
-    assert by_name == by_file and [effect["cell"] for effect in by_name["effects"]] == CELLS
-    assert (
-        "grid" in ablab("report", "grad").err
-        and "experiment 'grid@optim.lr=0.5' has no runs"
-        in ablab("report", "grid.yaml", "optim.lr=0.5").err
-    )
+    by_name = ablab("report", "grid", "--json").json
+    by_file = ablab("report", "grid.yaml", "--json").json
+    assert by_name == by_file
+    assert each("cell", by_name["effects"]) == CELLS
+    assert "grid" in ablab("report", "grad").err
+    lacking = "experiment 'grid@optim.lr=0.5' has no runs"
+    assert lacking in ablab("report", "grid.yaml", "optim.lr=0.5").err
 
 
 def test_an_override_is_an_experiment_of_its_own_and_shares_what_is_equal(lab, first):
-    ended = lab.run(
-        "run",
-        "grid.yaml",
-        "with.qk_norm.scale=2.0",
-        "--seeds",
-        "0",
-        "--no-mlflow",
-        "--jobs",
-        "1",
-        "--json",
-    )
-    assert ended.code == 0 and ended.json["experiment"] == "grid@with.qk_norm.scale=2"
-    assert (
-        len(ended.json["outcome"]["trained"]) == 2 and len(ended.json["outcome"]["reused"]) == 2
-    )  # base and `- qk_norm` have no such dose
-    assert {result["status"] for result in lab.results("grid").values()} == {FINISHED}
+    dose = "with.qk_norm.scale=2.0"
+    ended = lab.run("run", "grid.yaml", dose, "--seeds", "0", *QUICK, "--json")
+    assert ended.code == 0
+    assert ended.json["experiment"] == "grid@with.qk_norm.scale=2"
+    assert len(ended.trained) == 2
+    assert len(ended.reused) == 2  # base and `- qk_norm` have no such dose
+    results = lab.results("grid").values()
+    assert set(each("status", results)) == {FINISHED}
 
 
 # -- interventions of one's own ----------------------------------------------------------------------------------------
@@ -246,225 +228,158 @@ def own(new_lab):
     """An arm from the template and one that computes nothing new."""
     lab = new_lab()
     written = lab.run("new", "intervention", "my_idea", "--folder", "plugins")
-    assert written.code == 0 and (lab.root / "plugins" / "my_idea.py").exists()
+    assert written.code == 0
+    assert (lab.root / "plugins" / "my_idea.py").exists()
     plugin(lab, "nothing", "return y * 1.0")
-    lab.sheet("own", **{"with": ["my_idea", "nothing"], "design": "add_one", "seeds": [0]})
-    return lab, lab.run(
-        "run", "own.yaml", "--plugins", "plugins", "--no-mlflow", "--jobs", "1", "--json"
-    )
+    lab.sheet("own", arms=["my_idea", "nothing"], design="add_one", seeds=[0])
+    return lab, lab.run("run", "own.yaml", *OWN, "--json")
 
 
 def test_an_intervention_from_a_plugin_folder_trains_in_a_worker(own):
     lab, ended = own
-    assert ended.code == 0 and {effect["cell"] for effect in ended.json["effects"]} >= {
-        "base",
-        "+ my_idea",
-    }
-    results = lab.results("own")
-    assert (
-        results["+ my_idea", 0]["status"] == FINISHED
-        and results["+ my_idea", 0]["weights"] != results["base", 0]["weights"]
-    )
+    assert ended.code == 0
+    cells = each("cell", ended.json["effects"])
+    assert {"base", "+ my_idea"} <= set(cells)
+    idea = lab.result("own", "+ my_idea")
+    base = lab.result("own", "base")
+    assert idea["status"] == FINISHED
+    assert idea["weights"] != base["weights"]
 
 
 def test_an_arm_that_computes_its_references_bits_is_named_and_not_trained(own):
     lab, ended = own
-    assert "INERT: + nothing computes the same bits as base" in ended.err and ended.json[
-        "outcome"
-    ]["inert"] == {"+ nothing": "base"}
+    assert "INERT: + nothing computes the same bits as base" in ended.err
+    inert = ended.json["outcome"]["inert"]
+    assert inert == {"+ nothing": "base"}
     assert ("+ nothing", 0) not in lab.results("own")
     again = lab.run("run", "own.yaml", "--plugins", "plugins", "--no-mlflow")
-    assert (
-        again.code == 0 and "INERT: + nothing" in again.err and "alive" not in again.err
-    )  # remembered: no worker is started for it
+    assert again.code == 0
+    assert "INERT: + nothing" in again.err
+    assert "alive" not in again.err  # remembered: no worker is started for it
 
 
 def test_an_edited_intervention_is_another_run_and_its_liveness_is_asked_anew(own):
     lab, _ = own
     before = lab.results("own")
     plugin(lab, "nothing", "return y * 0.5")
-    ended = lab.run(
-        "run", "own.yaml", "--plugins", "plugins", "--no-mlflow", "--jobs", "1", "--json"
-    )
-    assert (
-        ended.code == 0
-        and ended.json["outcome"]["inert"] == {}
-        and len(ended.json["outcome"]["trained"]) == 1
-    )
-    assert lab.results("own")["base", 0] == before["base", 0] and (
-        "+ nothing",
-        0,
-    ) in lab.results("own")
+    ended = lab.run("run", "own.yaml", *OWN, "--json")
+    assert ended.code == 0
+    assert ended.json["outcome"]["inert"] == {}
+    assert len(ended.trained) == 1
+    after = lab.results("own")
+    assert after["base", 0] == before["base", 0]
+    assert ("+ nothing", 0) in after
 
 
 def test_an_operation_that_cannot_repeat_its_bits_names_the_cure(new_lab):
     lab = new_lab()
-    plugin(
-        lab,
-        "scatters",
-        "import torch; return y + y.new_zeros(3).put_(torch.tensor([0]), y.new_zeros(1)).sum()",
-    )
-    lab.sheet(
-        "strict",
-        **{
-            "with": ["scatters"],
-            "design": "replicate",
-            "seeds": [0],
-            "runtime": {"deterministic": True},
-        },
-    )
-    words = (
-        "run",
-        "strict.yaml",
-        "--plugins",
-        "plugins",
-        "--no-mlflow",
-        "--jobs",
-        "1",
-        "--run-inert",
-    )
-    refused, allowed = lab.run(*words), lab.run(*words, "runtime.deterministic=false")
-    assert (
-        refused.code == 1
-        and "put_ does not have a deterministic implementation; run it with runtime.deterministic=false"
-        in refused.err
-    )
+    scatter = "y.new_zeros(3).put_(torch.tensor([0]), y.new_zeros(1))"
+    plugin(lab, "scatters", f"import torch; return y + {scatter}.sum()")
+    strict = {"deterministic": True}
+    lab.sheet("strict", arms=["scatters"], runtime=strict, **A_AND_B)
+    words = ("run", "strict.yaml", *OWN, "--run-inert")
+    refused = lab.run(*words)
+    allowed = lab.run(*words, "runtime.deterministic=false")
+    assert refused.code == 1
+    cure = "run it with runtime.deterministic=false"
+    assert f"put_ does not have a deterministic implementation; {cure}" in refused.err
     assert allowed.code == 0, allowed.err
 
 
 # -- failures are data -------------------------------------------------------------------------------------------------
+BROKEN = ("run", "broken.yaml", *OWN, "--run-inert", "--json")
+
+
 @pytest.fixture(scope="module")
 def broken(new_lab):
     """Four arms, three of which end badly, in different ways."""
     lab = new_lab()
+    poison = "import torch; torch.Tensor.backward = None"  # its process is fit for nothing more
     plugin(lab, "explodes", "return y / 0")
-    plugin(
-        lab,
-        "crashes",
-        'import torch; torch.Tensor.backward = None; raise ValueError("the shapes of my idea")',
-    )  # and poisons its process
+    plugin(lab, "crashes", f'{poison}; raise ValueError("the shapes of my idea")')
     plugin(lab, "swells", 'import torch; raise torch.OutOfMemoryError("CUDA out of memory")')
-    lab.sheet(
-        "broken",
-        **{
-            "with": ["explodes", "crashes", "swells", "qk_norm"],
-            "design": "add_one",
-            "seeds": [0],
-        },
-    )
-    return lab, lab.run(
-        "run",
-        "broken.yaml",
-        "--plugins",
-        "plugins",
-        "--no-mlflow",
-        "--jobs",
-        "1",
-        "--run-inert",
-        "--json",
-    )
+    arms = ["explodes", "crashes", "swells", "qk_norm"]
+    lab.sheet("broken", arms=arms, design="add_one", seeds=[0])
+    return lab, lab.run(*BROKEN)
 
 
 def test_what_ends_badly_is_recorded_and_the_grid_goes_on(broken):
     lab, ended = broken
-    statuses = {cell: result["status"] for (cell, _), result in lab.results("broken").items()}
-    assert statuses == {
+    results = lab.results("broken")
+    assert {cell: result["status"] for (cell, _), result in results.items()} == {
         "base": FINISHED,
         "+ explodes": DIVERGED,
         "+ crashes": FAILED,
         "+ swells": OUT_OF_MEMORY,
         "+ qk_norm": FINISHED,
     }
-    assert ended.code == 1 and "Traceback" not in ended.err
-    assert [line.split(":")[0:2] for line in ended.err.splitlines()] == [
-        ["+ explodes, seed 0", " DIVERGED"],
-        ["+ crashes, seed 0", " FAILED"],
-        ["+ swells, seed 0", " OUT_OF_MEMORY"],
+    assert ended.code == 1
+    assert "Traceback" not in ended.err
+    told = [line.split(": ") for line in ended.err.splitlines()]
+    assert [(who, how) for who, how, *_ in told] == [
+        ("+ explodes, seed 0", "DIVERGED"),
+        ("+ crashes, seed 0", "FAILED"),
+        ("+ swells, seed 0", "OUT_OF_MEMORY"),
     ]
-    assert (
-        len(ended.json["outcome"]["failed"]) == 2 and len(ended.json["outcome"]["trained"]) == 3
-    )
+    assert len(ended.failed) == 2
+    assert len(ended.trained) == 3
 
 
 def test_a_diverged_run_says_when_and_how_good_it_was(broken):
-    result = broken[0].results("broken")["+ explodes", 0]
-    assert (
-        result["step"] == 5
-        and "at step 5" in result["error"]
-        and "last good loss was 4.1589" in result["error"]
-    )  # ln 64: none was logged
+    lab, _ = broken
+    result = lab.result("broken", "+ explodes")
+    assert result["step"] == 5
+    assert "at step 5" in result["error"]
+    assert "last good loss was 4.1589" in result["error"]  # ln 64: none was logged
 
 
 def test_a_crash_leaves_its_traceback_beside_the_record(broken):
     lab, _ = broken
-    result = lab.results("broken")["+ crashes", 0]
+    result = lab.result("broken", "+ crashes")
     assert result["error"].startswith("ValueError: the shapes of my idea (see ")
-    assert (
-        "plugins/crashes.py" in (lab.store / "runs" / result["run"] / "error.txt").read_text()
-    )
+    traceback = lab.run_folder(result["run"]) / "error.txt"
+    assert "plugins/crashes.py" in traceback.read_text()
 
 
 def test_lack_of_memory_names_the_micro_batch_to_try(broken):
-    assert "try runtime.micro_batch=2" in broken[0].results("broken")["+ swells", 0]["error"]
+    lab, _ = broken
+    result = lab.result("broken", "+ swells")
+    assert "try runtime.micro_batch=2" in result["error"]
 
 
 def test_asked_again_failures_are_tried_again_and_divergence_is_not(broken):
     """Damage to what the first call left is named, set aside and mended in the same call."""
     lab, _ = broken
-    before = lab.results("broken")
-    (lab.store / "runs" / before["+ qk_norm", 0]["run"] / "result.json").write_text(
-        '{"run": "torn'
-    )
+    explodes = lab.result("broken", "+ explodes")
+    qk_norm = lab.result("broken", "+ qk_norm")
+    torn = lab.run_folder(qk_norm["run"]) / "result.json"
+    torn.write_text('{"run": "torn')
     (lab.store / "experiments" / "broken.json").write_text('{"name": "br')
-    ended = lab.run(
-        "run",
-        "broken.yaml",
-        "--plugins",
-        "plugins",
-        "--no-mlflow",
-        "--jobs",
-        "1",
-        "--run-inert",
-        "--json",
-    )
-    after = lab.results("broken")
-    assert (
-        ended.code == 1
-        and len(ended.json["outcome"]["failed"]) == 2
-        and ended.json["outcome"]["trained"] == [before["+ qk_norm", 0]["run"]]
-    )
-    assert (
-        "result.json is damaged" in ended.err
-        and "broken.json is damaged" in ended.err
-        and "set aside as broken.json.damaged" in ended.err
-    )
-    assert (
-        after["+ qk_norm", 0]["weights"] == before["+ qk_norm", 0]["weights"]
-        and after["+ explodes", 0] == before["+ explodes", 0]
-    )
+    ended = lab.run(*BROKEN)
+    assert ended.code == 1
+    assert len(ended.failed) == 2
+    assert ended.trained == [qk_norm["run"]]
+    assert "result.json is damaged" in ended.err
+    assert "broken.json is damaged" in ended.err
+    assert "set aside as broken.json.damaged" in ended.err
+    mended = lab.result("broken", "+ qk_norm")
+    assert mended["weights"] == qk_norm["weights"]
+    assert lab.result("broken", "+ explodes") == explodes
 
 
 def test_when_no_run_finishes_there_is_no_verdict_and_no_crash(new_lab):
     lab = new_lab()
-    lab.sheet(
-        "lost",
-        **{
-            "with": [],
-            "design": "replicate",
-            "seeds": [0],
-            "set": {"optim.lr": 1e30, "optim.clip": None},
-        },
-    )
-    ended = lab.run("run", "lost.yaml", "--no-mlflow", "--jobs", "1")
-    assert (
-        ended.code == 0
-        and "no verdict: experiment 'lost' has no finished run (2 diverged)" in ended.err
-        and "Traceback" not in ended.err
-    )
+    too_fast = {"optim.lr": 1e30, "optim.clip": None}
+    lab.sheet("lost", arms=[], set=too_fast, **A_AND_B)
+    ended = lab.run("run", "lost.yaml", *QUICK)
+    assert ended.code == 0
+    lacking = "no verdict: experiment 'lost' has no finished run (2 diverged)"
+    assert lacking in ended.err
+    assert "Traceback" not in ended.err
     again = lab.run("run", "lost.yaml", "--no-mlflow", "--json")
-    assert (
-        again.code == 0 and again.json["effects"] == [] and "nothing to train" not in again.out
-    )
+    assert again.code == 0
+    assert again.json["effects"] == []
+    assert "nothing to train" not in again.out
 
 
 # -- two at once -------------------------------------------------------------------------------------------------------
@@ -473,33 +388,26 @@ def test_two_calls_at_once_train_each_run_once_and_both_end_well(new_lab):
     lab = new_lab()
     count = lab.root / "forwards"
     plugin(lab, "counts", COUNT.format(path=str(count)))
-    lab.sheet("twice", **{"with": ["counts"], "design": "replicate", "seeds": [0, 1, 2]})
-    words = (
-        "run",
-        "twice.yaml",
-        "--plugins",
-        "plugins",
-        "--no-mlflow",
-        "--jobs",
-        "1",
-        "--run-inert",
-        "--json",
-    )
+    lab.sheet("twice", arms=["counts"], design="replicate", seeds=[0, 1, 2])
+    words = ("run", "twice.yaml", *OWN, "--run-inert", "--json")
     with ThreadPoolExecutor(2) as both:
         one, two = both.map(lambda _: lab.run(*words), range(2))
-    assert one.code == two.code == 0 and one.json["effects"] == two.json["effects"]
-    trained, others = one.json["outcome"]["trained"], two.json["outcome"]["trained"]
-    assert (
-        sorted(trained + others)
-        == sorted(result["run"] for result in lab.results("twice").values())
-        and len(trained + others) == 6
-    )
+    assert one.code == two.code == 0
+    assert one.json["effects"] == two.json["effects"]
+    trained = one.trained + two.trained
+    results = lab.results("twice").values()
+    assert sorted(trained) == sorted(each("run", results))
+    assert len(trained) == 6
     assert count.stat().st_size == 6 * 20 * 2
 
 
 @pytest.mark.parametrize(
     ("device", "asked", "turns"),
-    [("auto", True, True), ("auto", False, False), ("cpu", True, False)],
+    [
+        ("auto", True, True),
+        ("auto", False, False),
+        ("cpu", True, False),
+    ],
 )
 def test_jobs_that_share_a_gpu_train_in_turn_and_elsewhere_at_once(
     new_lab, monkeypatch, device, asked, turns
@@ -513,85 +421,76 @@ def test_jobs_that_share_a_gpu_train_in_turn_and_elsewhere_at_once(
     who = lab.root / "who"
     plugin(lab, "who", WHO.format(path=str(who)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    lab.sheet(
-        "shared",
-        **{
-            "with": ["who"],
-            "design": "replicate",
-            "seeds": [0],
-            "runtime": {"device": device, "turns": asked, "compile": False, "replay": False},
-        },
-    )
-    ended = lab.run(
-        "run",
-        "shared.yaml",
-        "--plugins",
-        "plugins",
-        "--no-mlflow",
-        "--jobs",
-        "2",
-        "--run-inert",
-    )
+    runtime = {"device": device, "turns": asked, "compile": False, "replay": False}
+    lab.sheet("shared", arms=["who"], runtime=runtime, **A_AND_B)
+    two_jobs = ("--plugins", "plugins", "--no-mlflow", "--jobs", "2", "--run-inert")
+    ended = lab.run("run", "shared.yaml", *two_jobs)
     assert ended.code == 0, ended.err
     trained = who.read_text().split()
     changes = sum(one != other for one, other in itertools.pairwise(trained))
-    assert len(set(trained)) == 2 and len(trained) == 2 * 2 * (20 + turns)
+    assert len(set(trained)) == 2
+    assert len(trained) == 2 * 2 * (20 + turns)
     assert changes <= 5 if turns else changes > 10
 
 
-def test_no_gpu_is_counted_beyond_a_minus_one(monkeypatch):
+@pytest.mark.parametrize(
+    ("listed", "seen"),
+    [
+        ("-1", []),
+        ("", []),
+        ("0", ["0"]),
+        ("2, 3", ["2", "3"]),
+        ("1,-1,0", ["1"]),
+        ("GPU-12,MIG-3", ["GPU-12", "MIG-3"]),
+    ],
+)
+def test_no_gpu_is_counted_beyond_a_minus_one(monkeypatch, listed, seen):
     """As CUDA reads the list; `-1` alone is how people say that there is none."""
-    for listed, seen in {
-        "-1": [],
-        "": [],
-        "0": ["0"],
-        "2, 3": ["2", "3"],
-        "1,-1,0": ["1"],
-        "GPU-12,MIG-3": ["GPU-12", "MIG-3"],
-    }.items():
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-        assert visible_gpus() == seen, listed
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert visible_gpus() == seen
 
 
-def test_as_many_jobs_as_gpus_unless_they_do_not_take_turns(monkeypatch):
+@pytest.mark.parametrize(
+    ("gpus", "threads", "in_turn", "at_once"),
+    [
+        ("0", 1, 1, 4),
+        ("0,1", 1, 2, 8),
+        ("0", 8, 1, 2),
+        ("0", 32, 1, 1),
+        ("-1", 1, 16, 16),
+        ("-1", 32, 1, 1),
+    ],
+)
+def test_as_many_jobs_as_gpus_unless_they_do_not_take_turns(
+    monkeypatch, gpus, threads, in_turn, at_once
+):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(16), raising=False)
-    jobs = {}
-    for listed, threads in (("0", 1), ("0,1", 1), ("0", 8), ("0", 32), ("-1", 1), ("-1", 32)):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-        jobs[listed, threads] = [
-            default_jobs(Runtime(threads=threads, turns=turns)) for turns in (True, False)
-        ]
-    assert jobs == {
-        ("0", 1): [1, 4],
-        ("0,1", 1): [2, 8],
-        ("0", 8): [1, 2],
-        ("0", 32): [1, 1],
-        ("-1", 1): [16, 16],
-        ("-1", 32): [1, 1],
-    }
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    assert default_jobs(Runtime(threads=threads, turns=True)) == in_turn
+    assert default_jobs(Runtime(threads=threads, turns=False)) == at_once
 
 
-def test_a_forecast_knows_that_jobs_take_turns_on_a_gpu(new_lab, monkeypatch):
-    lab, seconds = new_lab(), {}
-    kinds = {
-        "in turn": {"device": "auto"},
-        "at once": {"device": "auto", "turns": False},
-        "cpu": {"device": "cpu"},
-    }
-    for kind, runtime in kinds.items():
-        lab.sheet("asked", runtime=runtime)
-        for gpus in ("0", "0,1"):
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-            for jobs in (1, 2, 4):
-                seconds[kind, gpus, jobs] = lab.run(
-                    "run", "asked.yaml", "--dry-run", "--jobs", str(jobs), "--json"
-                ).json["seconds"]
-    halves = {
-        key: round(seconds[key[0], key[1], 1] / value, 6) for key, value in seconds.items()
-    }
-    assert halves == {
-        (kind, g, jobs): min(jobs, len(g.split(",")) if kind == "in turn" else jobs)
-        for kind, g, jobs in seconds
-    }
+@pytest.mark.parametrize("gpus", ["0", "0,1"])
+@pytest.mark.parametrize(
+    ("runtime", "limit"),
+    [
+        ({"device": "auto"}, lambda jobs, gpus: min(jobs, gpus)),
+        ({"device": "auto", "turns": False}, lambda jobs, gpus: jobs),
+        ({"device": "cpu"}, lambda jobs, gpus: jobs),
+    ],
+    ids=["in turn", "at once", "cpu"],
+)
+def test_a_forecast_knows_that_jobs_take_turns_on_a_gpu(
+    lab, ablab, monkeypatch, runtime, limit, gpus
+):
+    lab.sheet("asked", seeds=[7], runtime=runtime)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
 
+    def seconds(jobs: int) -> float:
+        dry = ("run", "asked.yaml", "--dry-run", "--json")
+        return ablab(*dry, "--jobs", str(jobs)).json["seconds"]
 
+    alone = seconds(1)
+    for jobs in (2, 4):
+        speedup = limit(jobs, len(gpus.split(",")))
+        assert seconds(jobs) == pytest.approx(alone / speedup, rel=1e-6)
