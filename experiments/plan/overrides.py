@@ -18,10 +18,11 @@ LONGEST_NAME = 150  # characters; with an ending, a file's name may have 255
 
 @dataclass(frozen=True)
 class Overrides:
-    """What is changed by whom.
+    """What is asked to differ from the file.
 
-    `with.NAME.DOSE` sets a dose; `runtime.X`, `study.X`, `seeds` and `design` a key of the sheet; any other path a leaf of
-    the recipe.
+    with.NAME.DOSE                        a dose of an intervention
+    runtime.X, study.X, seeds, design     a key of the sheet
+    any other path                        a leaf of the recipe
     """
 
     given: Mapping[str, Any]  # dotted path -> value

@@ -1,5 +1,6 @@
 """Which cells of a grid `--only` chooses."""
 
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -17,7 +18,7 @@ def chosen(runs: Iterable[PlannedRun], patterns: Iterable[str]) -> list[PlannedR
     patterns = list(patterns)
     cells = list(dict.fromkeys(run.cell for run in runs))
     for pattern in patterns:
-        if not _fits_any(pattern.removeprefix("!"), cells):
+        if not any(_fits(pattern.removeprefix("!"), cell) for cell in cells):
             raise UserError(
                 f"--only {pattern!r} fits no cell. {near(pattern, cells)}Cells: {', '.join(cells)}"
             )
@@ -26,8 +27,7 @@ def chosen(runs: Iterable[PlannedRun], patterns: Iterable[str]) -> list[PlannedR
     kept = [
         run
         for run in runs
-        if any(_fits(run.cell, pattern) for pattern in wanted)
-        and not any(_fits(run.cell, pattern) for pattern in barred)
+        if _fits_one_of(wanted, run.cell) and not _fits_one_of(barred, run.cell)
     ]
     if runs and not kept:
         raise UserError(
@@ -37,13 +37,13 @@ def chosen(runs: Iterable[PlannedRun], patterns: Iterable[str]) -> list[PlannedR
     return kept
 
 
-def _fits_any(pattern: str, cells: Iterable[str]) -> bool:
-    return any(_fits(cell, pattern) for cell in cells)
+def _fits_one_of(patterns: Iterable[str], cell: str) -> bool:
+    return any(_fits(pattern, cell) for pattern in patterns)
 
 
-def _fits(cell: str, pattern: str) -> bool:
+def _fits(pattern: str, cell: str) -> bool:
     """A shell pattern, or a bare word that stands in the cell's name."""
     if fnmatchcase(cell, pattern):
         return True
-    words = cell.replace("(", " ").replace(")", " ").replace(",", " ").split()
+    words = re.split(r"[(), ]+", cell)
     return pattern.isidentifier() and pattern in words

@@ -1,6 +1,5 @@
 """The pool: runs of one experiment become jobs, and what their executor says of them becomes what a person sees."""
 
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -31,7 +30,7 @@ from ablab.experiments.run.messages import (
     TrainJob,
     Warned,
 )
-from ablab.experiments.run.processes import LocalProcesses
+from ablab.experiments.run.processes import local_processes
 from ablab.experiments.run.progress import Watcher
 from ablab.experiments.track.trackers import Trackers
 
@@ -57,11 +56,7 @@ def never(run: PlannedRun, step: int, scalars: dict[str, float]) -> bool:
 
 
 class Pool:
-    """Warm workers for the runs of one experiment.  Raises UserError where its data or its GPU is not there.
-
-    More jobs than GPUs take turns on them, unless runtime.turns is off: while one trains at its full pace, the other
-    compiles.
-    """
+    """Warm workers for the runs of one experiment.  Raises UserError where its data or its GPU is not there."""
 
     def __init__(
         self,
@@ -81,14 +76,7 @@ class Pool:
         if self.runtime.device == "cuda" and not self.gpus:
             raise UserError(NO_GPU)  # a worker would say so too, after seconds
         self.data = data_folder(experiment.base, store, watcher.note)
-        # of this host and this call: nobody else trains for us
-        self.locks = tempfile.TemporaryDirectory(prefix="ablab-turns-")
-        self.executor: Executor = LocalProcesses(
-            self.jobs,
-            plugins,
-            gpus=self.gpus if len(self.gpus) > 1 else (),
-            turns=self._turns(),
-        )
+        self.executor: Executor = local_processes(self.runtime, self.jobs, plugins)
         self.trackers: Trackers | None = None
 
     def __enter__(self) -> "Pool":
@@ -104,7 +92,6 @@ class Pool:
 
     def close(self) -> None:
         self.executor.close()
-        self.locks.cleanup()
 
     def train(
         self, runs: list[PlannedRun], stops: Stops = never, gate: Gate | None = None
@@ -154,12 +141,6 @@ class Pool:
 
     def _trace_job(self, run: PlannedRun) -> TraceJob:
         return TraceJob(run.id, plain(run.recipe), asdict(self.runtime))
-
-    def _turns(self) -> list[Path]:
-        """A file to lock for each GPU that jobs share, if they take turns on it."""
-        if not self.runtime.turns or self.jobs <= len(self.gpus):
-            return []
-        return [Path(self.locks.name) / gpu for gpu in self.gpus]
 
 
 class Reception:

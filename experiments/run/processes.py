@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+import tempfile
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from ablab.core.errors import UserError
+from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.record import FAILED, Record, Result
+from ablab.experiments.run.capacity import gpus_for
 from ablab.experiments.run.executor import Listener, Task
 from ablab.experiments.run.messages import (
     Began,
@@ -37,10 +40,24 @@ SECONDS_TO_TIDY = 3.0  # that an idle worker has between the end of its pipe and
 CONTEXT = multiprocessing.get_context("spawn")
 
 
+def local_processes(runtime: Runtime, jobs: int, plugins: Iterable[str]) -> "LocalProcesses":
+    """One GPU each where there are several.  More jobs than GPUs take turns on them, unless runtime.turns is off.
+
+    While one trains at its full pace, the other compiles.
+    """
+    gpus = gpus_for(runtime)
+    return LocalProcesses(
+        jobs,
+        plugins,
+        gpus=gpus if len(gpus) > 1 else (),
+        share=gpus if runtime.turns and jobs > len(gpus) else (),
+    )
+
+
 class LocalProcesses:
     """Up to `count` processes, started as work comes: an Executor.
 
-    gpus: one of these each, in rotation; empty: all see what we see.  turns: likewise, files to lock while training;
+    gpus: one of these each, in rotation; empty: all see what we see.  share: likewise, those on which they take turns;
     empty: all train at once.
     """
 
@@ -49,14 +66,15 @@ class LocalProcesses:
         count: int,
         plugins: Iterable[str] = (),
         gpus: Sequence[str] = (),
-        turns: Sequence[Path] = (),
+        share: Sequence[str] = (),
     ):
         self.count = count
         self.plugins = list(plugins)
         self.gpus = gpus
-        self.turns = turns
+        # of this host and this call: nobody else trains for us
+        self.locks = tempfile.TemporaryDirectory(prefix="ablab-turns-")
+        self.turns = [Path(self.locks.name) / gpu for gpu in share]  # to lock while training
         self.workers: list[WorkerProcess] = []
-        self.idle: list[WorkerProcess] = []  # ready, with nothing in hand
 
     def execute(self, tasks: Iterable[Task], heard: Listener) -> None:
         waiting = Waiting(tasks)
@@ -64,8 +82,7 @@ class LocalProcesses:
         while waiting or any(worker.job for worker in self.workers):
             wanted = max(wanted, min(self.count, len(waiting.tasks)))
             self._start_missing(wanted)
-            while self.idle and waiting.is_due:
-                self._give(self.idle.pop(), waiting)
+            self._give_out(waiting)
             for worker in self._speaking():
                 self._listen(worker, waiting, heard)
 
@@ -78,14 +95,15 @@ class LocalProcesses:
         """An idle worker sees its pipe close and tidies up behind itself; one at work is ended."""
         for worker in self.workers:
             worker.pipe.close()
-            if worker not in self.idle:
+            if not worker.is_free:
                 worker.process.terminate()
         until = time.monotonic() + SECONDS_TO_TIDY
         for worker in self.workers:
             worker.process.join(timeout=max(until - time.monotonic(), 0.01))
             worker.process.kill()
+            worker.process.join(timeout=1)  # at once, but for one that the kernel holds
         self.workers = []
-        self.idle = []
+        self.locks.cleanup()
 
     # -- the steps of `execute` ------------------------------------------------------------------------------------
     def _start_missing(self, wanted: int) -> None:
@@ -101,10 +119,12 @@ class LocalProcesses:
         turn = self.turns[slot % len(self.turns)] if self.turns else None
         return start_worker(slot, self.plugins, environment, turn)
 
-    def _give(self, worker: "WorkerProcess", waiting: "Waiting") -> None:
-        taken = {one.affinity for one in self.workers}
-        task = waiting.take(worker.affinity, taken)
-        worker.give(task.make(), task.affinity)
+    def _give_out(self, waiting: "Waiting") -> None:
+        for worker in self.workers:
+            if worker.is_free and waiting.is_due:
+                taken = {one.affinity for one in self.workers}
+                task = waiting.take(worker.affinity, taken)
+                worker.give(task.make(), task.affinity)
 
     def _speaking(self) -> list["WorkerProcess"]:
         """The workers that have said something, or died; waits a little for the first."""
@@ -116,8 +136,6 @@ class LocalProcesses:
         said = worker.hear()
         if said is None:
             said = self._bury(worker)
-        elif worker.is_free:
-            self.idle.append(worker)
         if job is None or said is None or isinstance(said, Ready):
             return
         if isinstance(said, Busy):
@@ -130,8 +148,6 @@ class LocalProcesses:
         Raises UserError where it died before it was ready, or over a trace.
         """
         self.workers.remove(worker)
-        if worker in self.idle:
-            self.idle.remove(worker)
         worker.pipe.close()
         worker.process.join(timeout=10)
         code = worker.process.exitcode
