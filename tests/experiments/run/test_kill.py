@@ -188,7 +188,7 @@ def test_signals_to_the_runner_the_worker_and_both_lose_nothing(grid):
     os.kill(process.pid, signal.SIGINT)
     began = time.monotonic()
     _, err = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert time.monotonic() - began < 5
     assert "interrupted" in err
     assert "Traceback" not in err
