@@ -9,7 +9,6 @@ import pytest
 
 from ablab.core.errors import UserError
 from ablab.core.language.part import Part
-from ablab.core.recipe import recipe as recipes
 from ablab.core.recipe.recipe import run_id
 from ablab.experiments.plan.experiment import load
 from ablab.experiments.plan.grid_plan import merged_plan
@@ -122,25 +121,6 @@ def test_a_run_of_an_edited_plugin_has_another_id_and_no_other_run_has(read, mon
     before = ids_of(read())
     monkeypatch.setitem(Part.foreign, "qk_norm", "0123456789ab")
     assert changed(before, ids_of(read())) == {"full", "- value_residual"}
-
-
-def test_an_empty_slot_leaves_no_trace_in_an_identity_and_a_filled_one_does(tiny, monkeypatch):
-    """So a slot that is added to the house renames no run that does not use it."""
-    usual = run_id(tiny())
-    capped = run_id(tiny(["soft_cap"]))
-    assert usual != capped
-    everything = recipes.plain
-
-    def with_slot(content):
-        monkeypatch.setattr(
-            recipes, "plain", lambda recipe: everything(recipe) | {"on_tomorrow": content}
-        )
-
-    with_slot([])
-    assert run_id(tiny()) == usual
-    assert run_id(tiny(["soft_cap"])) == capped
-    with_slot([1])
-    assert run_id(tiny()) != usual
 
 
 EXOTIC = [float("nan"), b"bytes", object(), {1, 2}]
