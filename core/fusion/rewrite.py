@@ -5,7 +5,7 @@ names as outside, so fields and slots that it has never heard of are in it.  Fro
 (core/language/offers.py) it computes; whatever is left makes it step aside.  Nothing can be dropped in silence.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
@@ -60,14 +60,18 @@ class Region:
         """The same where the kernel cannot do without it.  Raises StepsAside."""
         if claimed := self.take(field, offer):
             return claimed
-        self.close()
+        self.refuse(field)
         raise StepsAside(f"{field} is empty, and the kernel needs its {offer.__name__}")
 
     def close(self) -> None:
         """Raises StepsAside where a stage is left."""
-        for field, stages in self.left.items():
-            if stages:
-                raise StepsAside(f"{_told(field, stages)}, which the kernel does not know")
+        for field in self.left:
+            self.refuse(field)
+
+    def refuse(self, field: str) -> None:
+        """Raises StepsAside where a stage of this field is left."""
+        if stages := self.left.get(field):
+            raise StepsAside(f"{_told(field, stages)}, which the kernel does not know")
 
 
 def _offered(stage: Any) -> Offer | None:
@@ -86,9 +90,13 @@ def _named(value: Any) -> dict[str, Any]:
     return {} if value is None else {"": value}
 
 
-def _told(field: str, names: Iterable[str]) -> str:
-    held = [name for name in names if name]
-    return f"{field} holds {', '.join(held)}" if held else f"{field} is another"
+def _told(field: str, stages: Mapping[str, Any]) -> str:
+    """`on_qk holds mine`, or, where the field is the stage itself, `mix is windowed`."""
+    names = [name for name in stages if name]
+    if names:
+        return f"{field} holds {', '.join(names)}"
+    (value,) = stages.values()
+    return f"{field} is {value.function.__name__ if isinstance(value, Stage) else value}"
 
 
 def bound(stage: Any) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """What the contract tests share.  They are parametrized over the registry: a file with an intervention is enough to be tested."""
 
 import functools
+from contextlib import contextmanager
 from typing import get_args
+from unittest.mock import patch
 
 import pytest
 
@@ -9,6 +11,8 @@ from ablab.core.errors import UserError
 from ablab.core.language.parse import parse
 from ablab.core.recipe.intervention import REGISTRY
 from ablab.core.recipe.recipe import run_id
+
+OF_THE_MODEL = frozenset({"attention", "ffn", "loss"})
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +52,48 @@ def servable():
 
 
 @pytest.fixture(scope="session")
+def shows_by_kernels(servable):
+    """recipe -> the trace of the path that kernels serve, each kernel by the formula in torch that stands beside it.
+
+    What is seen is the rewrite of the plan and what it hands to the kernels; that these compute the formula, tests/kernels sees.
+    """
+    from ablab.ablations.checks.liveness import trace
+
+    seen = {}
+
+    def of(recipe) -> str:
+        name = run_id(recipe)
+        if name not in seen:
+            with formulas():
+                seen[name] = trace(recipe, kernels=servable(recipe) & OF_THE_MODEL)
+        return seen[name]
+
+    return of
+
+
+@contextmanager
+def formulas():
+    import torch
+
+    from ablab.kernels import attention, linear_cross_entropy, swiglu
+
+    def token_losses(x, weight, targets, multiplier=1.0, cap=0.0, cap_form="none"):
+        logits = multiplier * torch.nn.functional.linear(x, weight).float()
+        squashed = linear_cross_entropy.squash(logits, cap, cap_form)
+        return torch.nn.functional.cross_entropy(squashed, targets, reduction="none")
+
+    with (
+        patch.object(attention, "attention", attention.reference),
+        patch.object(swiglu, "swiglu", swiglu.reference),
+        patch.object(
+            linear_cross_entropy, "linear_cross_entropy", linear_cross_entropy.reference
+        ),
+        patch.object(linear_cross_entropy, "token_losses", token_losses),
+    ):
+        yield
+
+
+@pytest.fixture(scope="session")
 def paths(servable, drive):
     return Paths(servable, drive)
 
@@ -71,7 +117,7 @@ class Paths:
 
     def in_the_model(self, recipe) -> dict[str, float]:
         """fp32 sums in another order leave 2e-5, and twice that in a scalar's gradient."""
-        kernels = self.servable(recipe) & {"attention", "ffn", "loss"}
+        kernels = self.servable(recipe) & OF_THE_MODEL
         return too_far(evaluated(recipe, kernels), evaluated(recipe, frozenset()), 1e-4)
 
     def in_the_optimizer(self, recipe) -> dict[str, float]:
@@ -94,8 +140,6 @@ def too_far(ours, theirs, limit: float) -> dict[str, float]:
 
 def plain_products():
     """Newton-Schulz with torch's products: in the interpreter ours take seconds, and tests/kernels compares them."""
-    from unittest.mock import patch
-
     from ablab.kernels import newton_schulz
 
     def symmetric(x, alpha=1.0, beta=0.0, y=None, diagonal=0.0, scale=None, tiles=None):
