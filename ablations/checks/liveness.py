@@ -1,75 +1,105 @@
 """Is a toggle alive?  Two recipes take four optimizer steps on the same random tokens; an inert toggle leaves no trace.
 
 The four steps stand at the first, the middle, the last-but-one-tenth and the last step of the schedule, so that a
-schedule, a decay or a weight average shows as well as a layer.  The trace is every bit of the weights read out and
-of the logits at the start and at the end.  A parameter that no gradient ever reaches is left out: nothing reads it.
+schedule, a decay or a weight average shows as well as a layer.  They are computed by the kernels that will serve the run,
+so that a stage which a kernel dropped would show as dead.  The trace is every bit of the weights read out, of what the trunk
+leaves and of the nats, at the start and at the end.  A parameter that no gradient ever reaches is left out: nothing reads it.
 """
 
 import hashlib
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ablab.core.fusion.places import plan_with
 from ablab.core.model.init import generator, initialise
 from ablab.core.model.objective import heads_of, of_rows
 from ablab.core.model.transformer import Transformer
 from ablab.core.recipe.recipe import Recipe
 from ablab.core.train.banks import Optimizer
+from ablab.core.train.step import TrainingStep
 
 ROWS = (
     2  # of the full context, at full depth: an idea may begin at layer 5, or beyond 32 tokens
 )
 
 
-def trace(recipe: Recipe, device: str = "cpu") -> str:
+def trace(recipe: Recipe, device: str = "cpu", kernels: Collection[str] = ()) -> str:
     """A digest of what the recipe computes in four steps; equal traces mean that nothing computed differs.
 
+    kernels: the places that kernels serve in the run, as `served` of core/fusion/places.py says.
     In fp32 and, on a GPU too, in a fixed order of sums: else noise would pass for life.
     """
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with sdpa_kernel(SDPBackend.MATH):
-            return _trace(recipe, device)
+            return Tracer(recipe, device, kernels).trace()
     finally:
         torch.use_deterministic_algorithms(before)
 
 
-def _trace(recipe: Recipe, device: str) -> str:
-    model = Transformer(recipe)
-    initialise(model, recipe)
-    optimizer = Optimizer(model.to(device), recipe)
-    descend = of_rows(model, heads_of(model)[0])
-    weights = [bank.weight for bank in optimizer.banks]
-    after = [(part, part.begin(weights)) for part in recipe.after_step]
-    block = torch.randint(
-        recipe.data.vocab, (ROWS, recipe.data.context + 1), generator=generator(0, "liveness")
-    ).to(device)
-    digest, reached = hashlib.sha256(_bits(model(block[:, :-1]))), set()
-    for t in sorted(
-        {1, max(recipe.steps // 2, 1), max(recipe.steps * 9 // 10, 1), recipe.steps}
-    ):
-        loss, _ = descend(block)
-        (loss / block[:, 1:].numel()).backward()
-        reached |= {
-            name
-            for bank in optimizer.banks
-            for name, grad in zip(bank.names, bank.grad, strict=True)
-            if grad.any()
-        }
-        optimizer.step(t)
-        for part, state in after:
-            part.advance(state, weights, t, recipe.steps)
-    for part, state in after:
-        for weight, value in zip(weights, part.readout(state, weights), strict=True):
-            weight.copy_(value)
-    for bank in sorted(optimizer.banks, key=lambda bank: bank.names):
-        for name, weight in zip(bank.names, bank.weight, strict=True):
-            if name in reached:
-                digest.update(name.encode() + _bits(weight))
-    digest.update(_bits(model(block[:, :-1])))
-    return digest.hexdigest()
+class Tracer:
+    """A model that takes the four steps, and the digest of what it computes."""
+
+    def __init__(self, recipe: Recipe, device: str, kernels: Collection[str]):
+        self.recipe = recipe
+        self.model = Transformer(recipe, plan=plan_with(kernels, recipe)).to(device)
+        initialise(self.model, recipe)
+        optimizer = Optimizer(self.model, recipe, kernels=kernels)
+        descend, measure = heads_of(self.model)
+        self.measure = of_rows(self.model, measure)
+        shape = (ROWS, recipe.data.context + 1)
+        self.rows = torch.randint(
+            recipe.data.vocab, shape, generator=generator(0, "liveness")
+        ).to(device)
+        tokens = ROWS * recipe.data.context
+        self.step = TrainingStep(of_rows(self.model, descend), optimizer, recipe, tokens)
+        self.banks = optimizer.banks
+        self.reached: set[str] = set()
+        self.digest = hashlib.sha256()
+
+    def trace(self) -> str:
+        self.read()
+        for t in steps_of(self.recipe.steps):
+            self.step.descend(self.rows)
+            self.note_reached()
+            self.step.move(t)
+        self.average()
+        self.read_weights()
+        self.read()
+        return self.digest.hexdigest()
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """What the trunk leaves, and the nats of each token."""
+        self.digest.update(_bits(self.model.trunk(self.rows[:, :-1])))
+        self.digest.update(_bits(self.measure(self.rows)))
+
+    def note_reached(self) -> None:
+        for bank in self.banks:
+            grads = zip(bank.names, bank.grad, strict=True)
+            self.reached |= {name for name, grad in grads if grad.any()}
+
+    def average(self) -> None:
+        """The weights become those that are read out, as in an evaluation."""
+        weights = self.step.weights
+        for part, state in self.step.after:
+            for weight, value in zip(weights, part.readout(state, weights), strict=True):
+                weight.copy_(value)
+
+    def read_weights(self) -> None:
+        for bank in sorted(self.banks, key=lambda bank: bank.names):
+            for name, weight in zip(bank.names, bank.weight, strict=True):
+                if name in self.reached:
+                    self.digest.update(name.encode() + _bits(weight))
+
+
+def steps_of(steps: int) -> list[int]:
+    """The four of a run's `steps` that are taken."""
+    return sorted({1, max(steps // 2, 1), max(steps * 9 // 10, 1), steps})
 
 
 def _bits(value: Tensor) -> bytes:

@@ -7,8 +7,10 @@ decay, so compare with half the rate too.  Mid-run losses are worse until the co
 """
 
 from dataclasses import replace
+from typing import Literal
 
 from ablab.core.errors import UserError
+from ablab.core.language.offers import Decays, offers
 from ablab.core.language.part import part
 from ablab.core.parts.transforms import Decay
 from ablab.core.recipe.edit import edit
@@ -21,6 +23,11 @@ class CautiousDecay(Decay):
 
     ties: bool = True
 
+    @property
+    def mask(self) -> Literal["cautious", "strictly cautious"]:
+        return "cautious" if self.ties else "strictly cautious"
+
+    @offers(lambda decay: Decays(decay.mask, decay.strength))
     def update(self, update, weight, state, bank, now):
         agreement = update * weight
         mask = agreement >= 0 if self.ties else agreement > 0

@@ -11,8 +11,9 @@ normalise a [heads, width] gate per input channel.
 from typing import Literal
 
 from ablab.core.errors import UserError
-from ablab.core.language.declare import Stage, Where, fusable, linear
+from ablab.core.language.declare import Stage, Where, linear
 from ablab.core.language.numbers import Natural
+from ablab.core.language.offers import HeadFactors
 from ablab.core.language.part import Part
 from ablab.core.recipe.edit import append, edit
 from ablab.core.recipe.intervention import register
@@ -48,14 +49,18 @@ class Gating(Part):
         gates = where.heads * (where.head_dim if self.per == "elementwise" else 1)
         return Stage(
             gate,
+            offer=HeadFactors(strengths, gates),
             project=linear(read, gates, role="gate", fill=0.0 if self.init == "zero" else None),
             factor={"sigmoid": 1.0, "2sigmoid": 2.0}[self.activation],
             channels=read,
         )
 
 
-@fusable("gate")
-def gate(y, x, *, project, factor, channels):
+def gate(y, x, **bound):
     """y: [B,T,H,D], x: [B,T,W] -> [B,T,H,D]."""
-    strength = project(x[..., :channels]).sigmoid() * factor
-    return y * strength.unflatten(-1, (y.shape[2], -1))
+    return y * strengths(x, **bound).unflatten(-1, (y.shape[2], -1))
+
+
+def strengths(x, *, project, factor, channels):
+    """x: [B,T,W] -> what each head, or each channel of the heads, is multiplied by [B,T,gates]."""
+    return project(x[..., :channels]).sigmoid() * factor

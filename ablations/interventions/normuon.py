@@ -10,6 +10,7 @@ correction is needed and the shape factor that Muon already applied survives.
 from typing import Literal
 
 from ablab.core.language.numbers import Memory, Positive
+from ablab.core.language.offers import RowScale, offers
 from ablab.core.parts.transforms import Orthogonalize, Transform, join_blocks, split_blocks
 from ablab.core.recipe.edit import after, edit
 from ablab.core.recipe.intervention import register
@@ -45,6 +46,7 @@ class NorMuon(Transform):
         along_columns = self.axis == "shape_rule" and piece.shape[-2] < piece.shape[-1]
         return piece.square().mean(-2 if along_columns else -1, keepdim=True)
 
+    @offers(lambda normuon: RowScale(normuon.axis, normuon.beta2, normuon.eps))
     def update(self, update, weight, state, bank, now):
         normed, new = [], {}
         for i, piece in enumerate(split_blocks(update, bank.blocks)):

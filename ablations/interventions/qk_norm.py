@@ -9,8 +9,9 @@ logits on top of 1/sqrt(D): nanochat 1.44, modded-nanogpt 1.358 at D = 128.
 
 from typing import Literal
 
-from ablab.core.language.declare import Param, Stage, Where, fusable
+from ablab.core.language.declare import Param, Stage, Where
 from ablab.core.language.numbers import Positive
+from ablab.core.language.offers import QKGains
 from ablab.core.language.part import Part
 from ablab.core.recipe.edit import append, edit
 from ablab.core.recipe.intervention import register
@@ -37,13 +38,24 @@ class QKNorm(Part):
         shape = {"channel": (where.head_dim,), "scalar": (1,)}.get(self.gain)
         q_gain = Param(shape, "vector", fill=1.0) if shape else 1.0
         k_gain = Param(shape, "vector", fill=1.0) if self.gain == "channel" else 1.0
-        return Stage(normalise, q_gain=q_gain, k_gain=k_gain, scale=self.scale, eps=self.eps)
+        return Stage(
+            normalise,
+            offer=QKGains(gains),
+            q_gain=q_gain,
+            k_gain=k_gain,
+            scale=self.scale,
+            eps=self.eps,
+        )
 
 
-@fusable("qk_norm")
-def normalise(q, k, *, q_gain, k_gain, scale, eps):
+def normalise(q, k, **bound):
     """q: [B,T,H,D], k: [B,T,KV,D]; gains: [D], [1] or a number.  fp32 inside."""
-    return _unit(q, eps, q_gain * scale), _unit(k, eps, k_gain)
+    q_gain, k_gain, eps = gains(**bound)
+    return _unit(q, eps, q_gain), _unit(k, eps, k_gain)
+
+
+def gains(*, q_gain, k_gain, scale, eps):
+    return q_gain * scale, k_gain, eps
 
 
 def _unit(x, eps, gain):

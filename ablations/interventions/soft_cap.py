@@ -5,8 +5,9 @@ tanh: cap * tanh(z / cap)      rational: cap * z / sqrt(z^2 + cap^2)
 
 from typing import Literal
 
-from ablab.core.language.declare import Stage, Where, fusable
+from ablab.core.language.declare import Stage, Where
 from ablab.core.language.numbers import Positive
+from ablab.core.language.offers import LogitCap, only
 from ablab.core.language.part import Part
 from ablab.core.recipe.edit import append, edit
 from ablab.core.recipe.intervention import register
@@ -29,14 +30,13 @@ class SoftCap(Part):
         return edit(recipe, "model.on_logits", append(self))
 
     def build(self, where: Where) -> Stage:
-        return Stage({"tanh": tanh, "rational": rational}[self.form], cap=self.cap)
+        squash = {"tanh": tanh, "rational": rational}[self.form]
+        return Stage(squash, offer=LogitCap(self.form, only("cap")), cap=self.cap)
 
 
-@fusable("tanh")
 def tanh(logits, *, cap):
     return cap * (logits / cap).tanh()
 
 
-@fusable("rational")
 def rational(logits, *, cap):
     return cap * logits * (logits.square() + cap * cap).rsqrt()

@@ -11,11 +11,13 @@ Layer 1 keeps its own values, untouched by any weight of the mix.  Mixed per key
 
 from typing import Literal
 
-from ablab.core.language.declare import Param, Stage, Where, fusable
+from ablab.core.language.declare import Param, Stage, Where
+from ablab.core.language.offers import Mixed, Remembered, only
 from ablab.core.language.part import Part
 from ablab.core.recipe.edit import append, edit
 from ablab.core.recipe.intervention import register
 
+CARRIED = "first_values"  # of the carry
 START = {
     "normalised": (1.0, 0.0),
     "learnable": (0.5, 0.5),
@@ -45,37 +47,45 @@ class ValueResidual(Part):
 
     def build(self, where: Where) -> Stage | None:
         if where.layer == 0:
-            return Stage(remember)
+            return Stage(remember, offer=Remembered(CARRIED))
         if self.form == "sparse" and where.layer < where.layers - where.layers // 3:
             return None
         own, first = (
             start if given is None else given
             for given, start in zip((self.own, self.first), START[self.form], strict=True)
         )
+        plain = Mixed(CARRIED, only("own", "first"))
         if self.form in ("identity", "constant", "sparse"):
-            return Stage(mix, own=own, first=first)
+            return Stage(mix, offer=plain, own=own, first=first)
         learned = {
             "own": Param((1,), "vector", fill=own),
             "first": Param((1,), "vector", fill=first),
         }
         if self.form == "learnable":
-            return Stage(mix, **learned)
-        return Stage(mix_normalised, scale=Param((1,), "vector", fill=1.0), **learned)
+            return Stage(mix, offer=plain, **learned)
+        return Stage(
+            mix_normalised,
+            offer=Mixed(CARRIED, unit_weights),
+            scale=Param((1,), "vector", fill=1.0),
+            **learned,
+        )
 
 
-@fusable("remember")
 def remember(v, carry):
     """v: [B,T,KV,D] of the first layer."""
-    return v, {**carry, "first_values": v}
+    return v, {**carry, CARRIED: v}
 
 
-@fusable("mix")
 def mix(v, carry, *, own, first):
     """fp32 weights on values of any dtype; the result keeps the values' dtype (a [1] fp32 tensor would promote bf16)."""
-    return (own * v + first * carry["first_values"]).to(v.dtype), carry
+    return (own * v + first * carry[CARRIED]).to(v.dtype), carry
 
 
-@fusable("mix_normalised")
-def mix_normalised(v, carry, *, scale, own, first):
+def mix_normalised(v, carry, **bound):
+    own, first = unit_weights(**bound)
+    return mix(v, carry, own=own, first=first)
+
+
+def unit_weights(*, scale, own, first):
     unit = scale * (own.square() + first.square()).rsqrt()
-    return mix(v, carry, own=unit * own, first=unit * first)
+    return unit * own, unit * first

@@ -7,6 +7,7 @@ Reported losses stay plain cross-entropy.  Redundant with a soft cap.
 
 from ablab.core.language.declare import Stage, Where
 from ablab.core.language.numbers import NonNegative
+from ablab.core.language.offers import SquaredNormaliser, only
 from ablab.core.language.part import Part
 from ablab.core.recipe.edit import append, edit
 from ablab.core.recipe.intervention import register
@@ -28,13 +29,9 @@ class ZLoss(Part):
     def apply(self, recipe):
         return edit(recipe, "objective", append(self))
 
-    @property
-    def of_squares(self) -> float:
-        """The penalty is this times lse^2 and nothing else, so a kernel can add it."""
-        return self.weight
-
     def build(self, where: Where) -> Stage:
-        return Stage(squared_normaliser, weight=self.weight)
+        offer = SquaredNormaliser(only("weight"))
+        return Stage(squared_normaliser, offer=offer, weight=self.weight)
 
 
 def squared_normaliser(features, logits, targets, read, *, weight):

@@ -1,140 +1,254 @@
-"""Chains of the optimizer that the kernels of kernels/optimizer_step.py compute, and the step made of them.
+"""The optimizer's claim: chains that the kernels of kernels/optimizer_step.py compute, and the step made of them.
 
-    adam                                   one pass over all
-    momentum, orthogonalize[, normuon]     a pass, Newton-Schulz, [a pass over the polar factors,] a pass
-each with no decay, `decay` or `cautious_decay` at its end.
+    an Adam direction                                one pass over all
+    a running mean, its polar factor[, row scales]   a pass, Newton-Schulz, [a pass over the polar factors,] a pass
+each with one decay, or none, at its end.
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+from ablab.core.fusion.rewrite import StepsAside
+from ablab.core.language.offers import (
+    AdamDirection,
+    Decays,
+    Offer,
+    PolarFactor,
+    RowScale,
+    RunningMean,
+    offer_of,
+)
+from ablab.core.language.part import Part
 from ablab.core.parts.transforms import COEFFICIENTS, SCALES, Now, split_blocks
 from ablab.core.recipe.recipe import Chain, Recipe
 
-DIRECTIONS = (
-    ("adam",),
-    ("momentum", "orthogonalize"),
-    ("momentum", "orthogonalize", "normuon"),
-)
-DECAYS = ("decay", "cautious_decay")
+Offered = TypeVar("Offered", bound=Offer)
+Clip = Callable[[Any], Any]
 
 
-def optimizer_flaw(recipe: Recipe) -> str:
-    """The first chain that the kernels do not know, in words; "" when there is none."""
-    return next(
-        (said for role, chain in recipe.optim.chains.items() if (said := _flaw(role, chain))),
-        "",
-    )
+def claim(recipe: Recipe) -> None:
+    """Raises StepsAside at the first chain that the kernels do not know."""
+    for role, chain in recipe.optim.chains.items():
+        claimed_chain(role, chain)
 
 
-def _flaw(role: str, chain: Chain) -> str:
-    kinds = tuple(part.kind for part in chain.steps)
-    if (kinds[:-1] if kinds and kinds[-1] in DECAYS else kinds) not in DIRECTIONS:
-        return f"the chain of {role} is {', '.join(kinds) or 'empty'}, which the kernel does not know"
-    parts = _by_kind(chain)
-    if "orthogonalize" in parts and role == "vector":
-        return "the chain of vector orthogonalizes, and the kernel matrices alone"
-    if "orthogonalize" in parts and parts["orthogonalize"].coefficients not in COEFFICIENTS:
-        return f"the chain of {role} takes exact polar factors, which the kernel does not"
-    if "normuon" in parts and parts["normuon"].axis != "row":
-        return f"normuon normalises by {parts['normuon'].axis}, and the kernel rows alone"
-    return ""
+@dataclass(frozen=True)
+class Claimed:
+    """An optimizer step that a kernel computes: its state's kind, and what it offers."""
+
+    kind: str
+    offer: Any
 
 
-def fused_move(banks: list[Any], clip_to: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """As the step that it replaces: [lr, step, step / steps, the schedule's value] -> the norm of the gradient before clipping."""
-    import torch
+@dataclass(frozen=True)
+class AdamChain:
+    adam: Claimed
+    decay: Claimed | None
 
-    moves = [
-        (bank, (_adam if "adam" in _by_kind(bank.chain) else _muon)(bank)) for bank in banks
-    ]
 
-    def move(numbers):
-        lr, now = numbers[0], Now(*numbers[1:].unbind())
-        norm = torch.stack([torch.linalg.vector_norm(bank.grad) for bank in banks]).norm()
-        clip = clip_to(norm)
-        for bank, one in moves:
-            one(clip, lr * bank.lr, now)
+@dataclass(frozen=True)
+class PolarChain:
+    mean: Claimed
+    polar: Claimed
+    rows: Claimed | None
+    decay: Claimed | None
+
+
+class Steps:
+    """The steps of a chain that are not yet claimed, in their order."""
+
+    def __init__(self, steps: tuple[Part, ...]):
+        self.left = list(steps)
+
+    def take(self, offer: type[Offer]) -> Claimed | None:
+        """The next step, if it offers that."""
+        if self.left and isinstance(found := offer_of(self.left[0]), offer):
+            return Claimed(self.left.pop(0).kind, found)
+        return None
+
+
+def claimed_chain(role: str, chain: Chain) -> AdamChain | PolarChain:
+    """The kernels that compute a whole chain.  Raises StepsAside."""
+    kinds = ", ".join(part.kind for part in chain.steps) or "empty"
+    unknown = StepsAside(f"the chain of {role} is {kinds}, which the kernel does not know")
+    steps = Steps(chain.steps)
+    claimed = _adam(steps) or _polar(steps)
+    if claimed is None or steps.left:
+        raise unknown
+    if isinstance(claimed, PolarChain):
+        _check_polar(role, claimed)
+    return claimed
+
+
+def _adam(steps: Steps) -> AdamChain | None:
+    adam = steps.take(AdamDirection)
+    return AdamChain(adam, steps.take(Decays)) if adam else None
+
+
+def _polar(steps: Steps) -> PolarChain | None:
+    mean = steps.take(RunningMean)
+    polar = steps.take(PolarFactor)
+    if not (mean and polar):
+        return None
+    return PolarChain(mean, polar, steps.take(RowScale), steps.take(Decays))
+
+
+def _check_polar(role: str, chain: PolarChain) -> None:
+    if role == "vector":
+        raise StepsAside("the chain of vector orthogonalizes, and the kernel matrices alone")
+    if chain.polar.offer.coefficients not in COEFFICIENTS:
+        raise StepsAside(
+            f"the chain of {role} takes exact polar factors, which the kernel does not"
+        )
+    if chain.rows and chain.rows.offer.axis != "row":
+        kind, axis = chain.rows.kind, chain.rows.offer.axis
+        raise StepsAside(f"{kind} normalises by {axis}, and the kernel rows alone")
+
+
+class FusedMove:
+    """Moves every bank: [lr, step, step / steps, the schedule's value] -> the norm of the gradient before clipping.
+
+    clip_to: that norm -> the factor for every gradient.
+    """
+
+    def __init__(self, banks: list[Any], clip_to: Clip):
+        self.banks = banks
+        self.clip_to = clip_to
+        self.moves = [_move(bank) for bank in banks]
+
+    def __call__(self, numbers: Any) -> Any:
+        import torch
+
+        lr = numbers[0]
+        now = Now(*numbers[1:].unbind())
+        norms = [torch.linalg.vector_norm(bank.grad) for bank in self.banks]
+        norm = torch.stack(norms).norm()
+        clip = self.clip_to(norm)
+        for bank, move in zip(self.banks, self.moves, strict=True):
+            move(clip, lr * bank.lr, now)
         return norm
 
-    return move
+
+def _move(bank: Any) -> "AdamMove | PolarMove":
+    chain = claimed_chain(bank.declared.role, bank.chain)
+    if isinstance(chain, AdamChain):
+        return AdamMove(bank, chain)
+    return PolarMove(bank, chain)
 
 
-def _adam(bank: Any) -> Callable[[Any, Any, Now], None]:
-    from ablab.kernels.optimizer_step import adam_step
+class AdamMove:
+    """One pass over a bank."""
 
-    adam, state, decay = _by_kind(bank.chain)["adam"], bank.state["adam"], _decay(bank)
+    def __init__(self, bank: Any, chain: AdamChain):
+        self.bank = bank
+        self.adam: AdamDirection = chain.adam.offer
+        self.state = bank.state[chain.adam.kind]
+        self.decay = Decay(bank, chain.decay)
 
-    def move(clip, lr, now):
+    def __call__(self, clip: Any, lr: Any, now: Now) -> None:
+        from ablab.kernels.optimizer_step import adam_step
+
         adam_step(
-            bank.weight,
-            bank.grad,
-            state["mean"],
-            state["square"],
+            self.bank.weight,
+            self.bank.grad,
+            self.state["mean"],
+            self.state["square"],
             clip,
             lr,
             now.step,
-            adam.beta1,
-            adam.beta2,
-            adam.eps,
-            *decay(now),
+            self.adam.beta1,
+            self.adam.beta2,
+            self.adam.eps,
+            self.decay.mask,
+            self.decay.strength(now),
         )
 
-    return move
 
+class PolarMove:
+    """A bank of matrices along the polar factors of their means, fused matrices apart."""
 
-def _muon(bank: Any) -> Callable[[Any, Any, Now], None]:
-    from ablab.kernels.newton_schulz import iterate
-    from ablab.kernels.optimizer_step import apply_rows, momentum_step, row_scales
+    def __init__(self, bank: Any, chain: PolarChain):
+        self.matmul = bank.matmul
+        self.mean: RunningMean = chain.mean.offer
+        self.polar: PolarFactor = chain.polar.offer
+        self.divisor, self.triples = COEFFICIENTS[self.polar.coefficients]
+        self.decay = Decay(bank, chain.decay)
+        means = bank.state[chain.mean.kind]["mean"]
+        tensors = (bank.weight, bank.grad, means)
+        pieces = (split_blocks(tensor, bank.blocks) for tensor in tensors)
+        self.pieces = [
+            Piece(i, *one, SCALES[self.polar.scale](*one[0].shape[-2:]))
+            for i, one in enumerate(zip(*pieces, strict=True))
+        ]
+        self.scales = Scales(bank, chain.rows) if chain.rows else unscaled
 
-    parts, decay = _by_kind(bank.chain), _decay(bank)
-    momentum, orthogonalize, normuon = (
-        parts["momentum"],
-        parts["orthogonalize"],
-        parts.get("normuon"),
-    )
-    divisor, triples = COEFFICIENTS[orthogonalize.coefficients]
-    tensors = (
-        split_blocks(tensor, bank.blocks)
-        for tensor in (bank.weight, bank.grad, bank.state["momentum"]["mean"])
-    )
-    pieces = list(zip(*tensors, strict=True))
+    def __call__(self, clip: Any, lr: Any, now: Now) -> None:
+        from ablab.kernels.newton_schulz import iterate
+        from ablab.kernels.optimizer_step import apply_rows, momentum_step
 
-    def move(clip, lr, now):
-        keep, decays = momentum.keep(now), decay(now)
-        for i, (weight, grad, mean) in enumerate(pieces):
-            factor = SCALES[orthogonalize.scale](*weight.shape[-2:])
-            u, scale = momentum_step(
-                grad, mean, clip, keep, momentum.nesterov, divisor, bank.matmul
+        keep = self.mean.keep(now)
+        strength = self.decay.strength(now)
+        for piece in self.pieces:
+            update, inverse_norm = momentum_step(
+                piece.grad,
+                piece.mean,
+                clip,
+                keep,
+                self.mean.nesterov,
+                self.divisor,
+                self.matmul,
             )
-            polar = iterate(u, triples, scale)
-            scales = (
-                row_scales(
-                    polar,
-                    bank.state["normuon"][f"square{i}"],
-                    factor,
-                    normuon.beta2,
-                    normuon.eps,
-                )
-                if normuon
-                else None
-            )
-            apply_rows(weight, polar, scales, factor, lr, *decays)
-
-    return move
+            polar = iterate(update, self.triples, inverse_norm)
+            scales = self.scales(piece, polar)
+            apply_rows(piece.weight, polar, scales, piece.factor, lr, self.decay.mask, strength)
 
 
-def _by_kind(chain: Chain) -> dict[str, Any]:
-    return {part.kind: part for part in chain.steps}
+@dataclass(frozen=True)
+class Piece:
+    """Views of a bank's tensors, [N,r,c]: its matrices of one shape that move apart from the others."""
+
+    index: int
+    weight: Any
+    grad: Any
+    mean: Any
+    factor: float  # of the matrices' shape
 
 
-def _decay(bank: Any) -> Callable[[Now], tuple[str, Any]]:
-    """now -> mask and strength, as the kernels take them."""
-    parts = _by_kind(bank.chain)
-    if cautious := parts.get("cautious_decay"):
-        return lambda now: (
-            "cautious" if cautious.ties else "strictly cautious",
-            cautious.strength(bank, now),
-        )
-    decay = parts.get("decay")
-    return lambda now: ("plain", decay.strength(bank, now)) if decay else ("none", None)
+def unscaled(piece: Piece, polar: Any) -> None:
+    return None
+
+
+class Scales:
+    """A piece and its polar factors [N,r,c] -> what their rows are multiplied by [N,r]; the running mean moves on."""
+
+    def __init__(self, bank: Any, rows: Claimed):
+        self.rows: RowScale = rows.offer
+        self.state = bank.state[rows.kind]
+
+    def __call__(self, piece: Piece, polar: Any) -> Any:
+        from ablab.kernels.optimizer_step import row_scales
+
+        square = self.state[f"square{piece.index}"]
+        return row_scales(polar, square, piece.factor, self.rows.beta2, self.rows.eps)
+
+
+class Decay:
+    """The mask of a bank's decay, and now -> its strength, 0-D; none where the chain has no decay."""
+
+    def __init__(self, bank: Any, decay: Claimed | None):
+        self.mask = decay.offer.mask if decay else "none"
+        self.strength = Strength(bank, decay.offer) if decay else no_decay
+
+
+class Strength:
+    def __init__(self, bank: Any, decays: Decays):
+        self.bank = bank
+        self.decays = decays
+
+    def __call__(self, now: Now) -> Any:
+        return self.decays.strength(self.bank, now)
+
+
+def no_decay(now: Now) -> None:
+    return None

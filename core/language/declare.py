@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
+from ablab.core.language.offers import Offer
+
 
 @dataclass(frozen=True)
 class Where:
@@ -74,12 +76,16 @@ class Table:
 class Stage:
     """`function(*inputs, **bound)`, where bound values are Params, Linears, Tables or plain numbers.
 
+    offer: what a kernel may compute in its place (core/language/offers.py); None: it is run as it is written.
     A carry that the function gets is returned with its entries, never changed in place.  What must outlive the tokens
     at hand, because later ones look back, is an entry named `past/...`: decoding hands it in again, training starts without.
     """
 
-    def __init__(self, function: Callable[..., Any], /, **bound: Any):
+    def __init__(
+        self, function: Callable[..., Any], /, *, offer: Offer | None = None, **bound: Any
+    ):
         self.function = function
+        self.offer = offer
         self.bound = bound
 
 
@@ -116,7 +122,7 @@ def multiplied(
         case Linear():
             return replace(tree, product=choose(path, tree))
         case Stage():
-            return Stage(tree.function, **below(tree.bound))
+            return Stage(tree.function, offer=tree.offer, **below(tree.bound))
         case dict():
             return below(tree)
         case tuple():
@@ -126,13 +132,3 @@ def multiplied(
                 tree, **below({field.name: getattr(tree, field.name) for field in fields(tree)})
             )
     return tree
-
-
-def fusable(name: str) -> Callable[[Callable], Callable]:
-    """Marks a stage function that a kernel can compute; core/fusion/places.py lists the names and the bound values each must have."""
-
-    def mark(function: Any) -> Any:
-        function.fusable = name
-        return function
-
-    return mark

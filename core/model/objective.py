@@ -36,6 +36,8 @@ def losses(
 
 def heads_of(model: Any) -> tuple[Head, Head]:
     """What may follow the trunk: the objective, and the cross-entropy of each token, in nats [B,T] fp32."""
+    if model.head_kernel:
+        return model.head_kernel(model)
 
     def descend(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         features = model.norm(x)

@@ -1,12 +1,13 @@
 """The plan of a model: every stage and parameter it will have, before any tensor exists.  No torch here."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 from ablab.core.errors import UserError
 from ablab.core.language.declare import Linear, Param, Stage, Where, linear, multiplied
+from ablab.core.language.offers import LogitFactor, only
 from ablab.core.parts.norm import multiply, rms_norm
 from ablab.core.recipe.asks import MayBuild, Multiplies, Parametrizes, Product
 from ablab.core.recipe.edit import at
@@ -14,6 +15,8 @@ from ablab.core.recipe.recipe import Model, Recipe
 from ablab.core.recipe.slots import Slot, slot_at
 
 Stages = dict[str, Stage]
+# The built module -> what runs in the place of the stages that a kernel has claimed (core/fusion/rewrite.py).
+Kernel = Callable[[Any], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class AttentionPlan:
     on_heads: Stages
     out: Linear
     on_branch: Stages
+    kernel: Kernel | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Plan:
     readout: Linear | None  # None: tied to the embedding
     on_logits: Stages
     objective: Stages
+    kernel: Kernel | None = None
 
 
 def plan_of(recipe: Recipe) -> Plan:
@@ -180,7 +185,9 @@ def _norm(model: Model) -> Stage:
 
 def _factor(value: float) -> Stages:
     """A multiplier of exactly 1 is absent."""
-    return {} if value == 1.0 else {"multiplier": Stage(multiply, factor=value)}
+    if value == 1.0:
+        return {}
+    return {"multiplier": Stage(multiply, offer=LogitFactor(only("factor")), factor=value)}
 
 
 def _product(parts: tuple[Multiplies, ...], path: str, declared: Linear) -> Product | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ablab.core.model.layers import LinearMap, StageModule, StageModules, plain_product
-from ablab.core.model.plan import AttentionPlan, BlockPlan, FeedForwardPlan, plan_of
+from ablab.core.model.plan import AttentionPlan, BlockPlan, FeedForwardPlan, Plan, plan_of
 from ablab.core.recipe.recipe import Recipe
 
 # Handed from block to block; a stage returns a new one, never mutates it.
@@ -45,7 +45,7 @@ class Attention(nn.Module):
         self.on_heads = StageModules(plan.on_heads)
         self.on_branch = StageModules(plan.on_branch)
         self.heads = [rows // head_dim for rows in plan.qkv.weight.blocks]  # H, KV, KV
-        self.attend = self._attend  # core/fusion/places.py may put one kernel here
+        self.attend = plan.kernel(self) if plan.kernel else self._attend
 
     def forward(self, x: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
         """x: [B,T,W] -> the branch's output [B,T,W]; causal over the T tokens given."""
@@ -164,11 +164,20 @@ class Embedding(StageModule):
 
 
 class Transformer(nn.Module):
-    """recompute: how many of the first blocks keep no activations and run again in the backward pass."""
+    """recompute: how many of the first blocks keep no activations and run again in the backward pass.
 
-    def __init__(self, recipe: Recipe, dtype: torch.dtype = torch.float32, recompute: int = 0):
+    plan: of the recipe, if kernels have claimed some of its stages (core/fusion/places.py); they name nothing anew.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dtype: torch.dtype = torch.float32,
+        recompute: int = 0,
+        plan: Plan | None = None,
+    ):
         super().__init__()
-        plan = plan_of(recipe)
+        plan = plan or plan_of(recipe)
         self.shape = recipe.model
         self.context = recipe.data.context
         self.dtype = dtype
@@ -184,6 +193,7 @@ class Transformer(nn.Module):
             self.readout = LinearMap(plan.readout)
             self.read = partial(self.readout)  # partial: not registered twice
         self.on_logits = StageModules(plan.on_logits)
+        self.head_kernel = plan.kernel
         self.objective = StageModules(plan.objective)
         self.run = [*map(_recomputed, blocks[:recompute]), *blocks[recompute:]]
 

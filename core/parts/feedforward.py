@@ -1,7 +1,8 @@
 """The SwiGLU feed-forward.  Functions are pure."""
 
-from ablab.core.language.declare import Stage, Where, fusable, linear
+from ablab.core.language.declare import Stage, Where, linear
 from ablab.core.language.numbers import Positive, Whole
+from ablab.core.language.offers import GatedSilu, only
 from ablab.core.language.part import Part, part
 
 
@@ -21,12 +22,12 @@ class SwiGLU(Part):
         hidden = hidden_width(where.width, self.expansion, self.multiple)
         return Stage(
             swiglu,
+            offer=GatedSilu(only("gate_up", "down")),
             gate_up=linear(where.width, 2 * hidden, blocks=(hidden, hidden)),
             down=linear(hidden, where.width),
         )
 
 
-@fusable("swiglu")
 def swiglu(x, *, gate_up, down):
     """x: [B,T,W] -> [B,T,W]."""
     from torch.nn.functional import silu

@@ -1,7 +1,5 @@
 """The root-mean-square norm and the multiplier that stand between the slots.  Functions are pure."""
 
-from ablab.core.language.declare import fusable
-
 
 def rms_norm(x, *, gain, eps):
     """x / rms(x) * gain over the last axis, in fp32 inside.  x: [..., C]; gain: [C]; eps added to the mean square."""
@@ -10,6 +8,5 @@ def rms_norm(x, *, gain, eps):
     return rms_norm(x, gain.shape, gain.to(x.dtype), eps)
 
 
-@fusable("multiply")
 def multiply(x, *, factor):
     return x * factor

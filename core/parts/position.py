@@ -1,7 +1,8 @@
 """Rotary positions.  Functions are pure."""
 
-from ablab.core.language.declare import Stage, Table, Where, fusable
+from ablab.core.language.declare import Stage, Table, Where
 from ablab.core.language.numbers import Positive
+from ablab.core.language.offers import Turn, only
 from ablab.core.language.part import Part, part
 
 
@@ -14,6 +15,7 @@ class Rope(Part):
     def build(self, where: Where) -> Stage:
         return Stage(
             rotate,
+            offer=Turn(only("cos", "sin")),
             cos=Table(lambda: _angles(where, self.base).cos()),
             sin=Table(lambda: _angles(where, self.base).sin()),
         )
@@ -29,7 +31,6 @@ def _angles(where: Where, base: float):
     )
 
 
-@fusable("rope")
 def rotate(q, k, start, *, cos, sin):
     """q: [B,T,H,D], k: [B,T,KV,D] at positions start..start+T-1.  Same shapes out."""
     span = slice(start, start + q.shape[1])

@@ -10,6 +10,7 @@ chain once per value (6 for 6), a 0-D tensor once.
 from typing import Any, Literal, NamedTuple
 
 from ablab.core.language.numbers import Memory, NonNegative, Positive, Whole
+from ablab.core.language.offers import AdamDirection, Decays, PolarFactor, RunningMean, offers
 from ablab.core.language.part import Part, part
 
 
@@ -53,6 +54,7 @@ class Adam(Transform):
             "square": weight.new_zeros(weight.shape),
         }
 
+    @offers(lambda adam: AdamDirection(adam.beta1, adam.beta2, adam.eps))
     def update(self, update, weight, state, bank, now):
         mean = state["mean"].lerp(update, 1 - self.beta1)
         square = state["square"].lerp(update.square(), 1 - self.beta2)
@@ -111,6 +113,7 @@ class Momentum(Transform):
         rise = (now.step / self.warmup_steps).clamp(max=1.0)
         return self.warmup_from + (self.momentum - self.warmup_from) * rise
 
+    @offers(lambda momentum: RunningMean(momentum.keep, momentum.nesterov))
     def update(self, update, weight, state, bank, now):
         keep = self.keep(now)
         mean = state["mean"].lerp(update, 1 - keep)
@@ -206,6 +209,7 @@ class Orthogonalize(Transform):
             self.coefficients != "exact"
         )  # the SVD reads from the device whether it converged
 
+    @offers(lambda polar: PolarFactor(polar.coefficients, polar.scale))
     def update(self, update, weight, state, bank, now):
         def orthogonal(piece):
             flat = (
@@ -257,5 +261,6 @@ class Decay(Transform):
     def strength(self, bank, now):
         return RATES[self.schedule](now) * (self.rate * bank.decay)
 
+    @offers(lambda decay: Decays("plain", decay.strength))
     def update(self, update, weight, state, bank, now):
         return update + self.strength(bank, now) * weight, {}

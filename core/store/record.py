@@ -60,6 +60,7 @@ class Result:
     code: str = ""  # fingerprint of the code that ran
     runtime: dict[str, Any] = field(default_factory=dict)
     weights: str = ""  # digest of the final weights' bits
+    kernels: dict[str, str] = field(default_factory=dict)  # place -> what served it
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ablab.core.fusion.optimizer import fused_move
+from ablab.core.fusion.optimizer import FusedMove
 from ablab.core.language.declare import Param
 from ablab.core.parts.transforms import COEFFICIENTS, Now, newton_schulz
 from ablab.core.recipe.recipe import Chain, Recipe
@@ -61,7 +61,7 @@ class Optimizer:
         replay = replay and all(
             part.recordable for bank in self.banks for part in bank.chain.steps
         )
-        move = (fused_move if "optimizer" in kernels else partial(_move, compiled))(
+        move = (FusedMove if "optimizer" in kernels else partial(_move, compiled))(
             self.banks, _clip_to(recipe.optim.clip)
         )
         self.move = OnDevice(move, self.device, replay, pool)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ablab.core.data.tokens import Tokens
 from ablab.core.errors import Diverged, Pruned
-from ablab.core.fusion import places as fuse
+from ablab.core.fusion.places import places, plan_with, served
 from ablab.core.model.init import initialise
 from ablab.core.model.objective import heads_of
 from ablab.core.model.transformer import Transformer
@@ -59,15 +59,10 @@ class Trainer:
         repeat_bits(self.runtime["deterministic"])
         self.device = torch.device(self.runtime["device"])
         use_recordable_stream(self.device)
-        self.model = Transformer(recipe, DTYPES[self.runtime["dtype"]], runtime.recompute).to(
-            self.device
-        )
-        kernels = {
-            place
-            for place, served in fuse.places(recipe, self.runtime).items()
-            if served.kernel
-        }
-        fuse.fuse_blocks(self.model, kernels)
+        kernels = served(recipe, self.runtime)
+        plan = plan_with(kernels, recipe)
+        dtype = DTYPES[self.runtime["dtype"]]
+        self.model = Transformer(recipe, dtype, runtime.recompute, plan).to(self.device)
         replay = (
             self.runtime["replay"],
             torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None,
@@ -75,11 +70,7 @@ class Trainer:
         self.optimizer = Optimizer(
             self.model, recipe, bool(self.runtime["compile"]), kernels, *replay
         )
-        heads = (
-            fuse.fused_heads(self.model, recipe.objective)
-            if "loss" in kernels
-            else heads_of(self.model)
-        )
+        heads = heads_of(self.model)
         compile_kernels(
             self.model,
             heads,
@@ -249,17 +240,18 @@ def run(
     """
     status, error, trainer, metrics = FINISHED, "", None, {}
     settled = settle(runtime, recipe.data.batch)
-    served = fuse.places(recipe, settled)
+    service = places(recipe, settled)
+    kernels = {place: one.why for place, one in service.items()}
     record.begin(
         dump(plain(recipe)),
         {
             **about,
             "runtime": settled,
-            "kernels": {place: one.why for place, one in served.items()},
+            "kernels": kernels,
             "environment": environment(),
         },
     )
-    for place, one in served.items():
+    for place, one in service.items():
         if one.flaw:
             warn(f"the {place} kernel cannot serve this recipe: {one.why}")
     try:
@@ -277,7 +269,7 @@ def run(
         )  # asked for again, the run goes on from here
     except torch.OutOfMemoryError:
         status, error = OUT_OF_MEMORY, _memory_advice(recipe, runtime)
-    result = _result(recipe, trainer, settled, status, error, metrics)
+    result = _result(recipe, trainer, settled, kernels, status, error, metrics)
     if status == FINISHED and runtime.keep_weights:
         _keep_weights(trainer, record.folder)
     record.finish(result)
@@ -338,6 +330,7 @@ def _result(
     recipe: Recipe,
     trainer: Trainer | None,
     runtime: dict[str, Any],
+    kernels: dict[str, str],
     status: str,
     error: str,
     metrics: dict[str, float],
@@ -357,6 +350,7 @@ def _result(
         code_fingerprint(),
         runtime,
         trainer.digest() if status == FINISHED else "",
+        kernels,
     )
 
 

@@ -175,10 +175,12 @@ def _trace(job: TraceJob) -> str:
     import torch
 
     from ablab.ablations.checks.liveness import trace
+    from ablab.core.fusion.places import served
 
     recipe, runtime = _read(job)
     torch.set_num_threads(runtime.threads)
-    return trace(recipe, settle(runtime, recipe.data.batch)["device"])
+    settled = settle(runtime, recipe.data.batch)
+    return trace(recipe, settled["device"], served(recipe, settled))
 
 
 def _standing(record: Record, asked: int) -> Result | None:

@@ -1,7 +1,9 @@
 """What the contract tests share.  They are parametrized over the registry: a file with an intervention is enough to be tested."""
 
 import functools
+from contextlib import contextmanager
 from typing import get_args
+from unittest.mock import patch
 
 import pytest
 
@@ -9,6 +11,8 @@ from ablab.core.errors import UserError
 from ablab.core.language.parse import parse
 from ablab.core.recipe.intervention import REGISTRY
 from ablab.core.recipe.recipe import run_id
+
+OF_THE_MODEL = frozenset({"attention", "ffn", "loss"})
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +27,36 @@ def other_values():
 
 @pytest.fixture(scope="session")
 def shows():
-    """recipe -> its liveness trace, taken once."""
+    """recipe -> its liveness trace, taken once.  kernels: the places that they serve."""
+    from ablab.ablations.checks.liveness import trace
+
+    seen = {}
+
+    def of(recipe, kernels=frozenset()) -> str:
+        name = run_id(recipe), kernels
+        if name not in seen:
+            seen[name] = trace(recipe, kernels=kernels)
+        return seen[name]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def servable():
+    """recipe -> the places that kernels can serve, whether or not they are faster."""
+    from ablab.core.fusion.places import KERNELS, flaw
+
+    return lambda recipe: frozenset(
+        place for place in KERNELS if not flaw(place, recipe, "fp32")
+    )
+
+
+@pytest.fixture(scope="session")
+def shows_by_kernels(servable):
+    """recipe -> the trace of the path that kernels serve, each kernel by the formula in torch that stands beside it.
+
+    What is seen is the rewrite of the plan and what it hands to the kernels; that these compute the formula, tests/kernels sees.
+    """
     from ablab.ablations.checks.liveness import trace
 
     seen = {}
@@ -31,10 +64,142 @@ def shows():
     def of(recipe) -> str:
         name = run_id(recipe)
         if name not in seen:
-            seen[name] = trace(recipe)
+            with formulas():
+                seen[name] = trace(recipe, kernels=servable(recipe) & OF_THE_MODEL)
         return seen[name]
 
     return of
+
+
+@contextmanager
+def formulas():
+    import torch
+
+    from ablab.kernels import attention, linear_cross_entropy, swiglu
+
+    def token_losses(x, weight, targets, multiplier=1.0, cap=0.0, cap_form="none"):
+        logits = multiplier * torch.nn.functional.linear(x, weight).float()
+        squashed = linear_cross_entropy.squash(logits, cap, cap_form)
+        return torch.nn.functional.cross_entropy(squashed, targets, reduction="none")
+
+    with (
+        patch.object(attention, "attention", attention.reference),
+        patch.object(swiglu, "swiglu", swiglu.reference),
+        patch.object(
+            linear_cross_entropy, "linear_cross_entropy", linear_cross_entropy.reference
+        ),
+        patch.object(linear_cross_entropy, "token_losses", token_losses),
+    ):
+        yield
+
+
+@pytest.fixture(scope="session")
+def paths(servable, drive):
+    return Paths(servable, drive)
+
+
+class Paths:
+    """What a recipe computes by torch and by kernels, in fp32; each model and each optimizer once."""
+
+    def __init__(self, servable, drive):
+        self.servable = servable
+        self.drive = drive
+        self.seen = {}
+
+    def apart(self, recipe) -> dict[str, float]:
+        """Relative differences beyond what another order of sums leaves, by name: loss, nats, gradients, moves."""
+        model = (recipe.model, recipe.parametrization, recipe.objective)
+        optimizer = repr((recipe.optim, recipe.parametrization))
+        for part, compare in ((model, self.in_the_model), (optimizer, self.in_the_optimizer)):
+            if part not in self.seen:
+                self.seen[part] = compare(recipe)
+        return self.seen[model] | self.seen[optimizer]
+
+    def in_the_model(self, recipe) -> dict[str, float]:
+        """fp32 sums in another order leave 2e-5, and twice that in a scalar's gradient."""
+        kernels = self.servable(recipe) & OF_THE_MODEL
+        return too_far(evaluated(recipe, kernels), evaluated(recipe, frozenset()), 1e-4)
+
+    def in_the_optimizer(self, recipe) -> dict[str, float]:
+        """Newton-Schulz multiplies the rounding of a singular value near 1 by up to 1,700: 2e-4."""
+        kernels = self.servable(recipe) & {"optimizer", "newton_schulz"}
+        theirs = moved(recipe, self.drive, frozenset())
+        with plain_products():
+            ours = moved(recipe, self.drive, kernels)
+        return too_far(ours, theirs, 1e-3)
+
+
+def too_far(ours, theirs, limit: float) -> dict[str, float]:
+    assert ours.keys() == theirs.keys()
+    errors = {
+        name: ((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-6)).item()
+        for name in theirs
+    }
+    return {name: error for name, error in errors.items() if not error < limit}
+
+
+def plain_products():
+    """Newton-Schulz with torch's products: in the interpreter ours take seconds, and tests/kernels compares them."""
+    from ablab.kernels import newton_schulz
+
+    def symmetric(x, alpha=1.0, beta=0.0, y=None, diagonal=0.0, scale=None, tiles=None):
+        made = newton_schulz.plain_symmetric(x, alpha, beta, y, diagonal)
+        return made if scale is None else made * scale[:, None, None]
+
+    return patch.object(newton_schulz, "symmetric", symmetric)
+
+
+def evaluated(recipe, kernels):
+    """Loss, nats of each token, and every gradient on one row of tokens, parameters stirred."""
+    import torch
+
+    from ablab.core.fusion.places import plan_with
+    from ablab.core.model.init import initialise
+    from ablab.core.model.objective import heads_of, of_rows
+    from ablab.core.model.transformer import Transformer
+
+    model = Transformer(recipe, plan=plan_with(kernels, recipe))
+    initialise(model, recipe)
+    draw = torch.Generator().manual_seed(3)
+    for value in model.parameters():
+        value.data += 0.1 * torch.randn(value.shape, generator=draw)
+    rows = torch.randint(recipe.data.vocab, (1, recipe.data.context + 1), generator=draw)
+    descend, measure = heads_of(model)
+    loss, _ = of_rows(model, descend)(rows)
+    loss.backward()
+    with torch.no_grad():
+        nats = of_rows(model, measure)(rows)
+    gradients = {
+        name: value.grad for name, value in model.named_parameters() if value.grad is not None
+    }
+    return {"loss": loss.detach(), "nats": nats} | gradients
+
+
+def moved(recipe, drive, kernels):
+    """How far two steps move a matrix in blocks, a gate, a gain, and a table of which a row is never seen."""
+    import torch
+
+    from ablab.core.language.declare import Param
+
+    draw = torch.Generator().manual_seed(5)
+    declared = {
+        "hidden": Param((12, 6), "hidden", blocks=(6, 3, 3), head=3),
+        "gate": Param((2, 6), "gate"),
+        "vector": Param((6,), "vector"),
+        "readout": Param((5, 6), "readout"),
+        "table": Param((5, 6), "embedding"),
+    }
+    start = {
+        name: (one, torch.randn(one.shape, generator=draw)) for name, one in declared.items()
+    }
+    moves = [
+        {name: torch.randn(one.shape, generator=draw) for name, one in declared.items()}
+        for _ in range(2)
+    ]
+    for move in moves:
+        move["table"][0] = 0.0
+    seen, _ = drive(recipe, start, moves, kernels=kernels)
+    return {name: seen[-1][name] - seen[0][name] for name in declared}
 
 
 @functools.cache

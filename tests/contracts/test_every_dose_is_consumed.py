@@ -1,9 +1,10 @@
-"""Every dose field of every intervention changes what is computed, and so the run's name."""
+"""Every dose field of every intervention changes what is computed, and so the run's name; torch and kernels read it alike."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 from ablab.core.errors import UserError
 from ablab.core.language.parse import fields_of
@@ -96,3 +97,42 @@ def test_a_precondition_is_needed(consumed, path):
     assert PRECONDITIONS[path].why and path in FIELDS
     if PRECONDITIONS[path].value is None:
         assert not consumed(path, Given(""))
+
+
+# ---- by torch and by kernels ----
+
+SERVED = {"model__width": 32, "model__attention__head_dim": 32, "optim__lr": 0.02}
+ON_THE_HOST = {"after_step", "schedule"}  # slots that no kernel computes
+BY_KERNELS = [
+    path for path in FIELDS if not set(REGISTRY[path.split(".")[0]].about.slots) <= ON_THE_HOST
+]
+cpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"
+)
+
+
+@pytest.fixture
+def doses(tiny, needs, other_values):
+    """name.field -> recipes of a shape that kernels serve: the field as it is given, each other word, or another number."""
+
+    def of(path: str):
+        given = PRECONDITIONS.get(path, Given(""))
+        name, dose = path.split(".")
+        start = getattr(REGISTRY[name](**given.dose), dose)
+        hint = fields_of(REGISTRY[name])[dose]
+        others = [given.value] if given.value else other_values(hint, start, path)
+        words = [value for value in others if isinstance(value, (str, bool))]
+        for value in [start, *(words or others[:1])]:
+            treatment = [*needs(name), *given.beside, {name: given.dose | {dose: value}}]
+            yield tiny(treatment, **SERVED, **given.base)
+
+    return of
+
+
+@cpu
+@pytest.mark.parametrize("path", BY_KERNELS)
+def test_torch_and_kernels_compute_each_choice_of_a_dose_alike(doses, paths, path):
+    recipes = list(doses(path))
+    assert len({run_id(recipe) for recipe in recipes}) > 1
+    for recipe in recipes:
+        assert paths.apart(recipe) == {}, recipe

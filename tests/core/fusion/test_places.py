@@ -7,6 +7,7 @@ import torch
 
 from ablab.core.errors import UserError
 from ablab.core.fusion import places as fuse
+from ablab.core.fusion.optimizer import FusedMove
 from ablab.core.model.init import initialise
 from ablab.core.model.objective import heads_of, of_rows
 from ablab.core.model.transformer import Transformer
@@ -52,7 +53,7 @@ cpu = pytest.mark.skipif(
 
 def evaluated(recipe, kernels: set[str]) -> dict[str, torch.Tensor]:
     """Loss, nats and every gradient on one batch, parameters stirred."""
-    model = Transformer(recipe)
+    model = Transformer(recipe, plan=fuse.plan_with(kernels, recipe))
     initialise(model, recipe)
     draw = torch.Generator().manual_seed(3)
     for value in model.parameters():
@@ -60,10 +61,7 @@ def evaluated(recipe, kernels: set[str]) -> dict[str, torch.Tensor]:
     block = torch.randint(
         recipe.data.vocab, (recipe.data.batch, recipe.data.context + 1), generator=draw
     )
-    fuse.fuse_blocks(model, kernels)
-    descend, _ = (
-        fuse.fused_heads(model, recipe.objective) if "loss" in kernels else heads_of(model)
-    )
+    descend, _ = heads_of(model)
     loss, nats = of_rows(model, descend)(block)
     (loss / 7).backward()
     return {"loss": loss.detach(), "nats": nats} | {
@@ -130,10 +128,11 @@ def test_grouped_heads_and_everything_at_once_too(tiny):
 def test_a_model_with_kernels_compiles_as_one_graph_to_the_same_bits(tiny):
     """One block keeps its activations, two are recomputed."""
     recipe = tiny([*STACK, "ln_scaling"], **SHAPE | {"data__context": 16})
-    model = Transformer(recipe, recompute=2)
+    plan = fuse.plan_with({"attention", "loss"}, recipe)
+    model = Transformer(recipe, recompute=2, plan=plan)
     initialise(model, recipe)
-    fuse.fuse_attention(model)
-    loss, seen = of_rows(model, fuse.fused_heads(model, recipe.objective)[0]), []
+    descend, _ = heads_of(model)
+    loss, seen = of_rows(model, descend), []
     block = torch.randint(
         recipe.data.vocab, (2, 17), generator=torch.Generator().manual_seed(1)
     )
@@ -147,12 +146,9 @@ def test_a_model_with_kernels_compiles_as_one_graph_to_the_same_bits(tiny):
 
 def test_what_a_kernel_cannot_serve_is_named_and_torch_serves_it(tiny, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(fuse, "_gpu", lambda: "this GPU")
-    monkeypatch.setattr(
-        fuse,
-        "FASTER",
-        {"this GPU": {place: lambda recipe: True for place in ("attention", "ffn", "loss")}},
-    )
+    monkeypatch.setattr(fuse, "_card", lambda: fuse.Card("this GPU", (1, 0)))
+    faster = {place: lambda recipe: True for place in ("attention", "ffn", "loss")}
+    monkeypatch.setattr(fuse, "FASTER", {(1, 0): faster})
     cases = [
         (tiny(), "attention", "head_dim=8: the attention kernel serves 32, 64, 128"),
         (
@@ -187,7 +183,7 @@ def test_what_a_kernel_cannot_serve_is_named_and_torch_serves_it(tiny, monkeypat
 
 def test_auto_takes_no_kernel_that_was_not_measured_to_be_faster_here(tiny, monkeypatch):
     monkeypatch.setattr(fuse, "FASTER", {})
-    monkeypatch.setattr(fuse, "_gpu", lambda: "this GPU")
+    monkeypatch.setattr(fuse, "_card", lambda: fuse.Card("this GPU", (1, 0)))
     held = fuse.places(
         tiny(["muon"], **SHAPE), ASKED | {"kernels": "auto", "dtype": "bf16", "device": "cuda"}
     )
@@ -209,7 +205,8 @@ def test_auto_takes_no_kernel_that_was_not_measured_to_be_faster_here(tiny, monk
 def test_auto_takes_a_kernel_at_the_shapes_where_it_was_measured_alone(
     tiny, monkeypatch, shape, served
 ):
-    monkeypatch.setattr(fuse, "_gpu", lambda: "NVIDIA H100 80GB HBM3")
+    card = fuse.Card("NVIDIA H100 80GB HBM3", (9, 0))
+    monkeypatch.setattr(fuse, "_card", lambda: card)
     recipe = tiny(
         [],
         **{
@@ -262,10 +259,8 @@ def test_a_run_by_kernels_follows_the_run_by_torch_and_says_what_served_it(
         assert result.status == "finished" and record.about()["kernels"]["attention"] == {
             "torch": "torch: runtime.kernels=torch"
         }.get(kernels, kernels)
-        moved_by = Trainer(
-            recipe, Runtime(device="cpu", kernels=kernels), token_folder
-        ).optimizer.move.function.__qualname__
-        assert moved_by.startswith("fused_move.") is (kernels == "triton")
+        trainer = Trainer(recipe, Runtime(device="cpu", kernels=kernels), token_folder)
+        assert isinstance(trainer.optimizer.move.function, FusedMove) is (kernels == "triton")
         weights.add(result.weights)
         curves[kernels] = torch.tensor([line["train/loss"] for line in record.metrics()])
     assert len(curves["torch"]) == 3 and (curves["triton"] - curves["torch"]).abs().max() < 2e-4
