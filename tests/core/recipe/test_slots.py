@@ -124,7 +124,9 @@ def test_a_choice_that_is_made_for_another_slot_is_refused_when_it_is_planned(
 
 
 def test_so_is_one_of_many(tiny):
-    with pytest.raises(UserError, match="objective cannot hold 'soft_cap': its stage takes logits"):
+    with pytest.raises(
+        UserError, match="objective cannot hold 'soft_cap': its stage takes logits"
+    ):
         plan_of(check(assign(tiny(), "objective", ["soft_cap"])))
 
 
@@ -134,7 +136,9 @@ def test_a_part_without_the_method_asked_is_refused_when_the_recipe_is_checked(t
     stranger = {"kind": "rope"} if slot.inputs is None else {"kind": "sgd"}
     path = slot.path.replace("*", "gate")
     wrong = assign(tiny(), path, [stranger] if slot.many else stranger)
-    with pytest.raises(UserError, match=rf"^{path} cannot hold '{stranger['kind']}', which has no"):
+    with pytest.raises(
+        UserError, match=rf"^{path} cannot hold '{stranger['kind']}', which has no"
+    ):
         check(wrong)
 
 
