@@ -122,9 +122,9 @@ def multiplied(
             return below(tree)
         case tuple():
             return tuple(below(dict(enumerate(tree))).values())
-        case Param() | Table() | type():
+        case Param() | Table():
             return tree
-        case _ if is_dataclass(tree):
+        case _ if is_dataclass(tree) and not isinstance(tree, type):
             return replace(tree, **below(_named(tree)))
     return tree
 

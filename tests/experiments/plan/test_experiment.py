@@ -8,6 +8,7 @@ import pytest
 from ablab.core.errors import UserError
 from ablab.core.language.part import Part
 from ablab.core.recipe import recipe as recipes
+from ablab.core.recipe.load import assign
 from ablab.core.recipe.recipe import run_id
 from ablab.experiments.plan.experiment import catalog, chosen, load, merged_plan
 
@@ -221,18 +222,14 @@ def test_what_a_tracker_shows_names_the_toggles_the_dials_and_what_differs(read)
     assert json.dumps(shown)
 
 
-def test_an_empty_slot_leaves_no_trace_in_an_identity_and_a_filled_one_does(tiny, monkeypatch):
+def test_a_later_slot_leaves_no_trace_in_an_identity_until_it_is_used(tiny, monkeypatch):
     """So a slot that is added to the house renames no run that does not use it."""
-    plain_id, capped_id = run_id(tiny()), run_id(tiny(["soft_cap"]))
-    assert plain_id != capped_id
-    everything = recipes.plain
-    added = lambda recipe: everything(recipe) | {"on_tomorrow": []}  # noqa: E731
-    monkeypatch.setattr(recipes, "plain", added)
-    assert (run_id(tiny()), run_id(tiny(["soft_cap"]))) == (plain_id, capped_id)
-    monkeypatch.setattr(
-        recipes, "plain", lambda recipe: everything(recipe) | {"on_tomorrow": [1]}
-    )
-    assert run_id(tiny()) != plain_id
+    unused = run_id(tiny())
+    used = run_id(assign(tiny(), "model.on_features", ["ln_scaling"]))
+    assert used != unused
+    loud = [replace(slot, silent=False) for slot in recipes.SLOTS]
+    monkeypatch.setattr(recipes, "SLOTS", loud)
+    assert run_id(tiny()) != unused
 
 
 def test_a_recipe_that_is_not_plain_data_has_no_id(read):
