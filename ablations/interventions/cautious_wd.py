@@ -13,13 +13,16 @@ from ablab.core.errors import UserError
 from ablab.core.language.offers import Decays, offers
 from ablab.core.language.part import part
 from ablab.core.parts.transforms import Decay
-from ablab.core.recipe.edit import edit
+from ablab.core.recipe.edit import edit, put
 from ablab.core.recipe.intervention import register
 
 
 @part("cautious_decay")
 class CautiousDecay(Decay):
-    """Decay under a sign mask.  ties: coordinates whose update or weight is exactly 0 decay too (paper), or not (modded Adam)."""
+    """Decay under a sign mask.
+
+    ties: coordinates whose update or weight is exactly 0 decay too (paper), or not (modded Adam).
+    """
 
     ties: bool = True
 
@@ -49,25 +52,21 @@ class CautiousWD:
     ties: bool = True
 
     def apply(self, recipe):
-        if not any(
-            isinstance(step, Decay)
-            for chain in recipe.optim.chains.values()
-            for step in chain.steps
-        ):
+        chains = recipe.optim.chains
+        steps = [step for chain in chains.values() for step in chain.steps]
+        if not any(isinstance(step, Decay) for step in steps):
             raise UserError(
-                "cautious_wd needs a weight decay to act on; give a chain a decay step, or drop cautious_wd"
+                "cautious_wd needs a weight decay to act on; "
+                "give a chain a decay step, or drop cautious_wd"
             )
-        return edit(
-            recipe,
-            "optim.chains",
-            lambda chains: {role: self._masked(chain) for role, chain in chains.items()},
-        )
+        masked = {role: self._masked(chain) for role, chain in chains.items()}
+        return edit(recipe, "optim.chains", put(masked))
 
     def _masked(self, chain):
-        steps = (
+        steps = [
             CautiousDecay(step.rate, step.schedule, self.ties)
             if isinstance(step, Decay)
             else step
             for step in chain.steps
-        )
+        ]
         return replace(chain, steps=tuple(steps))

@@ -46,31 +46,29 @@ class EMA(Part):
 
     def advance(self, state, weights, t: int, steps: int) -> None:
         """Take the weights after optimizer step t (from 1) of `steps` into the average, in fp32."""
-        if rate := self.rate(t, steps):
+        rate = self.rate(t, steps)
+        if rate > 0:
             for average, weight in zip(state.values(), weights, strict=True):
                 average.lerp_(weight, rate)
 
     def rate(self, t: int, steps: int) -> float:
         """How far the average moves towards the weights at step t; 0: not at all, 1: it becomes them."""
         if self.mode == "online":
-            return max(1 / self.horizon, 1 / max(t - round(self.start * steps), 1))
+            since_start = max(t - round(self.start * steps), 1)
+            return max(1 / self.horizon, 1 / since_start)
         snapshots = self.snapshots(steps)
         if t <= snapshots[0]:
             return 1.0
         if t not in snapshots:
             return 0.0
-        return (1 - self.beta) / (
-            1 - self.beta ** (snapshots.index(t) + 1) if self.bias_corrected else 1
-        )
+        taken = snapshots.index(t) + 1
+        return (1 - self.beta) / (1 - self.beta**taken if self.bias_corrected else 1)
 
     def snapshots(self, steps: int) -> list[int]:
         spacing = self.span * steps / self.checkpoints
-        return sorted(
-            {max(round(steps - spacing * back), 1) for back in range(self.checkpoints)}
-        )
+        planned = [round(steps - spacing * back) for back in range(self.checkpoints)]
+        return sorted({max(step, 1) for step in planned})
 
     def readout(self, state, weights) -> list:
-        return [
-            weight.lerp(average, self.mix)
-            for weight, average in zip(weights, state.values(), strict=True)
-        ]
+        pairs = zip(weights, state.values(), strict=True)
+        return [weight.lerp(average, self.mix) for weight, average in pairs]

@@ -1,11 +1,11 @@
-"""Feed-forward and readout in 8-bit floats: e4m3 forward, e5m2 or e4m3 for gradients, a scale a tensor, taken as it comes.
+"""Feed-forward and readout in 8-bit floats: e4m3 forward, e5m2 or e4m3 for gradients, a dynamic scale a tensor.
 
     s_t = max |t| / largest,    q_t = cast(t / s_t)        largest = 448 in e4m3, 57344 in e5m2
     y  = (q_x q_w^T) s_x s_w                               x and w in e4m3
     dx = (q_g q_w) s_g s_w,     dW = (q_g^T q_x) s_g s_x   g, the gradient of y, in the format `gradient`
 
-Sums in fp32, weights and optimizer as before (kernels/fp8.py).  Gradients of tokens differ by orders of magnitude, hence
-e5m2, with twice the range of exponents and half the precision.
+Sums in fp32, weights and optimizer as before (kernels/fp8.py).  Gradients of tokens differ by orders of magnitude,
+hence e5m2, with twice the range of exponents and half the precision.
 
 Training alone: where no gradient is asked for, in evaluation and decoding, the trained weights multiply plainly, as in
 nanochat.  A scale over all tokens would let a token's logits depend on later ones and on the other rows of its batch.
@@ -27,33 +27,31 @@ from ablab.core.recipe.intervention import register
     order=50,
     slots=("model.products",),
     off="matrix products in the activations' dtype (bf16)",
-    source="Micikevicius et al., arXiv:2209.05433; a dynamic scale a tensor, as nanochat and torchao's tensorwise recipe",
+    source="Micikevicius et al., arXiv:2209.05433; "
+    "a dynamic scale a tensor, as nanochat and torchao's tensorwise recipe",
 )
 class FP8(Part):
     """Multiply the feed-forward's and the readout's matrices in 8-bit floats."""
 
-    where: Literal["ffn", "readout", "both"] = (
-        "ffn"  # not both: a tied head has no readout of its own
-    )
+    where: Literal["ffn", "readout", "both"] = "ffn"  # a tied head has no readout of its own
     gradient: Literal["e5m2", "e4m3"] = "e5m2"
 
     def apply(self, recipe):
         if recipe.model.tied and self.where != "ffn":
             raise UserError(
-                f"fp8.where={self.where} has no readout to act on: the head is tied; use fp8.where=ffn, or set model.tied=false"
+                f"fp8.where={self.where} has no readout to act on: the head is tied; "
+                "use fp8.where=ffn, or set model.tied=false"
             )
         return edit(recipe, "model.products", append(self))
 
     def product(self, path: str, linear: Linear):
         """Gates and whatever else is not a plain matrix keep their products."""
-        place = {"hidden": "ffn" if ".ffn." in path else "", "readout": "readout"}.get(
-            linear.weight.role, ""
-        )
-        return (
-            partial(multiply, gradient=self.gradient)
-            if place and self.where in (place, "both")
-            else None
-        )
+        role = linear.weight.role
+        place = "ffn" if role == "hidden" and ".ffn." in path else role
+        chosen = {"ffn": ("ffn",), "readout": ("readout",), "both": ("ffn", "readout")}
+        if place not in chosen[self.where]:
+            return None
+        return partial(multiply, gradient=self.gradient)
 
 
 def multiply(x, weight, *, gradient):
@@ -63,6 +61,6 @@ def multiply(x, weight, *, gradient):
     from ablab.core.model.layers import plain_product
     from ablab.kernels.fp8 import fp8_linear
 
-    return (
-        fp8_linear(x, weight, gradient) if torch.is_grad_enabled() else plain_product(x, weight)
-    )
+    if not torch.is_grad_enabled():
+        return plain_product(x, weight)
+    return fp8_linear(x, weight, gradient)

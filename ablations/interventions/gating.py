@@ -25,7 +25,8 @@ from ablab.core.recipe.intervention import register
     neutral_at_init=True,
     slots=("model.attention.on_heads",),
     off="head outputs go to the output projection unscaled",
-    source="Qiu et al., arXiv:2505.06708, position G1; 2 sigmoid and zero init as IMU-1 (arXiv:2602.02522, eq. 3) and modded-nanogpt",
+    source="Qiu et al., arXiv:2505.06708, position G1; "
+    "2 sigmoid and zero init as IMU-1 (arXiv:2602.02522, eq. 3) and modded-nanogpt",
 )
 class Gating(Part):
     """Scale each head's output by a sigmoid of the block's input."""
@@ -39,18 +40,20 @@ class Gating(Part):
         return edit(recipe, "model.attention.on_heads", append(self))
 
     def build(self, where: Where) -> Stage:
-        read = (
-            (self.channels or where.head_dim) if self.per == "first_channels" else where.width
-        )
+        read = where.width
+        if self.per == "first_channels":
+            read = self.channels or where.head_dim
         if read > where.width:
             raise UserError(
-                f"gating.channels={read} exceeds the width of {where.width}; use at most {where.width}"
+                f"gating.channels={read} exceeds the width of {where.width}; "
+                f"use at most {where.width}"
             )
         gates = where.heads * (where.head_dim if self.per == "elementwise" else 1)
+        start = 0.0 if self.init == "zero" else None
         return Stage(
             gate,
             offer=HeadFactors(strengths, gates),
-            project=linear(read, gates, role="gate", fill=0.0 if self.init == "zero" else None),
+            project=linear(read, gates, role="gate", fill=start),
             factor={"sigmoid": 1.0, "2sigmoid": 2.0}[self.activation],
             channels=read,
         )

@@ -26,15 +26,16 @@ class LayerNormScaling(Part):
         return edit(recipe, "model.on_norm", append(self))
 
     def build(self, where: Where) -> Stage | None:
-        return (
-            Stage(scale, factor=Table(lambda: _factor(where.layer, self.power)))
-            if where.layer
-            else None
-        )
+        if where.layer == 0:
+            return None
+        return Stage(scale, factor=Table(lambda: _factor(where.layer, self.power)))
 
 
 def scale(x, *, factor):
-    """x: [..., C] times factor: fp32 [1], in fp32.  A tensor, so that blocks which differ in it alone share a compiled graph."""
+    """x: [..., C] times factor: fp32 [1], in fp32.
+
+    A tensor, so that blocks which differ in it alone share a compiled graph.
+    """
     return (x * factor).to(x.dtype)
 
 

@@ -3,15 +3,15 @@
     M <- b M + (1-b) G;  U = (1-b) G + b M (Nesterov);  O = NS(U);  W <- W - lr * s(out, in) * O
 
 Fused matrices (q, k, v; gate, up) are orthogonalised apart.  Everything that is not a hidden matrix keeps AdamW.
-`lr` is the hidden learning rate relative to optim.lr: IMU-1's 70M ablations use 0.0235 for matrices, 0.007 for the rest.
+`lr` is the hidden learning rate relative to optim.lr: IMU-1's 70M ablations use 0.0235 for matrices, 0.007 for
+the rest.
 """
 
-from dataclasses import replace
 from typing import Literal
 
 from ablab.core.language.numbers import Memory, Positive, Whole
 from ablab.core.parts.transforms import Adam, Momentum, Orthogonalize
-from ablab.core.recipe.edit import edit, swap
+from ablab.core.recipe.edit import edit, put, swap
 from ablab.core.recipe.intervention import register
 
 
@@ -21,7 +21,8 @@ from ablab.core.recipe.intervention import register
     neutral_at_init=True,
     slots=("optim.chains.hidden",),
     off="AdamW on the hidden matrices, at optim.lr, with the same decay",
-    source="Jordan et al. 2024, kellerjordan.github.io/posts/muon; scales after Dion (github.com/microsoft/dion) and arXiv:2502.16982",
+    source="Jordan et al. 2024, kellerjordan.github.io/posts/muon; "
+    "scales after Dion (github.com/microsoft/dion) and arXiv:2502.16982",
 )
 class Muon:
     """Orthogonalise the momentum of hidden matrices."""
@@ -37,9 +38,6 @@ class Muon:
 
     def apply(self, recipe):
         momentum = Momentum(self.momentum, self.nesterov, self.warmup_from, self.warmup_steps)
-        direction = swap(Adam, momentum, Orthogonalize(self.ns, self.scale, self.split))
-        return edit(
-            recipe,
-            "optim.chains.hidden",
-            lambda chain: replace(chain, lr=self.lr, steps=direction(chain.steps)),
-        )
+        orthogonal = Orthogonalize(self.ns, self.scale, self.split)
+        moved = edit(recipe, "optim.chains.hidden.steps", swap(Adam, momentum, orthogonal))
+        return edit(moved, "optim.chains.hidden.lr", put(self.lr))

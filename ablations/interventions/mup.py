@@ -11,8 +11,8 @@ With m = width / base_width and L = layers / base_layers, every factor is 1 at t
 Heads grow in number, not in size, so attention keeps 1/sqrt(head_dim).  A decay of 1/LR keeps lr * decay constant;
 `decay_width` e makes it fall as m^-e (nanochat fits 2).  Readout `multiplier` keeps init and LR of the base and divides
 the logits by m; tied heads always do.  Readout `zero` starts at 0: no logits of size m^-1/2 for training to undo.
-depth: `sqrt` a = 1/2, `complete` a = 1 (CompleteP), hidden LR times L^(a-1); gains keep their learning rate at every depth.
-Measured by `ablab check coords`; gates that read all channels count as hidden.
+depth: `sqrt` a = 1/2, `complete` a = 1 (CompleteP), hidden LR times L^(a-1); gains keep their learning rate at every
+depth.  Measured by `ablab check coords`; gates that read all channels count as hidden.
 """
 
 from dataclasses import replace
@@ -33,7 +33,8 @@ from ablab.core.recipe.intervention import register
     order=40,
     slots=("parametrization",),
     off="the standard parametrization: fan-in init and one learning rate for every width",
-    source="Yang et al., arXiv:2203.03466; EleutherAI/nanoGPT-mup model.py; CompleteP arXiv:2505.01618; Muon rows after Dion",
+    source="Yang et al., arXiv:2203.03466; EleutherAI/nanoGPT-mup model.py; "
+    "CompleteP arXiv:2505.01618; Muon rows after Dion",
 )
 class MuP(Part):
     """Scale init, learning rate, decay and logits so that the best learning rate does not move with width."""
@@ -44,9 +45,7 @@ class MuP(Part):
     alpha_out: Positive = 1.0
     readout: Literal["init", "multiplier", "zero"] = "init"
     adam_lr: float = 1.0  # Adam LR of hidden matrices and readout falls as m^-adam_lr
-    rms_lr: float = (
-        0.5  # Muon LR under the rms scale falls as m^-rms_lr (1.0: arXiv:2505.02222)
-    )
+    rms_lr: float = 0.5  # Muon LR under the rms scale falls as m^-rms_lr (1: arXiv:2505.02222)
     decay_width: float = 0.0
     depth: Literal["none", "sqrt", "complete"] = "none"
     base: Parametrizes | None = None  # holds at the base width; null: the recipe's own
@@ -54,13 +53,11 @@ class MuP(Part):
     def apply(self, recipe):
         if recipe.model.tied and self.readout != "init":
             raise UserError(
-                f"mup.readout={self.readout} has no readout to act on: the head is tied; drop it, or set model.tied=false"
+                f"mup.readout={self.readout} has no readout to act on: the head is tied; "
+                "drop it, or set model.tied=false"
             )
-        return edit(
-            recipe,
-            "parametrization",
-            put(replace(self, base=self.base or recipe.parametrization)),
-        )
+        based = replace(self, base=self.base or recipe.parametrization)
+        return edit(recipe, "parametrization", put(based))
 
     def scales(self, name: str, param: Param, model: Sizes, rule: str) -> Scales:
         std = self._base.scales(name, param, model, rule).std
@@ -75,17 +72,16 @@ class MuP(Part):
         decay = m**-self.decay_width / lr
         if param.role == "readout":
             return Scales(0.0 if self.readout == "zero" else std * m**-0.5, lr, decay)
-        return Scales(
-            std,
-            lr * self._depth(model) ** (self._alpha - 1 if self.depth != "none" else 0),
-            decay,
-        )
+        if self.depth != "none":
+            lr *= self._depth(model) ** (self._alpha - 1)
+        return Scales(std, lr, decay)
 
     def _lr(self, m: float, rule: str) -> float:
         exponents = {"adam": self.adam_lr, "rms": self.rms_lr, "spectral": 0.0}
         if rule not in exponents:
             raise UserError(
-                f"mup has no learning-rate rule for a chain without {', '.join(exponents)} scaling; use adam, lion or muon, or drop mup"
+                f"mup has no learning-rate rule for a chain without {', '.join(exponents)} scaling; "
+                "use adam, lion or muon, or drop mup"
             )
         return m ** -exponents[rule]
 

@@ -48,11 +48,11 @@ class NorMuon(Transform):
 
     @offers(lambda normuon: RowScale(normuon.axis, normuon.beta2, normuon.eps))
     def update(self, update, weight, state, bank, now):
-        normed, new = [], {}
+        normed = []
+        new = {}
         for i, piece in enumerate(split_blocks(update, bank.blocks)):
-            new[f"square{i}"] = square = state[f"square{i}"].lerp(
-                self._energy(piece), 1 - self.beta2
-            )
+            square = state[f"square{i}"].lerp(self._energy(piece), 1 - self.beta2)
+            new[f"square{i}"] = square
             row = piece / (square.sqrt() + self.eps)
             normed.append(row * (_frobenius(piece) / (_frobenius(row) + self.eps)))
         return join_blocks(normed, update, bank.blocks), new

@@ -22,7 +22,8 @@ from ablab.core.recipe.intervention import register
     order=10,
     slots=("model.attention.on_qk",),
     off="queries and keys meet as projected, logits scaled by 1/sqrt(head_dim)",
-    source="Henry et al., arXiv:2010.04245; per-channel form of Qwen3 (github.com/qiuzh20/gated_attention, modeling_qwen3.py)",
+    source="Henry et al., arXiv:2010.04245; "
+    "per-channel form of Qwen3 (github.com/qiuzh20/gated_attention, modeling_qwen3.py)",
 )
 class QKNorm(Part):
     """Normalise queries and keys per head, with a learned gain."""
@@ -35,9 +36,10 @@ class QKNorm(Part):
         return edit(recipe, "model.attention.on_qk", append(self))
 
     def build(self, where: Where) -> Stage:
-        shape = {"channel": (where.head_dim,), "scalar": (1,)}.get(self.gain)
-        q_gain = Param(shape, "vector", fill=1.0) if shape else 1.0
-        k_gain = Param(shape, "vector", fill=1.0) if self.gain == "channel" else 1.0
+        number = Param((1,), "vector", fill=1.0)
+        vector = Param((where.head_dim,), "vector", fill=1.0)
+        starts = {"channel": (vector, vector), "scalar": (number, 1.0), "none": (1.0, 1.0)}
+        q_gain, k_gain = starts[self.gain]
         return Stage(
             normalise,
             offer=QKGains(gains),
@@ -60,4 +62,5 @@ def gains(*, q_gain, k_gain, scale, eps):
 
 def _unit(x, eps, gain):
     wide = x.float()
-    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * gain).to(x.dtype)
+    mean_square = wide.square().mean(-1, keepdim=True)
+    return (wide * (mean_square + eps).rsqrt() * gain).to(x.dtype)

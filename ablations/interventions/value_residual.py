@@ -33,7 +33,8 @@ START = {
     neutral_at_init=True,
     slots=("model.attention.on_values",),
     off="each layer attends with its own values only",
-    source="Zhou et al., arXiv:2410.17897 (github.com/Zcchill/Value-Residual-Learning); normalised form of IMU-1, arXiv:2602.02522 eq. 4",
+    source="Zhou et al., arXiv:2410.17897 (github.com/Zcchill/Value-Residual-Learning); "
+    "normalised form of IMU-1, arXiv:2602.02522 eq. 4",
 )
 class ValueResidual(Part):
     """Mix the first layer's values into every later layer's."""
@@ -50,25 +51,21 @@ class ValueResidual(Part):
             return Stage(remember, offer=Remembered(CARRIED))
         if self.form == "sparse" and where.layer < where.layers - where.layers // 3:
             return None
-        own, first = (
-            start if given is None else given
-            for given, start in zip((self.own, self.first), START[self.form], strict=True)
-        )
+        own, first = START[self.form]
+        own = own if self.own is None else self.own
+        first = first if self.first is None else self.first
         plain = Mixed(CARRIED, only("own", "first"))
         if self.form in ("identity", "constant", "sparse"):
             return Stage(mix, offer=plain, own=own, first=first)
-        learned = {
-            "own": Param((1,), "vector", fill=own),
-            "first": Param((1,), "vector", fill=first),
-        }
+        learned = {"own": _number(own), "first": _number(first)}
         if self.form == "learnable":
             return Stage(mix, offer=plain, **learned)
-        return Stage(
-            mix_normalised,
-            offer=Mixed(CARRIED, unit_weights),
-            scale=Param((1,), "vector", fill=1.0),
-            **learned,
-        )
+        unit = Mixed(CARRIED, unit_weights)
+        return Stage(mix_normalised, offer=unit, scale=_number(1.0), **learned)
+
+
+def _number(start: float) -> Param:
+    return Param((1,), "vector", fill=start)
 
 
 def remember(v, carry):
@@ -77,7 +74,7 @@ def remember(v, carry):
 
 
 def mix(v, carry, *, own, first):
-    """fp32 weights on values of any dtype; the result keeps the values' dtype (a [1] fp32 tensor would promote bf16)."""
+    """fp32 weights on values of any dtype; the result keeps it (a [1] fp32 tensor would promote bf16)."""
     return (own * v + first * carry[CARRIED]).to(v.dtype), carry
 
 

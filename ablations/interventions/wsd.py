@@ -24,7 +24,8 @@ from ablab.core.recipe.intervention import register
     slots=("schedule",),
     crosses_late=True,
     off="the base recipe's schedule (cosine), with the same warm-up",
-    source="Hu et al., arXiv:2404.06395; 1-sqrt after Haegele et al., arXiv:2405.18392; PowerCool from modded-nanogpt track 3",
+    source="Hu et al., arXiv:2404.06395; 1-sqrt after Haegele et al., arXiv:2405.18392; "
+    "PowerCool from modded-nanogpt track 3",
 )
 class WSD(Part):
     """Hold the learning rate, then cool down."""
@@ -36,15 +37,16 @@ class WSD(Part):
     warmup_steps: Natural | None = None  # null: that of the schedule it replaces
 
     def apply(self, recipe):
-        warmup = (
-            recipe.schedule.warmup_steps if self.warmup_steps is None else self.warmup_steps
-        )
-        return edit(recipe, "schedule", put(replace(self, warmup_steps=warmup)))
+        if self.warmup_steps is not None:
+            return edit(recipe, "schedule", put(self))
+        inherited = replace(self, warmup_steps=recipe.schedule.warmup_steps)
+        return edit(recipe, "schedule", put(inherited))
 
     def multiplier(self, t: int, steps: int) -> float:
         decay = self.decay_fraction * steps
-        u = min(max((t - (steps - decay)) / decay, 0.0), 1.0)
-        return warm(t, self.warmup_steps or 0) * (self.floor + (1 - self.floor) * self._fall(u))
+        done = (t - (steps - decay)) / decay
+        height = self._fall(min(max(done, 0.0), 1.0))
+        return warm(t, self.warmup_steps or 0) * (self.floor + (1 - self.floor) * height)
 
     def _fall(self, u: float) -> float:
         shapes = {

@@ -1,7 +1,7 @@
 """What a part may ask for: parameters, linear maps, tables, and a pure function over them.  No torch here.
 
-A part's `build(where)` returns a `Stage`.  core/model/plan.py gathers the stages of a whole model, from which parameters
-are counted, initialised and given learning rates; core/model/layers.py turns each stage into a module.
+A part's `build(where)` returns a `Stage`.  core/model/plan.py gathers the stages of a whole model, from which
+parameters are counted, initialised and given learning rates; core/model/layers.py turns each stage into a module.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,10 @@ from ablab.core.language.offers import Offer
 
 @dataclass(frozen=True)
 class Where:
-    """The place a stage is built for.  `layer` counts from 0 (outside the blocks: 0); sizes in channels, heads, tokens."""
+    """The place a stage is built for.  `layer` counts from 0; outside the blocks it is 0.
+
+    Sizes in channels, heads, tokens.
+    """
 
     layer: int
     layers: int
@@ -77,8 +80,8 @@ class Stage:
     """`function(*inputs, **bound)`, where bound values are Params, Linears, Tables or plain numbers.
 
     offer: what a kernel may compute in its place (core/language/offers.py); None: it is run as it is written.
-    A carry that the function gets is returned with its entries, never changed in place.  What must outlive the tokens
-    at hand, because later ones look back, is an entry named `past/...`: decoding hands it in again, training starts without.
+    A carry that the function gets is returned with its entries, never changed in place.  What later tokens look back
+    at is an entry named `past/...`: decoding hands it in with them; where there is nothing before, there is no entry.
     """
 
     def __init__(
@@ -102,15 +105,13 @@ def params(tree: Any, path: str = "") -> Iterator[tuple[str, Param]]:
         case tuple():
             yield from params(dict(enumerate(tree)), path)
         case _ if is_dataclass(tree):
-            yield from params(
-                {field.name: getattr(tree, field.name) for field in fields(tree)}, path
-            )
+            yield from params(_named(tree), path)
 
 
 def multiplied(
     tree: Any, choose: Callable[[str, Linear], Callable | None], path: str = ""
 ) -> Any:
-    """The same tree with the product that `choose(dotted name, map)` has for each linear map; names as `params` gives them."""
+    """The same tree with the product that `choose(name, map)` has for each linear map; names as `params` gives them."""
 
     def below(named: dict) -> dict:
         return {
@@ -127,8 +128,12 @@ def multiplied(
             return below(tree)
         case tuple():
             return tuple(below(dict(enumerate(tree))).values())
-        case _ if is_dataclass(tree) and not isinstance(tree, Param | Table):
-            return replace(
-                tree, **below({field.name: getattr(tree, field.name) for field in fields(tree)})
-            )
+        case Param() | Table():
+            return tree
+        case _ if is_dataclass(tree) and not isinstance(tree, type):
+            return replace(tree, **below(_named(tree)))
     return tree
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    return {field.name: getattr(tree, field.name) for field in fields(tree)}

@@ -175,7 +175,9 @@ def _wanted(hint: Any) -> str:
 
 def _limits(meta: Any) -> str:
     given = {sign: getattr(meta, name, None) for name, sign in LIMITS.items()}
-    return " and ".join(f"{sign} {limit:g}" for sign, limit in given.items() if limit is not None)
+    return " and ".join(
+        f"{sign} {limit:g}" for sign, limit in given.items() if limit is not None
+    )
 
 
 UNITS = {"k": 3, "m": 6, "g": 9, "b": 9, "t": 12}

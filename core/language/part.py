@@ -29,6 +29,8 @@ class Asked(Protocol):
     @property
     def kind(self) -> str: ...
 
+    def __hash__(self) -> int: ...
+
 
 def part(kind: str) -> Callable[[Cls], Cls]:
     """Make a class a frozen dataclass with a `kind` that recipes refer to."""

@@ -19,7 +19,10 @@ class Cost:
 
 
 def cost_of(recipe: Recipe) -> Cost:
-    """FLOPs/token = 6 * matmul parameters + 6 * layers * context * width (causal scores and mixing, T/2 seen on average)."""
+    """FLOPs/token = 6 * matmul parameters + 6 * layers * context * width.
+
+    The last term: causal scores and mixing, T/2 keys seen on average.
+    """
     return _cost(
         recipe.model,
         recipe.parametrization,

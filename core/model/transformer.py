@@ -7,7 +7,7 @@ Shapes: B rows, T tokens, W channels, H heads, KV key-value heads, D channels a 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -195,7 +195,8 @@ class Transformer(nn.Module):
         self.on_logits = StageModules(plan.on_logits)
         self.head_kernel = plan.kernel
         self.objective = StageModules(plan.objective)
-        self.run = [*map(_recomputed, blocks[:recompute]), *blocks[recompute:]]
+        recomputed = map(_recomputed, blocks[:recompute])
+        self.run: list[Callable[..., tuple[Tensor, Carry]]] = [*recomputed, *blocks[recompute:]]
 
     def _tied_readout(self, x: Tensor) -> Tensor:
         return plain_product(x, self.embedding.table)
@@ -229,7 +230,7 @@ class Transformer(nn.Module):
             x, carry = stage(x, tokens, carry)
         pasts = []
         for block, past in zip(self.blocks, before.blocks, strict=True):
-            x, carry, past = block.extend(x, carry, past)
+            x, carry, past = cast(Block, block).extend(x, carry, past)
             pasts.append(past)
         for stage in self.on_features.values():
             x = stage(x, carry)

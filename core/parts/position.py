@@ -25,25 +25,21 @@ def _angles(where: Where, base: float):
     """[context, D/2] angles position * base^(-2i/D), computed in fp64 (fp32 loses 1e-4 rad at position 1e3)."""
     import torch
 
-    half = torch.arange(where.head_dim // 2, dtype=torch.float64)
-    return torch.arange(where.context, dtype=torch.float64)[:, None] * base ** (
-        -2 * half / where.head_dim
-    )
+    channel = torch.arange(where.head_dim // 2, dtype=torch.float64)
+    position = torch.arange(where.context, dtype=torch.float64)
+    return position[:, None] * base ** (-2 * channel / where.head_dim)
 
 
 def rotate(q, k, start, *, cos, sin):
     """q: [B,T,H,D], k: [B,T,KV,D] at positions start..start+T-1.  Same shapes out."""
     span = slice(start, start + q.shape[1])
-    cos, sin = cos[span, None].to(q.dtype), sin[span, None].to(q.dtype)
+    cos = cos[span, None].to(q.dtype)
+    sin = sin[span, None].to(q.dtype)
     return _turn(q, cos, sin), _turn(k, cos, sin)
 
 
 def _turn(x, cos, sin):
+    from torch import cat
+
     a, b = x.chunk(2, dim=-1)
-    return _join(a * cos - b * sin, b * cos + a * sin)
-
-
-def _join(a, b):
-    import torch
-
-    return torch.cat((a, b), dim=-1)
+    return cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -21,13 +21,16 @@ class Constant(Part):
 
 @part("cosine")
 class Cosine(Part):
-    """Half a cosine from 1 at the end of the warm-up to `floor` at the last step.  Loshchilov & Hutter, arXiv:1608.03983."""
+    """Half a cosine from 1 at the end of the warm-up to `floor` at the last step.
+
+    Loshchilov & Hutter, arXiv:1608.03983.
+    """
 
     warmup_steps: Natural = 100
     floor: Unit = 0.1
 
     def multiplier(self, t: int, steps: int) -> float:
-        done = min(max(t - self.warmup_steps, 0) / max(steps - self.warmup_steps, 1), 1.0)
-        return warm(t, self.warmup_steps) * (
-            self.floor + (1 - self.floor) * (1 + math.cos(math.pi * done)) / 2
-        )
+        falling = max(steps - self.warmup_steps, 1)
+        done = min(max(t - self.warmup_steps, 0) / falling, 1.0)
+        height = (1 + math.cos(math.pi * done)) / 2
+        return warm(t, self.warmup_steps) * (self.floor + (1 - self.floor) * height)

@@ -29,7 +29,13 @@ class Transform(Part):
     recordable: `update` never waits for the device, as a CUDA graph demands.
     """
 
-    width_rule, recordable = None, True
+    @property
+    def width_rule(self) -> str | None:
+        return None
+
+    @property
+    def recordable(self) -> bool:
+        return True
 
     def state(self, weight, bank) -> dict[str, Any]:
         return {}
@@ -75,9 +81,8 @@ class Lion(Transform):
         return {"mean": weight.new_zeros(weight.shape)}
 
     def update(self, update, weight, state, bank, now):
-        return state["mean"].lerp(update, 1 - self.beta1).sign(), {
-            "mean": state["mean"].lerp(update, 1 - self.beta2)
-        }
+        direction = state["mean"].lerp(update, 1 - self.beta1).sign()
+        return direction, {"mean": state["mean"].lerp(update, 1 - self.beta2)}
 
 
 @part("sgd")
@@ -120,7 +125,8 @@ class Momentum(Transform):
         return mean.lerp(update, (1 - keep) * self.nesterov), {"mean": mean}
 
 
-# (a, b, c) of x <- a x + b x^3 + c x^5 on singular values of G / (|G|_F * divisor), and the range that [0.01, 1] lands in.
+# (a, b, c) of x <- a x + b x^3 + c x^5 on singular values of G / (|G|_F * divisor), and the range that [0.01, 1]
+# lands in.
 COEFFICIENTS = {
     "kj5": (
         1.0,
@@ -164,12 +170,14 @@ COEFFICIENTS = {
 def newton_schulz(matrices, coefficients: str, dtype):
     """An approximate polar factor U V^T of each matrix [..., r, c]; products in `dtype`, the norm in fp32."""
     divisor, triples = COEFFICIENTS[coefficients]
-    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) * divisor + 1e-7)
-    x = (x.mT if x.shape[-2] > x.shape[-1] else x).to(dtype)
+    norm = matrices.norm(dim=(-2, -1), keepdim=True)
+    x = matrices / (norm * divisor + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]  # then the transpose has the smaller Gram matrix
+    x = (x.mT if tall else x).to(dtype)
     for a, b, c in triples:
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x.mT if matrices.shape[-2] > matrices.shape[-1] else x).to(matrices.dtype)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def polar_factor(matrices):
@@ -205,29 +213,27 @@ class Orthogonalize(Transform):
 
     @property
     def recordable(self) -> bool:
-        return (
-            self.coefficients != "exact"
-        )  # the SVD reads from the device whether it converged
+        # the SVD reads from the device whether it converged
+        return self.coefficients != "exact"
 
     @offers(lambda polar: PolarFactor(polar.coefficients, polar.scale))
     def update(self, update, weight, state, bank, now):
-        def orthogonal(piece):
-            flat = (
-                polar_factor(piece)
-                if self.coefficients == "exact"
-                else bank.newton_schulz(piece, self.coefficients, bank.matmul)
-            )
-            return flat * SCALES[self.scale](*piece.shape[-2:])
+        pieces = split_blocks(update, bank.blocks)
+        moved = [self._flat(piece, bank) * self._factor(piece) for piece in pieces]
+        return join_blocks(moved, update, bank.blocks), {}
 
-        return join_blocks(
-            [orthogonal(piece) for piece in split_blocks(update, bank.blocks)],
-            update,
-            bank.blocks,
-        ), {}
+    def _flat(self, matrices, bank):
+        if self.coefficients == "exact":
+            return polar_factor(matrices)
+        return bank.newton_schulz(matrices, self.coefficients, bank.matmul)
+
+    def _factor(self, matrices) -> float:
+        rows, columns = matrices.shape[-2:]
+        return SCALES[self.scale](rows, columns)
 
 
 def split_blocks(matrix, blocks: tuple[int, ...]) -> list:
-    """[N, rows, c] -> the fused matrices: one [N * len(blocks), r, c] view when all are equal, else one view each."""
+    """[N, rows, c] -> the fused matrices: one view [N * len(blocks), r, c] when all are equal, else one view each."""
     if not blocks:
         return [matrix]
     if len(set(blocks)) == 1:

@@ -11,7 +11,9 @@ from ablab.core.language.declare import Linear, Param, Stage, Where
 from ablab.core.language.part import Asked
 from ablab.core.parts.parametrize import Multipliers, Scales, Sizes
 
-Product = Callable[[Any, Any], Any]  # (x [..., fan_in], weight [fan_out, fan_in]) -> [..., fan_out]
+Product = Callable[
+    [Any, Any], Any
+]  # (x [..., fan_in], weight [fan_out, fan_in]) -> [..., fan_out]
 
 
 @runtime_checkable
@@ -86,7 +88,9 @@ class Moves(Asked, Protocol):
 class Advances(Asked, Protocol):
     """What happens to the weights between steps, and which weights are evaluated."""
 
-    def advance(self, state: dict[str, Any], weights: Sequence[Any], t: int, steps: int) -> None:
+    def advance(
+        self, state: dict[str, Any], weights: Sequence[Any], t: int, steps: int
+    ) -> None:
         """Change the state in place, after optimizer step t, from 1 to `steps`."""
         ...
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass, replace
+from itertools import chain
 from typing import Any
 
 from ablab.core.errors import UserError
@@ -19,13 +20,13 @@ def edit(tree: Any, path: str, change: Change) -> Any:
 def _edit(tree: Any, keys: list[str], change: Change, seen: str) -> Any:
     if not keys:
         return change(tree)
-    key, rest = keys[0], keys[1:]
+    key, below = keys[0], keys[1:]
     known = children(tree)
     if key not in known:
-        raise UserError(
-            f"unknown path {join(seen, '.'.join(keys))!r}. {near(key, known)}Known here: {', '.join(known) or 'nothing'}"
-        )
-    new = _edit(known[key], rest, change, join(seen, key))
+        asked = join(seen, ".".join(keys))
+        there = ", ".join(known) or "nothing"
+        raise UserError(f"unknown path {asked!r}. {near(key, known)}Known here: {there}")
+    new = _edit(known[key], below, change, join(seen, key))
     if isinstance(tree, Mapping):
         return {**tree, key: new}
     if isinstance(tree, tuple):
@@ -38,18 +39,18 @@ def children(tree: Any) -> dict[str, Any]:
     if isinstance(tree, Mapping):
         return dict(tree)
     if isinstance(tree, tuple):
+        # backwards: of two parts of a kind, the first is meant
         return {part.kind: part for part in reversed(tree) if isinstance(part, Part)}
-    return (
-        {name: getattr(tree, name) for name in fields_of(type(tree))}
-        if is_dataclass(tree)
-        else {}
-    )
+    if is_dataclass(tree):
+        return {name: getattr(tree, name) for name in fields_of(type(tree))}
+    return {}
 
 
 def at(tree: Any, path: str) -> Any:
     """The value at a dotted path that exists."""
     for key in path.split("."):
-        tree = getattr(tree, key) if hasattr(tree, key) else children(tree)[key]
+        by_key = isinstance(tree, Mapping | tuple)
+        tree = children(tree)[key] if by_key else getattr(tree, key)
     return tree
 
 
@@ -75,14 +76,10 @@ def after(target: type[Part], *parts: Part) -> Change:
 def _at(target: type[Part], become: Callable[[Part], tuple[Part, ...]]) -> Change:
     def change(old: tuple[Part, ...]) -> tuple[Part, ...]:
         if not any(isinstance(part, target) for part in old):
-            raise UserError(
-                f"no {target.kind!r} in [{', '.join(part.kind for part in old)}] to build on"
-            )
-        return tuple(
-            new
-            for part in old
-            for new in (become(part) if isinstance(part, target) else (part,))
-        )
+            kinds = ", ".join(part.kind for part in old)
+            raise UserError(f"no {target.kind!r} in [{kinds}] to build on")
+        parts = [become(part) if isinstance(part, target) else (part,) for part in old]
+        return tuple(chain.from_iterable(parts))
 
     return change
 
@@ -92,29 +89,27 @@ def leaves(tree: Any, path: str = "") -> dict[str, Any]:
 
     The parts of a slot go by their kinds, as in overrides; an empty slot is a leaf, [].
     """
-    if isinstance(tree, (list, tuple)) and tree:
-        tree = {
-            item["kind"] if isinstance(item, Mapping) else i: item
-            for i, item in enumerate(tree)
-        }
-    if isinstance(tree, Mapping) and tree:
-        return {
-            k: v
-            for key, value in tree.items()
-            for k, v in leaves(value, join(path, key)).items()
-        }
-    return {path: [] if isinstance(tree, (list, tuple)) else tree}
+    if isinstance(tree, (list, tuple)):
+        tree = {_name_of(item, i): item for i, item in enumerate(tree)} or []
+    if not isinstance(tree, Mapping) or not tree:
+        return {path: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= leaves(value, join(path, key))
+    return found
+
+
+def _name_of(item: Any, place: int) -> Any:
+    return item["kind"] if isinstance(item, Mapping) else place
 
 
 def diff(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """Dotted path -> (old, new) for every leaf that differs; None where a side has no such leaf, or an empty slot there."""
-    before, behind = (
-        {path: value for path, value in leaves(tree).items() if value != []}
-        for tree in (old, new)
-    )
+    """Dotted path -> (old, new) for every leaf that differs; None where a side has no such leaf, or an empty slot."""
+    before, behind = _filled_leaves(old), _filled_leaves(new)
     paths = dict.fromkeys([*before, *behind])
-    return {
-        path: (before.get(path), behind.get(path))
-        for path in paths
-        if before.get(path) != behind.get(path)
-    }
+    pairs = {path: (before.get(path), behind.get(path)) for path in paths}
+    return {path: (one, other) for path, (one, other) in pairs.items() if one != other}
+
+
+def _filled_leaves(tree: Any) -> dict[str, Any]:
+    return {path: value for path, value in leaves(tree).items() if value != []}

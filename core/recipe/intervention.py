@@ -57,7 +57,7 @@ def register(
     excludes: tuple[str, ...] = (),
     crosses_late: bool = False,
 ) -> Callable[[Cls], Cls]:
-    """Make a class an intervention: a part of that kind, whose fields are its dose, in the REGISTRY with what is said of it.
+    """Make a class an intervention: a part of that kind, whose fields are its dose, with what is said of it.
 
     Raises UserError for a name that is taken and for a slot that no recipe has.
     """
@@ -105,24 +105,30 @@ def treatment_of(
     """Read `[qk_norm, {gating: {per: head}}]`.  Raises UserError for an unknown name, dose key or dose."""
     treatment: dict[str, Intervention] = {}
     for item in listed:
-        name, dose = (
-            next(iter(item.items()))
-            if isinstance(item, Mapping) and len(item) == 1
-            else (item, {})
-        )
-        if isinstance(name, Mapping):
-            raise UserError(
-                f"{path} lists {dict(name)!r}; an item is one intervention, as qk_norm or {{gating: {{per: head}}}}"
-            )
-        if not isinstance(name, str) or name not in REGISTRY:
-            known = ", ".join(sorted(REGISTRY))
-            raise UserError(
-                f"unknown intervention {name!r}. {near(name, REGISTRY)}Registered: {known}; one of your own needs --plugins FOLDER"
-            )
+        name, dose = _name_and_dose(item, path)
         if name in treatment:
             raise UserError(f"{path} names {name!r} twice; keep one")
         treatment[name] = parse(REGISTRY[name], dose or {}, f"{path}.{name}")
     return treatment
+
+
+def _name_and_dose(item: str | Mapping[str, Any], path: str) -> tuple[str, Any]:
+    name: Any = item
+    dose = None
+    if isinstance(item, Mapping):
+        if len(item) != 1:
+            raise UserError(
+                f"{path} lists {dict(item)!r}; an item is one intervention, "
+                "as qk_norm or {gating: {per: head}}"
+            )
+        name, dose = next(iter(item.items()))
+    if not isinstance(name, str) or name not in REGISTRY:
+        known = ", ".join(sorted(REGISTRY))
+        raise UserError(
+            f"unknown intervention {name!r}. {near(name, REGISTRY)}Registered: {known}; "
+            "one of your own needs --plugins FOLDER"
+        )
+    return name, dose
 
 
 def ordered(treatment: Treatment) -> list[Intervention]:
@@ -131,36 +137,44 @@ def ordered(treatment: Treatment) -> list[Intervention]:
 
 def resolve(base: Recipe, treatment: Treatment) -> Recipe:
     """Apply a set of interventions to a recipe.  Raises UserError on a missing requirement, an exclusion or a clash."""
-    recipe, chosen_by = base, {}
+    recipe = base
+    chosen_by: dict[str, str] = {}
     for one in ordered(treatment):
-        about = one.about
-        if missing := [name for name in about.requires if name not in treatment]:
-            raise UserError(
-                f"{about.name} builds on {missing[0]}; add {missing[0]} to the same cell, or drop {about.name}"
-            )
-        if barred := [name for name in about.excludes if name in treatment]:
-            raise UserError(
-                f"{about.name} and {barred[0]} exclude each other; list them in separate cells"
-            )
+        _refuse_company(one.about, treatment)
         new = one.apply(recipe)
         for slot in CHOICES:
             if at(new, slot) != at(recipe, slot):
-                if (other := chosen_by.get(slot)) and other not in about.requires:
-                    raise UserError(
-                        f"{other} and {about.name} both choose {slot}; drop one, or list them in separate cells"
-                    )
-                chosen_by[slot] = about.name
+                _refuse_clash(slot, chosen_by.get(slot), one.about)
+                chosen_by[slot] = one.about.name
         recipe = new
     return check(recipe)
+
+
+def _refuse_company(about: About, treatment: Treatment) -> None:
+    if missing := [name for name in about.requires if name not in treatment]:
+        raise UserError(
+            f"{about.name} builds on {missing[0]}; "
+            f"add {missing[0]} to the same cell, or drop {about.name}"
+        )
+    if barred := [name for name in about.excludes if name in treatment]:
+        raise UserError(
+            f"{about.name} and {barred[0]} exclude each other; list them in separate cells"
+        )
+
+
+def _refuse_clash(slot: str, other: str | None, about: About) -> None:
+    """A choice may be chosen again by one that builds on who chose it first."""
+    if other and other not in about.requires:
+        raise UserError(
+            f"{other} and {about.name} both choose {slot}; "
+            "drop one, or list them in separate cells"
+        )
 
 
 def dependents(name: str, treatment: Treatment) -> list[str]:
     """Everything in the treatment that cannot stand without `name`, itself first."""
     gone = [name]
     for one in gone:
-        gone += [
-            other
-            for other in treatment
-            if one in treatment[other].about.requires and other not in gone
-        ]
+        needing = [other for other in treatment if one in treatment[other].about.requires]
+        gone += [other for other in needing if other not in gone]
     return gone

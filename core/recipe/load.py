@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from ablab.core.recipe.recipe import Data, Recipe, check, plain
 CONFIGS = Path(str(files("ablab.configs")))
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(SafeLoader):
     """Refuses a key that is given twice; YAML keeps the last one in silence."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -32,11 +36,12 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         return super().construct_mapping(node, deep)
 
 
+# YAML 1.1 reads 1e-3 as a word.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
-)  # YAML 1.1 reads 1e-3 as a word
+)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -46,10 +51,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as refusal:
         raise UserError(f"cannot read {path}: {refusal.strerror}") from None
     except yaml.YAMLError as flaw:
-        where = getattr(flaw, "problem_mark", None)
-        raise UserError(
-            f"{path}{f':{where.line + 1}' if where else ''} is not YAML: {_told(flaw)}"
-        ) from None
+        mark = getattr(flaw, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line} is not YAML: {_told(flaw)}") from None
     except UnicodeDecodeError as flaw:
         raise UserError(
             f"{path} is not UTF-8 text ({flaw.reason} at byte {flaw.start}); name a YAML file"
@@ -70,25 +74,23 @@ def find_config(name: str, beside: Path | None = None) -> Path:
     for folder in folders:
         if (path := folder / f"{name}.yaml").is_file():
             return path
-    known = sorted(
-        str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")
-    )
+    files_here = [path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml")]
+    shipped = sorted(str(path.with_suffix("")) for path in files_here)
     own = [path.stem for path in beside.glob("*.yaml")] if beside else []
-    raise UserError(
-        f"unknown config {name!r}. {near(name, own + known)}Shipped: {', '.join(known)}"
-    )
+    said = near(name, own + shipped)
+    raise UserError(f"unknown config {name!r}. {said}Shipped: {', '.join(shipped)}")
 
 
 def merge(old: Any, new: Any) -> Any:
     """Mappings merge key by key, except that a part of another kind replaces the old one; all else replaces."""
-    if not (isinstance(old, Mapping) and isinstance(new, Mapping)) or new.get(
-        "kind", old.get("kind")
-    ) != old.get("kind"):
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return new
-    return {
-        **old,
-        **{key: merge(old[key], value) if key in old else value for key, value in new.items()},
-    }
+    if "kind" in new and new["kind"] != old.get("kind"):
+        return new
+    merged = dict(old)
+    for key, value in new.items():
+        merged[key] = merge(old[key], value) if key in old else value
+    return merged
 
 
 def recipe_from(
@@ -101,8 +103,8 @@ def recipe_from(
         tree = merge(plain(recipe), read_yaml(path))
         with blaming(path):
             recipe = parse(Recipe, tree, "")
-    for path, value in overrides.items():
-        recipe = assign(recipe, path, value)
+    for setting, value in overrides.items():
+        recipe = assign(recipe, setting, value)
     if not recipe.data.name:
         raise UserError(
             "the recipe names no data; add a config such as data/embedded to its base"
@@ -121,30 +123,29 @@ def blaming(path: Path):
 
 def assign(recipe: Any, path: str, value: Any) -> Any:
     """Set one leaf, checked against its type.  Raises UserError for an unknown path or a wrong value."""
-    *parents, leaf = path.split(".")
+    parent, _, leaf = path.rpartition(".")
 
-    def change(holder: Any) -> Any:
-        edit(
-            holder, leaf, lambda old: old
-        )  # an unknown leaf is refused here, with the near miss
-        hint = (
-            fields_of(type(holder)).get(leaf)
-            if not isinstance(holder, (Mapping, tuple))
-            else type(children(holder)[leaf])
-        )
+    def set_leaf(holder: Any) -> Any:
+        hint = _type_of(holder, leaf)
         return edit(holder, leaf, lambda old: parse(hint, value, path))
 
     try:
-        return edit(recipe, ".".join(parents), change) if parents else change(recipe)
+        return edit(recipe, parent, set_leaf) if parent else set_leaf(recipe)
     except UserError as flaw:
-        raise UserError(
-            str(flaw).replace("unknown path ", f"unknown path {path!r}: no ", 1)
-        ) from None
+        said = str(flaw).replace("unknown path ", f"unknown path {path!r}: no ", 1)
+        raise UserError(said) from None
+
+
+def _type_of(holder: Any, leaf: str) -> Any:
+    """The type of a field; in a mapping, and among the parts of a slot, the type of what stands there."""
+    if is_dataclass(holder):
+        return fields_of(type(holder)).get(leaf)
+    return type(children(holder).get(leaf))
 
 
 def overrides_from(words: Iterable[str]) -> dict[str, Any]:
     """`["optim.lr=0.01"]` -> {"optim.lr": 0.01}; the value is read as YAML."""
-    overrides = {}
+    overrides: dict[str, Any] = {}
     for word in words:
         path, equals, value = word.partition("=")
         if not equals or not path:
@@ -154,9 +155,8 @@ def overrides_from(words: Iterable[str]) -> dict[str, Any]:
         try:
             overrides[path] = yaml.load(value, Loader=_Loader)
         except yaml.YAMLError as flaw:
-            raise UserError(
-                f"override {word!r}: the value is not YAML ({_told(flaw)}); quote it"
-            ) from None
+            said = f"override {word!r}: the value is not YAML ({_told(flaw)}); quote it"
+            raise UserError(said) from None
     return overrides
 
 
@@ -172,6 +172,8 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-_Dumper.add_representer(
-    tuple, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data)
-)
+def _as_list(dumper: yaml.SafeDumper, data: tuple[Any, ...]) -> yaml.Node:
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data)
+
+
+_Dumper.add_representer(tuple, _as_list)

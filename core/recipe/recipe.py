@@ -50,8 +50,8 @@ class Attention:
 
     head_dim: Whole = 64
     group: Whole = 1
-    on_qk: tuple[MayBuild, ...] = ()  # before the position is applied
     position: Builds = field(default_factory=position.Rope)
+    on_qk: tuple[MayBuild, ...] = ()  # before the position is applied
     on_values: tuple[MayBuild, ...] = ()
     mix: Builds = field(default_factory=mixing.Causal)
     on_heads: tuple[MayBuild, ...] = ()  # before the output projection
@@ -115,15 +115,11 @@ class Data:
     """Which tokens, in which batches.  `digest` names the exact token files and tokenizer."""
 
     name: str
-    digest: str | None = (
-        None  # null in a config: filled from the token folder when the recipe is loaded
-    )
+    digest: str | None = None  # null in a config: filled in from the token folder
     vocab: Whole = 32_000
     context: Whole = 384  # tokens a row
     batch: Whole = 192  # rows an optimizer step
-    held_out: Whole = (
-        1_000_000  # validation tokens, always the first ones; fewer if the file is shorter
-    )
+    held_out: Whole = 1_000_000  # validation tokens, the first ones; fewer if the file is short
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ A slot is a field of the recipe and a row here; the place where its stages run i
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from inspect import Parameter, signature
+from itertools import chain
 from typing import Any
 
 from ablab.core.errors import UserError
@@ -45,7 +47,7 @@ class Slot:
     silent: bool = False
     keeps_state: bool = False
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[str, ...] | None:
         """The positional inputs of the stage's function, by name; None where parts build no stage."""
         if self.asks not in (Builds, MayBuild):
@@ -56,14 +58,14 @@ class Slot:
 
     def covers(self, path: str) -> bool:
         """Whether `path` is the slot, or holds it."""
-        own, other = self.path.split("."), path.split(".")
-        return len(other) <= len(own) and all(
-            mine in (key, "*") for mine, key in zip(own, other, strict=False)
-        )
+        own = self.path.split(".")
+        other = path.split(".")
+        pairs = zip(own, other, strict=False)
+        return len(other) <= len(own) and all(mine in (key, "*") for mine, key in pairs)
 
     def refusal(self, path: str, part: Asked) -> str:
         """Why the part cannot stand there, or ''."""
-        if not (lacking := _lacking(part, self.asks)):
+        if not (lacking := _lacking(type(part), self.asks)):
             return ""
         fit = sorted(kind for kind, one in Part.known.items() if not _lacking(one, self.asks))
         return (
@@ -76,14 +78,13 @@ class Slot:
         if said := self.refusal(self.path, part):
             raise UserError(said)
         stage: Stage | None = part.build(where)
-        if stage is not None and self.inputs is not None:
-            taken = _positional(stage)
-            if not _fits(taken, len(self.inputs)):
-                raise UserError(
-                    f"{self.path} cannot hold {part.kind!r}: its stage takes "
-                    f"{', '.join(one.name for one in taken) or 'nothing'}, and the slot gives "
-                    f"{', '.join(self.inputs)}; choose a part that is made for this slot"
-                )
+        given = self.inputs or ()
+        if stage is not None and not _fits(taken := _positional(stage), len(given)):
+            names = ", ".join(one.name for one in taken) or "nothing"
+            raise UserError(
+                f"{self.path} cannot hold {part.kind!r}: its stage takes {names}, "
+                f"and the slot gives {', '.join(given)}; choose a part that is made for this slot"
+            )
         return stage
 
 
@@ -175,28 +176,30 @@ def _found(tree: Any, keys: list[str], seen: tuple[str, ...]) -> Iterator[tuple[
         yield from _found(getattr(tree, keys[0]), keys[1:], (*seen, keys[0]))
 
 
-def _lacking(part: Any, asks: type) -> str:
-    """The first member of the Protocol that a part, or a class of parts, has not; '' where it has all."""
-    asked = [name for one in asks.__mro__ if one is not object for name in _members(one)]
-    return next((name for name in asked if not hasattr(part, name)), "")
-
-
-def _members(protocol: type) -> list[str]:
-    return [name for name in vars(protocol) if not name.startswith("_")]
+# Remembered for each class: a grid of 10,000 cells asks the same of the same few.
+@cache
+def _lacking(cls: type, asks: type) -> str:
+    """The first member of the Protocol that a class of parts has not; '' where it has all."""
+    members = chain.from_iterable(vars(one) for one in asks.__mro__)
+    asked = [name for name in members if not name.startswith("_")]
+    return next((name for name in asked if not hasattr(cls, name)), "")
 
 
 def _positional(stage: Stage) -> list[Parameter]:
     """What the function is called with besides the bound values."""
-    positional = (
-        Parameter.POSITIONAL_ONLY,
-        Parameter.POSITIONAL_OR_KEYWORD,
-        Parameter.VAR_POSITIONAL,
-    )
-    named = signature(stage.function).parameters.values()
-    return [one for one in named if one.kind in positional and one.name not in stage.bound]
+    return [one for one in _not_by_name(stage.function) if one.name not in stage.bound]
+
+
+@lru_cache
+def _not_by_name(function: Callable[..., Any]) -> list[Parameter]:
+    by_name = (Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD)
+    parameters = signature(function).parameters.values()
+    return [one for one in parameters if one.kind not in by_name]
 
 
 def _fits(taken: list[Parameter], given: int) -> bool:
+    """Whether a function may be called with `given` positional inputs."""
     single = [one for one in taken if one.kind is not Parameter.VAR_POSITIONAL]
     needed = [one for one in single if one.default is Parameter.empty]
-    return len(needed) <= given and (given <= len(single) or len(single) < len(taken))
+    takes_any_number = len(single) < len(taken)
+    return len(needed) <= given and (takes_any_number or given <= len(single))

@@ -126,7 +126,8 @@ class Sandwich(Part):
 
     def build(self, where):
         gains = {
-            name: Param((where.width,), "vector", fill=0.7) for name in ("after_mix", "after_ffn")
+            name: Param((where.width,), "vector", fill=0.7)
+            for name in ("after_mix", "after_ffn")
         }
         return Stage(sandwich, **gains)
 
@@ -205,9 +206,7 @@ class NextButOne(Part):
     kind: str = named("next_but_one")
 
     def build(self, where):
-        return Stage(
-            next_but_one, project=linear(where.width, where.width), weight=self.weight
-        )
+        return Stage(next_but_one, project=linear(where.width, where.width), weight=self.weight)
 
 
 def next_but_one(features, logits, targets, read, *, project, weight):

@@ -11,6 +11,7 @@ from ablab.core.language.declare import Param, Stage, params
 from ablab.core.language.parse import fields_of, parse
 from ablab.core.language.part import Asked, Part
 from ablab.core.model.plan import plan_of
+from ablab.core.recipe import recipe as recipes
 from ablab.core.recipe.edit import append, at, edit, put
 from ablab.core.recipe.intervention import register, resolve
 from ablab.core.recipe.load import assign
@@ -124,7 +125,9 @@ def test_a_choice_that_is_made_for_another_slot_is_refused_when_it_is_planned(
 
 
 def test_so_is_one_of_many(tiny):
-    with pytest.raises(UserError, match="objective cannot hold 'soft_cap': its stage takes logits"):
+    with pytest.raises(
+        UserError, match="objective cannot hold 'soft_cap': its stage takes logits"
+    ):
         plan_of(check(assign(tiny(), "objective", ["soft_cap"])))
 
 
@@ -134,7 +137,9 @@ def test_a_part_without_the_method_asked_is_refused_when_the_recipe_is_checked(t
     stranger = {"kind": "rope"} if slot.inputs is None else {"kind": "sgd"}
     path = slot.path.replace("*", "gate")
     wrong = assign(tiny(), path, [stranger] if slot.many else stranger)
-    with pytest.raises(UserError, match=rf"^{path} cannot hold '{stranger['kind']}', which has no"):
+    with pytest.raises(
+        UserError, match=rf"^{path} cannot hold '{stranger['kind']}', which has no"
+    ):
         check(wrong)
 
 
@@ -186,3 +191,13 @@ def test_the_signature_names_the_inputs():
     assert slot_at("model.attention.mix").inputs == ("q", "k", "v", "carry", "start")
     assert slot_at("model.on_embedding").inputs == ("x", "tokens", "carry")
     assert slot_at("schedule").inputs is None
+
+
+def test_a_later_slot_leaves_no_trace_in_an_identity_until_it_is_used(tiny, monkeypatch):
+    """So a slot that is added to the house renames no run that does not use it."""
+    unused = run_id(tiny())
+    used = run_id(assign(tiny(), "model.on_features", ["ln_scaling"]))
+    assert used != unused
+    loud = [replace(slot, silent=False) for slot in recipes.SLOTS]
+    monkeypatch.setattr(recipes, "SLOTS", loud)
+    assert run_id(tiny()) != unused
