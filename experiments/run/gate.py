@@ -7,10 +7,17 @@ arm never.
 
 from collections.abc import Callable
 
-from ablab.core.runtime.runtime import code_fingerprint
+from ablab.core.runtime.runtime import Runtime, code_fingerprint
 from ablab.core.store.record import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
+from ablab.experiments.run.capacity import gpus_for
 from ablab.experiments.run.traces import Traces
+
+
+def path_of(runtime: Runtime) -> str:
+    """What decides who computes on this machine: `cuda triton bf16`, as asked."""
+    device = "cuda" if gpus_for(runtime) else "cpu"
+    return f"{device} {runtime.kernels} {runtime.dtype}"
 
 
 class Gate:
@@ -29,7 +36,8 @@ class Gate:
     ):
         self.runs = runs
         self.told = told
-        self.traces = Traces(store, code_fingerprint())
+        served = path_of(experiment.sheet.runtime)
+        self.traces = Traces(store, code_fingerprint(), served)
         self.reference_of = {cell.name: cell.reference for cell in experiment.cells}
         self.traced = self._runs_to_trace(experiment)
         # run id -> run, for those whose trace nobody knows

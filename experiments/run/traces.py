@@ -1,4 +1,4 @@
-"""The liveness traces that a store remembers: each is asked once for a recipe and a state of the code."""
+"""The liveness traces that a store remembers: each is asked once for a recipe, a state of the code, a path."""
 
 from pathlib import Path
 
@@ -9,11 +9,15 @@ from ablab.core.store.record import Store
 
 
 class Traces:
-    """STORE/liveness.json: "run id/code fingerprint" -> trace.  A cache: what cannot be read is computed again."""
+    """STORE/liveness.json: "run id/code fingerprint/path" -> trace.  A cache: what cannot be read is computed again.
 
-    def __init__(self, store: Store, code: str):
+    served: the path on which traces are taken.  Traces of two paths differ in their last bits, and would make an inert
+    arm look alive.
+    """
+
+    def __init__(self, store: Store, code: str, served: str):
         self.path = store.root / "liveness.json"
-        self.code = code
+        self.of = f"{code}/{served}"
         self.known = _read(self.path)
 
     def get(self, run: str) -> str | None:
@@ -28,7 +32,7 @@ class Traces:
         write_atomically(self.path, msgspec.json.encode(everything))
 
     def _key(self, run: str) -> str:
-        return f"{run}/{self.code}"
+        return f"{run}/{self.of}"
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -10,10 +10,11 @@ from ablab.experiments.run.gate import Gate
 
 @pytest.fixture
 def gate(tmp_path):
-    """Make a gate of quickstart, or of some of its cells; `said` is what it told."""
-    experiment = load("quickstart")
+    """Make a gate of quickstart, or of some of its cells; `said` is what it told.  runtime__kernels: an override."""
 
-    def of(*cells: str) -> Gate:
+    def of(*cells: str, **overrides: str) -> Gate:
+        paths = {path.replace("__", "."): value for path, value in overrides.items()}
+        experiment = load("quickstart", paths)
         runs = [run for run in experiment.runs() if not cells or run.cell in cells]
         said: list[dict[str, str]] = []
         made = Gate(experiment, Store(tmp_path), runs, said.append)
@@ -62,6 +63,13 @@ def test_what_one_check_learned_the_next_one_knows_until_the_code_changes(gate, 
     assert again.said == [{"- mup": "full"}]
     monkeypatch.setattr(gates, "code_fingerprint", lambda: "other")
     assert len(gate().missing) == 12
+
+
+def test_what_was_learned_on_one_path_is_asked_again_on_another(gate):
+    """Else an inert arm, traced by kernels, would differ from a reference that was traced without."""
+    answered(gate(runtime__kernels="torch"), {})
+    assert not gate(runtime__kernels="torch").missing
+    assert len(gate(runtime__kernels="triton").missing) == 12
 
 
 def test_a_damaged_memory_is_asked_again(gate):
