@@ -67,7 +67,8 @@ class Slot:
         """Why the part cannot stand there, or ''."""
         if not (lacking := _lacking(type(part), self.asks)):
             return ""
-        fit = sorted(kind for kind, one in Part.known.items() if not _lacking(one, self.asks))
+        known: dict[str, Any] = Part.known
+        fit = sorted(kind for kind, one in known.items() if not _lacking(one, self.asks))
         return (
             f"{path} cannot hold {part.kind!r}, which has no {lacking}(); "
             f"parts that have one: {', '.join(fit)}"
