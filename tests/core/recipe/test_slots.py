@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, field, is_dataclass, replace
+from types import SimpleNamespace
 from typing import Any, get_args, get_origin
 
 import pytest
@@ -13,7 +14,7 @@ from ablab.core.language.part import Asked, Part
 from ablab.core.model.plan import plan_of
 from ablab.core.recipe import recipe as recipes
 from ablab.core.recipe.edit import append, at, edit, put
-from ablab.core.recipe.intervention import register, resolve
+from ablab.core.recipe.intervention import About, register, resolve
 from ablab.core.recipe.load import assign
 from ablab.core.recipe.recipe import Recipe, check, plain, run_id
 from ablab.core.recipe.slots import CHOICES, SLOTS, held, slot_at
@@ -163,6 +164,32 @@ def test_a_choice_that_builds_nothing_is_refused(tiny):
 def test_an_intervention_that_claims_no_place_of_a_recipe_is_refused(path, near):
     with pytest.raises(UserError, match=f"claims '{path}', which no recipe has.*{near}"):
         register("unplaced", off="nothing", source="nobody", slots=(path,))
+
+
+def choosing(name: str, slot: str, part: Part):
+    """An intervention that puts the part there, and is registered nowhere."""
+    about = About(
+        name=name,
+        off="as before",
+        source="this test",
+        slots=(slot,),
+        order=50,
+        neutral_at_init=False,
+        requires=(),
+        excludes=(),
+        crosses_late=False,
+        summary="Choose.",
+    )
+    return SimpleNamespace(about=about, kind=name, apply=lambda old: edit(old, slot, put(part)))
+
+
+@pytest.mark.parametrize("slot", ["model.block", "model.attention.mix"])
+def test_two_interventions_that_choose_one_of_the_later_slots_clash(tiny, slot):
+    one = choosing("one", slot, Sized(3))
+    other = choosing("other", slot, Sized(4))
+    assert at(resolve(tiny(), {"one": one}), slot) == Sized(3)
+    with pytest.raises(UserError, match=f"one and other both choose {slot}; drop one"):
+        resolve(tiny(), {"one": one, "other": other})
 
 
 # ---- the plan follows ----
