@@ -15,18 +15,21 @@ def generate(
     """Sample `count` tokens after tokens: int [B,T]; temperature 0 is greedy.  Returns int [B, T + count]."""
     if tokens.shape[1] + count > model.context:
         raise UserError(
-            f"{tokens.shape[1]} + {count} tokens exceed the model's context of {model.context}; ask for fewer"
+            f"{tokens.shape[1]} + {count} tokens exceed the model's context of {model.context}; "
+            "ask for fewer"
         )
     draw = torch.Generator(tokens.device).manual_seed(seed)
     logits, cache = model.extend(tokens, None)
     for _ in range(count):
-        last = logits[:, -1].float()
-        odds = (
-            torch.softmax(last / temperature, -1)
-            if temperature
-            else F.one_hot(last.argmax(-1), last.shape[-1]).float()
-        )
+        odds = _odds(logits[:, -1].float(), temperature)
         new = torch.multinomial(odds, 1, generator=draw)
         tokens = torch.cat((tokens, new), dim=1)
         logits, cache = model.extend(new, cache)
     return tokens
+
+
+def _odds(logits: Tensor, temperature: float) -> Tensor:
+    """logits: [B,V] -> probabilities [B,V]; at temperature 0, one of 1."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    return torch.softmax(logits / temperature, -1)

@@ -52,4 +52,9 @@ def heads_of(model: Any) -> tuple[Head, Head]:
 
 def of_rows(model: Any, head: Head) -> Callable[[Tensor], Any]:
     """Rows of tokens, int [B,T+1] -> the head of predicting each from those before it."""
-    return lambda rows: head(model.trunk(rows[:, :-1]), rows[:, 1:])
+
+    def predict(rows: Tensor) -> Any:
+        inputs, targets = rows[:, :-1], rows[:, 1:]
+        return head(model.trunk(inputs), targets)
+
+    return predict

@@ -86,7 +86,8 @@ def plan_for(
     """Raises UserError for a part whose stage is made for another slot."""
     scale = parametrization.multipliers(model)
     slots = {"model": model, "objective": objective}
-    sites = [Site(slots, _where(model, layer, vocab, context)) for layer in range(model.layers)]
+    places = [_where(model, layer, vocab, context) for layer in range(model.layers)]
+    sites = [Site(slots, where) for where in places]
     outside = sites[0]
     plan = Plan(
         embedding=Stage(embed, table=Param((vocab, model.width), "embedding")),
@@ -180,7 +181,8 @@ def _where(model: Model, layer: int, vocab: int, context: int) -> Where:
 
 
 def _norm(model: Model) -> Stage:
-    return Stage(rms_norm, gain=Param((model.width,), "vector", fill=1.0), eps=model.norm_eps)
+    gain = Param((model.width,), "vector", fill=1.0)
+    return Stage(rms_norm, gain=gain, eps=model.norm_eps)
 
 
 def _factor(value: float) -> Stages:

@@ -7,7 +7,7 @@ Shapes: B rows, T tokens, W channels, H heads, KV key-value heads, D channels a 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from ablab.core.recipe.recipe import Recipe
 Carry = dict[str, Tensor]
 # Keys and values seen so far, [B,KV,S,D] each.
 Past = tuple[Tensor, Tensor]
+# x [B,T,W], carry -> x, carry.
+Layer = Callable[..., tuple[Tensor, Carry]]
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ class Transformer(nn.Module):
         self.head_kernel = plan.kernel
         self.objective = StageModules(plan.objective)
         recomputed = map(_recomputed, blocks[:recompute])
-        self.run: list[Callable[..., tuple[Tensor, Carry]]] = [*recomputed, *blocks[recompute:]]
+        self.run: list[Layer] = [*recomputed, *blocks[recompute:]]
 
     def _tied_readout(self, x: Tensor) -> Tensor:
         return plain_product(x, self.embedding.table)
@@ -263,7 +265,7 @@ class Transformer(nn.Module):
         return logits
 
 
-def _recomputed(block: Block) -> Callable[..., Any]:
+def _recomputed(block: Block) -> Layer:
     """The block is bound here, not looked up in a loop: a late-bound loop variable recomputes the wrong block.
 
     Nothing in a block is random, and a CUDA graph cannot record the state of a generator.

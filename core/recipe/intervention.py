@@ -66,6 +66,8 @@ def register(
 
     def decorate(cls: Cls) -> Cls:
         refuse_namesake("interventions", name, REGISTRY.get(name), cls)
+        # read before a dataclass writes a docstring of its own
+        said = (cls.__doc__ or "no description").strip()
         made: Any = part(name)(cls)
         made.about = About(
             name=name,
@@ -77,7 +79,7 @@ def register(
             requires=requires,
             excludes=excludes,
             crosses_late=crosses_late,
-            summary=(cls.__doc__ or "no description").strip().splitlines()[0],
+            summary=said.splitlines()[0],
         )
         REGISTRY[name] = made
         return made

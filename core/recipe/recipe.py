@@ -224,20 +224,22 @@ def plain(recipe: Any) -> Any:
 
 def _refuse_exotic(value: Any, path: str) -> None:
     kind = type(value)
-    if kind in (str, int, bool, NoneType) or (kind is float and math.isfinite(value)):
+    if kind in (str, int, bool, NoneType):
+        return
+    if kind is float and math.isfinite(value):
         return
     if dataclasses.is_dataclass(value):
-        parts = [(f".{name}", getattr(value, name)) for name in value.__dataclass_fields__]
+        below = {f".{name}": getattr(value, name) for name in value.__dataclass_fields__}
     elif kind is dict:
-        parts = [(f".{key}", item) for key, item in value.items()]
+        below = {f".{key}": item for key, item in value.items()}
     elif kind in (tuple, list):
-        parts = [(f"[{i}]", item) for i, item in enumerate(value)]
+        below = {f"[{i}]": item for i, item in enumerate(value)}
     else:
         raise UserError(
             f"{path}={value!r} is not plain data; use finite numbers, words, true/false or null"
         )
-    for name, part in parts:
-        _refuse_exotic(part, path + name)
+    for name, item in below.items():
+        _refuse_exotic(item, path + name)
 
 
 def _canonical(recipe: Recipe) -> dict[str, Any]:

@@ -67,7 +67,8 @@ class Slot:
         """Why the part cannot stand there, or ''."""
         if not (lacking := _lacking(type(part), self.asks)):
             return ""
-        fit = sorted(kind for kind, one in Part.known.items() if not _lacking(one, self.asks))
+        known: dict[str, Any] = Part.known
+        fit = sorted(kind for kind, one in known.items() if not _lacking(one, self.asks))
         return (
             f"{path} cannot hold {part.kind!r}, which has no {lacking}(); "
             f"parts that have one: {', '.join(fit)}"
@@ -162,18 +163,20 @@ def slot_at(path: str) -> Slot:
 def held(recipe: Any) -> Iterator[tuple[Slot, str, tuple[Any, ...]]]:
     """Each slot of a recipe: its row, its path with the key in the place of a `*`, and the parts in it."""
     for slot in SLOTS:
-        for path, value in _found(recipe, slot.path.split("."), ()):
+        for path, value in _found(recipe, slot.path):
             yield slot, path, value if slot.many else (value,)
 
 
-def _found(tree: Any, keys: list[str], seen: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    if not keys:
-        yield ".".join(seen), tree
-    elif keys[0] == "*":
-        for key, item in tree.items():
-            yield from _found(item, keys[1:], (*seen, key))
-    else:
-        yield from _found(getattr(tree, keys[0]), keys[1:], (*seen, keys[0]))
+def _found(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """What stands at a slot's path below `tree`, once for each key that a `*` may be."""
+    key, _, below = path.partition(".")
+    items = tree if key == "*" else {key: getattr(tree, key)}
+    for name, item in items.items():
+        if not below:
+            yield name, item
+            continue
+        for inner, value in _found(item, below):
+            yield f"{name}.{inner}", value
 
 
 # Remembered for each class: a grid of 10,000 cells asks the same of the same few.

@@ -1,4 +1,7 @@
-"""What the contract tests share.  They are parametrized over the registry: a file with an intervention is enough to be tested."""
+"""What the contract tests share.
+
+They are parametrized over the registry: a file with an intervention is enough to be tested.
+"""
 
 import functools
 from contextlib import contextmanager
@@ -55,7 +58,8 @@ def servable():
 def shows_by_kernels(servable):
     """recipe -> the trace of the path that kernels serve, each kernel by the formula in torch that stands beside it.
 
-    What is seen is the rewrite of the plan and what it hands to the kernels; that these compute the formula, tests/kernels sees.
+    What is seen is the rewrite of the plan and what it hands to the kernels; that these compute the formula, is seen by
+    tests/kernels.
     """
     from ablab.ablations.checks.liveness import trace
 
@@ -212,7 +216,10 @@ def requirements(name: str) -> tuple[str, ...]:
 
 
 def values_besides(hint, value, path: str) -> list:
-    """Valid values of the hinted type other than `value`: words of a Literal, the other truth value, or numbers near and far."""
+    """Valid values of the hinted type other than `value`.
+
+    Words of a Literal, the other truth value, or numbers near and far.
+    """
     number = value if isinstance(value, (int, float)) else 1
     pool = (
         *_words(hint),

@@ -1,7 +1,7 @@
 """A contract that cannot fail protects nothing: flawed interventions fail the very test that is there for their flaw.
 
-The healthy one is what `ablab new intervention` writes; each flaw is a change of a line or two of it.  All of them stand
-in one folder that a pytest of its own is pointed to, as a user would: so `--plugins` is tested too.
+The healthy one is what `ablab new intervention` writes; each flaw is a change of a line or two of it.  All of them
+stand in one folder that a pytest of its own is pointed to, as a user would: so `--plugins` is tested too.
 """
 
 import os
@@ -95,7 +95,11 @@ FLAWED = {
         REFUSES + "        return edit(",
     ),
 }
-STANDARD = 'edit(recipe, "parametrization", lambda old: __import__("ablab.core.parts.parametrize").core.parts.parametrize.Standard(embedding=0.03 + self.start))'
+STANDARD = (
+    'edit(recipe, "parametrization", lambda old: '
+    '__import__("ablab.core.parts.parametrize").core.parts.parametrize'
+    ".Standard(embedding=0.03 + self.start))"
+)
 TWICE = """def twice(y, x, *, strength):
     return 2 * y * strength.exp().to(y.dtype)
 

@@ -1,4 +1,7 @@
-"""Every dose field of every intervention changes what is computed, and so the run's name; torch and kernels read it alike."""
+"""Every dose field of every intervention changes what is computed, and so the run's name.
+
+Torch and kernels read it alike.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,7 +91,8 @@ def consumed(tiny, needs, shows, other_values):
 @pytest.mark.parametrize("path", FIELDS)
 def test_a_dose_field_changes_the_name_and_the_bits(consumed, path):
     assert consumed(path, PRECONDITIONS.get(path, Given(""))), (
-        f"no value of {path} that was tried changes what is computed; read it, drop it, or say in PRECONDITIONS beside what it matters"
+        f"no value of {path} that was tried changes what is computed; "
+        "read it, drop it, or say in PRECONDITIONS beside what it matters"
     )
 
 
@@ -113,7 +117,10 @@ cpu = pytest.mark.skipif(
 
 @pytest.fixture
 def doses(tiny, needs, other_values):
-    """name.field -> recipes of a shape that kernels serve: the field as it is given, each other word, or another number."""
+    """name.field -> recipes of a shape that kernels serve.
+
+    The field as it is given, each other word, or another number.
+    """
 
     def of(path: str):
         given = PRECONDITIONS.get(path, Given(""))

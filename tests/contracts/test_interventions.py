@@ -70,7 +70,10 @@ def arms(tiny, needs):
 
 @pytest.fixture
 def arms_on(arms):
-    """The same on one of the bases.  A default dose stands on all; another word may refuse one that would make it a no-op."""
+    """The same on one of the bases.
+
+    A default dose stands on all; another word may refuse one that would make it a no-op.
+    """
 
     def of(variant, base: str) -> tuple[Recipe, Recipe]:
         try:
@@ -237,7 +240,10 @@ def loss_and_gradients(recipe, build, block, backend=None) -> dict[str, torch.Te
 
 
 def moved(recipe, build, block, compiled=lambda move: move) -> dict[str, list[float]]:
-    """Rounded weights after steps 1, 2 and 9 of the optimizer, gradients drawn anew.  Every role, and the matrices of one attention."""
+    """Rounded weights after steps 1, 2 and 9 of the optimizer, gradients drawn anew.
+
+    Every role, and the matrices of one attention.
+    """
     torch._dynamo.reset()
     whole = build(recipe)
     model = torch.nn.ModuleList([whole.embedding, whole.readout, whole.blocks[1].attention])

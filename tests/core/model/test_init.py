@@ -75,12 +75,11 @@ def test_std_follows_the_role(tiny, build):
         role = value.declared.role
         seen.add(role)
         if role in expected:
-            std, error = (
-                expected[role](value.shape),
-                4 / (2 * value.numel()) ** 0.5,
-            )  # four standard errors of a sample std
-            assert abs(value.std().item() / std - 1) < error, name
-            assert abs(value.mean().item()) < 4 * std / value.numel() ** 0.5, name
+            std = expected[role](value.shape)
+            count = value.numel()
+            # four standard errors of a sample's std, and of its mean
+            assert abs(value.std().item() / std - 1) < 4 / (2 * count) ** 0.5, name
+            assert abs(value.mean().item() / std) < 4 / count**0.5, name
         else:
             start = 0.0 if role == "gate" or name.endswith("value_residual.first") else 1.0
             assert (value == start).all(), name
@@ -90,7 +89,8 @@ def test_std_follows_the_role(tiny, build):
 def test_a_gate_that_is_not_filled_is_drawn_by_its_fan_in(tiny, build):
     recipe = tiny([{"gating": {"per": "elementwise", "init": "normal"}}], model__width=128)
     gate = build(recipe).blocks[1].attention.on_heads.gating.project.weight
-    assert gate.shape == (128, 128) and abs(gate.std().item() * 128**0.5 - 1) < 0.03
+    assert gate.shape == (128, 128)
+    assert abs(gate.std().item() * 128**0.5 - 1) < 0.03
 
 
 def test_the_global_generator_is_neither_read_nor_moved(tiny, build):
@@ -117,34 +117,29 @@ def test_the_order_of_parameters_does_not_matter(tiny, build):
 def test_no_two_names_and_no_two_seeds_share_draws(tiny, build):
     firsts = set()
     for seed in (0, 1):
-        drawn = [
-            value
-            for value in build(tiny([{"gating": {"init": "normal"}}], seed=seed)).parameters()
-            if value.std() > 0
-        ]
+        model = build(tiny([{"gating": {"init": "normal"}}], seed=seed))
+        drawn = [value for value in model.parameters() if value.std() > 0]
         for value in drawn:
-            unit = (
-                value.flatten()[:16] / value.declared.shape[-1] ** -0.5
-                if value.declared.role != "embedding"
-                else value.flatten()[:16] / 0.02
-            )
+            declared = value.declared
+            std = 0.02 if declared.role == "embedding" else declared.shape[-1] ** -0.5
+            unit = value.flatten()[:16] / std
             firsts.add(tuple(round(x, 3) for x in unit.tolist()))
     assert len(firsts) == 2 * len(drawn) == 2 * (2 + 3 * 5)
 
 
 def test_equal_matrices_of_two_layers_are_uncorrelated(tiny, build):
     model = build(tiny())
-    pair = torch.stack(
-        [model.blocks[layer].ffn.inner.gate_up.weight.flatten() for layer in (0, 1)]
-    )
-    assert abs(torch.corrcoef(pair)[0, 1].item()) < 4 / pair.shape[1] ** 0.5
+    matrices = [model.blocks[layer].ffn.inner.gate_up.weight for layer in (0, 1)]
+    pair = torch.stack([matrix.flatten() for matrix in matrices])
+    correlation = torch.corrcoef(pair)[0, 1].item()
+    assert abs(correlation) < 4 / pair.shape[1] ** 0.5
+
+
+SEED_AND_NAME = st.tuples(st.integers(0, 2**32), st.text(max_size=20))
 
 
 @settings(max_examples=50)
-@given(
-    st.tuples(st.integers(0, 2**32), st.text(max_size=20)),
-    st.tuples(st.integers(0, 2**32), st.text(max_size=20)),
-)
+@given(SEED_AND_NAME, SEED_AND_NAME)
 def test_a_generator_is_named_by_seed_and_name(one, other):
     same = generator(*one).initial_seed() == generator(*other).initial_seed()
     assert same == (one == other)

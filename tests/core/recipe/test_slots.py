@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, field, is_dataclass, replace
+from types import SimpleNamespace
 from typing import Any, get_args, get_origin
 
 import pytest
@@ -13,7 +14,7 @@ from ablab.core.language.part import Asked, Part
 from ablab.core.model.plan import plan_of
 from ablab.core.recipe import recipe as recipes
 from ablab.core.recipe.edit import append, at, edit, put
-from ablab.core.recipe.intervention import register, resolve
+from ablab.core.recipe.intervention import About, register, resolve
 from ablab.core.recipe.load import assign
 from ablab.core.recipe.recipe import Recipe, check, plain, run_id
 from ablab.core.recipe.slots import CHOICES, SLOTS, held, slot_at
@@ -48,7 +49,8 @@ def test_the_choices_are_the_slots_that_hold_one():
 
 
 def test_every_part_of_a_recipe_is_found_with_its_path(tiny):
-    found = {path: parts for _, path, parts in held(tiny(["gating", "muon"]))}
+    recipe = tiny(["gating", "muon"])
+    found = {path: parts for _, path, parts in held(recipe)}
     assert [part.kind for part in found["model.attention.on_heads"]] == ["gating"]
     assert [part.kind for part in found["model.block"]] == ["residual"]
     kinds = [part.kind for part in found["optim.chains.hidden.steps"]]
@@ -74,8 +76,10 @@ def test_a_slot_that_a_shipped_sheet_does_not_use_renames_none_of_its_runs(sheet
     names = []
     for cell in experiment.cells:
         recipe = resolve(experiment.base, cell.treatment)
-        names.append(run_id(replace(recipe, data=replace(recipe.data, digest=None))))
-    assert hashlib.sha256(" ".join(names).encode()).hexdigest()[:16] == IDENTITIES[sheet]
+        anywhere = replace(recipe, data=replace(recipe.data, digest=None))
+        names.append(run_id(anywhere))
+    digest = hashlib.sha256(" ".join(names).encode()).hexdigest()
+    assert digest[:16] == IDENTITIES[sheet]
 
 
 def test_a_choice_written_out_at_its_default_is_the_same_run(tiny):
@@ -162,6 +166,32 @@ def test_an_intervention_that_claims_no_place_of_a_recipe_is_refused(path, near)
         register("unplaced", off="nothing", source="nobody", slots=(path,))
 
 
+def choosing(name: str, slot: str, part: Part):
+    """An intervention that puts the part there, and is registered nowhere."""
+    about = About(
+        name=name,
+        off="as before",
+        source="this test",
+        slots=(slot,),
+        order=50,
+        neutral_at_init=False,
+        requires=(),
+        excludes=(),
+        crosses_late=False,
+        summary="Choose.",
+    )
+    return SimpleNamespace(about=about, kind=name, apply=lambda old: edit(old, slot, put(part)))
+
+
+@pytest.mark.parametrize("slot", ["model.block", "model.attention.mix"])
+def test_two_interventions_that_choose_one_of_the_later_slots_clash(tiny, slot):
+    one = choosing("one", slot, Sized(3))
+    other = choosing("other", slot, Sized(4))
+    assert at(resolve(tiny(), {"one": one}), slot) == Sized(3)
+    with pytest.raises(UserError, match=f"one and other both choose {slot}; drop one"):
+        resolve(tiny(), {"one": one, "other": other})
+
+
 # ---- the plan follows ----
 
 
@@ -180,11 +210,13 @@ class Probe(Part):
 @pytest.mark.parametrize("slot", BUILDING, ids=lambda slot: slot.path)
 def test_what_stands_in_a_slot_stands_in_the_plan_under_the_slots_own_name(tiny, slot):
     probe = Probe(len(slot.inputs))
-    recipe = edit(tiny(), slot.path, append(probe) if slot.many else put(probe))
-    marks = [name for name, _ in params(plan_of(check(recipe))) if name.endswith("mark")]
-    assert marks and len(marks) in (1, 3, 6)  # outside, in each block, at both of its norms
-    field_name = {"ffn": "inner"}.get(slot.path.split(".")[-1], slot.path.split(".")[-1])
-    assert all(field_name in name.split(".") for name in marks)
+    placed = append(probe) if slot.many else put(probe)
+    recipe = check(edit(tiny(), slot.path, placed))
+    names = [name.split(".") for name, _ in params(plan_of(recipe))]
+    marks = [name for name in names if name[-1] == "mark"]
+    assert len(marks) in (1, 3, 6)  # outside, in each block, at both of its norms
+    _, _, own_name = slot.path.rpartition(".")
+    assert all(own_name in name for name in marks)
 
 
 def test_the_signature_names_the_inputs():
