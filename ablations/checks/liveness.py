@@ -64,13 +64,21 @@ class Tracer:
     def trace(self) -> str:
         self.read()
         for t in steps_of(self.recipe.steps):
-            self.step.descend(self.rows)
+            block = self.block(t)
+            self.step.descend(block)
             self.note_reached()
-            self.step.move(t)
+            self.step.move(t, block[:, 1:].numel())
         self.average()
         self.read_weights()
         self.read()
         return self.digest.hexdigest()
+
+    def block(self, t: int) -> Tensor:
+        """As many of the rows as step t (from 1) takes of a full batch, cut as it cuts its windows."""
+        data, span = self.recipe.data, self.recipe.batches.at(t - 1)
+        count = max(round(ROWS * span.windows / data.batch), 1)
+        context = data.context // span.pieces
+        return self.rows[:count].unfold(1, context + 1, context).flatten(0, 1)
 
     @torch.no_grad()
     def read(self) -> None:

@@ -22,12 +22,10 @@ class Tokens:
     def __init__(self, recipe: Recipe, folder: Path):
         data, self.folder = recipe.data, folder
         self.meta = check_meta(recipe, load_meta(folder), folder)
-        self.context, self.batch, self.vocab, self.seed = (
-            data.context,
-            data.batch,
-            data.vocab,
-            recipe.seed,
-        )
+        self.batches = recipe.batches
+        self.context = data.context
+        self.vocab = data.vocab
+        self.seed = recipe.seed
         self.train = np.memmap(folder / "train.bin", dtype=self.meta.dtype, mode="r")
         self.held_out = np.memmap(folder / "val.bin", dtype=self.meta.dtype, mode="r")[
             : data.held_out + 1
@@ -35,13 +33,22 @@ class Tokens:
         self.token_bytes = torch.from_numpy(
             np.load(folder / "token_bytes.npy").astype(np.int64)
         )
-        self.windows = (len(self.train) - self.context) // self.context  # rows an epoch
+        self.windows = (len(self.train) - self.context) // self.context  # an epoch
 
     def rows(self, step: int, first: int, count: int) -> Tensor:
-        """Rows `first`..`first+count-1` of optimizer step `step` (from 0): int64 [count, context + 1]."""
-        index = step * self.batch + first + np.arange(count)
-        starts = [self._start(*divmod(i, self.windows)) for i in index.tolist()]
-        return self._take(self.train, starts)
+        """The rows of windows `first`..`first+count-1` of optimizer step `step` (from 0).
+
+        int64 [count, context + 1]; a step whose windows are split into n has rows [count * n, context / n + 1].
+        """
+        pieces = self.batches.at(step).pieces
+        context = self.context // pieces
+        window = self.batches.windows_before(step) + first
+        starts = [
+            self._start(*divmod(index, self.windows)) + piece * context
+            for index in range(window, window + count)
+            for piece in range(pieces)
+        ]
+        return self._take(self.train, starts, context)
 
     def _start(self, epoch: int, position: int) -> int:
         """Each epoch visits every window once, in its own order and at its own phase."""
@@ -53,14 +60,12 @@ class Tokens:
 
     def held_out_batch(self, first: int, count: int) -> Tensor:
         """Held-out rows, in file order: int64 [count, context + 1]."""
-        return self._take(
-            self.held_out, [row * self.context for row in range(first, first + count)]
-        )
+        starts = [row * self.context for row in range(first, first + count)]
+        return self._take(self.held_out, starts, self.context)
 
-    def _take(self, tokens: np.ndarray, starts: list[int]) -> Tensor:
-        block = np.stack([tokens[start : start + self.context + 1] for start in starts]).astype(
-            np.int64
-        )
+    def _take(self, tokens: np.ndarray, starts: list[int], context: int) -> Tensor:
+        rows = [tokens[start : start + context + 1] for start in starts]
+        block = np.stack(rows).astype(np.int64)
         if (top := int(block.max())) >= self.vocab:
             raise UserError(
                 f"{self.folder} holds token {top}, beyond data.vocab={self.vocab}; tokenize again with the recipe's tokenizer"

@@ -5,7 +5,7 @@
 each with one decay, or none, at its end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,17 +20,22 @@ from ablab.core.language.offers import (
     offer_of,
 )
 from ablab.core.language.part import Part
+from ablab.core.model.rates import uneven_roles
 from ablab.core.parts.transforms import COEFFICIENTS, SCALES, Now, split_blocks
 from ablab.core.recipe.recipe import Chain, Recipe
 
 Offered = TypeVar("Offered", bound=Offer)
-Clip = Callable[[Any], Any]
 
 
 def claim(recipe: Recipe) -> None:
-    """Raises StepsAside at the first chain that the kernels do not know."""
+    """Raises StepsAside at the first chain that the kernels do not know, and where a bank's members move apart."""
     for role, chain in recipe.optim.chains.items():
         claimed_chain(role, chain)
+    if uneven := uneven_roles(recipe):
+        raise StepsAside(
+            f"{uneven[0]} parameters of one shape differ in learning rate or decay, "
+            "and the kernel takes one for all"
+        )
 
 
 @dataclass(frozen=True)
@@ -107,26 +112,24 @@ def _check_polar(role: str, chain: PolarChain) -> None:
 
 
 class FusedMove:
-    """Moves every bank: [lr, step, step / steps, the schedule's value] -> the norm of the gradient before clipping.
+    """Moves every bank by kernels, as `ChainMove` of core/train/banks.py does by its chain.
 
-    clip_to: that norm -> the factor for every gradient.
+    scaling: (norm of the mean gradient, now) -> the factor on every gradient.
     """
 
-    def __init__(self, banks: list[Any], clip_to: Clip):
+    def __init__(self, banks: Sequence[Any], scaling: Callable[[Any, Now], Any]):
         self.banks = banks
-        self.clip_to = clip_to
+        self.scaling = scaling
         self.moves = [_move(bank) for bank in banks]
 
-    def __call__(self, numbers: Any) -> Any:
+    def __call__(self, lr: Any, fraction: Any, now: Now) -> Any:
         import torch
 
-        lr = numbers[0]
-        now = Now(*numbers[1:].unbind())
         norms = [torch.linalg.vector_norm(bank.grad) for bank in self.banks]
-        norm = torch.stack(norms).norm()
-        clip = self.clip_to(norm)
+        norm = torch.stack(norms).norm() / fraction
+        scale = self.scaling(norm, now) / fraction
         for bank, move in zip(self.banks, self.moves, strict=True):
-            move(clip, lr * bank.lr, now)
+            move(scale, lr * bank.lr, now)
         return norm
 
 

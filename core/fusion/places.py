@@ -13,13 +13,14 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ablab.core.errors import UserError
 from ablab.core.fusion import attention, feedforward, head, optimizer
 from ablab.core.fusion.rewrite import StepsAside
 from ablab.core.model.plan import Plan, plan_of
 from ablab.core.recipe.recipe import Recipe
+from ablab.core.runtime.runtime import Settled
 
 KERNELS = {  # place -> module of kernels/
     "attention": "attention",
@@ -65,22 +66,22 @@ class Card(NamedTuple):
     capability: Capability | None
 
 
-def places(recipe: Recipe, settled: Any) -> dict[str, Place]:
+def places(recipe: Recipe, settled: Settled) -> dict[str, Place]:
     """Place -> what serves it.  Raises UserError where a kernel is asked for by name and cannot be had."""
-    asked = settled["kernels"]
+    asked = settled.kernels
     names = [place for place in KERNELS if place != "newton_schulz" or _orthogonalizes(recipe)]
     if asked == "torch":
         return dict.fromkeys(names, Place(False, "torch: runtime.kernels=torch"))
-    if settled["device"] != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if settled.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         if asked == "triton":
             raise UserError(
                 "runtime.kernels=triton needs a CUDA GPU, and there is none; use runtime.kernels=auto"
             )
         return dict.fromkeys(names, Place(False, "torch: no GPU"))
-    if asked == "auto" and settled["dtype"] != "bf16":
-        said = f"torch: the kernels are written for bf16, not {settled['dtype']}"
+    if asked == "auto" and settled.dtype != "bf16":
+        said = f"torch: the kernels are written for bf16, not {settled.dtype}"
         return dict.fromkeys(names, Place(False, said))
-    return {place: _place(place, recipe, settled["dtype"], asked) for place in names}
+    return {place: _place(place, recipe, settled.dtype, asked) for place in names}
 
 
 def _place(place: str, recipe: Recipe, dtype: str, asked: str) -> Place:
@@ -130,7 +131,7 @@ def flaw(place: str, recipe: Recipe, dtype: str) -> str:
     return ""
 
 
-def served(recipe: Recipe, settled: Any) -> frozenset[str]:
+def served(recipe: Recipe, settled: Settled) -> frozenset[str]:
     """The places that kernels serve.  Raises UserError as `places` does."""
     return frozenset(name for name, place in places(recipe, settled).items() if place.kernel)
 

@@ -27,6 +27,7 @@ class Transform(Part):
 
     width_rule: how muP scales its learning rate (adam, spectral, rms); None: says nothing.
     recordable: `update` never waits for the device, as a CUDA graph demands.
+    refresh_every: optimizer steps from one `refresh` to the next; 0: there is none.
     """
 
     @property
@@ -37,10 +38,18 @@ class Transform(Part):
     def recordable(self) -> bool:
         return True
 
+    @property
+    def refresh_every(self) -> int:
+        return 0
+
     def state(self, weight, bank) -> dict[str, Any]:
         return {}
 
     def update(self, update, weight, state, bank, now):
+        raise NotImplementedError
+
+    def refresh(self, state: dict[str, Any], bank: Any, t: int) -> None:
+        """Periodic work on the host, on the bank's state, in place: after steps t = 1, 1 + refresh_every, ..."""
         raise NotImplementedError
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from ablab.core.language.declare import Linear, Param, Stage, Where
 from ablab.core.language.part import Asked
 from ablab.core.parts.parametrize import Multipliers, Scales, Sizes
+from ablab.core.parts.shape import Phase
 
 Product = Callable[
     [Any, Any], Any
@@ -77,11 +78,47 @@ class Moves(Asked, Protocol):
         """Name -> tensor, as before the first step."""
         ...
 
+    def refresh(self, state: dict[str, Any], bank: Any, t: int) -> None:
+        """Change the state in place, on the host, after steps 1, 1 + refresh_every, 1 + 2 refresh_every, ..."""
+        ...
+
+    @property
+    def refresh_every(self) -> int:
+        """Optimizer steps; 0: never."""
+        ...
+
     @property
     def width_rule(self) -> str | None: ...
 
     @property
     def recordable(self) -> bool: ...
+
+
+@runtime_checkable
+class ScalesGradients(Asked, Protocol):
+    """A factor on every gradient; core/parts/gradient.py has its base."""
+
+    def factor(
+        self, norm: Any, state: Mapping[str, Any], now: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """norm: of the mean gradient, before the clip, 0-D -> the factor, 0-D; new state."""
+        ...
+
+    def state(self, like: Any) -> dict[str, Any]:
+        """Name -> 0-D tensor, as before the first step."""
+        ...
+
+    @property
+    def recordable(self) -> bool: ...
+
+
+@runtime_checkable
+class ShapesBatches(Asked, Protocol):
+    """How many rows of how many tokens a step takes, as training goes on."""
+
+    def phases(self, batch: int, context: int) -> Sequence[Phase]:
+        """In their order, the last one until 1.0; batch, context: rows and tokens of a full step."""
+        ...
 
 
 @runtime_checkable

@@ -24,6 +24,7 @@ from ablab.core.parts import (
     parametrize,
     position,
     schedule,
+    shape,
     transforms,
 )
 from ablab.core.recipe.asks import (
@@ -33,8 +34,11 @@ from ablab.core.recipe.asks import (
     Moves,
     Multiplies,
     Parametrizes,
+    ScalesGradients,
     Schedules,
+    ShapesBatches,
 )
+from ablab.core.recipe.batches import Batches, batches_of
 from ablab.core.recipe.slots import SLOTS, held
 
 SCHEMA = 1  # part of every identity: raise it when the meaning of a field changes
@@ -107,6 +111,7 @@ def _adamw() -> dict[Role, Chain]:
 class Optim:
     lr: Positive = 3e-3  # peak, per optimizer step
     clip: Positive | None = 1.0  # global gradient norm; null: no clipping
+    on_gradient: tuple[ScalesGradients, ...] = ()  # factors on every gradient, after the clip
     chains: dict[Role, Chain] = field(default_factory=_adamw)
 
 
@@ -118,7 +123,8 @@ class Data:
     digest: str | None = None  # null in a config: filled in from the token folder
     vocab: Whole = 32_000
     context: Whole = 384  # tokens a row
-    batch: Whole = 192  # rows an optimizer step
+    batch: Whole = 192  # rows of a full optimizer step
+    shape: ShapesBatches = field(default_factory=shape.Fixed)  # how steps grow to the full one
     held_out: Whole = 1_000_000  # validation tokens, the first ones; fewer if the file is short
 
 
@@ -141,11 +147,22 @@ class Recipe:
 
     @property
     def tokens_per_step(self) -> int:
+        """Of a full step; `data.shape` may make some smaller."""
         return self.data.batch * self.data.context
 
     @property
+    def batches(self) -> Batches:
+        """Which windows each step takes."""
+        data = self.data
+        return batches_of(data.shape, data.batch, data.context, self.budget.tokens)
+
+    def tokens_after(self, step: int) -> int:
+        """Training tokens that the first `step` optimizer steps take."""
+        return self.batches.windows_before(step) * self.data.context
+
+    @property
     def steps(self) -> int:
-        return self.budget.tokens // self.tokens_per_step
+        return self.batches.steps
 
 
 def check_folder_name(where: str, name: str) -> None:

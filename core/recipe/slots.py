@@ -24,7 +24,9 @@ from ablab.core.recipe.asks import (
     Moves,
     Multiplies,
     Parametrizes,
+    ScalesGradients,
     Schedules,
+    ShapesBatches,
 )
 
 
@@ -144,11 +146,26 @@ SLOTS = (
     ),
     Slot("parametrization", Parametrizes, ONE, "name, param, model, rule -> scales"),
     Slot(
+        "optim.on_gradient",
+        ScalesGradients,
+        MANY,
+        "norm, state, now -> factor on every gradient, state",
+        silent=True,
+        keeps_state=True,
+    ),
+    Slot(
         "optim.chains.*.steps",
         Moves,
         MANY,
         "update [N,*shape], weight [N,*shape], state, bank, now -> update, state",
         keeps_state=True,
+    ),
+    Slot(
+        "data.shape",
+        ShapesBatches,
+        ONE,
+        "batch, context -> phases: until a share of the budget, rows, context",
+        silent=True,
     ),
     Slot("schedule", Schedules, ONE, "t, steps -> factor on the learning rate"),
     Slot("after_step", Advances, MANY, "state, weights, t, steps", keeps_state=True),

@@ -1,12 +1,8 @@
 """How a run is executed: recorded with the run, never part of its identity."""
 
 import glob
-import hashlib
 import os
 from dataclasses import asdict, dataclass
-from functools import cache
-from itertools import takewhile
-from pathlib import Path
 from typing import Any, Literal
 
 from ablab.core.errors import UserError
@@ -15,25 +11,23 @@ from ablab.core.language.numbers import Natural, NonNegative, Whole
 
 @dataclass(frozen=True)
 class Runtime:
+    """What a person may ask for; `settle` turns it into what a machine does."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "fp32", "bf16"] = (
-        "auto"  # of activations; weights and optimizer state are always fp32
-    )
-    kernels: Literal["auto", "triton", "torch"] = (
-        "auto"  # auto: ours where they measured faster (see `ablab show`); triton: ours in every place, or a refusal
-    )
-    compile: bool | Literal["blocks"] | None = (
-        None  # true: one graph of the model; blocks: equal blocks share one; null: blocks on CUDA, false elsewhere
-    )
-    replay: bool | None = (
-        None  # record a step as CUDA graphs and replay them; null: on CUDA only
-    )
+    # of activations; weights and optimizer state are always fp32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    # auto: ours where they measured faster (see `ablab show`); triton: ours in every place, or a refusal
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    # true: one graph of the model; blocks: equal blocks share one; null: blocks on CUDA, false elsewhere
+    compile: bool | Literal["blocks"] | None = None
+    # record a step as CUDA graphs and replay them; null: on CUDA only
+    replay: bool | None = None
     micro_batch: Whole | None = None  # rows a forward pass; null: the whole batch
     recompute: Natural = 0  # first blocks that keep no activations
-    deterministic: bool | None = (
-        None  # the same bits every time on the same GPU; null: on CUDA, and a CPU repeats its bits anyway
-    )
-    turns: bool = True  # jobs that share a GPU train one at a time; false: at once, for models too small to fill it
+    # the same bits every time on the same GPU; null: on CUDA, and a CPU repeats its bits anyway
+    deterministic: bool | None = None
+    # jobs that share a GPU train one at a time; false: at once, for models too small to fill it
+    turns: bool = True
     threads: Whole = (
         1  # of the CPU; fixed, because the number changes the order of sums and so the bits
     )
@@ -45,38 +39,55 @@ class Runtime:
     keep_weights: bool = False  # leave weights.safetensors behind
 
 
-NO_GPU = "runtime.device=cuda, but torch sees no GPU here; use runtime.device=cpu or install a CUDA build of torch"
+@dataclass(frozen=True, kw_only=True)
+class Settled(Runtime):
+    """A runtime that leaves nothing to choose.  Settling it again changes nothing."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["fp32", "bf16"]
+    compile: bool | Literal["blocks"]
+    replay: bool
+    micro_batch: int
+    deterministic: bool
 
 
-def settle(runtime: Runtime, rows: int) -> dict[str, Any]:
+NO_GPU = (
+    "runtime.device=cuda, but torch sees no GPU here; "
+    "use runtime.device=cpu or install a CUDA build of torch"
+)
+
+
+def settle(runtime: Runtime, rows: int) -> Settled:
     """Replace every `auto` by what this machine has.  rows: the recipe's batch.  Raises UserError."""
     import torch
 
-    settled = asdict(runtime)
-    if runtime.device == "auto":
-        settled["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    if settled["device"] == "cuda" and not torch.cuda.is_available():
+    device = runtime.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError(NO_GPU)
+    on_gpu = device == "cuda"
+    chosen: dict[str, Any] = {"device": device, "micro_batch": rows_at_once(runtime, rows)}
     if runtime.dtype == "auto":
-        settled["dtype"] = "bf16" if settled["device"] == "cuda" else "fp32"
+        chosen["dtype"] = "bf16" if on_gpu else "fp32"
     if runtime.compile is None:
-        settled["compile"] = "blocks" if settled["device"] == "cuda" else False
-    for name in ("replay", "deterministic"):
-        if settled[name] is None:
-            settled[name] = settled["device"] == "cuda"
-    settled["micro_batch"] = rows_at_once(runtime, rows)
-    return settled
+        chosen["compile"] = "blocks" if on_gpu else False
+    if runtime.replay is None:
+        chosen["replay"] = on_gpu
+    if runtime.deterministic is None:
+        chosen["deterministic"] = on_gpu
+    return Settled(**asdict(runtime) | chosen)
 
 
 def rows_at_once(runtime: Runtime, rows: int) -> int:
     """The micro-batch.  Raises UserError where it does not divide the batch of `rows`."""
     asked = min(runtime.micro_batch or rows, rows)
     if rows % asked:
-        near = sorted(
-            (n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(n - asked)
-        )[:2]
+        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+        nearest = sorted(divisors, key=lambda n: abs(n - asked))[:2]
         raise UserError(
-            f"runtime.micro_batch={asked} does not divide data.batch={rows}; nearest: {min(near)}, {max(near)}"
+            f"runtime.micro_batch={asked} does not divide data.batch={rows}; "
+            f"nearest: {min(nearest)}, {max(nearest)}"
         )
     return asked
 
@@ -85,36 +96,25 @@ def repeat_bits(asked: bool) -> None:
     """PyTorch's algorithms from here on: those that repeat their bits on one GPU, or any."""
     import torch
 
-    if (
-        torch.are_deterministic_algorithms_enabled() != asked
-    ):  # else the call costs 2 s: it imports the compiler
+    # Asked only on a change, else the call costs 2 s: it imports the compiler.
+    if torch.are_deterministic_algorithms_enabled() != asked:
         torch.use_deterministic_algorithms(asked)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # tests/kernels look for what is read without being written
-    )
+    # Nothing here reads what was not written: tests/kernels look for it.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may name one by one, counted without importing torch; it ends at the first -1, as CUDA reads it."""
+    """What CUDA_VISIBLE_DEVICES may name one by one, counted without importing torch.
+
+    The list ends at the first -1, as CUDA reads it.
+    """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        return [
-            one
-            for one in takewhile(lambda one: one != "-1", map(str.strip, listed.split(",")))
-            if one
-        ]
-    return [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
-
-
-@cache
-def code_fingerprint() -> str:
-    """sha256 over every source file that can change a number, 12 hex digits."""
-    root = Path(__file__).parents[2]
-    digest = hashlib.sha256()
-    for folder in ("core", "kernels", "ablations"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+    if listed is None:
+        return [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+    names = [name.strip() for name in listed.split(",")]
+    if "-1" in names:
+        names = names[: names.index("-1")]
+    return [name for name in names if name]
 
 
 def environment() -> dict[str, str]:

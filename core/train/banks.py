@@ -4,19 +4,22 @@ Parameters and gradients are views into their bank, so a step stacks nothing; th
 tensors (hyper-parameters too): kernels (core/fusion/optimizer.py), or compiled once, or run eagerly.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from ablab.core.fusion.optimizer import FusedMove
 from ablab.core.language.declare import Param
-from ablab.core.parts.transforms import COEFFICIENTS, Now, newton_schulz
-from ablab.core.recipe.recipe import Chain, Recipe
-from ablab.core.runtime.replay import OnDevice
+from ablab.core.model.rates import Key, bank_of, chain_of, rates_of
+from ablab.core.parts.transforms import COEFFICIENTS, Now, Transform, newton_schulz
+from ablab.core.recipe.recipe import Chain, Optim, Recipe
+from ablab.core.runtime.replay import OnDevice, Recorder, on_device
+
+State = dict[str, dict[str, Tensor]]  # kind of a part -> name -> tensor
+Orthogonal = Callable[[Tensor, str, torch.dtype], Tensor]
 
 
 @dataclass
@@ -25,24 +28,38 @@ class Bank:
 
     names: list[str]
     declared: Param  # what all of them were declared as
+    chain: Chain
     weight: Tensor
     grad: Tensor
-    chain: Chain
     blocks: tuple[int, ...]  # rows of the matrices that the chain treats apart
     matmul: torch.dtype  # for Newton-Schulz products
-    newton_schulz: Callable[[Tensor, str, torch.dtype], Tensor]
-    lr: Tensor  # 0-D: the parametrization's and the chain's factor on the learning rate
-    decay: Tensor  # 0-D: the parametrization's factor on the decay rate
-    state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    newton_schulz: Orthogonal
+    # The parametrization's factors, with the chain's on the learning rate; 0-D if members agree, else [N, 1, ...]
+    lr: Tensor
+    decay: Tensor
+    state: State = field(default_factory=dict)
+
+    @property
+    def transforms(self) -> Sequence[Transform]:
+        return cast(Sequence[Transform], self.chain.steps)
+
+
+class Move(Protocol):
+    """One step of every bank.  Returns the gradient norm before clipping, 0-D; gradients are cleared."""
+
+    def __call__(self, lr: Tensor, fraction: Tensor, now: Now) -> Tensor:
+        """lr: at this step, 0-D.  fraction: of a full batch that the gradients are a sum over, 0-D."""
+        ...
 
 
 class Optimizer:
     """All banks of a model.  After construction the model's parameters and gradients live in them.
 
     compiled: the whole step is one compiled function; all that may differ between runs of one structure (learning
-    rate, schedule, scales, state) enters as tensors, so `restart` recompiles nothing.  kernels: places that kernels serve,
-    `optimizer` (then there is nothing to compile) and `newton_schulz` (symmetric products).  replay, pool: the whole step
-    is one CUDA graph (core/runtime/replay.py), if its parts can be recorded.
+    rate, schedule, scales, state) enters as tensors, so `restart` recompiles nothing.
+    kernels: places that kernels serve: `optimizer` (then there is nothing to compile) and `newton_schulz` (symmetric
+    products).
+    recorder: records the whole step (core/runtime/replay.py), if its parts can be recorded.
     """
 
     def __init__(
@@ -51,101 +68,139 @@ class Optimizer:
         recipe: Recipe,
         compiled: bool = False,
         kernels: Collection[str] = (),
-        replay: bool = False,
-        pool: Any = None,
+        recorder: Recorder | None = None,
     ):
         self.device = next(model.parameters()).device
         self.newton_schulz = _symmetric() if "newton_schulz" in kernels else newton_schulz
-        self.banks = [self._bank(members, recipe) for members in _grouped(model).values()]
+        self.banks = [self._bank(members, recipe) for members in _grouped(model)]
+        self.scaling = GradientScale(recipe.optim, self.device)
+        self.periodic = [
+            (bank, part)
+            for bank in self.banks
+            for part in bank.transforms
+            if part.refresh_every
+        ]
         self.restart(recipe)
-        replay = replay and all(
-            part.recordable for bank in self.banks for part in bank.chain.steps
+        self.move = self._move(compiled, kernels)
+        transforms = [part for bank in self.banks for part in bank.transforms]
+        recordable = all(part.recordable for part in transforms)
+        recordable = recordable and all(part.recordable for part in self.scaling.parts)
+        self.launch = on_device(
+            Numbered(self.move), self.device, recorder if recordable else None
         )
-        move = (FusedMove if "optimizer" in kernels else partial(_move, compiled))(
-            self.banks, _clip_to(recipe.optim.clip)
-        )
-        self.move = OnDevice(move, self.device, replay, pool)
 
-    def _bank(self, members: list[tuple[str, nn.Parameter]], recipe: Recipe) -> Bank:
-        names, weights = zip(*members, strict=True)
-        declared, chain = weights[0].declared, recipe.optim.chains[weights[0].declared.role]
-        weight = torch.stack([w.detach() for w in weights])
-        lr, decay = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        matmul = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+    def _bank(self, members: Sequence[tuple[str, nn.Parameter]], recipe: Recipe) -> Bank:
+        names = [name for name, _ in members]
+        declared = declared_of(members[0][1])
+        chain = chain_of(declared, recipe)
+        weight = torch.stack([value.detach() for _, value in members])
+        rates = rates_of(names, declared, recipe)
         bank = Bank(
-            list(names),
-            declared,
-            weight,
-            torch.zeros_like(weight),
-            chain,
-            _blocks(declared, chain),
-            matmul,
-            self.newton_schulz,
-            lr,
-            decay,
+            names=names,
+            declared=declared,
+            chain=chain,
+            weight=weight,
+            grad=torch.zeros_like(weight),
+            blocks=_blocks(declared, chain),
+            matmul=torch.bfloat16 if self.device.type == "cuda" else torch.float32,
+            newton_schulz=self.newton_schulz,
+            lr=per_member(rates.lr, weight),
+            decay=per_member(rates.decay, weight),
         )
-        for i, view in enumerate(weights):
-            view.data, view.grad = bank.weight[i], bank.grad[i]
-        bank.state = {part.kind: part.state(weight, bank) for part in chain.steps}
+        for i, (_, value) in enumerate(members):
+            value.data = bank.weight[i]
+            value.grad = bank.grad[i]
+        bank.state = {part.kind: part.state(weight, bank) for part in bank.transforms}
         return bank
+
+    def _move(self, compiled: bool, kernels: Collection[str]) -> Move:
+        if "optimizer" in kernels:
+            return FusedMove(self.banks, self.scaling)
+        move = ChainMove(self.banks, self.scaling)
+        return torch.compile(move.__call__, dynamic=False) if compiled else move
+
+    def fits(self, recipe: Recipe) -> bool:
+        """Whether `restart` can take the recipe, whose structure is ours: members of its banks agree where ours do."""
+        for bank in self.banks:
+            rates = rates_of(bank.names, bank.declared, recipe)
+            if per_member(rates.lr, bank.weight).shape != bank.lr.shape:
+                return False
+            if per_member(rates.decay, bank.weight).shape != bank.decay.shape:
+                return False
+        return True
 
     def restart(self, recipe: Recipe) -> None:
         """Fresh state for a run of the same structure: another seed, learning rate, schedule or parametrization."""
-        self.lr, self.schedule, self.steps = recipe.optim.lr, recipe.schedule, recipe.steps
+        self.lr = recipe.optim.lr
+        self.schedule = recipe.schedule
+        self.steps = recipe.steps
         for bank in self.banks:
-            scales = recipe.parametrization.scales(
-                bank.names[0], bank.declared, recipe.model, width_rule(bank.chain)
-            )
-            bank.lr.fill_(scales.lr * bank.chain.lr)
-            bank.decay.fill_(scales.decay)
+            rates = rates_of(bank.names, bank.declared, recipe)
+            bank.lr.copy_(per_member(rates.lr, bank.weight))
+            bank.decay.copy_(per_member(rates.decay, bank.weight))
             bank.grad.zero_()
-            for part in bank.chain.steps:
+            for part in bank.transforms:
                 for name, value in part.state(bank.weight, bank).items():
                     bank.state[part.kind][name].copy_(value)
+        self.scaling.restart()
 
     @torch.no_grad()
-    def step(self, t: int) -> Tensor:
-        """Optimizer step t (from 1): clip, move, clear the gradients.  Returns the gradient norm before clipping, 0-D."""
+    def step(self, t: int, fraction: float = 1.0) -> Tensor:
+        """Optimizer step t (from 1): clip, move, clear the gradients, refresh what is due.
+
+        fraction: of a full batch that the gradients are a sum over; they are divided by it.
+        Returns the gradient norm before clipping, 0-D.
+        """
         multiplier = self.schedule.multiplier(t, self.steps)
-        return self.move(torch.tensor([self.lr * multiplier, t, t / self.steps, multiplier]))
+        numbers = torch.tensor([self.lr * multiplier, fraction, t, t / self.steps, multiplier])
+        norm = self.launch(numbers)
+        for bank, part in self.periodic:
+            if (t - 1) % part.refresh_every == 0:
+                part.refresh(bank.state[part.kind], bank, t)
+        return norm
 
     def tensors(self) -> dict[str, Tensor]:
         """Every state tensor by name: what a checkpoint must hold besides the parameters."""
+        states = {bank.names[0]: bank.state for bank in self.banks}
+        states["on_gradient"] = self.scaling.state
         return {
-            f"{bank.names[0]}/{kind}/{name}": t
-            for bank in self.banks
-            for kind, s in bank.state.items()
-            for name, t in s.items()
+            f"{owner}/{kind}/{name}": value
+            for owner, state in states.items()
+            for kind, tensors in state.items()
+            for name, value in tensors.items()
         }
 
-
-def _grouped(model: nn.Module) -> dict[Any, list[tuple[str, nn.Parameter]]]:
-    groups: dict[Any, list[tuple[str, nn.Parameter]]] = {}
-    for name, value in model.named_parameters():
-        declared = value.declared
-        groups.setdefault(
-            (declared.role, declared.shape, declared.blocks, declared.head), []
-        ).append((name, value))
-    return groups
+    @property
+    def replayed(self) -> list[OnDevice]:
+        return [self.launch] if isinstance(self.launch, OnDevice) else []
 
 
-def _move(
-    compiled: bool, banks: list[Bank], clip_to: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
-    """The function that moves every bank:  w <- w - lr * chain(clip * gradient).
+class Numbered:
+    """A move as a function of one tensor: [learning rate, fraction, step, step / steps, the schedule's value]."""
 
-    It is called with [learning rate, step, step / steps, the schedule's value] and returns the norm of the gradient.
-    """
-    chains = [
-        (bank, [(part, bank.state[part.kind]) for part in bank.chain.steps]) for bank in banks
-    ]
+    def __init__(self, move: Move):
+        self.move = move
 
-    def move(lr: Tensor, now: Now) -> Tensor:
-        norm = torch.stack([bank.grad.square().sum() for bank in banks]).sum().sqrt()
-        clip = clip_to(norm)
-        for bank, steps in chains:
-            update = bank.grad * clip
-            for part, state in steps:
+    def __call__(self, numbers: Tensor) -> Tensor:
+        lr, fraction, *now = numbers.unbind()
+        return self.move(lr, fraction, Now(*now))
+
+
+class ChainMove:
+    """Moves every bank by its chain:  w <- w - lr * chain(scale * gradient)."""
+
+    def __init__(self, banks: Sequence[Bank], scaling: "GradientScale"):
+        self.banks = banks
+        self.scaling = scaling
+
+    def __call__(self, lr: Tensor, fraction: Tensor, now: Now) -> Tensor:
+        squares = torch.stack([bank.grad.square().sum() for bank in self.banks])
+        norm = squares.sum().sqrt() / fraction
+        scale = self.scaling(norm, now) / fraction
+        for bank in self.banks:
+            update = bank.grad * scale
+            for part in bank.transforms:
+                state = bank.state[part.kind]
                 update, new = part.update(update, bank.weight, state, bank, now)
                 for name, value in new.items():
                     state[name].copy_(value)
@@ -153,33 +208,77 @@ def _move(
             bank.grad.zero_()
         return norm
 
-    move = torch.compile(move, dynamic=False) if compiled else move
-    return lambda numbers: move(numbers[0], Now(*numbers[1:].unbind()))
+
+class GradientScale:
+    """What every gradient is multiplied by: the clip, times the factors of optim.on_gradient.
+
+    Nobody waits for the device.
+    """
+
+    def __init__(self, optim: Optim, device: torch.device):
+        self.clip = torch.ones_like if optim.clip is None else Clip(optim.clip)
+        self.parts = optim.on_gradient
+        self.like = torch.zeros((), device=device)
+        self.state: State = {part.kind: part.state(self.like) for part in self.parts}
+
+    def restart(self) -> None:
+        for part in self.parts:
+            for name, value in part.state(self.like).items():
+                self.state[part.kind][name].copy_(value)
+
+    def __call__(self, norm: Tensor, now: Now) -> Tensor:
+        """norm: of the mean gradient, 0-D."""
+        scale = self.clip(norm)
+        for part in self.parts:
+            state = self.state[part.kind]
+            factor, new = part.factor(norm, state, now)
+            for name, value in new.items():
+                state[name].copy_(value)
+            scale = scale * factor
+        return scale
 
 
-def _symmetric() -> Callable[[Tensor, str, torch.dtype], Tensor]:
+@dataclass(frozen=True)
+class Clip:
+    """min(1, limit / norm)."""
+
+    limit: float
+
+    def __call__(self, norm: Tensor) -> Tensor:
+        return (self.limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+def declared_of(value: nn.Parameter) -> Param:
+    """What core/model/layers.py noted on a parameter."""
+    return cast(Param, value.declared)  # type: ignore[attr-defined]
+
+
+def _grouped(model: nn.Module) -> list[list[tuple[str, nn.Parameter]]]:
+    groups: dict[Key, list[tuple[str, nn.Parameter]]] = {}
+    for name, value in model.named_parameters():
+        groups.setdefault(bank_of(declared_of(value)), []).append((name, value))
+    return list(groups.values())
+
+
+def per_member(values: Sequence[float], weight: Tensor) -> Tensor:
+    """One number for each member of a bank: 0-D where they agree, else [N, 1, ...] as the weight [N, ...] has axes."""
+    if len(set(values)) == 1:
+        return weight.new_tensor(values[0])
+    return weight.new_tensor(values).view(-1, *[1] * (weight.dim() - 1))
+
+
+def _symmetric() -> Orthogonal:
     from ablab.kernels.newton_schulz import orthogonalise
 
-    return lambda matrices, coefficients, dtype: orthogonalise(
-        matrices, *COEFFICIENTS[coefficients], dtype
-    )
+    def symmetric(matrices: Tensor, coefficients: str, dtype: torch.dtype) -> Tensor:
+        return orthogonalise(matrices, *COEFFICIENTS[coefficients], dtype)
+
+    return symmetric
 
 
-def width_rule(chain: Chain) -> str:
-    """How the chain's learning rate scales with width under muP; '' when no step says."""
-    return next((part.width_rule for part in chain.steps if part.width_rule), "")
-
-
-def _blocks(declared: Any, chain: Chain) -> tuple[int, ...]:
+def _blocks(declared: Param, chain: Chain) -> tuple[int, ...]:
     """Rows of the matrices to treat apart, as the chain's `split` asks."""
     split = next((part.split for part in chain.steps if hasattr(part, "split")), "joint")
     if split == "heads" and declared.head:
         return (declared.head,) * (declared.shape[0] // declared.head)
     return () if split == "joint" else declared.blocks
-
-
-def _clip_to(limit: float | None) -> Callable[[Tensor], Tensor]:
-    """norm -> the factor for every gradient: min(1, limit / norm), or always 1; nobody waits for the device."""
-    if limit is None:
-        return torch.ones_like
-    return lambda norm: (limit / (norm + 1e-6)).clamp(max=1.0)

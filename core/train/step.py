@@ -1,13 +1,12 @@
 """One training step: micro-batches -> backward -> optimizer -> after_step."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ablab.core.recipe.recipe import Recipe
-from ablab.core.runtime.replay import OnDevice
+from ablab.core.runtime.replay import OnDevice, Recorder, on_device
 from ablab.core.train.banks import Optimizer
 
 # rows of tokens, int [B,T+1] -> (nats to descend, nats to report), both summed over tokens
@@ -19,8 +18,8 @@ class TrainingStep:
 
         gradient <- d(loss / tokens), summed over micro-batches;  weights <- optimizer(gradient);  after_step(weights)
 
-    tokens: of all micro-batches of a step together.
-    replay, pool: of `OnDevice`, which a micro-batch goes through.
+    tokens: of all micro-batches of a full step together; the gradient is that of the mean over a step's tokens.
+    recorder: records what a micro-batch does (core/runtime/replay.py).
     """
 
     def __init__(
@@ -29,8 +28,7 @@ class TrainingStep:
         optimizer: Optimizer,
         recipe: Recipe,
         tokens: int,
-        replay: bool = False,
-        pool: Any = None,
+        recorder: Recorder | None = None,
     ):
         self.loss = loss
         self.optimizer = optimizer
@@ -38,7 +36,7 @@ class TrainingStep:
         self.weights = [bank.weight for bank in optimizer.banks]
         # nats and tokens since whoever reads it last cleared it
         self.window = torch.zeros(2, dtype=torch.float64, device=optimizer.device)
-        self.descend = OnDevice(self._descend, optimizer.device, replay, pool)
+        self.descend = on_device(self._descend, optimizer.device, recorder)
         self.restart(recipe)
 
     def restart(self, recipe: Recipe) -> None:
@@ -48,21 +46,23 @@ class TrainingStep:
         self.after = [(part, part.begin(self.weights)) for part in recipe.after_step]
         self.window.zero_()
 
-    def take(self, t: int, blocks: Iterable[Tensor]) -> Tensor:
+    def take(self, t: int, blocks: Iterable[Tensor], tokens: int | None = None) -> Tensor:
         """Optimizer step t (from 1) on micro-batches, int [B,T+1] each, on the host.
 
+        tokens: of these micro-batches together; None: of a full step.
         Returns the gradient norm before clipping, 0-D; nothing waits for the device.
         """
         for block in blocks:
             self.descend(block)
-        return self.move(t)
+        return self.move(t, tokens)
 
-    def move(self, t: int) -> Tensor:
-        """The second half of step t, for gradients that stand in the banks."""
-        norm = self.optimizer.step(t)
+    def move(self, t: int, tokens: int | None = None) -> Tensor:
+        """The second half of `take`, for gradients that stand in the banks."""
+        tokens = self.tokens if tokens is None else tokens
+        norm = self.optimizer.step(t, tokens / self.tokens)
         for part, state in self.after:
             part.advance(state, self.weights, t, self.steps)
-        self.window[1] += self.tokens
+        self.window[1] += tokens
         return norm
 
     def _descend(self, block: Tensor) -> None:
@@ -77,3 +77,9 @@ class TrainingStep:
         for part, values in self.after:
             state |= {f"after/{part.kind}/{name}": value for name, value in values.items()}
         return state | {"window": self.window}
+
+    @property
+    def replayed(self) -> list[OnDevice]:
+        """What is recorded, or could be: empty on a CPU."""
+        own = [self.descend] if isinstance(self.descend, OnDevice) else []
+        return own + self.optimizer.replayed

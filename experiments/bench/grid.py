@@ -165,7 +165,7 @@ def _caches_in(folder: Path):
 def _device(experiment: Experiment) -> str:
     from ablab.core.runtime.runtime import settle
 
-    return settle(experiment.sheet.runtime, experiment.base.data.batch)["device"]
+    return settle(experiment.sheet.runtime, experiment.base.batches.largest_micro_batch).device
 
 
 def _probe(

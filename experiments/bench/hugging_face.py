@@ -7,7 +7,6 @@ recipe does; the same rows in the same micro-batches.  It has none of the recipe
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -16,7 +15,7 @@ from ablab.core.data.tokens import Tokens
 from ablab.core.errors import UserError
 from ablab.core.model.plan import plan_of
 from ablab.core.recipe.recipe import Recipe
-from ablab.core.runtime.runtime import repeat_bits
+from ablab.core.runtime.runtime import Settled, repeat_bits
 from ablab.experiments.bench.timing import Marks
 
 
@@ -32,10 +31,10 @@ def any_algorithm() -> Iterator[None]:
 class HuggingFace:
     """`step()` is one optimizer step.  runtime: settled.  Raises UserError without transformers."""
 
-    def __init__(self, recipe: Recipe, runtime: dict[str, Any], folder: Path, marks: Marks):
-        self.recipe, self.rows, self.marks, self.t = recipe, runtime["micro_batch"], marks, 0
-        self.device, self.tokens = torch.device(runtime["device"]), Tokens(recipe, folder)
-        bf16 = runtime["dtype"] == "bf16"
+    def __init__(self, recipe: Recipe, runtime: Settled, folder: Path, marks: Marks):
+        self.recipe, self.rows, self.marks, self.t = recipe, runtime.micro_batch, marks, 0
+        self.device, self.tokens = torch.device(runtime.device), Tokens(recipe, folder)
+        bf16 = runtime.dtype == "bf16"
         torch.manual_seed(0)
         self.model = llama(recipe).to(self.device)
 
@@ -44,12 +43,12 @@ class HuggingFace:
                 logits = self.model(input_ids=block[:, :-1], use_cache=False).logits
             return F.cross_entropy(logits.float().flatten(0, 1), block[:, 1:].flatten())
 
-        self.loss = torch.compile(loss) if runtime["compile"] else loss
+        self.loss = torch.compile(loss) if runtime.compile else loss
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
         weights = "fp32 weights, bf16 autocast" if bf16 else "fp32"
-        self.about = f"{weights}, {'compiled' if runtime['compile'] else 'eager'}, fused AdamW, micro-batches of {self.rows}"
+        self.about = f"{weights}, {'compiled' if runtime.compile else 'eager'}, fused AdamW, micro-batches of {self.rows}"
 
     @property
     def flops_per_token(self) -> int:

@@ -24,7 +24,7 @@ from ablab.core.errors import UserError
 from ablab.core.language.parse import near
 from ablab.core.model.cost import cost_of
 from ablab.core.recipe.recipe import Budget, Recipe
-from ablab.core.runtime.runtime import Runtime, settle
+from ablab.core.runtime.runtime import Runtime, Settled, settle
 from ablab.core.train.trainer import Trainer
 from ablab.experiments.bench import timing
 from ablab.experiments.bench.random_tokens import NAME, experiment_on_random_tokens
@@ -63,7 +63,9 @@ class Ours:
         trainer.optimizer.step = marks.around(trainer.optimizer.step, "optimizer", "optimizer")
         self.flops_per_token = cost_of(recipe).flops_per_token
         self.about = ", ".join(
-            f"{name}={value}" for name, value in trainer.runtime.items() if name in SHOWN
+            f"{name}={value}"
+            for name, value in asdict(trainer.runtime).items()
+            if name in SHOWN
         )
 
     def step(self) -> None:
@@ -75,7 +77,7 @@ class Ours:
 
     def show_phases(self) -> None:
         """From here on without replays: the kernels are the same, but launched one by one, each by its phase."""
-        for one in self.trainer.replayed:
+        for one in self.trainer.training_step.replayed:
             one.stop_replaying()
 
 
@@ -90,8 +92,8 @@ class Subject:
     make: Callable[..., Any]
 
     @property
-    def settled(self) -> dict[str, Any]:
-        return settle(self.runtime, self.recipe.data.batch)
+    def settled(self) -> Settled:
+        return settle(self.runtime, self.recipe.batches.largest_micro_batch)
 
 
 @dataclass
@@ -134,8 +136,8 @@ def bench_step(
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         subjects = _subjects(name, overrides, against, cell, Path(folder))
-        device = torch.device(subjects[0].settled["device"])
-        if (other := subjects[-1].settled["device"]) != device.type:
+        device = torch.device(subjects[0].settled.device)
+        if (other := subjects[-1].settled.device) != device.type:
             raise UserError(
                 f"the two subjects run on {device.type} and {other}; time them on one device"
             )
@@ -227,7 +229,9 @@ def _ours(
 def _peer(recipe: Recipe, runtime: Runtime, folder: Path, marks: Marks) -> Any:
     from ablab.experiments.bench.hugging_face import HuggingFace
 
-    return HuggingFace(recipe, settle(runtime, recipe.data.batch), folder, marks)
+    return HuggingFace(
+        recipe, settle(runtime, recipe.batches.largest_micro_batch), folder, marks
+    )
 
 
 # -- timing one --------------------------------------------------------------------------------------------------------
@@ -250,7 +254,7 @@ def _made(subject: Subject, warm_up: int, device: torch.device) -> tuple[Any, Ma
             one.step()
         timing.settled(device)
     except torch.OutOfMemoryError:
-        rows = subject.settled["micro_batch"]
+        rows = subject.settled.micro_batch
         raise UserError(
             f"{subject.name}: out of memory with micro-batches of {rows} rows; try runtime.micro_batch={max(rows // 2, 1)}"
         ) from None

@@ -148,7 +148,7 @@ def _measure(recipes: dict[str, Any], setting: dict[str, Any], device: str) -> d
 
     runtime = parse(Runtime, {"device": device}, "")
     torch.set_num_threads(runtime.threads)
-    where, arms = settle(runtime, rows=1)["device"], []
+    where, arms = settle(runtime, rows=1).device, []
     for name, recipe in recipes.items():
         began = perf_counter()
         rows = check.coordinates(recipe, **setting, device=where)

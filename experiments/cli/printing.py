@@ -56,7 +56,9 @@ def _kernels(runtime: Any, recipe: Any) -> None:
     from ablab.core.fusion.places import places
     from ablab.core.runtime.runtime import settle
 
-    for place, served in places(recipe, settle(runtime, recipe.data.batch)).items():
+    for place, served in places(
+        recipe, settle(runtime, recipe.batches.largest_micro_batch)
+    ).items():
         typer.echo(f"# {place}: {served.why}")
 
 

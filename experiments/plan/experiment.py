@@ -114,7 +114,9 @@ def load(
         treatment = treatment_of(sheet.treatment)
     sheet = asked.on_sheet(sheet)
     base = recipe_from(sheet.base, asked.recipe_edits(sheet), beside=path.parent)
-    rows_at_once(sheet.runtime, base.data.batch)  # refused here, before a worker would
+    rows_at_once(
+        sheet.runtime, base.batches.largest_micro_batch
+    )  # refused here, before a worker would
     if base.data.digest is None:
         digest = digest_of(base.data.name)
         base = replace(base, data=replace(base.data, digest=digest))

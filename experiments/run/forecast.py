@@ -87,7 +87,7 @@ def _is_missing(result: Result | None) -> bool:
 
 
 def _tokens(recipe: Recipe) -> int:
-    return recipe.steps * recipe.tokens_per_step
+    return recipe.tokens_after(recipe.steps)
 
 
 def _flops(recipe: Recipe) -> int:

@@ -7,7 +7,8 @@ arm never.
 
 from collections.abc import Callable
 
-from ablab.core.runtime.runtime import Runtime, code_fingerprint
+from ablab.core.runtime.fingerprint import code_fingerprint
+from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.record import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.run.capacity import gpus_for

@@ -137,7 +137,7 @@ class Worker:
 
     def _run(self, job: TrainJob, recipe: Recipe, runtime: Runtime, record: Record) -> Result:
         """A crash is a result too: one line in the record, the traceback beside it."""
-        from ablab.core.train.trainer import run
+        from ablab.core.train.run import run
 
         try:
             return run(
@@ -145,7 +145,7 @@ class Worker:
                 runtime,
                 job.data,
                 record,
-                tracker=_PipeTracker(self.pipe, job.run),
+                log=_PipeLog(self.pipe, job.run),
                 about=job.about,
                 warn=lambda line: self.pipe.send(Warned(line)),
                 warm=self.warm,
@@ -163,7 +163,7 @@ def _read(job: Job) -> tuple[Recipe, Runtime]:
     """Raises UserError where this process cannot compute what the runner asked for."""
     recipe = parse(Recipe, job.recipe, "")
     runtime = parse(Runtime, job.runtime, "runtime")
-    settle(runtime, recipe.data.batch)
+    settle(runtime, recipe.batches.largest_micro_batch)
     if run_id(recipe) != job.run:
         raise UserError(
             "the file of an intervention changed while the grid ran; start the same command again"
@@ -179,8 +179,8 @@ def _trace(job: TraceJob) -> str:
 
     recipe, runtime = _read(job)
     torch.set_num_threads(runtime.threads)
-    settled = settle(runtime, recipe.data.batch)
-    return trace(recipe, settled["device"], served(recipe, settled))
+    settled = settle(runtime, recipe.batches.largest_micro_batch)
+    return trace(recipe, settled.device, served(recipe, settled))
 
 
 def _standing(record: Record, asked: int) -> Result | None:
@@ -210,18 +210,14 @@ def _in_short(fault: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class _PipeTracker:
+class _PipeLog:
     """Sends scalars to the runner, which alone talks to trackers and terminals."""
 
     pipe: Connection
     run: str
 
-    def open(self, card: object) -> None: ...
-
-    def log(self, step: int, scalars: Mapping[str, float], seconds: float) -> None:
+    def __call__(self, step: int, scalars: Mapping[str, float], seconds: float) -> None:
         self.pipe.send(Logged(step, dict(scalars), seconds))
         while self.pipe.poll():
             if self.pipe.recv() == Stop(self.run):
                 raise Pruned
-
-    def close(self, status: str, summary: Mapping[str, float]) -> None: ...

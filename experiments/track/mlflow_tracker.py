@@ -30,8 +30,8 @@ from ablab.core.store.record import (
     Result,
     Store,
 )
-from ablab.core.train.tracker import Card
 from ablab.experiments.track.mlflow_view import NOTE, MlflowView, colour_of, cure, errors
+from ablab.experiments.track.tracker import Card
 
 RUNNING = "running"
 STATUS = {

@@ -132,7 +132,7 @@ def test_the_run_follows_it(tiny, token_folder, tmp_path):
     """Not the cosine that it replaces: the logged rates of twelve steps."""
     from ablab.core.runtime.runtime import Runtime
     from ablab.core.store.record import Record
-    from ablab.core.train.trainer import run
+    from ablab.core.train.run import run
 
     recipe, record = (
         tiny([{"wsd": {"decay_fraction": 0.5, "shape": "linear"}}], optim__lr=0.004),

@@ -9,7 +9,8 @@ from ablab.core.errors import UserError
 from ablab.core.runtime.runtime import Runtime, settle
 from ablab.core.store.record import Record
 from ablab.core.train import checkpoint
-from ablab.core.train.trainer import Trainer, run
+from ablab.core.train.run import run
+from ablab.core.train.trainer import Trainer
 from ablab.experiments.plan.experiment import load
 
 OTHER = {
@@ -110,9 +111,8 @@ OBSERVED = {
     "kernels": lambda seen: seen.about["kernels"],
     "compile": lambda seen: seen.compiled > 0,
     "replay": lambda seen: (
-        seen.trainer.training_step.descend.replay,
-        seen.trainer.optimizer.move.replay,
-    ),  # core/runtime/replay.py; tests/core/test_gpu.py
+        seen.trainer.runtime.replay
+    ),  # a GPU's alone: tests/core/train/test_gpu.py
     "micro_batch": lambda seen: seen.rows,
     "recompute": lambda seen: (
         seen.blocks
@@ -162,11 +162,8 @@ def test_what_nobody_asked_for_is_chosen_for_the_device(monkeypatch, device, cho
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     for asked in ("auto", device):
         settled = settle(Runtime(device=asked), 6)
-        assert settled["device"] == device and settled["micro_batch"] == 6
-        assert (
-            tuple(settled[name] for name in ("dtype", "compile", "replay", "deterministic"))
-            == chosen
-        )
+        assert settled.device == device and settled.micro_batch == 6
+        assert (settled.dtype, settled.compile, settled.replay, settled.deterministic) == chosen
 
 
 def test_the_device_is_the_one_asked_for(tiny, token_folder):
@@ -181,13 +178,8 @@ def test_the_device_is_the_one_asked_for(tiny, token_folder):
 def test_threads_are_as_many_as_asked_for(tiny, token_folder):
     """Not trained: two threads on a few numbers wait for each other 20 s long."""
     for count in (2, 1):
-        assert (
-            Trainer(tiny(), Runtime(device="cpu", threads=count), token_folder).runtime[
-                "threads"
-            ]
-            == torch.get_num_threads()
-            == count
-        )
+        trainer = Trainer(tiny(), Runtime(device="cpu", threads=count), token_folder)
+        assert trainer.runtime.threads == torch.get_num_threads() == count
 
 
 def test_every_field_is_asked():

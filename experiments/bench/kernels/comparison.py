@@ -71,9 +71,7 @@ def bench_kernels(only: str | None = None, device: str = "auto") -> dict[str, An
         raise UserError(
             f"--only {only!r} fits no kernel. {near(only, KERNELS)}Kernels: {', '.join(KERNELS)}"
         )
-    device = torch.device(
-        settle(parse(Runtime, {"device": device}, "runtime"), rows=1)["device"]
-    )
+    device = torch.device(settle(parse(Runtime, {"device": device}, "runtime"), rows=1).device)
     matmul, copy = timing.matmul_rate(device), timing.copy_rate(device)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:

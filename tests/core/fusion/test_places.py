@@ -1,6 +1,7 @@
 """Kernels in their places: the same function of the same parameters as the stages that they replace."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from ablab.core.model.objective import heads_of, of_rows
 from ablab.core.model.transformer import Transformer
 from ablab.core.runtime.runtime import Runtime, settle
 from ablab.core.store.record import Record
-from ablab.core.train.trainer import Trainer, run
+from ablab.core.train.run import run
+from ablab.core.train.trainer import Trainer
 
 SHAPE = {
     "model__width": 64,
@@ -45,7 +47,7 @@ LOSS = {
     "multiplier": [{"mup": {"base_width": 32, "readout": "multiplier"}}],
     "all": [{"mup": {"readout": "multiplier"}}, {"soft_cap": {"cap": 2.0}}, "z_loss"],
 }
-ASKED = {"device": "cpu", "dtype": "fp32", "kernels": "triton"}
+ASKED = settle(Runtime(device="cpu", dtype="fp32", kernels="triton"), 2)
 cpu = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"
 )
@@ -168,7 +170,7 @@ def test_what_a_kernel_cannot_serve_is_named_and_torch_serves_it(tiny, monkeypat
         ),
     ]
     for recipe, place, said in cases:
-        auto = fuse.places(recipe, ASKED | {"kernels": "auto", "dtype": "bf16"})[place]
+        auto = fuse.places(recipe, replace(ASKED, kernels="auto", dtype="bf16"))[place]
         assert (auto.kernel, auto.flaw, auto.why) == (False, True, f"torch: {said}")
         with pytest.raises(
             UserError,
@@ -176,7 +178,7 @@ def test_what_a_kernel_cannot_serve_is_named_and_torch_serves_it(tiny, monkeypat
         ):
             fuse.places(recipe, ASKED)
     for served in ([], ["fp8"]):  # fp8 in the feed-forward alone
-        assert fuse.places(tiny(served, **SHAPE), ASKED | {"kernels": "auto", "dtype": "bf16"})[
+        assert fuse.places(tiny(served, **SHAPE), replace(ASKED, kernels="auto", dtype="bf16"))[
             "loss"
         ].kernel
 
@@ -185,7 +187,7 @@ def test_auto_takes_no_kernel_that_was_not_measured_to_be_faster_here(tiny, monk
     monkeypatch.setattr(fuse, "FASTER", {})
     monkeypatch.setattr(fuse, "_card", lambda: fuse.Card("this GPU", (1, 0)))
     held = fuse.places(
-        tiny(["muon"], **SHAPE), ASKED | {"kernels": "auto", "dtype": "bf16", "device": "cuda"}
+        tiny(["muon"], **SHAPE), replace(ASKED, kernels="auto", dtype="bf16", device="cuda")
     )
     assert list(held) == ["attention", "ffn", "loss", "newton_schulz", "optimizer"]
     assert {(one.kernel, one.flaw, one.why) for one in held.values()} == {
@@ -217,7 +219,7 @@ def test_auto_takes_a_kernel_at_the_shapes_where_it_was_measured_alone(
         }
         | shape,
     )
-    held = fuse.places(recipe, ASKED | {"kernels": "auto", "dtype": "bf16", "device": "cuda"})
+    held = fuse.places(recipe, replace(ASKED, kernels="auto", dtype="bf16", device="cuda"))
     assert held["attention"].kernel is served and held["ffn"].kernel
     assert (
         held["attention"].why == "triton"
@@ -233,7 +235,7 @@ def test_triton_without_a_gpu_and_without_the_interpreter_is_refused(tiny, monke
     ):
         settled = settle(Runtime(device="cpu", kernels="triton"), 2)
         fuse.places(tiny(), settled)
-    assert fuse.places(tiny(), ASKED | {"kernels": "auto"})["loss"].why == "torch: no GPU"
+    assert fuse.places(tiny(), replace(ASKED, kernels="auto"))["loss"].why == "torch: no GPU"
 
 
 @cpu
@@ -260,7 +262,7 @@ def test_a_run_by_kernels_follows_the_run_by_torch_and_says_what_served_it(
             "torch": "torch: runtime.kernels=torch"
         }.get(kernels, kernels)
         trainer = Trainer(recipe, Runtime(device="cpu", kernels=kernels), token_folder)
-        assert isinstance(trainer.optimizer.move.function, FusedMove) is (kernels == "triton")
+        assert isinstance(trainer.optimizer.move, FusedMove) is (kernels == "triton")
         weights.add(result.weights)
         curves[kernels] = torch.tensor([line["train/loss"] for line in record.metrics()])
     assert len(curves["torch"]) == 3 and (curves["triton"] - curves["torch"]).abs().max() < 2e-4

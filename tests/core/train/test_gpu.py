@@ -7,7 +7,8 @@ import torch
 
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.record import Record
-from ablab.core.train.trainer import Trainer, Warm, run
+from ablab.core.train.run import run
+from ablab.core.train.trainer import Trainer, Warm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,11 +103,10 @@ def test_replayed_steps_are_the_steps_themselves(tiny, token_folder, compile):
             token_folder,
         )
         norms = [trainer.advance().item() for _ in range(9)]
-        assert (
-            (trainer.training_step.descend.graph is not None)
-            == (trainer.optimizer.move.graph is not None)
-            == replay
-        )
+        assert [bool(one.recordings) for one in trainer.training_step.replayed] == [
+            replay,
+            replay,
+        ]
         seen.append((norms, trainer.close_window(), trainer.evaluate(), trainer.digest()))
     assert seen[0] == seen[1]
 
@@ -119,7 +119,7 @@ def test_a_chain_that_waits_for_the_device_is_not_recorded(tiny, token_folder):
         token_folder,
     )
     assert all(trainer.advance().isfinite() for _ in range(6))
-    assert trainer.training_step.descend.graph and not trainer.optimizer.move.graph
+    assert trainer.training_step.descend.recordings and not trainer.optimizer.launch.recordings
 
 
 def test_a_run_reports_the_memory_of_its_replays(tiny, token_folder, tmp_path):

@@ -9,11 +9,13 @@ import torch
 
 from ablab.core.data.tokens import Tokens
 from ablab.core.recipe.recipe import structure
+from ablab.core.runtime.replay import OnDevice
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.record import DIVERGED, FINISHED, Record
 from ablab.core.train import checkpoint
 from ablab.core.train.banks import Optimizer
-from ablab.core.train.trainer import Trainer, Warm, run
+from ablab.core.train.run import run
+from ablab.core.train.trainer import Trainer, Warm
 
 CPU = Runtime(device="cpu", compile=False, log_every=1, evaluations=3)
 FULL = [
@@ -45,12 +47,12 @@ def weights(trainer) -> dict[str, torch.Tensor]:
 
 
 class KilledAt:
-    """A tracker that dies at one step, as a process would: nothing after it is written."""
+    """A log that dies at one step, as a process would: nothing after it is written."""
 
     def __init__(self, step: int):
         self.step = step
 
-    def log(self, step, scalars, seconds):
+    def __call__(self, step, scalars, seconds):
         if step == self.step:
             raise KeyboardInterrupt
 
@@ -219,7 +221,7 @@ def test_a_line_logged_after_the_last_checkpoint_is_forgotten(
     """Killed after step 8 was logged and before it was saved: the log goes back to step 7."""
     recipe, runtime = tiny(FULL), how(save_seconds=0.0, keep_weights=True)
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, token_folder, tmp_path, runtime, tracker=KilledAt(8))
+        train(recipe, token_folder, tmp_path, runtime, log=KilledAt(8))
     assert [line["step"] for line in Record(tmp_path).metrics()][-1] == 8
     assert checkpoint.newest(tmp_path / "checkpoints", never)[0] == 7
     with open(tmp_path / "metrics.jsonl", "ab") as file:
@@ -232,7 +234,7 @@ def test_a_damaged_newest_checkpoint_costs_one_step_and_changes_nothing(
 ):
     recipe, runtime, said = tiny(FULL), how(save_seconds=0.0, keep_weights=True), []
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, token_folder, tmp_path, runtime, tracker=KilledAt(8))
+        train(recipe, token_folder, tmp_path, runtime, log=KilledAt(8))
     newest = checkpoint.listed(tmp_path / "checkpoints")[-1]
     newest.write_bytes(newest.read_bytes()[:-3])
     same(uninterrupted, train(recipe, token_folder, tmp_path, runtime, warn=said.append))
@@ -420,30 +422,36 @@ def test_lack_of_memory_becomes_a_record(tiny, token_folder, tmp_path, monkeypat
     )
 
 
+class Recorded:
+    """As a CUDA graph that holds memory: a recorder that has recorded one call."""
+
+    height = 0
+
+    def record(self, function, like):
+        return self
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_an_evaluation_without_memory_is_repeated_without_the_graphs_that_hold_it(
     tiny, token_folder, monkeypatch
 ):
-    trainer, called = Trainer(tiny(), CPU, token_folder), []
+    trainer, held = Trainer(tiny(), CPU, token_folder), []
     wanted, loss = trainer.evaluate(), trainer._held_out_loss
+    descend = OnDevice(trainer.training_step.descend, trainer.device, Recorded())
+    descend.recordings[torch.Size([4, 17])] = Recorded()
+    trainer.training_step.descend = descend
 
     def full_once():
-        called.append(trainer.training_step.descend.graph)
-        if trainer.training_step.descend.graph:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return loss()
+        held.append(len(descend.recordings))
+        return out_of_memory() if descend.recordings else loss()
 
     monkeypatch.setattr(trainer, "_held_out_loss", full_once)
-    trainer.training_step.descend.graph = "recorded"
-    assert (
-        trainer.evaluate() == wanted
-        and called == ["recorded", None]
-        and not trainer.optimizer.move.replay
-    )
-    monkeypatch.setattr(
-        trainer,
-        "_held_out_loss",
-        lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")),
-    )
+    assert trainer.evaluate() == wanted
+    assert held == [1, 0] and descend.recorder is None
+    monkeypatch.setattr(trainer, "_held_out_loss", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         trainer.evaluate()
 

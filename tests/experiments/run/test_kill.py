@@ -19,7 +19,7 @@ CPU = Runtime(device="cpu", log_every=3, evaluations=3, save_seconds=0)
 
 # -- one process, killed at chosen instants ----------------------------------------------------------------------------
 def train(recipe, data: Path, folder: Path) -> None:
-    from ablab.core.train.trainer import run
+    from ablab.core.train.run import run
 
     run(recipe, CPU, data, Record(folder), warn=lambda line: None)
 
@@ -225,7 +225,7 @@ def test_signals_to_the_runner_the_worker_and_both_lose_nothing(grid):
 
 
 def train_calm(recipe, data: Path, folder: Path) -> None:
-    from ablab.core.train.trainer import run
+    from ablab.core.train.run import run
 
     as_the_grid = Runtime(device="cpu", log_every=1, evaluations=2)
     run(recipe, as_the_grid, data, Record(folder))

@@ -244,7 +244,7 @@ def test_two_seeds_make_one_trial_with_their_mean_and_a_diverged_one_is_stored_a
 def test_a_pruned_run_ends_early_and_a_grid_that_asks_for_it_finishes_it_to_the_same_bits(
     lab, write_token_folder
 ):
-    from ablab.core.train.trainer import run as train
+    from ablab.core.train.run import run as train
 
     data = write_token_folder(lab.store / "data" / "long", train=20_000)
     paths = {"data.name": "long", "budget.tokens": 19_200}  # 300 steps

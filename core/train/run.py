@@ -1,0 +1,220 @@
+"""One run, from recipe to result: train to the end, log, evaluate, save, and leave a record."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ablab.core.errors import Diverged, Pruned
+from ablab.core.fusion.places import places
+from ablab.core.recipe.load import dump
+from ablab.core.recipe.recipe import Recipe, plain, run_id
+from ablab.core.runtime.fingerprint import code_fingerprint
+from ablab.core.runtime.runtime import Runtime, Settled, environment, settle
+from ablab.core.store.files import write_atomically
+from ablab.core.store.record import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, Record, Result
+from ablab.core.train import checkpoint
+from ablab.core.train.trainer import Trainer, Warm
+
+# Whoever watches a run is told (step, scalars, seconds of training); it may raise Pruned.
+Log = Callable[[int, Mapping[str, float], float], None]
+Warn = Callable[[str], None]
+
+
+def watched_by_nobody(step: int, scalars: Mapping[str, float], seconds: float) -> None:
+    """The log of a run that only its record keeps."""
+
+
+def run(
+    recipe: Recipe,
+    runtime: Runtime,
+    data_folder: Path,
+    record: Record,
+    log: Log = watched_by_nobody,
+    about: Mapping[str, Any] = {},
+    warn: Warn = print,
+    warm: Warm | None = None,
+    turn: AbstractContextManager = nullcontext(),
+) -> Result:
+    """Train to the end, from the last checkpoint if there is one, and leave a result.
+
+    Divergence and lack of memory are results too.
+    about: what run.json should say besides runtime and versions.  warm: shared by the runs of one process.
+    turn: held from the first step to the last; whoever shares the device waits for it.
+    Raises UserError for data that does not fit the recipe and for a folder that cannot be written.
+    """
+    settled = settle(runtime, recipe.batches.largest_micro_batch)
+    service = places(recipe, settled)
+    kernels = {place: one.why for place, one in service.items()}
+    how = {"runtime": asdict(settled), "kernels": kernels, "environment": environment()}
+    record.begin(dump(plain(recipe)), {**about, **how})
+    for place, one in service.items():
+        if one.flaw:
+            warn(f"the {place} kernel cannot serve this recipe: {one.why}")
+    checkpoints = record.folder / "checkpoints"
+    trainer = None
+    metrics: dict[str, float] = {}
+    status, error = FINISHED, ""
+    try:
+        trainer = (warm or Warm()).trainer_for(recipe, settled, data_folder)
+        trainer.restore(checkpoints, warn)
+        record.rewind(trainer.step)
+        with turn:
+            metrics = Loop(trainer, record, log).train()
+    except Diverged as end:
+        status, error = DIVERGED, str(end)
+    except Pruned:
+        assert trainer, "only a log raises it"
+        status, error = PRUNED, f"pruned at step {trainer.step}"
+        trainer.save(checkpoints)  # asked for again, the run goes on from here
+    except torch.OutOfMemoryError:
+        status, error = OUT_OF_MEMORY, _memory_advice(recipe, settled)
+    result = _result(recipe, settled, kernels, trainer, status, error, metrics)
+    if trainer and status == FINISHED and settled.keep_weights:
+        _keep_weights(trainer, record.folder)
+    record.finish(result)
+    if status != PRUNED:
+        checkpoint.clear(checkpoints)
+    return result
+
+
+class Loop:
+    """Train, log, evaluate and save until the last step."""
+
+    def __init__(self, trainer: Trainer, record: Record, log: Log):
+        self.trainer = trainer
+        self.record = record
+        self.log = log
+        self.recipe = trainer.recipe
+        self.runtime = trainer.runtime
+        self.steps = self.recipe.steps
+        count = self.runtime.evaluations
+        self.evaluations = {math.ceil(self.steps * (i + 1) / count) for i in range(count)}
+        self.last_good = math.log(self.recipe.data.vocab)  # of a uniform guess, nats/token
+        self.saved = time.perf_counter()
+
+    def train(self) -> dict[str, float]:
+        """Returns the last metrics.  Raises Diverged."""
+        trainer = self.trainer
+        scalars: dict[str, float] = {}
+        while trainer.step < self.steps:
+            norm = trainer.advance()
+            t = trainer.step
+            trainer.watch.step(norm, self._tokens_of(t))
+            if t % self.runtime.log_every == 0 or t in self.evaluations:
+                scalars = self._report(t, norm)
+            if t < self.steps and self._must_save():
+                self._save()
+        return {name: value for name, value in scalars.items() if name != "tokens"}
+
+    def _report(self, t: int, norm: Tensor) -> dict[str, float]:
+        """Read what the device has counted since the last report; the only wait for it."""
+        trainer, watch = self.trainer, self.trainer.watch
+        scalars = {
+            "tokens": self.recipe.tokens_after(t),
+            "train/loss": trainer.close_window(),
+            "train/grad_norm": norm.item(),
+            "optim/lr": self.recipe.optim.lr * self.recipe.schedule.multiplier(t, self.steps),
+        }
+        watch.stop()
+        if math.isfinite(scalars["train/loss"]):
+            self.last_good = scalars["train/loss"]
+            if t in self.evaluations:
+                scalars |= trainer.evaluate()
+        if not all(math.isfinite(value) for value in scalars.values()):
+            # This very step may have broken the weights: its own loss is older.
+            raise Diverged(t, self.last_good)
+        rate = watch.rate
+        self.record.log(t, scalars, {"seconds": watch.seconds, "tokens_per_second": rate})
+        self.log(t, scalars | {"tokens_per_second": rate}, watch.seconds)
+        watch.go_on()
+        return scalars
+
+    def _tokens_of(self, t: int) -> int:
+        return self.recipe.tokens_after(t) - self.recipe.tokens_after(t - 1)
+
+    def _must_save(self) -> bool:
+        due = time.perf_counter() - self.saved >= self.runtime.save_seconds
+        return due and bool(self.trainer.training_step.window.isfinite().all())
+
+    def _save(self) -> None:
+        self.trainer.watch.stop()
+        self.trainer.save(self.record.folder / "checkpoints")
+        self.trainer.watch.go_on()
+        self.saved = time.perf_counter()
+
+
+def _result(
+    recipe: Recipe,
+    settled: Settled,
+    kernels: dict[str, str],
+    trainer: Trainer | None,
+    status: str,
+    error: str,
+    metrics: dict[str, float],
+) -> Result:
+    ended = Result(
+        run=run_id(recipe),
+        status=status,
+        step=0,
+        tokens=0,
+        metrics=metrics,
+        error=error,
+        code=code_fingerprint(),
+        runtime=asdict(settled),
+        kernels=kernels,
+    )
+    if not trainer:
+        return ended
+    return replace(
+        ended,
+        step=trainer.step,
+        tokens=recipe.tokens_after(trainer.step),
+        seconds=trainer.watch.seconds,
+        tokens_per_second=trainer.watch.rate,
+        peak_bytes=trainer.peak_memory(),
+        weights=trainer.digest() if status == FINISHED else "",
+    )
+
+
+def _memory_advice(recipe: Recipe, settled: Settled) -> str:
+    batch, rows = recipe.data.batch, settled.micro_batch
+    whole = recipe.batches.largest_micro_batch
+    smaller = [n for n in range(1, rows // 2 + 1) if whole % n == 0]
+    return (
+        f"out of memory: {_memory_in_use()} at data.batch={batch} in micro-batches of {rows}; "
+        f"try runtime.micro_batch={max(smaller, default=1)}"
+    )
+
+
+def _memory_in_use() -> str:
+    try:
+        total = torch.cuda.get_device_properties(0).total_memory
+    except (
+        AssertionError,
+        RuntimeError,
+    ):  # no card: the host's memory, or a plugin that says so
+        return "on the host"
+    ours = torch.cuda.memory_reserved()
+    # other processes, and some hundred MiB of libraries
+    others = max(total - torch.cuda.mem_get_info()[0] - ours, 0)
+    most = torch.cuda.max_memory_reserved()
+    return (
+        f"{most / 2**30:.1f} GiB of {total / 2**30:.1f} in use, {others / 2**30:.1f} by others,"
+    )
+
+
+def _keep_weights(trainer: Trainer, folder: Path) -> None:
+    from safetensors.torch import save
+
+    weights = {
+        name: value.detach().cpu().contiguous()
+        for name, value in trainer.model.named_parameters()
+    }
+    write_atomically(folder / "weights.safetensors", save(weights))
