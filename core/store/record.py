@@ -44,6 +44,13 @@ RETRY = (
 )  # asked for again, these run again: code and runtime may have changed
 
 
+def said(statuses: Mapping[str, int]) -> str:
+    """Counts in words: 2 finished, 1 out of memory."""
+    return ", ".join(
+        f"{count} {status.replace('_', ' ')}" for status, count in statuses.items()
+    )
+
+
 @dataclass(frozen=True)
 class Result:
     """How a run ended.  `metrics` are final values; losses in nats/token, times in seconds."""
@@ -59,6 +66,7 @@ class Result:
     error: str = ""
     code: str = ""  # fingerprint of the code that ran
     runtime: dict[str, Any] = field(default_factory=dict)
+    kernels: dict[str, str] = field(default_factory=dict)  # place -> "triton", or "torch: why"
     weights: str = ""  # digest of the final weights' bits
     kernels: dict[str, str] = field(default_factory=dict)  # place -> what served it
 

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -177,7 +178,7 @@ def test_only_trials_that_differ_in_the_learning_rate_alone_are_neighbours():
     assert (
         won.params == {LR: 0.008, "model_width": 256}
         and not won.admissible
-        and len(won.line) == 3
+        and len(won.line.trials) == 3
     )
     alone = winner(wide[:1] + narrow, SPACE, HARD)
     assert (
@@ -366,8 +367,13 @@ def grid_of_widths(optimum_at, lrs=GRID, **more) -> list[Trial]:
     ]
 
 
+def widths_of(record) -> pd.DataFrame:
+    """A row per width, for one arm."""
+    return pd.DataFrame(transfer(record))
+
+
 def test_a_rate_that_does_not_move_transfers_at_no_cost():
-    moved = transfer(study(grid_of_widths(lambda width: 0.008)))
+    moved = widths_of(study(grid_of_widths(lambda width: 0.008)))
     assert (
         list(moved.width) == [32, 64, 128, 256]
         and set(moved.base_width) == {64}
@@ -381,7 +387,7 @@ def test_a_rate_that_does_not_move_transfers_at_no_cost():
 
 
 def test_a_rate_that_falls_with_width_costs_what_the_curve_says():
-    moved = transfer(study(grid_of_widths(lambda width: 0.016 * 32 / width))).set_index("width")
+    moved = widths_of(study(grid_of_widths(lambda width: 0.016 * 32 / width))).set_index("width")
     assert list(moved.lr) == [0.016, 0.008, 0.004, 0.002] and list(
         moved.optimum
     ) == pytest.approx([0.016, 0.008, 0.004, 0.002])
@@ -396,7 +402,7 @@ def test_a_rate_that_falls_with_width_costs_what_the_curve_says():
 
 def test_the_smallest_width_is_the_base_where_the_experiments_own_was_not_searched():
     assert set(
-        transfer(
+        widths_of(
             study(grid_of_widths(lambda width: 0.008), base={LR: 0.007, WIDTH: 48})
         ).base_width
     ) == {32}
@@ -404,11 +410,11 @@ def test_the_smallest_width_is_the_base_where_the_experiments_own_was_not_search
 
 def test_a_rate_that_was_not_tried_there_is_read_off_the_quadratic_or_the_nearest_trial():
     base = bowl(GRID, 0.008, **{WIDTH: 64})
-    between = transfer(
+    between = widths_of(
         study(base + bowl([0.003, 0.006, 0.012, 0.024], 0.008, **{WIDTH: 128}))
     ).iloc[1]
     assert between.how == "quadratic" and between.transferred_loss == pytest.approx(2.4)
-    outside = transfer(study(base + bowl([0.001, 0.002, 0.003], 0.002, **{WIDTH: 128}))).iloc[1]
+    outside = widths_of(study(base + bowl([0.001, 0.002, 0.003], 0.002, **{WIDTH: 128}))).iloc[1]
     assert outside.how == "nearest, 0.003" and outside.gap == pytest.approx(
         0.02 * np.log2(1.5) ** 2
     )
@@ -416,7 +422,7 @@ def test_a_rate_that_was_not_tried_there_is_read_off_the_quadratic_or_the_neares
 
 def test_a_transferred_rate_that_diverges_has_no_loss_there():
     wide = sweep({0.001: 2.5, 0.002: 2.4, 0.004: 2.5, 0.008: "diverged"}, **{WIDTH: 128})
-    row = transfer(study(bowl(GRID, **{WIDTH: 64}) + wide)).iloc[1]
+    row = widths_of(study(bowl(GRID, **{WIDTH: 64}) + wide)).iloc[1]
     assert np.isnan(row.gap) and row.how == "evaluated: diverged"
 
 
