@@ -29,7 +29,7 @@ from scipy.special import (
 
 from ablab.analysis.effects.service import differing_service
 from ablab.core.errors import UserError
-from ablab.core.store.record import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, PRUNED, said
+from ablab.core.store.result import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, PRUNED, said
 
 BETTER = "better"
 WORSE = "worse"

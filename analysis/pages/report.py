@@ -31,7 +31,9 @@ from ablab.analysis.pictures.curves import draw_curves
 from ablab.analysis.pictures.forest import draw_forest
 from ablab.core.errors import UserError
 from ablab.core.store.files import write_atomically
-from ablab.core.store.record import FINISHED, GridPlan, Store, command, said
+from ablab.core.store.grid_plan import GridPlan, command
+from ablab.core.store.result import FINISHED, said
+from ablab.core.store.store import Store
 
 FEWEST_PAIRS = 3  # below, an interval is a formality: t(0.975) is 12.7 at one degree of freedom
 MIXED = {"code": "code fingerprints", "tokens": "token counts"}

@@ -20,7 +20,7 @@ from ablab.analysis.pictures.style import (
     save,
     styled,
 )
-from ablab.core.store.record import FINISHED
+from ablab.core.store.result import FINISHED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

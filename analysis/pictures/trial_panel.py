@@ -8,7 +8,7 @@ import numpy as np
 
 from ablab.analysis.pictures.style import BACKGROUND, DISTINCT, INK
 from ablab.analysis.tuning.winners import Line, Winner, sign
-from ablab.core.store.record import DIVERGED, PRUNED
+from ablab.core.store.result import DIVERGED, PRUNED
 from ablab.core.store.study_record import COMPLETE, StudyRecord, Trial
 
 if TYPE_CHECKING:

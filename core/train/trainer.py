@@ -31,7 +31,8 @@ from ablab.core.runtime.runtime import (
     settle,
 )
 from ablab.core.store.files import write_atomically
-from ablab.core.store.record import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, Record, Result
+from ablab.core.store.record import Record
+from ablab.core.store.result import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, Result
 from ablab.core.train import checkpoint
 from ablab.core.train.banks import Optimizer
 from ablab.core.train.evaluate import held_out_loss

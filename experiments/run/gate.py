@@ -8,7 +8,7 @@ arm never.
 from collections.abc import Callable
 
 from ablab.core.runtime.runtime import code_fingerprint
-from ablab.core.store.record import Store
+from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.run.traces import Traces
 

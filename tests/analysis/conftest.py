@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ablab.core.store.record import FINISHED, GridPlan, Planned, Result, Store
+from ablab.core.store.grid_plan import GridPlan, Planned
+from ablab.core.store.result import FINISHED, Result
+from ablab.core.store.store import Store
 
 METRIC = "val/loss"
 TOKENS = 100_000_000

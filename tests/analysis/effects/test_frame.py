@@ -4,7 +4,7 @@ import pytest
 
 from ablab.analysis.effects import frame
 from ablab.core.errors import UserError
-from ablab.core.store.record import Store
+from ablab.core.store.store import Store
 
 
 def test_every_planned_run_has_a_row_with_its_status(lab):

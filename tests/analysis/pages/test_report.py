@@ -4,7 +4,8 @@ import pytest
 
 from ablab.analysis.pages import report
 from ablab.core.errors import UserError
-from ablab.core.store.record import DIVERGED, command
+from ablab.core.store.grid_plan import command
+from ablab.core.store.result import DIVERGED
 
 FULL, WITHOUT = [3.000, 3.001, 3.002], [3.020, 3.022, 3.021]
 

@@ -7,7 +7,7 @@ from ablab.analysis.tuning.transfer import transfer
 from ablab.analysis.tuning.winners import quadratic, seed_sd, widen, winner
 from ablab.core.errors import UserError
 from ablab.core.store import study_record
-from ablab.core.store.record import Store
+from ablab.core.store.store import Store
 from ablab.core.store.study_record import LR, WIDTH, StudyRecord, Trial
 
 SPACE, HARD = {LR: {"log": [0.001, 0.064]}}, {LR: (1e-4, 0.3)}
