@@ -195,3 +195,47 @@ def test_table_rows_share_their_headings(lab):
         "failed",
         "–",
     )
+
+
+# Arms that other kernels served than their reference.
+
+
+def served(lab):
+    """`- x` without the attention kernel; `- y` as the reference."""
+    triton = {"attention": "triton", "ffn": "triton"}
+    lab.cell("full", FULL, None, kernels=triton, speed=1.5e5)
+    lab.cell("- x", WITHOUT, kernels=triton | {"attention": "torch: no RoPE"}, speed=1e5)
+    return lab.cell("- y", WITHOUT, kernels=triton, speed=1.2e5)
+
+
+def test_an_arm_served_by_other_kernels_is_named_before_any_number(lab, tmp_path):
+    first, _, rest = page(served(lab), tmp_path).partition("## Verdicts")
+    assert (
+        "- `- x` and `full` were served differently: attention by torch (no RoPE) against triton;"
+        in first
+    )
+    assert "`- y` and" not in first + rest
+    assert "ffn" not in first
+
+
+def test_both_throughputs_are_marked_and_the_mark_is_explained(lab, tmp_path):
+    text = page(served(lab), tmp_path)
+    assert row(text, "- x", "Numbers")[8:10] == ["100,000 †", "0.67 †"]
+    assert row(text, "full", "Numbers")[8:10] == ["150,000 †", "–"]
+    assert row(text, "- y", "Numbers")[8:10] == ["120,000", "0.80"]
+    assert text.split("## Numbers")[1].count("\n† arm and reference were served by") == 1
+
+
+def test_arms_served_alike_have_no_mark_and_no_footnote(lab, tmp_path):
+    lab.cell("full", FULL, None, kernels={"attention": "triton"})
+    lab.cell("- x", WITHOUT, kernels={"attention": "triton"})
+    assert "†" not in page(lab, tmp_path)
+
+
+def test_the_terminal_and_json_tell_who_served(lab):
+    found = report.read(served(lab).write(), "loo")
+    marks = {line["arm"]: line["tokens/s"].endswith("†") for line in report.table(found.effects)}
+    assert marks == {"full": True, "- x": True, "- y": False}
+    arms = {arm["cell"]: arm["service"] for arm in report.as_json(found)["effects"]}
+    assert arms["- x"] == {"attention": ("torch: no RoPE", "triton")}
+    assert arms["- y"] == {}
