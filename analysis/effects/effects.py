@@ -138,11 +138,18 @@ def interval(cell: np.ndarray, reference: np.ndarray) -> Interval:
         method = "Welch"
         a = cell.var(ddof=1) / n
         b = reference.var(ddof=1) / n
-        # No spread at all: df has no value; any will do, because se is zero.
-        degrees = (a + b) ** 2 * (n - 1) / (a**2 + b**2) if a + b else n - 1.0
         se = np.sqrt(a + b)
+        degrees = n - 1.0  # without any spread df has no value; any will do, because se is zero
+        if a + b:
+            degrees = (a + b) ** 2 * (n - 1) / (a**2 + b**2)
     half = stdtrit(degrees, 0.975) * se
-    return Interval(float(delta - half), float(delta + half), method, float(se), float(degrees))
+    return Interval(
+        low=float(delta - half),
+        high=float(delta + half),
+        method=method,
+        standard_error=float(se),
+        degrees=float(degrees),
+    )
 
 
 def correlation(cell: np.ndarray, reference: np.ndarray) -> float | None:
@@ -155,7 +162,11 @@ def correlation(cell: np.ndarray, reference: np.ndarray) -> float | None:
 def ingredient(cell: str) -> tuple[str, str]:
     """What a cell's name says it changed: "- qk_norm" -> ("without", "qk_norm"), "+ z_loss" -> ("with", "z_loss")."""
     sign, _, name = cell.partition(" ")
-    return {"-": ("without", name), "+": ("with", name)}.get(sign, ("", cell))
+    if sign == "-":
+        return "without", name
+    if sign == "+":
+        return "with", name
+    return "", cell
 
 
 def _check_metric(runs: pd.DataFrame, metric: str) -> None:
@@ -204,16 +215,20 @@ class Comparison:
         same_runs = len(self.both) > 0 and bool(
             (self.both.run == self.both["run/reference"]).all()
         )
-        same_bits = len(self.x) > 0 and bool((self.x == self.y).all())
+        same_bits = len(self.x) > 0 and np.array_equal(self.x, self.y)
         return never_trained or same_runs or same_bits
 
     @property
     def delta(self) -> float | None:
-        return float(self.x.mean() - self.y.mean()) if len(self.x) else None
+        if len(self.x) == 0:
+            return None
+        return float(self.x.mean() - self.y.mean())
 
     @cached_property
     def interval(self) -> Interval | None:
-        return interval(self.x, self.y) if len(self.x) > 1 and not self.inert else None
+        if len(self.x) < 2 or self.inert:
+            return None
+        return interval(self.x, self.y)
 
     @property
     def speed_ratio(self) -> float | None:

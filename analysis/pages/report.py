@@ -192,7 +192,8 @@ def _other_services(effects: list[Effect]) -> Iterator[str]:
 
 def _losses(runs: pd.DataFrame) -> Iterator[str]:
     """Runs that ended badly, cell by cell."""
-    for cell, lost in runs[runs.status.isin(ENDED_BADLY)].groupby("cell", sort=False):
+    ended_badly = runs[runs.status.isin(ENDED_BADLY)]
+    for cell, lost in ended_badly.groupby("cell", sort=False):
         first = lost.iloc[0]
         planned = (runs.cell == cell).sum()
         why = f": {first.error}" if first.error else ""
@@ -256,7 +257,11 @@ def _summary(report: Report, arms: list[Effect]) -> str:
 
 
 def _verdict(plan: GridPlan, arm: Effect) -> dict[str, str]:
-    return {"arm": arm.cell, "what it says": arm.sentence, "OFF means": _off(plan, arm) or NONE}
+    return {
+        "arm": arm.cell,
+        "what it says": arm.sentence,
+        "OFF means": _off(plan, arm) or NONE,
+    }
 
 
 def _off(plan: GridPlan, effect: Effect) -> str:
@@ -276,12 +281,11 @@ def _off(plan: GridPlan, effect: Effect) -> str:
 def _method(arms: list[Effect]) -> str:
     methods = Counter(arm.method for arm in arms if arm.method)
     here = f"Arms here: {said(methods)}." if methods else ""
-    return METHOD.format(methods=here, arms=len(arms), false=len(arms) / 20)
+    expected = 0.05 * len(arms)
+    return METHOD.format(methods=here, arms=len(arms), false=expected)
 
 
 def _listed(runs: pd.DataFrame, metric: str) -> list[dict[str, str]]:
     told = runs[["cell", "pair", "seed", "run", "status", metric, "code"]]
-    rows = [
-        {str(name): value for name, value in row.items()} for row in told.to_dict("records")
-    ]
-    return [row | {metric: number(row[metric], ".4f")} for row in rows]
+    told = told.assign(**{metric: [number(value, ".4f") for value in told[metric]]})
+    return told.to_dict("records")

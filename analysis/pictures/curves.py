@@ -14,6 +14,7 @@ from ablab.analysis.pictures.style import (
     DISTINCT,
     INK,
     NEUTRAL,
+    Colours,
     canvas,
     label_ends,
     legible,
@@ -43,9 +44,18 @@ class Seeds(NamedTuple):
     values: np.ndarray
 
     @property
+    def start(self) -> float:
+        """The mean over seeds at the first point."""
+        return float(self.values[:, 0].mean())
+
+    @property
     def end(self) -> float:
         """The mean over seeds at the last point."""
         return float(self.values[:, -1].mean())
+
+    def late(self) -> np.ndarray:
+        """The values from a tenth of the tokens on."""
+        return self.values[:, self.tokens >= self.tokens[-1] / 10]
 
 
 class Curve:
@@ -124,7 +134,7 @@ def _deltas(cells: dict[str, Curve]) -> dict[str, Seeds]:
     return deltas
 
 
-def _colours(cells: dict[str, Curve], deltas: dict[str, Seeds]) -> dict[str, str]:
+def _colours(cells: dict[str, Curve], deltas: dict[str, Seeds]) -> Colours:
     """A colour per cell: black for what is measured against nothing, grey for the many that stay in the background."""
     roots = [cell for cell, curve in cells.items() if pd.isna(curve.reference)]
     shown = list(deltas)[: len(DISTINCT)]
@@ -135,7 +145,7 @@ def _colours(cells: dict[str, Curve], deltas: dict[str, Seeds]) -> dict[str, str
     return colours | dict(zip(shown, DISTINCT, strict=False))
 
 
-def _key(deltas: dict[str, Seeds], colours: dict[str, str]) -> str:
+def _key(deltas: dict[str, Seeds], colours: Colours) -> str:
     key = "line: mean over seeds, band: lowest to highest seed"
     if any(colours[cell] == BACKGROUND for cell in deltas):
         key += ", grey: the other arms"
@@ -144,12 +154,12 @@ def _key(deltas: dict[str, Seeds], colours: dict[str, str]) -> str:
     return key
 
 
-def _losses(axes: "Axes", cells: dict[str, Curve], colours: dict[str, str]) -> None:
+def _losses(axes: "Axes", cells: dict[str, Curve], colours: Colours) -> None:
     """The curves themselves, from a tenth of the tokens on: the drop from ln(vocabulary) would flatten all the rest."""
     drawn = {cell: curve.seeds() for cell, curve in cells.items() if curve.finished}
     for cell, seeds in drawn.items():
         _band(axes, seeds, colours[cell])
-    late = [seeds.values[:, seeds.tokens >= seeds.tokens[-1] / 10] for seeds in drawn.values()]
+    late = [seeds.late() for seeds in drawn.values()]
     low = min((values.min() for values in late), default=0.0)
     high = max((values.max() for values in late), default=1.0)
     axes.set_ylim(low - 0.05 * (high - low), high)
@@ -158,7 +168,7 @@ def _losses(axes: "Axes", cells: dict[str, Curve], colours: dict[str, str]) -> N
             _lost_run(axes, points, legible(colours[cell]), (low, high))
     lost = Counter((cell, status) for cell, curve in cells.items() for status, _ in curve.lost)
     if lost:
-        drops = [seeds.values[:, 0].mean() - seeds.end for seeds in drawn.values()]
+        drops = [seeds.start - seeds.end for seeds in drawn.values()]
         _lost_key(axes, lost, falls=bool(np.mean(drops or [1]) > 0))
 
 
@@ -167,8 +177,8 @@ def _lost_run(axes: "Axes", points: Points, colour: str, scale: tuple[float, flo
     tokens, values = points
     dashes = (0, (3, 2))
     axes.plot(tokens, values, color=colour, linewidth=0.9, linestyle=dashes, zorder=4)
-    last = np.clip(values[-1], *scale)
-    axes.plot(tokens[-1], last, "x", color=colour, markersize=6, clip_on=False)
+    end = (tokens[-1], np.clip(values[-1], *scale))
+    axes.plot(*end, "x", color=colour, markersize=6, clip_on=False)
 
 
 def _lost_key(axes: "Axes", lost: Counter[tuple[str, str]], falls: bool) -> None:
@@ -189,7 +199,7 @@ def _lost_key(axes: "Axes", lost: Counter[tuple[str, str]], falls: bool) -> None
 
 
 def _differences(
-    axes: "Axes", deltas: dict[str, Seeds], colours: dict[str, str], reference: str
+    axes: "Axes", deltas: dict[str, Seeds], colours: Colours, reference: str
 ) -> None:
     """Arm minus reference; the scale is that of the second half, where the differences that count are."""
     axes.axhline(0, color=INK, linewidth=1.2)

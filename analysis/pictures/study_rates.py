@@ -12,6 +12,7 @@ from ablab.analysis.effects.frame import unit
 from ablab.analysis.pictures.style import (
     FAINT,
     NEUTRAL,
+    Colours,
     canvas,
     legible,
     light_grid,
@@ -187,7 +188,7 @@ def _other_params(won: Winner, drawn: str) -> str:
     return ", ".join(told)
 
 
-def _optima(axes: "Axes", wins: dict[str, Judged], colours: dict[str, str]) -> None:
+def _optima(axes: "Axes", wins: dict[str, Judged], colours: Colours) -> None:
     """A row per arm: the optimum of its quadratic with its 95 % interval, or why there is none."""
     for y, (cell, (won, _)) in enumerate(wins.items()):
         _optimum(axes, y, won, colours[cell])
@@ -241,7 +242,8 @@ def _rate_axis(axes: "Axes", along: str, lines: list[list[Trial]]) -> None:
     tried = [trial.params[along] for line in lines for trial in line]
     wide = max(tried) > 8 * min(tried)
     axes.set(xscale="log", xlim=(min(tried) / 1.3, max(tried) * 1.3))
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if wide else (1, 2, 3, 5)))
+    ticks = (1, 3) if wide else (1, 2, 3, 5)
+    axes.xaxis.set_major_locator(LogLocator(subs=ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 

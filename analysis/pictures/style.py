@@ -53,6 +53,7 @@ STYLE: "dict[RcKeyType, Any]" = {
     "savefig.dpi": 200,
     "text.parse_math": False,
 }
+Colours = dict[str, str]  # of each cell
 LABEL_GAP = 0.065  # of the axes' height, between names at line ends
 
 
@@ -100,7 +101,7 @@ def light_grid(axes: "Axes") -> None:
     axes.set_axisbelow(True)
 
 
-def label_ends(axes: "Axes", ends: dict[str, float], colours: dict[str, str]) -> None:
+def label_ends(axes: "Axes", ends: dict[str, float], colours: Colours) -> None:
     """Names at the right end of their lines, pushed apart until none overlaps."""
     names = sorted(ends, key=lambda name: ends[name])
     gap = LABEL_GAP * np.ptp(axes.get_ylim())

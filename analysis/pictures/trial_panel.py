@@ -58,7 +58,7 @@ class TrialPanel:
     def line(self, won: Winner, line: Line, colour: str, quadratic: bool = True) -> None:
         """The trials beside one winner, joined; the winner large; the quadratic dashed; lost trials on the top edge."""
         back = colour == BACKGROUND
-        points = np.array(sorted((line.at(trial), trial.final) for trial in line.complete))
+        points = np.array(sorted(line.points))
         self.axes.plot(
             *points.T,
             color=colour,
@@ -89,12 +89,13 @@ class TrialPanel:
             markerfacecolor=colour if won.admissible else "white",
             zorder=6,
         )
-        self.lost(((line.at(trial), trial.state) for trial in line.trials), colour)
+        self.lost([(line.at(trial), trial.state) for trial in line.trials], colour)
 
     def off_scale(self, points: np.ndarray, colour: str) -> None:
         """A triangle on the edge for each of the points [N, 2] that the value axis leaves out."""
         low, high = self.axes.get_ylim()
-        beyond = points[(points[:, 1] > high) | (points[:, 1] < low), 0]
+        x, y = points.T
+        beyond = x[(y > high) | (y < low)]
         height = np.full(len(beyond), 0.985 if self.better == "lower" else 0.015)
         edge = self.axes.get_xaxis_transform()
         self.axes.plot(

@@ -112,7 +112,7 @@ def _loss_at(rate: float, won: Winner, line: Line) -> tuple[float, str]:
 
     nearest = min(line.evaluated, key=rank)
     exact = bool(np.isclose(line.at(nearest), rate, rtol=1e-6))
-    if not exact and won.fit and won.fit.span[0] <= rate <= won.fit.span[1]:
+    if not exact and won.fit and won.fit.covers(rate):
         return float(won.fit.at(rate)), "quadratic"
     how = "evaluated" if exact else f"nearest, {line.at(nearest):.4g}"
     if nearest.state == COMPLETE:
@@ -172,7 +172,8 @@ def _transfers(rows: list[AtWidth], sd: float | None) -> str:
         return "transfer needs a second"
     near = sum(row.within_one_step for row in others)
     lost = [str(row.width) for row in others if np.isnan(row.gap)]
-    gap = max((row.gap for row in others if not np.isnan(row.gap)), default=0.0)
+    gaps = [row.gap for row in others if not np.isnan(row.gap)]
+    gap = max(gaps, default=0.0)
     if near < len(others) or lost:
         verdict = "does not transfer"
     elif sd is None:

@@ -69,6 +69,11 @@ class Line:
     def complete(self) -> list[Trial]:
         return [trial for trial in self.trials if trial.state == COMPLETE]
 
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """Where the finished trials stand, and their values."""
+        return [(self.at(trial), trial.final) for trial in self.complete]
+
     @cached_property
     def tried(self) -> list[float]:
         """Where trials were evaluated, from low to high, each place once."""
@@ -102,7 +107,8 @@ class Line:
         """Octaves between neighbouring evaluated trials: the median, at least a quarter; one for a single trial."""
         if len(self.tried) == 1:
             return 1.0
-        return max(LEAST_STEP, float(np.median(np.diff(np.log2(self.tried)))))
+        steps = np.diff(np.log2(self.tried))
+        return max(LEAST_STEP, float(np.median(steps)))
 
 
 def octaves(start: float, end: float, side: int = HIGH) -> float:
@@ -131,6 +137,10 @@ class Fit:
     curvature: float  # metric per octave^2
     span: tuple[float, float]  # of the trials used
     n: int  # trials used
+
+    def covers(self, lr: float) -> bool:
+        """Whether `lr` lies between trials that were used."""
+        return self.span[0] <= lr <= self.span[1]
 
     def at(self, lr: float | np.ndarray) -> float | np.ndarray:
         return self.value + self.curvature * np.log2(lr / self.optimum) ** 2
@@ -194,7 +204,8 @@ def winner(
     """The best finished trial of one arm, and whether it may be read.  UserError when none has finished."""
     done = finished(trials, f"cell {trials[0].cell!r}" if trials else "the cell")
     best = min(done, key=lambda trial: sign(better) * trial.final)
-    path = axis({path: how for path, how in space.items() if path in best.params})
+    held = {path: how for path, how in space.items() if path in best.params}
+    path = axis(held)
     if path is None:
         reason = "no log-scaled path in the space, so no edge to check"
         return Winner(best, True, reason, line=None, fit=None)
@@ -280,8 +291,7 @@ def widen(
 
 
 def _fit(line: Line, better: str) -> Fit | None:
-    rates = np.array([line.at(trial) for trial in line.complete])
-    values = np.array([trial.final for trial in line.complete])
+    rates, values = np.array(line.points).T
     return quadratic(rates, values, line.at(line.best), better)
 
 
@@ -298,20 +308,23 @@ def quadratic(
     x = away[near]
     y = sign(better) * values[near]
     n = len(near)
-    if n < FEWEST or len(np.unique(x.round(6))) < 3 or np.ptp(y) == 0:
+    places = len(np.unique(x.round(6)))
+    if n < FEWEST or places < 3 or np.ptp(y) == 0:
         return None
-    weight = (1 - (np.abs(x) / (REACH * np.abs(x).max())) ** 3) ** 3
+    reach = REACH * np.abs(x).max()
+    weight = (1 - (np.abs(x) / reach) ** 3) ** 3
     powers = np.vander(x, 3, increasing=True)
     inverse = np.linalg.inv(powers.T @ (weight[:, None] * powers))
     a, b, c = inverse @ (powers.T @ (weight * y))
-    if c <= 0 or not x.min() <= -b / (2 * c) <= x.max():
+    inner, outer = x.min(), x.max()
+    if c <= 0 or not inner <= -b / (2 * c) <= outer:
         return None
     low = high = None
     if n > FEWEST:
         residuals = y - powers @ (a, b, c)
         covariance = inverse * (weight * residuals**2).sum() / (n - 3)
         if ends := _fieller(b, c, covariance, n - 3):
-            low, high = (float(centre * 2**end) for end in np.clip(ends, x.min(), x.max()))
+            low, high = (float(centre * 2**end) for end in np.clip(ends, inner, outer))
     return Fit(
         optimum=float(centre * 2 ** (-b / (2 * c))),
         low=low,
@@ -338,7 +351,9 @@ def _fieller(
     if p <= 0:
         return None
     root = np.sqrt(max(q * q - p * r, 0.0))
-    return (-q - root) / (2 * p), (-q + root) / (2 * p)
+    low = (-q - root) / (2 * p)
+    high = (-q + root) / (2 * p)
+    return low, high
 
 
 def seed_sd(trials: Sequence[Trial]) -> float | None:

@@ -132,8 +132,8 @@ class Codec:
         import numpy
 
         encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        rows = [numpy.array([*row.ids, self.end], self.file_dtype) for row in encoded]
-        ids = numpy.concatenate(rows)
+        rows = [[*row.ids, self.end] for row in encoded]
+        ids = numpy.concatenate([numpy.array(row, self.file_dtype) for row in rows])
         size = sum(len(text.encode()) for text in texts)
         spelt = int(self.token_bytes[ids].sum(dtype="int64"))
         if spelt != size:

@@ -209,7 +209,8 @@ def _named(train_paths: Paths, val_paths: Paths, field: str) -> Iterator[Labelle
 
 
 def _side(text: str, fraction: float) -> Side:
-    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    digest = hashlib.sha256(text.encode()).digest()
+    draw = int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1)
     return "val" if draw < fraction else "train"
 
 

@@ -17,6 +17,9 @@ from ablab.core.errors import UserError
 
 FORMATS = (".jsonl", ".json", ".txt", ".parquet")
 PACKED = (".gz", ".xz", ".zst")
+Placed = Iterator[
+    tuple[str, Any]
+]  # where a document stands, for messages, and what stands there
 
 
 def documents(paths: Iterable[str | Path], field: str = "text") -> Iterator[str]:
@@ -127,10 +130,10 @@ def _zstd(path: Path) -> IO[bytes]:
     return zstd.open(path)
 
 
-# -- readers: (file, its path, field) -> the place of each document, for messages, and what stands there ---------------
+# -- readers, one a format ---------------------------------------------------------------------------------------------
 
 
-def _lines(file: IO[bytes], path: Path, field: str) -> Iterator[tuple[str, Any]]:
+def _lines(file: IO[bytes], path: Path, field: str) -> Placed:
     for number, line in enumerate(file, 1):
         if line.isspace():
             continue
@@ -155,12 +158,12 @@ def _keys(record: Any) -> str:
     return ", ".join(record) or "{}"
 
 
-def _text(file: IO[bytes], path: Path, field: str) -> Iterator[tuple[str, Any]]:
+def _text(file: IO[bytes], path: Path, field: str) -> Placed:
     if content := file.read():
         yield str(path), content.decode()
 
 
-def _parquet(file: IO[bytes], path: Path, field: str) -> Iterator[tuple[str, Any]]:
+def _parquet(file: IO[bytes], path: Path, field: str) -> Placed:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 

@@ -84,7 +84,8 @@ class Record:
         for path in (self.metrics_path, self.pace_path):
             if not path.exists():
                 continue
-            kept = b"".join(_line(values) for values in _lines(path) if values["step"] <= step)
+            until = [values for values in _lines(path) if values["step"] <= step]
+            kept = b"".join(map(_line, until))
             if kept != path.read_bytes():
                 write_atomically(path, kept)
 

@@ -57,7 +57,8 @@ def test_an_update_against_the_weights_is_no_decay_bit_for_bit():
 
 
 def test_rate_zero_is_no_decay_bit_for_bit():
-    update, weight = randn(40, 30), randn(40, 30, seed=1)
+    update = randn(40, 30)
+    weight = randn(40, 30, seed=1)
     assert torch.equal(through(CautiousDecay(0.0), update, weight), update)
 
 
@@ -69,13 +70,15 @@ def test_rate_zero_is_no_decay_bit_for_bit():
     st.floats(0, 2),
 )
 def test_the_decay_does_not_depend_on_the_size_of_the_update(seed, size, ties, rate):
-    update, weight = randn(20, seed=seed).double(), randn(20, seed=seed + 1).double()
+    update = randn(20, seed=seed).double()
+    weight = randn(20, seed=seed + 1).double()
     rule = CautiousDecay(rate, ties=ties)
     small, large = (
         through(rule, factor * update, weight) - factor * update for factor in (1.0, size)
     )
     expected = rate * weight * ((update > 0) == (weight > 0))
-    assert (small - expected).abs().max() < 1e-12 and (large - expected).abs().max() < 1e-9
+    assert (small - expected).abs().max() < 1e-12
+    assert (large - expected).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,8 @@ def test_a_step_with_and_without_differs_by_the_masked_decay_alone(tiny, drive, 
         )[0]
         for more, rate in (([], 0.0), (["cautious_wd"], 0.2), ([], 0.2))
     )
-    weight, rate = start["w"][1], 0.01 * (3.36 if treatment else 1.0) * 0.2
+    weight = start["w"][1]
+    rate = 0.01 * (3.36 if treatment else 1.0) * 0.2
     agrees = ((weight - none[1]["w"]) > 0) == (weight > 0)
     assert 0.2 < agrees.float().mean() < 0.8
     torch.testing.assert_close(
@@ -152,13 +156,12 @@ def test_the_control_is_ordinary_decay_with_the_same_rate_and_schedule(tiny, tre
             {"kind": "decay", "rate": 0.3, "schedule": "linear"},
         ]
     }
-    off, on = (
-        tiny(treatment, **paths),
-        tiny([*treatment, {"cautious_wd": {"ties": False}}], **paths),
-    )
+    off = tiny(treatment, **paths)
+    on = tiny([*treatment, {"cautious_wd": {"ties": False}}], **paths)
     for role, chain in off.optim.chains.items():
         twin = on.optim.chains[role]
-        assert twin.lr == chain.lr and len(twin.steps) == len(chain.steps)
+        assert twin.lr == chain.lr
+        assert len(twin.steps) == len(chain.steps)
         for one, other in zip(chain.steps, twin.steps, strict=True):
             assert other == (
                 CautiousDecay(0.3, "linear", False) if isinstance(one, Decay) else one

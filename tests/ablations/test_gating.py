@@ -20,7 +20,8 @@ def gates(model):
 
 @pytest.mark.parametrize("per", PER)
 def test_zero_weights_under_two_sigmoid_are_exactly_the_baseline(tiny, build, batch, per):
-    plain, gated = build(tiny()), build(tiny([{"gating": {"per": per}}]))
+    plain = build(tiny())
+    gated = build(tiny([{"gating": {"per": per}}]))
     block = batch(tiny())
     assert all(not weight.any() for weight in gates(gated))
     assert torch.equal(plain(block[:, :-1]), gated(block[:, :-1]))
@@ -38,12 +39,10 @@ def test_the_output_projection_reads_the_heads_times_the_gate_of_the_normed_inpu
         [{"gating": {"per": per, "activation": activation, "init": "normal"}}],
         model__attention__group=2,
     )
-    gated, plain, tokens, heard = (
-        build(recipe, stirred=0.2),
-        build(tiny(model__attention__group=2)),
-        batch(recipe)[:, :-1],
-        {},
-    )
+    gated = build(recipe, stirred=0.2)
+    plain = build(tiny(model__attention__group=2))
+    tokens = batch(recipe)[:, :-1]
+    heard = {}
     weights = dict(gated.named_parameters())
     for name, value in plain.named_parameters():
         value.data.copy_(weights[name])
@@ -89,14 +88,16 @@ def test_a_gate_on_the_first_channels_ignores_the_others(tiny, build, channels, 
         .blocks[0]
         .attention.on_heads["gating"]
     )
-    y, x, noise = randn(2, 5, 4, 8), randn(2, 5, 32, seed=1), randn(2, 5, 32, seed=2)
-    later, earlier = x.clone(), x.clone()
+    y = randn(2, 5, 4, 8)
+    x = randn(2, 5, 32, seed=1)
+    noise = randn(2, 5, 32, seed=2)
+    later = x.clone()
+    earlier = x.clone()
     later[..., read:] += noise[..., read:]
     earlier[..., read - 1] += noise[..., read - 1]
     assert stage.project.weight.shape == (4, read)
-    assert torch.equal(stage(y, later), stage(y, x)) and not torch.equal(
-        stage(y, earlier), stage(y, x)
-    )
+    assert torch.equal(stage(y, later), stage(y, x))
+    assert not torch.equal(stage(y, earlier), stage(y, x))
 
 
 def test_more_first_channels_than_the_width_are_refused(tiny, build):
@@ -107,7 +108,9 @@ def test_more_first_channels_than_the_width_are_refused(tiny, build):
 @pytest.mark.parametrize("per", PER)
 def test_permuting_the_heads_with_their_gates_changes_nothing(tiny, build, batch, per):
     recipe = tiny([{"gating": {"per": per, "init": "normal"}}])
-    model, other, order = build(recipe, stirred=0.1), build(recipe, stirred=0.1), [2, 0, 3, 1]
+    model = build(recipe, stirred=0.1)
+    other = build(recipe, stirred=0.1)
+    order = [2, 0, 3, 1]
     for block in other.blocks:
         attention = block.attention
         attention.qkv.weight.data = attention.qkv.weight.data.view(3, 4, 8, 32)[
@@ -127,21 +130,25 @@ def test_permuting_the_heads_with_their_gates_changes_nothing(tiny, build, batch
 def test_a_closed_gate_silences_the_branch_and_leaves_keys_and_values_alone(tiny, build, batch):
     """Channel 0 of every embedding is made large and positive; a weight of -1000 on it closes the gate."""
     recipe = tiny([{"gating": {"activation": "sigmoid"}}])
-    model, tokens = build(recipe), batch(recipe)[:, :-1]
+    model = build(recipe)
+    tokens = batch(recipe)[:, :-1]
     model.embedding.table.data[:, 0] = 1.0
     open_logits, open_cache = model.extend(tokens, None)
     gates(model)[0].data[:, 0] = -1000.0
     closed_logits, closed_cache = model.extend(tokens, None)
     for part in (0, 1):
         assert torch.equal(closed_cache.blocks[0][part], open_cache.blocks[0][part])
-    attention, x = model.blocks[0].attention, model.embedding(tokens)
-    assert not attention(x, {})[0].any() and not torch.equal(closed_logits, open_logits)
+    attention = model.blocks[0].attention
+    x = model.embedding(tokens)
+    assert not attention(x, {})[0].any()
+    assert not torch.equal(closed_logits, open_logits)
 
 
 @pytest.mark.parametrize("per", PER)
 def test_gates_learn_from_the_first_step(tiny, build, batch, per):
     recipe = tiny([{"gating": {"per": per}}])
-    model, block = build(recipe), batch(recipe)
+    model = build(recipe)
+    block = batch(recipe)
     token_losses(model(block[:, :-1]), block[:, 1:]).mean().backward()
     assert all((weight.grad.abs().sum(1) > 1e-5).all() for weight in gates(model))
 

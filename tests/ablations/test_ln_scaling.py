@@ -44,20 +44,17 @@ def test_the_first_block_and_the_final_norm_are_those_of_the_baseline(tiny, buil
         for treatment in ([], ["ln_scaling"])
     )
     assert all(torch.equal(*pair) for pair in zip(plain[0], scaled[0], strict=True))
-    assert (rms(scaled[-1][0]) - 1).abs().max() < 1e-4 and not torch.equal(
-        plain[1][0], scaled[1][0]
-    )
+    assert (rms(scaled[-1][0]) - 1).abs().max() < 1e-4
+    assert not torch.equal(plain[1][0], scaled[1][0])
 
 
 def test_the_forward_is_that_of_gains_divided_by_root_l_but_their_gradient_is_not(
     tiny, build, batch
 ):
     """Folding 1/sqrt(l) into the gain would make its update sqrt(l) times too large."""
-    scaled, folded, block = (
-        build(tiny(["ln_scaling"]), stirred=0.2),
-        build(tiny()),
-        batch(tiny()),
-    )
+    scaled = build(tiny(["ln_scaling"]), stirred=0.2)
+    folded = build(tiny())
+    block = batch(tiny())
     weights = dict(scaled.named_parameters())
     for name, value in folded.named_parameters():
         layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 1

@@ -42,7 +42,8 @@ def test_muon_equals_an_fp64_loop_of_svds(tiny, drive, nesterov, shape, scale, f
     start = {"w": (Param(shape, "hidden"), randn(*shape))}
     gradients = [{"w": (1 + t) * randn(*shape, seed=t + 1)} for t in range(6)]
     seen, _ = drive(tiny([{"muon": dose}], optim__lr=0.02, **STEADY), start, gradients)
-    weight, mean = start["w"][1].double().numpy().copy(), np.zeros(shape)
+    weight = start["w"][1].double().numpy().copy()
+    mean = np.zeros(shape)
     for t, gradient in enumerate(gradients, 1):
         g = gradient["w"].double().numpy()
         mean = 0.9 * mean + 0.1 * g
@@ -83,7 +84,8 @@ def test_momentum_may_warm_up_from_085(tiny, drive):
 
 
 def test_only_hidden_matrices_change_their_chain(tiny):
-    before, muon = tiny().optim, tiny(["muon"]).optim
+    before = tiny().optim
+    muon = tiny(["muon"]).optim
     assert {role for role in before.chains if before.chains[role] != muon.chains[role]} == {
         "hidden"
     }
@@ -135,7 +137,8 @@ def test_each_split_gives_every_piece_of_qkv_its_own_unit_spectrum(tiny, build, 
         **STEADY,
     )
     model = build(recipe)
-    optimizer, weight = Optimizer(model, recipe), model.blocks[1].attention.qkv.weight
+    optimizer = Optimizer(model, recipe)
+    weight = model.blocks[1].attention.qkv.weight
     before = weight.detach().clone()
     for i, value in enumerate(model.parameters()):
         value.grad.copy_(randn(*value.shape, seed=i))

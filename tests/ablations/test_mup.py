@@ -137,9 +137,8 @@ def test_the_width_exponents_can_be_chosen(tiny, build, rule, dose, lr):
         rates(at_width(tiny, width, [mup(**dose), *RULES[rule]]), build) for width in (32, 128)
     )
     name = "blocks.1.ffn.inner.down.weight"
-    assert wide[name][0] / base[name][0] == pytest.approx(lr) and wide[name][
-        1
-    ] == pytest.approx(1 / lr)
+    assert wide[name][0] / base[name][0] == pytest.approx(lr)
+    assert wide[name][1] == pytest.approx(1 / lr)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -196,10 +195,8 @@ def test_a_dose_for_the_readout_is_refused_where_the_head_is_tied(tiny, readout)
 
 def test_a_tied_head_has_the_init_and_rate_of_the_embedding(tiny, build):
     recipe = at_width(tiny, 128, [mup()], model__tied=True)
-    assert (
-        rates(recipe, build)["embedding.table"] == (1.0, 1.0)
-        and stds(recipe)["embedding.table"] == 0.02
-    )
+    assert rates(recipe, build)["embedding.table"] == (1.0, 1.0)
+    assert stds(recipe)["embedding.table"] == 0.02
     assert "readout.weight" not in role_of(recipe)
 
 
@@ -221,7 +218,8 @@ def test_a_zero_readout_starts_with_no_opinion_and_moves_at_the_small_readouts_r
         == rates(small, build)["readout.weight"]
         == (0.25, 4.0)
     )
-    model, block = build(recipe), batch(recipe)
+    model = build(recipe)
+    block = batch(recipe)
     assert not model(block[:, :-1]).any()
     token_losses(model(block[:, :-1]), block[:, 1:]).mean().backward()
     assert (model.readout.weight.grad.abs().sum(1) > 0).all()
@@ -236,7 +234,8 @@ def test_a_small_readout_and_a_divided_one_are_the_same_model_in_training(tiny, 
     losses = []
     for readout in ("init", "multiplier"):
         recipe = at_width(tiny, 128, [mup(readout=readout)], optim__clip=None, optim__lr=0.01)
-        model, block = build(recipe), batch(recipe)
+        model = build(recipe)
+        block = batch(recipe)
         optimizer = Optimizer(model, recipe)
         losses.append([])
         for t in range(1, 9):
@@ -244,16 +243,16 @@ def test_a_small_readout_and_a_divided_one_are_the_same_model_in_training(tiny, 
             loss.backward()
             optimizer.step(t)
             losses[-1].append(loss.item())
-    assert np.abs(np.subtract(*losses)).max() < 1e-4 and losses[0][0] - losses[0][-1] > 0.3
+    assert np.abs(np.subtract(*losses)).max() < 1e-4
+    assert losses[0][0] - losses[0][-1] > 0.3
 
 
 def test_alpha_in_multiplies_the_embedding(tiny, build, batch):
-    ours, standard = build(tiny([mup(alpha_in=8.0)])), build(tiny())
+    ours = build(tiny([mup(alpha_in=8.0)]))
+    standard = build(tiny())
     tokens = batch(tiny())[:, :-1]
-    assert (
-        torch.equal(ours.embed(tokens), 8 * standard.embed(tokens))
-        and standard.embed(tokens).any()
-    )
+    assert torch.equal(ours.embed(tokens), 8 * standard.embed(tokens))
+    assert standard.embed(tokens).any()
 
 
 # ---- depth ----
@@ -275,8 +274,10 @@ def test_depth_scales_each_branch_and_the_hidden_rate(tiny, build, batch, depth,
         "hidden": {lr},
         "readout": {1.0},
     }
-    standard, tokens = build(at_width(tiny, 32, [], layers=8)), batch(tiny())[:, :-1]
-    ours, x = copied(build(deep), standard), standard.embedding(tokens)
+    standard = build(at_width(tiny, 32, [], layers=8))
+    tokens = batch(tiny())[:, :-1]
+    ours = copied(build(deep), standard)
+    x = standard.embedding(tokens)
     branch = 4**-alpha if alpha else 1.0
     for one, other in zip(ours.blocks, standard.blocks, strict=True):
         torch.testing.assert_close(
@@ -320,7 +321,8 @@ def test_the_parametrization_it_builds_on_is_kept(tiny):
     expected = {
         name: std / (2 if name == "readout.weight" else 1) for name, std in stds(base).items()
     }
-    assert stds(ours) == pytest.approx(expected) and stds(ours)["embedding.table"] == 0.1
+    assert stds(ours) == pytest.approx(expected)
+    assert stds(ours)["embedding.table"] == 0.1
 
 
 # ---- coordinate check ----
@@ -330,7 +332,9 @@ WIDTHS = (32, 64, 128, 256)
 
 def activations(model, tokens) -> dict[str, torch.Tensor]:
     """What the last block adds and hands on, and the logits."""
-    heard, last, hooks = {}, model.blocks[-1], []
+    heard = {}
+    last = model.blocks[-1]
+    hooks = []
     for name, module in {
         "attention": last.attention.out,
         "up": last.ffn.inner.up,
@@ -354,8 +358,10 @@ def activations(model, tokens) -> dict[str, torch.Tensor]:
 
 def changes(recipe, build, batch) -> dict[str, float]:
     """RMS change of each activation after 5 steps on one batch."""
-    model, block = build(recipe), batch(recipe, seed=recipe.seed)
-    optimizer, before = Optimizer(model, recipe), activations(model, block[:, :-1])
+    model = build(recipe)
+    block = batch(recipe, seed=recipe.seed)
+    optimizer = Optimizer(model, recipe)
+    before = activations(model, block[:, :-1])
     for t in range(1, 6):
         token_losses(model(block[:, :-1]), block[:, 1:]).mean().backward()
         optimizer.step(t)
@@ -373,7 +379,8 @@ def slopes(tiny, build, batch, treatment, seeds=(0, 1)) -> dict[str, float]:
         "schedule": "constant",
         "optim__chains__hidden__steps": ["adam"],
     }
-    treatment, found = [*treatment, "relu2", {"qk_norm": {"gain": "none"}}], []
+    treatment = [*treatment, "relu2", {"qk_norm": {"gain": "none"}}]
+    found = []
     for width in WIDTHS:
         runs = [
             changes(tiny(treatment, model__width=width, seed=seed, **paths), build, batch)

@@ -62,7 +62,8 @@ def test_normuon_equals_an_fp64_loop(tiny, drive, blocks):
     )
     gradients = [uneven(32, 12, seed=t) for t in range(5)]
     seen, _ = drive(recipe, one((32, 12), blocks=blocks), [{"w": g} for g in gradients])
-    mean, energy = np.zeros((32, 12)), np.zeros((32, 1))
+    mean = np.zeros((32, 12))
+    energy = np.zeros((32, 1))
     for t, gradient in enumerate(gradients, 1):
         g = gradient.double().numpy()
         mean = 0.9 * mean + 0.1 * g
@@ -119,11 +120,13 @@ def test_rows_are_output_rows_even_for_a_gate_of_12_by_768(axis, wide, tall):
         state = rule.state(matrix, stub())
         assert {name: tuple(value.shape) for name, value in state.items()} == {
             "square0": expected
-        } and not state["square0"].any()
+        }
+        assert not state["square0"].any()
         out, new = rule.update(matrix, None, state, stub(), None)
         along = 2 if expected[2] == 1 else 1
         norms = out.norm(dim=along)
-        assert (norms.std() / norms.mean()).item() < 1e-3 and new["square0"].shape == expected
+        assert (norms.std() / norms.mean()).item() < 1e-3
+        assert new["square0"].shape == expected
         assert abs(out.norm() / matrix.norm() - 1).item() < 1e-3
 
 
@@ -165,10 +168,8 @@ def test_the_shape_factor_of_muon_survives(tiny, drive, scale):
     plain, _ = step_one(tiny, drive, gradient, [], scale=scale, ns="exact")
     normed, _ = step_one(tiny, drive, gradient, ["normuon"], scale=scale, ns="exact")
     factor = {"keller": 1.0, "spectral": (8 / 32) ** 0.5, "rms": 0.2 * 32**0.5}[scale]
-    assert (
-        abs(normed.norm().item() / (8**0.5 * factor) - 1) < 1e-3
-        and abs(plain.norm().item() / normed.norm().item() - 1) < 1e-3
-    )
+    assert abs(normed.norm().item() / (8**0.5 * factor) - 1) < 1e-3
+    assert abs(plain.norm().item() / normed.norm().item() - 1) < 1e-3
 
 
 def test_a_silent_row_stays_silent():
@@ -176,11 +177,9 @@ def test_a_silent_row_stays_silent():
     matrix = randn(1, 6, 10)
     matrix[0, 2] = 0
     out, _ = NorMuon().update(matrix, None, NorMuon().state(matrix, stub()), stub(), None)
-    assert (
-        out.isfinite().all()
-        and not out[0, 2].any()
-        and abs(out.norm() / matrix.norm() - 1).item() < 1e-3
-    )
+    assert out.isfinite().all()
+    assert not out[0, 2].any()
+    assert abs(out.norm() / matrix.norm() - 1).item() < 1e-3
 
 
 def test_normuon_without_muon_is_refused(tiny):

@@ -41,7 +41,8 @@ def test_it_bounds_what_is_huge_and_leaves_what_is_small(form):
 def test_the_gradient_is_that_of_the_formula(form):
     z = torch.linspace(-30, 30, 61).requires_grad_()
     stage(form, 10.0)(z).sum().backward()
-    wide, h = np.linspace(-30, 30, 61), 1e-5
+    wide = np.linspace(-30, 30, 61)
+    h = 1e-5
     slope = (FORMULA[form](wide + h, 10.0) - FORMULA[form](wide - h, 10.0)) / (2 * h)
     assert np.abs(z.grad.double().numpy() - slope).max() < 1e-5
 
@@ -56,11 +57,10 @@ def test_the_models_logits_are_the_capped_logits_of_the_baseline(
         for treatment in ([], [{"soft_cap": {"cap": 2.0, "form": form}}])
     )
     tokens = batch(tiny())[:, :-1]
-    before, after = (
-        plain(tokens).detach().double().numpy(),
-        capped(tokens).detach().double().numpy(),
-    )
-    assert np.abs(before).max() > 3 and np.abs(after).max() < 2
+    before = plain(tokens).detach().double().numpy()
+    after = capped(tokens).detach().double().numpy()
+    assert np.abs(before).max() > 3
+    assert np.abs(after).max() < 2
     assert np.abs(after - FORMULA[form](before, 2.0)).max() < 1e-5
     extended, _ = capped.extend(tokens, None)
     assert np.abs(extended.detach().double().numpy() - after).max() < 1e-5
@@ -74,17 +74,13 @@ def test_the_cap_comes_after_the_width_multiplier(tiny, build, batch):
         for treatment in ([], [{"soft_cap": {"cap": 2.0}}, {"mup": {"base_width": 64}}])
     )
     tokens = batch(tiny())[:, :-1]
-    before, after = (
-        plain(tokens).detach().double().numpy(),
-        both(tokens).detach().double().numpy(),
-    )
+    before = plain(tokens).detach().double().numpy()
+    after = both(tokens).detach().double().numpy()
     assert np.abs(after - FORMULA["tanh"](2 * before, 2.0)).max() < 1e-5  # m = 1/2
 
 
 @FORMS
 def test_bf16_logits_stay_bf16(form):
     z = torch.tensor([1.0, 50.0, -50.0]).bfloat16()
-    assert (
-        stage(form, 15.0)(z).dtype == torch.bfloat16
-        and stage(form, 15.0)(z)[1:].abs().max() <= 15
-    )
+    assert stage(form, 15.0)(z).dtype == torch.bfloat16
+    assert stage(form, 15.0)(z)[1:].abs().max() <= 15

@@ -21,7 +21,8 @@ def values_of(model, tokens):
     """Each layer's raw values, as `qkv` gives them, and the values that attention mixes.  Both [B,T,KV,D], fp64."""
     raw = []
     for block in model.blocks:
-        attention, kv = block.attention, block.attention.heads[2]
+        attention = block.attention
+        kv = block.attention.heads[2]
         attention.qkv.register_forward_hook(
             lambda _, __, out, kv=kv: raw.append(
                 out.detach().double().unflatten(-1, (-1, 8))[:, :, -kv:].numpy()
@@ -40,7 +41,9 @@ def values_of(model, tokens):
     ],
 )
 def test_one_and_zero_are_exactly_the_baseline(tiny, build, batch, treatment):
-    plain, mixed, block = build(tiny()), build(tiny(treatment)), batch(tiny())
+    plain = build(tiny())
+    mixed = build(tiny(treatment))
+    block = batch(tiny())
     assert torch.equal(plain(block[:, :-1]), mixed(block[:, :-1]))
 
 
@@ -80,7 +83,8 @@ def test_the_normalised_form_divides_by_the_length_of_its_weights(tiny, build, b
 def test_the_normalised_form_does_not_see_the_common_size_of_its_weights(
     tiny, build, batch, factor
 ):
-    model, tokens = build(tiny(form("normalised")), stirred=0.3), batch(tiny())[:, :-1]
+    model = build(tiny(form("normalised")), stirred=0.3)
+    tokens = batch(tiny())[:, :-1]
     before = model(tokens)
     for mix in mixes(model):
         mix.own.data *= factor
@@ -91,14 +95,13 @@ def test_the_normalised_form_does_not_see_the_common_size_of_its_weights(
 
 
 def test_with_first_values_alone_no_later_value_projection_matters(tiny, build, batch):
-    model, block = build(tiny(form("learnable", own=0.0, first=1.0))), batch(tiny())
+    model = build(tiny(form("learnable", own=0.0, first=1.0)))
+    block = batch(tiny())
     before = model(block[:, :-1])
     token_losses(before, block[:, 1:]).mean().backward()
     qkv = [one.attention.qkv.weight for one in model.blocks]
-    assert (
-        all(not weight.grad[VALUES].any() and weight.grad[:64].any() for weight in qkv[1:])
-        and qkv[0].grad[VALUES].any()
-    )
+    assert all(not weight.grad[VALUES].any() and weight.grad[:64].any() for weight in qkv[1:])
+    assert qkv[0].grad[VALUES].any()
     for weight in qkv[1:]:
         weight.data[VALUES] += 1
     assert torch.equal(model(block[:, :-1]), before)
@@ -109,29 +112,30 @@ def test_with_first_values_alone_no_later_value_projection_matters(tiny, build, 
 @pytest.mark.parametrize("name", ["normalised", "learnable"])
 def test_the_first_layer_has_no_weights_of_the_mix_and_feels_none(tiny, build, batch, name):
     recipe = tiny(form(name))
-    model, tokens, outputs = build(recipe), batch(recipe)[:, :-1], []
+    model = build(recipe)
+    tokens = batch(recipe)[:, :-1]
+    outputs = []
     model.blocks[0].register_forward_hook(
         lambda _, __, out: outputs.append((out[0], out[1]["first_values"]))
     )
     learned = [
         parameter for parameter, _ in model.named_parameters() if "value_residual" in parameter
     ]
-    assert len(learned) == 2 * (3 if name == "normalised" else 2) and not any(
-        one.startswith("blocks.0.") for one in learned
-    )
+    assert len(learned) == 2 * (3 if name == "normalised" else 2)
+    assert not any(one.startswith("blocks.0.") for one in learned)
     logits = [model(tokens)]
     for mix in mixes(model):
         for value in mix.parameters():
             value.data += 0.7
     logits.append(model(tokens))
-    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True)) and not torch.equal(
-        *logits
-    )
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
+    assert not torch.equal(*logits)
 
 
 def test_mixing_before_the_expansion_of_grouped_heads_equals_mixing_after(tiny, build, batch):
     grouped = build(tiny(form("learnable"), model__attention__group=2), stirred=0.1)
-    full, weights = build(tiny(form("learnable"))), dict(grouped.named_parameters())
+    full = build(tiny(form("learnable")))
+    weights = dict(grouped.named_parameters())
     for name, value in full.named_parameters():
         source = weights[name].detach()
         if name.endswith("qkv.weight"):
@@ -152,8 +156,11 @@ def test_mixing_before_the_expansion_of_grouped_heads_equals_mixing_after(tiny, 
 
 @pytest.mark.parametrize("name", ["normalised", "learnable", "identity", "constant", "sparse"])
 def test_decoding_with_a_cache_equals_the_full_forward(tiny, build, batch, name):
-    model, tokens = build(tiny(form(name)), stirred=0.2), batch(tiny())[:, :-1]
-    pieces, cache, seen = [], None, 0
+    model = build(tiny(form(name)), stirred=0.2)
+    tokens = batch(tiny())[:, :-1]
+    pieces = []
+    cache = None
+    seen = 0
     for size in (4, 1, 3, 1, 7):
         logits, cache = model.extend(tokens[:, seen : seen + size], cache)
         pieces.append(logits)
@@ -166,14 +173,14 @@ def test_values_keep_the_activations_dtype(tiny, build, batch, name):
     """A [1] fp32 weight would promote bf16 values, and attention refuses mixed dtypes."""
     model = build(tiny(form(name)), dtype=torch.bfloat16, stirred=0.1)
     logits, cache = model.extend(batch(tiny())[:, :-1], None)
-    assert logits.dtype == torch.bfloat16 and all(
-        past[1].dtype == torch.bfloat16 for past in cache.blocks
-    )
+    assert logits.dtype == torch.bfloat16
+    assert all(past[1].dtype == torch.bfloat16 for past in cache.blocks)
 
 
 @pytest.mark.parametrize("name", ["normalised", "learnable"])
 def test_the_weight_of_the_first_values_learns_from_the_first_step(tiny, build, batch, name):
-    model, block = build(tiny(form(name))), batch(tiny())
+    model = build(tiny(form(name)))
+    block = batch(tiny())
     token_losses(model(block[:, :-1]), block[:, 1:]).mean().backward()
     assert all(
         mix.first.grad.abs() > 1e-6 and mix.own.declared.role == "vector"

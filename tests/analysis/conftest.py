@@ -48,7 +48,8 @@ class Lab:
         return self
 
     def _record(self, run: str, value, speed: float, points: int, given: dict) -> None:
-        record, number = self.store.run(run), value if isinstance(value, float) else 3.3
+        record = self.store.run(run)
+        number = value if isinstance(value, float) else 3.3
         record.folder.mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(sum(run.encode()))
         done = 1.0 if isinstance(value, float) else 0.4

@@ -16,17 +16,23 @@ def effects(lab) -> dict:
 
 
 def test_welch_interval_equals_scipys_unpaired_test(normal):
-    a, b = normal.normal(3.2, 0.002, 5), normal.normal(3.1, 0.004, 5)
-    ours, theirs = interval(a, b), stats.ttest_ind(a, b, equal_var=False)
-    assert ours.method == "Welch" and ours.degrees == pytest.approx(theirs.df)
+    a = normal.normal(3.2, 0.002, 5)
+    b = normal.normal(3.1, 0.004, 5)
+    ours = interval(a, b)
+    theirs = stats.ttest_ind(a, b, equal_var=False)
+    assert ours.method == "Welch"
+    assert ours.degrees == pytest.approx(theirs.df)
     assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
 
 
 def test_paired_interval_equals_scipys_paired_test(normal):
     seed = normal.normal(0, 0.01, 8)
-    a, b = 3.2 + seed + normal.normal(0, 0.001, 8), 3.1 + seed
-    ours, theirs = interval(a, b), stats.ttest_rel(a, b)
-    assert ours.method == "paired t" and ours.degrees == 7
+    a = 3.2 + seed + normal.normal(0, 0.001, 8)
+    b = 3.1 + seed
+    ours = interval(a, b)
+    theirs = stats.ttest_rel(a, b)
+    assert ours.method == "paired t"
+    assert ours.degrees == 7
     assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
 
 
@@ -37,24 +43,25 @@ def test_interval_by_hand():
 
 
 def test_pairing_needs_six_pairs_and_a_positive_correlation():
-    rising, noisy = np.arange(6.0), np.array([0.0, 1.5, 1.8, 3.3, 3.9, 5.2])
+    rising = np.arange(6.0)
+    noisy = np.array([0.0, 1.5, 1.8, 3.3, 3.9, 5.2])
     assert interval(rising, noisy).method == "paired t"
     assert interval(rising[:5], noisy[:5]).method == "Welch"
     assert interval(rising, -noisy).method == "Welch"
 
 
 def test_the_interval_turns_round_with_its_arms(normal):
-    a, b = normal.normal(0, 1, 7), normal.normal(1, 2, 7)
-    there, back = interval(a, b), interval(b, a)
+    a = normal.normal(0, 1, 7)
+    b = normal.normal(1, 2, 7)
+    there = interval(a, b)
+    back = interval(b, a)
     assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
 
 
 def test_arms_without_any_spread_give_a_point_and_a_note(lab):
     effect = effects(lab.cell("full", [3.0] * 3, None).cell("- x", [3.1] * 3))["- x"]
-    assert (
-        effect.low == effect.high == pytest.approx(0.1)
-        and "no spread between seeds" in effect.note
-    )
+    assert effect.low == effect.high == pytest.approx(0.1)
+    assert "no spread between seeds" in effect.note
 
 
 @pytest.mark.parametrize(("pairs", "correlation"), [(3, 0.0), (5, 0.0), (8, 0.6), (12, 0.9)])
@@ -111,19 +118,18 @@ def test_verdict_is_about_the_cell_and_the_sentence_about_the_ingredient(
     effect = effects(
         lab.cell("full", full, None).cell(arm, list(normal.normal(3 + shift, 0.001, 4)))
     )[arm]
-    assert np.sign(effect.delta) == np.sign(shift) and effect.delta == pytest.approx(
-        effect.mean - effect.reference_mean
-    )
-    assert effect.verdict == verdict and effect.sentence.startswith(words)
+    assert np.sign(effect.delta) == np.sign(shift)
+    assert effect.delta == pytest.approx(effect.mean - effect.reference_mean)
+    assert effect.verdict == verdict
+    assert effect.sentence.startswith(words)
 
 
 def test_a_difference_inside_the_noise_is_inconclusive(lab):
     effect = effects(
         lab.cell("full", [3.00, 3.01, 3.02], None).cell("- x", [3.005, 3.00, 3.025])
     )["- x"]
-    assert effect.verdict == "inconclusive" and effect.sentence.startswith(
-        "x: inconclusive, without it +0.0000 ["
-    )
+    assert effect.verdict == "inconclusive"
+    assert effect.sentence.startswith("x: inconclusive, without it +0.0000 [")
 
 
 def test_one_pair_has_a_delta_but_no_interval(lab):
@@ -151,16 +157,19 @@ def test_each_cell_is_measured_against_its_own_reference(lab):
 def test_a_lost_run_leaves_the_delta_but_is_counted_and_told(lab):
     lab.cell("full", [3.0, 3.1, 9.0], None).cell("- x", [3.2, 3.3, "diverged"])
     effect = effects(lab)["- x"]
-    assert effect.pairs == (0, 1) and effect.delta == pytest.approx(0.2)
+    assert effect.pairs == (0, 1)
+    assert effect.delta == pytest.approx(0.2)
     assert effect.statuses == {"finished": 2, "diverged": 1}
-    assert "1 of 3 runs ended badly (1 diverged)" in effect.note and "survivors" in effect.note
+    assert "1 of 3 runs ended badly (1 diverged)" in effect.note
+    assert "survivors" in effect.note
 
 
 def test_a_pair_whose_reference_is_absent_is_told(lab):
     effect = effects(
         lab.cell("full", [3.0, 3.1, "missing"], None).cell("- x", [3.2, 3.3, 3.4])
     )["- x"]
-    assert effect.n == 2 and "no reference for 1 of 3 pairs (1 missing)" in effect.note
+    assert effect.n == 2
+    assert "no reference for 1 of 3 pairs (1 missing)" in effect.note
 
 
 def test_a_cell_without_any_reference_shows_its_own_mean_and_speed_and_no_delta(lab):
@@ -179,7 +188,8 @@ def test_an_arm_that_never_finished_has_failed(lab):
     effect = effects(
         lab.cell("full", [3.0, 3.1], None).cell("- x", ["diverged", "out_of_memory"])
     )["- x"]
-    assert effect.verdict == "failed" and effect.delta is None
+    assert effect.verdict == "failed"
+    assert effect.delta is None
     assert effect.sentence == "x: no pair finished without it (1 diverged, 1 out of memory)"
 
 
@@ -200,11 +210,9 @@ def test_a_run_listed_twice_is_one_observation(lab):
 
 def test_arms_that_end_in_the_same_bits_are_inert(lab):
     effect = effects(lab.cell("full", [3.0, 3.1], None).cell("- x", [3.0, 3.1]))["- x"]
-    assert (
-        effect.verdict == "inert"
-        and effect.interval is None
-        and "changes nothing" in effect.sentence
-    )
+    assert effect.verdict == "inert"
+    assert effect.interval is None
+    assert "changes nothing" in effect.sentence
 
 
 def test_one_differing_bit_in_one_pair_is_not_inert(lab):

@@ -24,7 +24,8 @@ def test_every_planned_run_has_a_row_with_its_status(lab):
         "missing",
         "interrupted",
     ]
-    assert list(runs.pair) == list(range(7)) and list(runs.cell.unique()) == ["full"]
+    assert list(runs.pair) == list(range(7))
+    assert list(runs.cell.unique()) == ["full"]
 
 
 def test_a_finished_row_carries_metrics_speed_code_and_runtime(lab):
@@ -65,7 +66,8 @@ def test_curves_hold_every_logged_line_of_finished_and_lost_runs(lab):
 
 def test_curves_of_an_experiment_without_logs_are_empty_but_have_their_columns(lab):
     logged = frame.curves(lab.cell("full", ["missing"], None).write(), "loo")
-    assert len(logged) == 0 and "tokens" in logged
+    assert len(logged) == 0
+    assert "tokens" in logged
 
 
 def test_an_unknown_experiment_is_named(tmp_path):

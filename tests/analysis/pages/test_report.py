@@ -7,7 +7,8 @@ from ablab.core.errors import UserError
 from ablab.core.store.grid_plan import command
 from ablab.core.store.result import DIVERGED
 
-FULL, WITHOUT = [3.000, 3.001, 3.002], [3.020, 3.022, 3.021]
+FULL = [3.000, 3.001, 3.002]
+WITHOUT = [3.020, 3.022, 3.021]
 
 
 def page(lab, folder) -> str:
@@ -33,17 +34,14 @@ def test_the_page_holds_question_verdict_control_numbers_and_pictures(lab, tmp_p
         ),
         tmp_path,
     )
-    assert (
-        "Which ingredients still pay?" in text
-        and "`val/loss` in nats/token, lower is better" in text
-    )
+    assert "Which ingredients still pay?" in text
+    assert "`val/loss` in nats/token, lower is better" in text
     says, control = row(text, "- qk_norm", "Verdicts")[1:]
-    assert (
-        says.startswith("qk_norm helps: without it +0.0200 [")
-        and control == "queries and keys as projected"
-    )
+    assert says.startswith("qk_norm helps: without it +0.0200 [")
+    assert control == "queries and keys as projected"
     numbers = row(text, "- qk_norm", "Numbers")
-    assert numbers[1:5] == ["3", "3.0210", "0.0010", "+0.0200"] and numbers[6:] == [
+    assert numbers[1:5] == ["3", "3.0210", "0.0010", "+0.0200"]
+    assert numbers[6:] == [
         "Welch",
         "worse",
         "110,000",
@@ -51,8 +49,10 @@ def test_the_page_holds_question_verdict_control_numbers_and_pictures(lab, tmp_p
         "3 finished",
     ]
     for picture in ("forest.png", "curves.png"):
-        assert f"]({picture})" in text and (tmp_path / "out" / picture).stat().st_size > 10_000
-    assert "Same hyper-parameters, not tuned" in text and "No multiplicity correction" in text
+        assert f"]({picture})" in text
+        assert (tmp_path / "out" / picture).stat().st_size > 10_000
+    assert "Same hyper-parameters, not tuned" in text
+    assert "No multiplicity correction" in text
     assert "## Read first" not in text
 
 
@@ -109,20 +109,16 @@ def test_missing_interrupted_and_few_seeds_are_warned_about(lab, tmp_path):
     text = page(
         lab.cell("full", FULL, None).cell("- x", [3.1, "missing", "interrupted"]), tmp_path
     )
-    assert (
-        "1 missing, 1 interrupted of 6 runs" in text and "continue with: ablab run loo" in text
-    )
-    assert (
-        "fewer than 3 finished seeds: `- x` (1)" in text and "killed, or still running" in text
-    )
+    assert "1 missing, 1 interrupted of 6 runs" in text
+    assert "continue with: ablab run loo" in text
+    assert "fewer than 3 finished seeds: `- x` (1)" in text
+    assert "killed, or still running" in text
 
 
 def test_runs_that_were_never_started_are_not_called_interrupted(lab, tmp_path):
     text = page(lab.cell("full", FULL, None).cell("- x", [3.1, "missing", "missing"]), tmp_path)
-    assert (
-        "2 missing of 6 runs; continue with: ablab run loo" in text
-        and "interrupted" not in text
-    )
+    assert "2 missing of 6 runs; continue with: ablab run loo" in text
+    assert "interrupted" not in text
 
 
 @pytest.mark.parametrize(
@@ -157,7 +153,8 @@ def test_an_experiment_without_a_finished_run_is_refused_in_one_line(lab, tmp_pa
 
 def test_a_report_without_logs_or_arms_has_numbers_and_no_pictures(lab, tmp_path):
     text = page(lab.cell("only", FULL, None), tmp_path)
-    assert row(text, "only", "Numbers")[2] == "3.0010" and ".png" not in text
+    assert row(text, "only", "Numbers")[2] == "3.0010"
+    assert ".png" not in text
 
 
 def test_json_is_strict_and_says_what_the_table_says(lab):
@@ -174,11 +171,9 @@ def test_json_is_strict_and_says_what_the_table_says(lab):
         "nothing in its place",
     )
     assert data["metric"] == {"name": "val/loss", "unit": "nats/token", "better": "lower"}
-    assert (
-        data["warnings"] == read.warnings
-        and len(data["runs"]) == 6
-        and data["runs"][4]["val/loss"] is None
-    )
+    assert data["warnings"] == read.warnings
+    assert len(data["runs"]) == 6
+    assert data["runs"][4]["val/loss"] is None
 
 
 def test_table_rows_share_their_headings(lab):
@@ -187,9 +182,8 @@ def test_table_rows_share_their_headings(lab):
             lab.cell("full", FULL, None).cell("- x", ["diverged"] * 3).write(), "loo"
         ).effects
     )
-    assert rows[0].keys() == rows[1].keys() and all(
-        isinstance(text, str) for line in rows for text in line.values()
-    )
+    assert rows[0].keys() == rows[1].keys()
+    assert all(isinstance(text, str) for line in rows for text in line.values())
     assert (rows[0]["verdict"], rows[1]["verdict"], rows[1]["delta"]) == (
         "reference",
         "failed",
@@ -234,7 +228,9 @@ def test_arms_served_alike_have_no_mark_and_no_footnote(lab, tmp_path):
 
 def test_the_terminal_and_json_tell_who_served(lab):
     found = report.read(served(lab).write(), "loo")
-    marks = {line["arm"]: line["tokens/s"].endswith("†") for line in report.table(found.effects)}
+    marks = {
+        line["arm"]: line["tokens/s"].endswith("†") for line in report.table(found.effects)
+    }
     assert marks == {"full": True, "- x": True, "- y": False}
     arms = {arm["cell"]: arm["service"] for arm in report.as_json(found)["effects"]}
     assert arms["- x"] == {"attention": ("torch: no RoPE", "triton")}

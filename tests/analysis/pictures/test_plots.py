@@ -36,28 +36,30 @@ def shows(picture, colour: str) -> int:
 @pytest.mark.parametrize("arms", [3, 14])
 def test_pictures_are_print_size_and_not_blank(lab, normal, tmp_path, arms):
     forest, curves = draw(experiment(lab, normal, arms), tmp_path)
-    assert (
-        1000 <= forest.shape[1] <= 1500 and 60 * arms <= forest.shape[0] <= 60 * arms + 400
-    )  # 200 dots an inch
-    assert 1200 <= curves.shape[1] <= 1600 and 1200 <= curves.shape[0] <= 1500
-    assert forest.std() > 0.05 and curves.std() > 0.05
+    # 200 dots an inch
+    assert 1000 <= forest.shape[1] <= 1500
+    assert 60 * arms <= forest.shape[0] <= 60 * arms + 400
+    assert 1200 <= curves.shape[1] <= 1600
+    assert 1200 <= curves.shape[0] <= 1500
+    assert forest.std() > 0.05
+    assert curves.std() > 0.05
 
 
 def test_an_arm_that_got_worse_is_orange_and_one_that_got_better_blue(lab, tmp_path):
     lab.cell("full", [3.0, 3.001, 3.002], None, points=5).cell(
         "- a", [3.1, 3.101, 3.102], points=5
     )
-    orange, blue = VERDICT_COLOUR["worse"], VERDICT_COLOUR["better"]
+    orange = VERDICT_COLOUR["worse"]
+    blue = VERDICT_COLOUR["better"]
     picture, _ = draw(lab, tmp_path)
-    assert shows(picture, orange) > 100 and not shows(picture, blue)
+    assert shows(picture, orange) > 100
+    assert not shows(picture, blue)
 
 
 def test_above_ten_cells_three_arms_keep_a_colour(lab, normal, tmp_path):
     store = experiment(lab, normal, arms=14).write()
     picture = imread(draw_curves(frame.curves(store, "loo"), tmp_path / "curves.png"))
-    assert [bool(shows(picture, colour)) for colour in DISTINCT] == [True] * 3 + [
-        False
-    ] * 6
+    assert [bool(shows(picture, colour)) for colour in DISTINCT] == [True] * 3 + [False] * 6
     assert shows(picture, BACKGROUND) > 100
 
 
@@ -67,7 +69,8 @@ def test_an_experiment_of_lost_single_and_inert_arms_can_be_drawn(lab, tmp_path)
     )
     lab.cell("- inert", [3.0, 3.1], points=10).cell("- single", [3.2, "missing"], points=10)
     forest, curves = draw(lab, tmp_path)
-    assert forest.std() > 0.02 and curves.std() > 0.02
+    assert forest.std() > 0.02
+    assert curves.std() > 0.02
 
 
 def test_a_single_evaluation_is_a_dot(lab, tmp_path):
@@ -78,9 +81,7 @@ def test_a_single_evaluation_is_a_dot(lab, tmp_path):
 
 def test_one_cell_alone_has_a_curve(lab, tmp_path):
     store = lab.cell("only", [3.0], None, points=5).write()
-    assert (
-        imread(draw_curves(frame.curves(store, "loo"), tmp_path / "curves.png")).std() > 0.02
-    )
+    assert imread(draw_curves(frame.curves(store, "loo"), tmp_path / "curves.png")).std() > 0.02
 
 
 def test_differences_are_taken_where_both_runs_have_been():
@@ -96,7 +97,8 @@ def test_differences_are_taken_where_both_runs_have_been():
 
     reference = curve([10.0, 20.0, 30.0], [4.0, 3.0, 2.0])
     grid, difference = curve([5.0, 15.0, 25.0, 35.0], [9.0, 3.6, 2.6, 1.0]).minus(reference)
-    assert list(grid) == [15, 25] and difference[0] == pytest.approx([0.1, 0.1])
+    assert list(grid) == [15, 25]
+    assert difference[0] == pytest.approx([0.1, 0.1])
     assert curve([40.0], [1.0]).minus(reference) is None
 
 

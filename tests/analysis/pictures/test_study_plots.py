@@ -53,9 +53,9 @@ def shows(picture, colour: str) -> int:
 
 def test_learning_rate_curves_are_print_size_with_a_colour_per_arm(tmp_path):
     picture = imread(draw_rates(study(["full", "- a", "- b"]), tmp_path / "lr.png"))
-    assert (
-        1200 <= picture.shape[1] <= 1700 and 850 <= picture.shape[0] <= 1300
-    )  # 200 dots an inch
+    # 200 dots an inch
+    assert 1200 <= picture.shape[1] <= 1700
+    assert 850 <= picture.shape[0] <= 1300
     assert [shows(picture, colour) > 200 for colour in (INK, *DISTINCT[:3])] == [
         True,
         True,
@@ -85,9 +85,7 @@ def test_above_ten_arms_the_rest_is_grey(tmp_path):
         BACKGROUND,
         BACKGROUND,
     ]
-    assert (
-        shows(imread(draw_rates(study(cells), tmp_path / "lr.png")), BACKGROUND) > 200
-    )
+    assert shows(imread(draw_rates(study(cells), tmp_path / "lr.png")), BACKGROUND) > 200
 
 
 def test_widths_go_from_light_to_dark_in_panels_that_share_their_value_axis(tmp_path):
@@ -105,9 +103,9 @@ def test_widths_go_from_light_to_dark_in_panels_that_share_their_value_axis(tmp_
         for arms in (2, 5)
     )
     assert all(shows(two, shade) > 200 for shade in shades.values())
-    assert (
-        two.shape[1] < five.shape[1] < 2000 and five.shape[0] > 1.6 * two.shape[0]
-    )  # 2 panels, and 3 over 2
+    # 2 panels, and 3 over 2
+    assert two.shape[1] < five.shape[1] < 2000
+    assert five.shape[0] > 1.6 * two.shape[0]
 
 
 def test_importance_has_a_bar_as_long_as_its_share(tmp_path):
@@ -129,7 +127,8 @@ def test_the_history_falls_to_each_arms_best(tmp_path):
         (np.rint(picture[..., :3] * 255) == [int(c[i : i + 2], 16) for i in (1, 3, 5)]).all(-1)
         for c in ("#222222", DISTINCT[0])
     )
-    assert shows(picture, DISTINCT[0]) > 500 and ink.sum() > 500
+    assert shows(picture, DISTINCT[0]) > 500
+    assert ink.sum() > 500
     long = np.flatnonzero(blue.sum(1) > 100)  # rows of horizontal line
     assert (
         len(np.split(long, np.flatnonzero(np.diff(long) > 1) + 1)) == 4
@@ -146,9 +145,7 @@ def test_edges_lost_arms_pruned_trials_and_one_trial_can_be_drawn(tmp_path):
         }[cell]
 
     record = study(["full", "dead", "one", "cut"], (64, 128), odd, "higher")
-    for number, draw in enumerate(
-        (draw_rates, draw_widths, draw_history)
-    ):
+    for number, draw in enumerate((draw_rates, draw_widths, draw_history)):
         assert imread(draw(record, tmp_path / f"{number}.png")).std() > 0.05
 
 
@@ -160,9 +157,11 @@ def test_a_trial_near_divergence_does_not_flatten_the_rest(tmp_path):
         def set_ylim(self, low, high):
             self.limits = low, high
 
-    record, axes = study(["full"], loss=steep), Axes()
+    record = study(["full"], loss=steep)
+    axes = Axes()
     TrialPanel(axes, "lower").limits([record.trials])
-    assert 2.3 < axes.limits[0] < 2.4 and 2.5 < axes.limits[1] < 3
+    assert 2.3 < axes.limits[0] < 2.4
+    assert 2.5 < axes.limits[1] < 3
 
 
 @pytest.mark.parametrize(
@@ -186,9 +185,7 @@ def test_a_study_without_widths_has_no_picture_of_them(tmp_path):
     trials = [Trial("full", i, {LR: lr}, "complete", 2.0) for i, lr in enumerate(LRS)]
     record = study(["full"], space={LR: {"log": [0.001, 0.064]}})
     with pytest.raises(UserError, match="needs model.width in study.space"):
-        draw_widths(
-            StudyRecord(**{**record.__dict__, "trials": trials}), tmp_path / "x.png"
-        )
+        draw_widths(StudyRecord(**{**record.__dict__, "trials": trials}), tmp_path / "x.png")
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
