@@ -24,6 +24,7 @@ MISSING = "missing"
 INTERRUPTED = "interrupted"
 INERT = "inert"
 UNITS = {"loss": "nats/token", "bits_per_byte": "bits/byte"}
+# Of an experiment without logs.
 CURVE_COLUMNS = [
     "cell",
     "reference",
@@ -32,7 +33,7 @@ CURVE_COLUMNS = [
     "status",
     "step",
     "tokens",
-]  # of an experiment without logs
+]
 
 
 def unit(metric: str) -> str:

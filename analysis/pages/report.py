@@ -285,7 +285,9 @@ def _method(arms: list[Effect]) -> str:
     return METHOD.format(methods=here, arms=len(arms), false=expected)
 
 
-def _listed(runs: pd.DataFrame, metric: str) -> list[dict[str, str]]:
+def _listed(runs: pd.DataFrame, metric: str) -> list[dict[str, Any]]:
     told = runs[["cell", "pair", "seed", "run", "status", metric, "code"]]
     told = told.assign(**{metric: [number(value, ".4f") for value in told[metric]]})
-    return told.to_dict("records")
+    columns = [str(name) for name in told]
+    rows = told.itertuples(index=False, name=None)
+    return [dict(zip(columns, row, strict=True)) for row in rows]

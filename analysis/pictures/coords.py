@@ -99,9 +99,8 @@ def _panel(axes: "Axes", arm: dict[str, Any], tensor: str, check: dict[str, Any]
     _changes(
         axes, rows[(rows.tensor == tensor) & known], colour, check["flat"] if judged else 0
     )
-    axes.set_title(
-        f"\n\n{tensor}\n", color=INK
-    )  # room for the arm's name above, the slope below
+    # Room for the arm's name above, the slope below.
+    axes.set_title(f"\n\n{tensor}\n", color=INK)
     axes.annotate(
         said(slope),
         (0, 1),

@@ -37,9 +37,8 @@ LEAST_STEP = 1 / 4  # octaves; random samplers crowd, and a search must not cree
 LOW, HIGH = -1, +1  # the sides of a winner
 
 Space = Mapping[str, Mapping[str, Any]]  # path -> {"log": [low, high]} or {"choices": [...]}
-Bounds = Mapping[
-    str, Sequence[float]
-]  # path -> the low and the high end that no widening may pass
+# Path -> the low and the high end that no widening may pass.
+Bounds = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)

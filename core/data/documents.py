@@ -17,9 +17,9 @@ from ablab.core.errors import UserError
 
 FORMATS = (".jsonl", ".json", ".txt", ".parquet")
 PACKED = (".gz", ".xz", ".zst")
-Placed = Iterator[
-    tuple[str, Any]
-]  # where a document stands, for messages, and what stands there
+Source = IO[bytes] | gzip.GzipFile
+# Where a document stands, for messages, and what stands there.
+Placed = Iterator[tuple[str, Any]]
 
 
 def documents(paths: Iterable[str | Path], field: str = "text") -> Iterator[str]:
@@ -110,7 +110,7 @@ def _checked(text: Any, place: str, field: str) -> str:
     return text
 
 
-def _unpacked(path: Path) -> IO[bytes]:
+def _unpacked(path: Path) -> Source:
     if path.suffix == ".gz":
         return gzip.open(path)
     if path.suffix == ".xz":
@@ -120,7 +120,7 @@ def _unpacked(path: Path) -> IO[bytes]:
     return open(path, "rb")
 
 
-def _zstd(path: Path) -> IO[bytes]:
+def _zstd(path: Path) -> Source:
     try:
         zstd = import_module("compression.zstd")
     except ImportError:
@@ -133,7 +133,7 @@ def _zstd(path: Path) -> IO[bytes]:
 # -- readers, one a format ---------------------------------------------------------------------------------------------
 
 
-def _lines(file: IO[bytes], path: Path, field: str) -> Placed:
+def _lines(file: Source, path: Path, field: str) -> Placed:
     for number, line in enumerate(file, 1):
         if line.isspace():
             continue
@@ -158,12 +158,12 @@ def _keys(record: Any) -> str:
     return ", ".join(record) or "{}"
 
 
-def _text(file: IO[bytes], path: Path, field: str) -> Placed:
+def _text(file: Source, path: Path, field: str) -> Placed:
     if content := file.read():
         yield str(path), content.decode()
 
 
-def _parquet(file: IO[bytes], path: Path, field: str) -> Placed:
+def _parquet(file: Source, path: Path, field: str) -> Placed:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -183,7 +183,7 @@ def _parquet(file: IO[bytes], path: Path, field: str) -> Placed:
         raise UserError(f"{path} is not Parquet ({first_line}); fetch it again") from None
 
 
-def _seekable(file: IO[bytes], path: Path) -> IO[bytes]:
+def _seekable(file: Source, path: Path) -> Source:
     """Parquet is read from its end, and seeking in a packed stream would unpack it each time: unpack it once."""
     if path.suffix not in PACKED:
         return file

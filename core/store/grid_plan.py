@@ -30,12 +30,10 @@ class GridPlan:
     better: str  # "lower" or "higher"
     design: str
     rows: list[Planned]
-    treatments: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # cell -> intervention -> dose
-    off: dict[str, str] = field(
-        default_factory=dict
-    )  # intervention -> the sentence naming its control
+    # Cell -> intervention -> dose.
+    treatments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # Intervention -> the sentence naming its control.
+    off: dict[str, str] = field(default_factory=dict)
 
 
 def command(experiment: str, verb: str = "run") -> str:

@@ -24,11 +24,12 @@ WIDTH = "model.width"
 State = Literal["complete", "pruned", "failed", "diverged", "out_of_memory", "running"]
 COMPLETE = "complete"
 RUNNING = "running"
+# Tried, with a known answer; the other states say nothing.
 EVALUATED = (
     COMPLETE,
     DIVERGED,
     PRUNED,
-)  # tried, with a known answer; the other states say nothing
+)
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,8 @@ class StudyRecord:
     seeds: list[int]
     trials_per_cell: int
     trials: list[Trial]
-    importance: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # cell -> path -> share
+    # Cell -> path -> share.
+    importance: dict[str, dict[str, float]] = field(default_factory=dict)
     tuned: str | None = None  # the plan of the confirmation runs, each arm at its own winner
 
     @property

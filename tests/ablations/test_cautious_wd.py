@@ -112,12 +112,10 @@ def test_the_final_direction_decides_not_the_gradient(tiny, drive):
     seen, _ = drive(
         recipe, start, [{"w": torch.tensor([[1.0, 1.0]])}, {"w": torch.tensor([[-0.5, -0.5]])}]
     )
-    assert torch.equal(
-        seen[1]["w"], torch.tensor([[8 - 1 - 0.5 * 8, -8 - 1.0]])
-    )  # first agrees, second does not
-    torch.testing.assert_close(
-        seen[2]["w"], torch.tensor([[3 - 0.4 - 0.5 * 3, -9 - 0.4]])
-    )  # update 0.9 - 0.5 = 0.4
+    # First agrees, second does not.
+    assert torch.equal(seen[1]["w"], torch.tensor([[8 - 1 - 0.5 * 8, -8 - 1.0]]))
+    # update 0.9 - 0.5 = 0.4.
+    torch.testing.assert_close(seen[2]["w"], torch.tensor([[3 - 0.4 - 0.5 * 3, -9 - 0.4]]))
 
 
 @pytest.mark.parametrize("treatment", [[], [{"muon": {"ns": "exact"}}], ["muon", "normuon"]])

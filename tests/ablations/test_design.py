@@ -87,9 +87,8 @@ def test_every_cell_of_the_full_recipe_builds_and_has_a_reference_that_exists(de
     assert all(cell.reference in found for cell in found.values() if cell.reference)
     assert [cell for cell in found.values() if cell.reference is None]
     ids = {name: run_id(resolve(tiny(), cell.treatment)) for name, cell in found.items()}
-    assert len(set(ids.values())) == (
-        1 if design == "replicate" else len(found)
-    )  # no two arms ask for one run
+    # No two arms ask for one run.
+    assert len(set(ids.values())) == (1 if design == "replicate" else len(found))
 
 
 def test_the_order_in_the_file_changes_no_run(tiny):

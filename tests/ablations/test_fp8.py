@@ -17,10 +17,11 @@ from ablab.core.runtime.runtime import Runtime
 from ablab.core.train.trainer import Trainer
 from ablab.kernels import fp8
 
+# Bits after the point, exponent of the smallest normal number, largest.
 FORMATS = {
     "e4m3": (3, -6, 448.0),
     "e5m2": (2, -14, 57344.0),
-}  # bits after the point, exponent of the smallest normal number, largest
+}
 every_format = pytest.mark.parametrize("form", FORMATS)
 
 
@@ -130,9 +131,8 @@ def test_against_exact_products_the_error_is_that_of_three_bits_and_of_two():
 def test_zeros_give_zeros_and_what_is_not_finite_shows(which):
     tensors = [drawn(16, 16, seed=seed) for seed in range(3)]
     tensors[which] = torch.zeros(16, 16)
-    read_by = ((0, 2), (0, 1), (1, 2))[
-        which
-    ]  # y reads x and W; dx reads W and g; dW reads x and g
+    # y reads x and W; dx reads W and g; dW reads x and g.
+    read_by = ((0, 2), (0, 1), (1, 2))[which]
     assert all(
         value.isfinite().all() and value.any() == (i not in read_by)
         for i, value in enumerate(products(*tensors))
@@ -283,9 +283,8 @@ def test_evaluation_multiplies_plainly(tiny, build, batch):
     tokens = batch(tiny())[:, :-1]
     with torch.no_grad():
         assert torch.equal(both(tokens), plain(tokens))
-    assert (
-        0.01 < error(both(tokens), plain(tokens)) < 0.2
-    )  # six products in a row, 4 % each, on activations that silu and products sharpen
+    # Six products in a row, 4 % each, on activations that silu and products sharpen.
+    assert 0.01 < error(both(tokens), plain(tokens)) < 0.2
 
 
 def test_gradients_of_the_model_are_near_the_plain_ones_and_the_dose_shows_in_all(

@@ -70,9 +70,8 @@ def test_momentum_may_warm_up_from_085(tiny, drive):
         {"w": (Param((2, 3), "hidden"), torch.zeros(2, 3))},
         [{"w": randn(2, 3, seed=1)}, {"w": randn(2, 3, seed=2)}],
     )
-    expected = 0.95 * (0.1 * randn(2, 3, seed=1)) + 0.05 * randn(
-        2, 3, seed=2
-    )  # 0.90 at step 1, 0.95 from step 2
+    # 0.90 at step 1, 0.95 from step 2.
+    expected = 0.95 * (0.1 * randn(2, 3, seed=1)) + 0.05 * randn(2, 3, seed=2)
     state = optimizer.banks[0].state["momentum"]["mean"][0]
     assert (state - expected).abs().max() < 1e-6
     assert (
@@ -94,9 +93,8 @@ def test_only_hidden_matrices_change_their_chain(tiny):
         "orthogonalize",
         "decay",
     ]
-    assert (
-        muon.chains["hidden"].steps[-1] == before.chains["hidden"].steps[-1]
-    )  # the same decay
+    # The same decay.
+    assert muon.chains["hidden"].steps[-1] == before.chains["hidden"].steps[-1]
     assert (muon.lr, muon.clip) == (before.lr, before.clip)
 
 

@@ -11,11 +11,12 @@ from ablab.core.errors import UserError
 from ablab.core.language.declare import Param
 
 STEADY = {"schedule": "constant", "optim__clip": None}
+# No decay, learning rate 1.
 BARE = {
     "optim__chains__hidden__steps": ["adam"],
     "optim__lr": 1.0,
     **STEADY,
-}  # no decay, learning rate 1
+}
 
 
 def randn(*shape, seed=0):
@@ -45,9 +46,10 @@ def test_the_first_update_has_equal_rows_and_muons_frobenius_norm(tiny, drive, n
     rows = normed.double().norm(dim=1)
     assert (rows.std() / rows.mean()).item() < 1e-3
     assert abs(normed.norm() / plain.norm() - 1).item() < 1e-3
+    # There was something to even out.
     assert (
         shape != (32, 12) or (plain.norm(dim=1).std() / plain.norm(dim=1).mean()).item() > 0.02
-    )  # there was something to even out
+    )
 
 
 @pytest.mark.parametrize("blocks", [(), (16, 8, 8)])

@@ -40,9 +40,10 @@ def test_corners(run):
     """Full rate at the end of the warm-up and at the start of the decay, the floor at the last step."""
     warmup, steps, decay, wsd = run
     assert abs(wsd.multiplier(1, steps) - 1 / warmup) < 1e-12
+    # sqrt of 1e-16 is 1e-8.
     assert wsd.multiplier(warmup, steps) == pytest.approx(
         1, abs=1e-6 if wsd.shape == "1-sqrt" else 1e-12
-    )  # sqrt of 1e-16 is 1e-8
+    )
     assert wsd.multiplier(steps - decay, steps) == pytest.approx(
         1, abs=1e-6 if wsd.shape == "1-sqrt" else 1e-12
     )

@@ -38,9 +38,8 @@ class Lab:
     ) -> "Lab":
         """One run per value.  A value may be a status instead of a number; "missing" and "interrupted" leave no result."""
         for pair, value in enumerate(values):
-            value = (
-                value if isinstance(value, str) else float(value)
-            )  # numpy scalars have no JSON form
+            # Numpy scalars have no JSON form.
+            value = value if isinstance(value, str) else float(value)
             run = runs[pair] if runs else f"{self.name}-{name}-{pair}".replace(" ", "_")
             self.rows.append(Planned(name, pair, seed=pair, run=run, reference=reference))
             if value != "missing":

@@ -236,13 +236,11 @@ def test_the_seed_sd_comes_from_the_search_or_else_from_the_experiments_own_runs
     study_record.write(lab.store, search(optima=moving))
     assert "seed sd unknown" in study_report.read(lab.store, "lr_width").moves["full"]
     plans(lab, 0.1, 0.1)
-    assert (
-        "(20.0 seed sd)" in study_report.read(lab.store, "lr_width").moves["full"]
-    )  # the sd of 2.400, 2.401, 2.402 is 0.001
+    # The sd of 2.400, 2.401, 2.402 is 0.001.
+    assert "(20.0 seed sd)" in study_report.read(lab.store, "lr_width").moves["full"]
     study_record.write(lab.store, search(optima=moving, seeds=("100", "101")))
-    assert (
-        "(7.1 seed sd)" in study_report.read(lab.store, "lr_width").moves["full"]
-    )  # two seeds 0.004 apart: 0.0028
+    # Two seeds 0.004 apart: 0.0028.
+    assert "(7.1 seed sd)" in study_report.read(lab.store, "lr_width").moves["full"]
 
 
 def test_an_edge_at_one_width_withholds_the_verdict():

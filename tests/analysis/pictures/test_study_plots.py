@@ -130,9 +130,8 @@ def test_the_history_falls_to_each_arms_best(tmp_path):
     assert shows(picture, DISTINCT[0]) > 500
     assert ink.sum() > 500
     long = np.flatnonzero(blue.sum(1) > 100)  # rows of horizontal line
-    assert (
-        len(np.split(long, np.flatnonzero(np.diff(long) > 1) + 1)) == 4
-    )  # seven trials, the fourth is the best
+    # Seven trials, the fourth is the best.
+    assert len(np.split(long, np.flatnonzero(np.diff(long) > 1) + 1)) == 4
 
 
 def test_edges_lost_arms_pruned_trials_and_one_trial_can_be_drawn(tmp_path):

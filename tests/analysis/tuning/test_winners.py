@@ -439,7 +439,6 @@ def test_the_seed_sd_is_pooled_over_trials():
         Trial("full", 0, {LR: 0.1}, "complete", 2.0, {"1": 1.0, "2": 3.0}),
         Trial("full", 1, {LR: 0.2}, "complete", 5.0, {"1": 4.0, "2": 5.0, "3": 6.0}),
     ]
-    assert seed_sd(trials) == pytest.approx(
-        np.sqrt((2 + 2) / 3)
-    )  # squares 1+1 and 1+0+1, degrees 1 and 2
+    # Squares 1+1 and 1+0+1, degrees 1 and 2.
+    assert seed_sd(trials) == pytest.approx(np.sqrt((2 + 2) / 3))
     assert seed_sd(bowl(GRID)) is None

@@ -355,9 +355,8 @@ def test_the_held_out_side_of_a_document_survives_reordering_and_binds_its_copie
     assert set(first["val"]) == set(second["val"])
     assert set(first["train"]) == set(second["train"])
     assert not set(second["val"]) & set(second["train"])
-    assert (
-        30 <= len(first["val"]) <= 70
-    )  # 50 expected of 200 at 0.25; four standard deviations are 24
+    # 50 expected of 200 at 0.25; four standard deviations are 24.
+    assert 30 <= len(first["val"]) <= 70
 
 
 @pytest.mark.parametrize(
@@ -394,9 +393,8 @@ def test_a_full_folder_is_never_written_over(tokenizer, tmp_path):
 def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tokenizer, tmp_path):
     text = write(tmp_path / "text.jsonl", TEXTS)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (4096, limit[1])
-    )  # stands for the full disk: write() fails after 4096 bytes
+    # Stands for the full disk: write() fails after 4096 bytes.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
     try:
         with pytest.raises(UserError, match=r"cannot write .*/data/x: File too large"):
             corpus.tokenize([text], [], tokenizer, tmp_path / "data" / "x", 0.5)

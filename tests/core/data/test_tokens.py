@@ -111,9 +111,8 @@ def test_held_out_rows_are_the_first_tokens_in_file_order_whatever_the_seed(tiny
         expected = np.stack([ids[16 * row : 16 * row + 17] for row in range(3, 8)])
         assert np.array_equal(tokens.held_out_batch(3, 5).numpy(), expected)
     assert open_tokens(tiny, token_folder, data__held_out=100).held_out_rows() == 6
-    assert (
-        open_tokens(tiny, token_folder, data__held_out=10_000).held_out_rows() == 24
-    )  # the file holds 400
+    # The file holds 400.
+    assert open_tokens(tiny, token_folder, data__held_out=10_000).held_out_rows() == 24
 
 
 def test_the_shortest_folder_that_is_accepted_yields_its_one_window(
