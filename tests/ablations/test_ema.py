@@ -11,13 +11,23 @@ from ablab.core.train.trainer import Trainer
 CPU = Runtime(device="cpu", compile=False)
 
 
+def fp64(tensor):
+    """The tensor as a numpy array, in fp64."""
+    return tensor.detach().double().numpy()
+
+
+def apart(ours, theirs):
+    """The largest difference."""
+    return abs(ours - theirs).max()
+
+
 def averaged(ema: EMA, sequence, begin=None) -> list[np.ndarray]:
     """Feed W_1, W_2, ... (each a list of tensors); the averages after every step."""
     state = ema.begin(begin or [torch.zeros_like(w) for w in sequence[0]])
     seen = []
     for t, weights in enumerate(sequence, 1):
         ema.advance(state, weights, t, len(sequence))
-        seen.append(np.concatenate([a.double().numpy().ravel() for a in state.values()]))
+        seen.append(np.concatenate([fp64(a).ravel() for a in state.values()]))
     return seen
 
 
@@ -47,13 +57,18 @@ def test_posthoc_weights_are_the_closed_form_with_0134_on_the_oldest():
     expected = np.zeros(100)
     for j, t in enumerate(range(82, 101, 2), 1):
         expected[t - 1] = 0.8**9 if j == 1 else 0.2 * 0.8 ** (10 - j)
-    assert np.abs(found - expected).max() < 1e-6
+    assert apart(found, expected) < 1e-6
     assert abs(found.sum() - 1) < 1e-6
     assert round(found[81], 3) == 0.134
 
 
 @pytest.mark.parametrize(
-    ("checkpoints", "beta", "oldest"), [(6, 0.8, 0.328), (2, 0.5, 0.5), (1, 0.8, 1.0)]
+    ("checkpoints", "beta", "oldest"),
+    [
+        (6, 0.8, 0.328),
+        (2, 0.5, 0.5),
+        (1, 0.8, 1.0),
+    ],
 )
 def test_fewer_snapshots_leave_more_on_the_oldest(checkpoints, beta, oldest):
     found = shares(EMA("posthoc", checkpoints=checkpoints, beta=beta, span=0.3), 60)
@@ -65,14 +80,20 @@ def test_bias_corrected_weights_are_geometric():
     """(1 - beta) beta^(K-j) / (1 - beta^K)."""
     found = shares(EMA("posthoc", checkpoints=10, beta=0.8, span=0.2, bias_corrected=True), 100)
     expected = 0.2 * 0.8 ** np.arange(9, -1, -1) / (1 - 0.8**10)
-    assert np.abs(found[81::2] - expected).max() < 1e-6
+    assert apart(found[81::2], expected) < 1e-6
     assert not found[:81].any()
     assert not found[82::2].any()
 
 
 @pytest.mark.parametrize(
     ("steps", "checkpoints", "span"),
-    [(100, 10, 0.2), (1000, 10, 0.2), (37, 5, 0.5), (12, 10, 0.2), (5, 3, 1.0)],
+    [
+        (100, 10, 0.2),
+        (1000, 10, 0.2),
+        (37, 5, 0.5),
+        (12, 10, 0.2),
+        (5, 3, 1.0),
+    ],
 )
 def test_snapshots_are_evenly_spaced_steps_that_end_at_the_last(steps, checkpoints, span):
     """By step number: 98, 99, 100 in this order, not 100, 98, 99.  A short run has fewer of them."""
@@ -84,21 +105,29 @@ def test_snapshots_are_evenly_spaced_steps_that_end_at_the_last(steps, checkpoin
     spacing = span * steps / checkpoints
     if spacing >= 1:
         assert len(found) == checkpoints
-        assert np.abs(np.diff(found) - spacing).max() < 1
+        assert apart(np.diff(found), spacing) < 1
         assert found[0] >= steps * (1 - span)
 
 
 def test_before_the_first_snapshot_the_average_is_the_weights_themselves():
     sequence, raw = walk(100)
     seen = averaged(EMA("posthoc", span=0.2), sequence)
-    assert all(np.abs(seen[t] - raw[t]).max() < 1e-6 for t in range(82))
-    assert np.abs(seen[85] - raw[85]).max() > 0.1
+    assert all(apart(seen[t], raw[t]) < 1e-6 for t in range(82))
+    assert apart(seen[85], raw[85]) > 0.1
 
 
 # ---- online ----
 
 
-@pytest.mark.parametrize(("horizon", "start"), [(5, 0.0), (5, 0.4), (50, 0.0), (1, 0.0)])
+@pytest.mark.parametrize(
+    ("horizon", "start"),
+    [
+        (5, 0.0),
+        (5, 0.4),
+        (50, 0.0),
+        (1, 0.0),
+    ],
+)
 def test_online_is_the_plain_mean_until_the_horizon_and_exponential_after(horizon, start):
     """Shares in closed form: (1 - 1/h)^(T-h) / h for each of the first h, 1/h (1 - 1/h)^(T-t) for later ones."""
     steps = 30
@@ -111,14 +140,14 @@ def test_online_is_the_plain_mean_until_the_horizon_and_exponential_after(horizo
     for j in range(full, length):
         expected[first + j] = (1 - 1 / horizon) ** (length - 1 - j) / horizon
     assert abs(expected.sum() - 1) < 1e-12
-    assert np.abs(found - expected).max() < 1e-6
+    assert apart(found, expected) < 1e-6
 
 
 def test_online_follows_the_weights_until_its_start():
     sequence, raw = walk(30)
     seen = averaged(EMA("online", horizon=10, start=0.5), sequence)
-    assert all(np.abs(seen[t] - raw[t]).max() < 1e-6 for t in range(16))
-    assert np.abs(seen[17] - raw[17]).max() > 0.05
+    assert all(apart(seen[t], raw[t]) < 1e-6 for t in range(16))
+    assert apart(seen[17], raw[17]) > 0.05
 
 
 # ---- both ----
@@ -134,7 +163,7 @@ KINDS = [
 @pytest.mark.parametrize("ema", KINDS)
 def test_every_bank_is_averaged_by_the_same_shares(ema):
     sequence, raw = walk(40)
-    assert np.abs(averaged(ema, sequence)[-1] - shares(ema, 40) @ raw).max() < 1e-5
+    assert apart(averaged(ema, sequence)[-1], shares(ema, 40) @ raw) < 1e-5
 
 
 @pytest.mark.parametrize("ema", KINDS)
@@ -142,8 +171,7 @@ def test_constant_weights_are_a_fixed_point(ema):
     constant = [torch.tensor([1.25, -3.0, 1e-7])]
     for begin in (None, [torch.full((3,), 9.0)]):  # wherever it started
         assert all(
-            np.abs(a - constant[0].double().numpy()).max() < 1e-12
-            for a in averaged(ema, [constant] * 40, begin)
+            apart(a, fp64(constant[0])) < 1e-12 for a in averaged(ema, [constant] * 40, begin)
         )
 
 
@@ -157,7 +185,7 @@ def test_constant_weights_are_a_fixed_point(ema):
 )
 def test_no_memory_gives_the_last_weights(ema):
     sequence, raw = walk(40)
-    assert np.abs(averaged(ema, sequence)[-1] - raw[-1]).max() < 1e-6
+    assert apart(averaged(ema, sequence)[-1], raw[-1]) < 1e-6
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.6, 1.0])
@@ -168,7 +196,7 @@ def test_the_readout_mixes_weights_and_average_and_changes_neither(mix):
     state = ema.begin([torch.tensor([5.0, -2.0])])
     out = ema.readout(state, weights)
     expected = (1 - mix) * np.array([1.0, 2.0]) + mix * np.array([5.0, -2.0])
-    assert np.abs(out[0].double().numpy() - expected).max() < 1e-6
+    assert apart(fp64(out[0]), expected) < 1e-6
     assert weights[0].tolist() == [1, 2]
     assert state["average0"].tolist() == [5, -2]
 
@@ -202,9 +230,9 @@ def test_the_average_of_a_run_is_the_shares_of_its_weights(tiny, token_folder, d
     for i, average in enumerate(part.readout(state, trainer.training_step.weights)):
         expected = sum(share * one[i] for share, one in zip(weights, history, strict=True))
         assert average.dtype == torch.float32
-        assert (average - expected).abs().max() < 1e-6
+        assert apart(average, expected) < 1e-6
     moved = max(
-        (one - other).abs().max().item()
+        apart(one, other).item()
         for one, other in zip(
             part.readout(state, trainer.training_step.weights),
             trainer.training_step.weights,

@@ -25,6 +25,11 @@ FORMATS = {
 every_format = pytest.mark.parametrize("form", FORMATS)
 
 
+def fp64(tensor):
+    """The tensor as a numpy array, in fp64."""
+    return tensor.detach().double().numpy()
+
+
 def rounded(x, form):
     """fp64 -> the nearest number of the format, ties to the even one; below the smallest normal number steps are equal."""
     bits, lowest, largest = FORMATS[form]
@@ -67,9 +72,9 @@ def test_quantised_numbers_are_those_of_the_formula_in_fp64(form, seed, spread, 
     assert scale.shape == ()
     assert scale.dtype == torch.float32
     assert q.dtype == fp8.DTYPES[form]
-    quotient = x.double().numpy() / (np.abs(x.double().numpy()).max() / FORMATS[form][2])
+    quotient = fp64(x) / (np.abs(fp64(x)).max() / FORMATS[form][2])
     low, high = (rounded(quotient * (1 + nudge), form) for nudge in (-3e-7, 3e-7))
-    got = q.double().numpy()
+    got = fp64(q)
     assert ((got == low) | (got == high)).all()
     assert (low != high).mean() < 0.01
     assert np.abs(got).max() == FORMATS[form][2]
@@ -90,7 +95,14 @@ def test_hand_examples_round_as_the_formats_say():
 
 @pytest.mark.parametrize("gradient", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(24, 32, 48), (7, 5, 3), (1, 17, 31)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (24, 32, 48),
+        (7, 5, 3),
+        (1, 17, 31),
+    ],
+)
 def test_the_three_products_are_those_of_the_dequantised_operands(shape, dtype, gradient):
     rows, k, n = shape
     x = drawn(rows, k, dtype=dtype)
@@ -118,7 +130,11 @@ def test_against_exact_products_the_error_is_that_of_three_bits_and_of_two():
         g.double().T @ x.double(),
     )
     for gradient, ranges in {
-        "e5m2": [(0.03, 0.045), (0.05, 0.07), (0.05, 0.07)],
+        "e5m2": [
+            (0.03, 0.045),
+            (0.05, 0.07),
+            (0.05, 0.07),
+        ],
         "e4m3": [(0.03, 0.045)] * 3,
     }.items():
         for ours, true, (low, high) in zip(
@@ -268,7 +284,12 @@ def test_only_the_chosen_maps_multiply_so(tiny, build, ffn):
 def test_the_rest_of_the_model_computes_the_same_bits(tiny, build, batch):
     """fp8 in the feed-forward leaves the readout of the same features alone; in the readout it leaves the features alone."""
     plain, ffn, readout = (
-        build(tiny(one), stirred=0.1) for one in ([], ["fp8"], [{"fp8": {"where": "readout"}}])
+        build(tiny(one), stirred=0.1)
+        for one in (
+            [],
+            ["fp8"],
+            [{"fp8": {"where": "readout"}}],
+        )
     )
     tokens = batch(tiny())[:, :-1]
     features = plain.features(tokens)

@@ -10,6 +10,16 @@ from ablab.core.model.objective import token_losses
 PER = ["head", "elementwise", "first_channels"]
 
 
+def fp64(tensor):
+    """The tensor as a numpy array, in fp64."""
+    return tensor.detach().double().numpy()
+
+
+def apart(ours, theirs):
+    """The largest difference."""
+    return abs(ours - theirs).max()
+
+
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -49,23 +59,25 @@ def test_the_output_projection_reads_the_heads_times_the_gate_of_the_normed_inpu
     for label, model in (("gated", gated), ("plain", plain)):
         attention = model.blocks[0].attention
         attention.out.register_forward_pre_hook(
-            lambda _, inputs, label=label: heard.__setitem__(
-                label, inputs[0].detach().double().numpy()
-            )
+            lambda _, inputs, label=label: heard.__setitem__(label, fp64(inputs[0]))
         )
         attention.qkv.register_forward_pre_hook(
-            lambda _, inputs: heard.__setitem__("x", inputs[0].detach().double().numpy())
+            lambda _, inputs: heard.__setitem__("x", fp64(inputs[0]))
         )
         model(tokens)
-    weight = gates(gated)[0].detach().double().numpy()
+    weight = fp64(gates(gated)[0])
     assert (
         weight.shape
-        == {"head": (4, 32), "elementwise": (32, 32), "first_channels": (4, 8)}[per]
+        == {
+            "head": (4, 32),
+            "elementwise": (32, 32),
+            "first_channels": (4, 8),
+        }[per]
     )
     strength = factor / (1 + np.exp(-heard["x"][..., : weight.shape[1]] @ weight.T))
     strength = np.repeat(strength, 8, axis=-1) if len(weight) == 4 else strength
     assert strength.std() > 0.1
-    assert np.abs(heard["gated"] - strength * heard["plain"]).max() < 1e-5
+    assert apart(heard["gated"], strength * heard["plain"]) < 1e-5
 
 
 def test_a_gate_a_head_is_an_elementwise_gate_with_tied_channels(tiny, build, batch):
@@ -124,7 +136,7 @@ def test_permuting_the_heads_with_their_gates_changes_nothing(tiny, build, batch
     tokens = batch(recipe)[:, :-1]
     torch.testing.assert_close(other(tokens), model(tokens), rtol=0, atol=5e-6)
     gate.data = gate.data.roll(gate.shape[0] // 4, 0)  # the gates alone, one head on
-    assert (other(tokens) - model(tokens)).abs().max() > 1e-3
+    assert apart(other(tokens), model(tokens)) > 1e-3
 
 
 def test_a_closed_gate_silences_the_branch_and_leaves_keys_and_values_alone(tiny, build, batch):

@@ -21,6 +21,11 @@ RULES = {
 }
 
 
+def mean_loss(model, block):
+    """Nats a token of block [B, T + 1]."""
+    return token_losses(model(block[:, :-1]), block[:, 1:]).mean()
+
+
 def mup(**dose):
     return {"mup": {"base_width": 32, "base_layers": 2, **dose}}
 
@@ -101,7 +106,13 @@ def test_the_drawn_weights_follow(tiny, build):
 
 
 @pytest.mark.parametrize(
-    ("rule", "hidden_lr"), [("adam", 1 / 4), ("spectral", 1.0), ("keller", 1.0), ("rms", 1 / 2)]
+    ("rule", "hidden_lr"),
+    [
+        ("adam", 1 / 4),
+        ("spectral", 1.0),
+        ("keller", 1.0),
+        ("rms", 1 / 2),
+    ],
 )
 def test_learning_rate_and_decay_follow_the_table_under_every_optimizer(
     tiny, build, rule, hidden_lr
@@ -169,7 +180,11 @@ def copied(target, source):
 
 @pytest.mark.parametrize(
     ("tied", "readout", "factor"),
-    [(True, "init", 1 / 4), (False, "multiplier", 1 / 4), (False, "init", 1.0)],
+    [
+        (True, "init", 1 / 4),
+        (False, "multiplier", 1 / 4),
+        (False, "init", 1.0),
+    ],
 )
 def test_logits_are_divided_by_m_where_the_head_cannot_be_small(
     tiny, build, batch, tied, readout, factor
@@ -221,7 +236,7 @@ def test_a_zero_readout_starts_with_no_opinion_and_moves_at_the_small_readouts_r
     model = build(recipe)
     block = batch(recipe)
     assert not model(block[:, :-1]).any()
-    token_losses(model(block[:, :-1]), block[:, 1:]).mean().backward()
+    mean_loss(model, block).backward()
     assert (model.readout.weight.grad.abs().sum(1) > 0).all()
     others = {name: std for name, std in stds(recipe).items() if name != "readout.weight"}
     assert others == {
@@ -239,7 +254,7 @@ def test_a_small_readout_and_a_divided_one_are_the_same_model_in_training(tiny, 
         optimizer = Optimizer(model, recipe)
         losses.append([])
         for t in range(1, 9):
-            loss = token_losses(model(block[:, :-1]), block[:, 1:]).mean()
+            loss = mean_loss(model, block)
             loss.backward()
             optimizer.step(t)
             losses[-1].append(loss.item())
@@ -258,7 +273,14 @@ def test_alpha_in_multiplies_the_embedding(tiny, build, batch):
 # ---- depth ----
 
 
-@pytest.mark.parametrize(("depth", "alpha"), [("none", None), ("sqrt", 0.5), ("complete", 1.0)])
+@pytest.mark.parametrize(
+    ("depth", "alpha"),
+    [
+        ("none", None),
+        ("sqrt", 0.5),
+        ("complete", 1.0),
+    ],
+)
 def test_depth_scales_each_branch_and_the_hidden_rate(tiny, build, batch, depth, alpha):
     """L = 4: branches L^-a, hidden learning rate L^(a-1); no depth rule: neither."""
     base, deep = (at_width(tiny, 32, [mup(depth=depth)], layers=layers) for layers in (2, 8))
@@ -292,7 +314,11 @@ def test_depth_scales_each_branch_and_the_hidden_rate(tiny, build, batch, depth,
 @pytest.mark.parametrize("rule", ["adam", "keller", "rms"])
 @pytest.mark.parametrize(
     ("tied", "readout", "depth"),
-    [(False, "init", "complete"), (False, "multiplier", "sqrt"), (True, "init", "none")],
+    [
+        (False, "init", "complete"),
+        (False, "multiplier", "sqrt"),
+        (True, "init", "none"),
+    ],
 )
 def test_every_factor_is_one_at_the_base_so_a_run_is_the_standard_run(
     tiny, token_folder, rule, tied, readout, depth
@@ -363,7 +389,7 @@ def changes(recipe, build, batch) -> dict[str, float]:
     optimizer = Optimizer(model, recipe)
     before = activations(model, block[:, :-1])
     for t in range(1, 6):
-        token_losses(model(block[:, :-1]), block[:, 1:]).mean().backward()
+        mean_loss(model, block).backward()
         optimizer.step(t)
     after = activations(model, block[:, :-1])
     return {name: (after[name] - before[name]).square().mean().sqrt().item() for name in before}

@@ -19,6 +19,11 @@ BARE = {
 }
 
 
+def fp64(tensor):
+    """The tensor as a numpy array, in fp64."""
+    return tensor.detach().double().numpy()
+
+
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -67,7 +72,7 @@ def test_normuon_equals_an_fp64_loop(tiny, drive, blocks):
     mean = np.zeros((32, 12))
     energy = np.zeros((32, 1))
     for t, gradient in enumerate(gradients, 1):
-        g = gradient.double().numpy()
+        g = fp64(gradient)
         mean = 0.9 * mean + 0.1 * g
         expected = []
         for piece, v in zip(
@@ -81,9 +86,7 @@ def test_normuon_equals_an_fp64_loop(tiny, drive, blocks):
             scaled = o / (np.sqrt(v) + 1e-8)
             expected.append(scaled * np.linalg.norm(o) / np.linalg.norm(scaled))
         assert (
-            np.abs(
-                (seen[t - 1]["w"] - seen[t]["w"]).double().numpy() - np.concatenate(expected)
-            ).max()
+            np.abs(fp64(seen[t - 1]["w"] - seen[t]["w"]) - np.concatenate(expected)).max()
             < 2e-5
         ), t
 
@@ -143,7 +146,11 @@ def test_the_state_is_one_number_an_output_row_of_each_matrix_in_the_bank(tiny, 
                 tuple(value.shape) for value in bank.state["normuon"].values()
             ]
     assert shapes == {
-        "attention.qkv.weight": [(3, 32, 1), (3, 16, 1), (3, 16, 1)],
+        "attention.qkv.weight": [
+            (3, 32, 1),
+            (3, 16, 1),
+            (3, 16, 1),
+        ],
         "attention.out.weight": [(3, 32, 1)],
         "ffn.inner.gate_up.weight": [(6, 64, 1)],
         "ffn.inner.down.weight": [(3, 32, 1)],

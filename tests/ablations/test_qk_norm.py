@@ -24,6 +24,16 @@ PLACE = Where(
 )
 
 
+def fp64(tensor):
+    """The tensor as a numpy array, in fp64."""
+    return tensor.detach().double().numpy()
+
+
+def apart(ours, theirs):
+    """The largest difference."""
+    return abs(ours - theirs).max()
+
+
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -37,8 +47,8 @@ def stage(gain, **dose):
 
 
 def gains_of(made, gain):
-    q = made.q_gain.detach().double().numpy() if gain != "none" else 1.0
-    return q, made.k_gain.detach().double().numpy() if gain == "channel" else 1.0
+    q = fp64(made.q_gain) if gain != "none" else 1.0
+    return q, fp64(made.k_gain) if gain == "channel" else 1.0
 
 
 @pytest.mark.parametrize("gain", GAINS)
@@ -52,9 +62,9 @@ def test_queries_and_keys_are_divided_by_their_rms_and_scaled_on_the_query_side_
         (gains_of(made, gain)[0] * 1.44, gains_of(made, gain)[1]),
         strict=True,
     ):
-        x = x.double().numpy()
+        x = fp64(x)
         expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-2) * g
-        assert np.abs(out.detach().double().numpy() - expected).max() < 2e-6
+        assert apart(fp64(out), expected) < 2e-6
 
 
 def test_the_learned_gains_are_those_of_each_variant():
@@ -78,13 +88,17 @@ def test_the_size_of_the_query_and_key_projections_does_not_matter(tiny, build, 
     model = build(recipe, stirred=0.05)
     tokens = batch(recipe)[:, :-1]
     before = model(tokens)
-    for rows, factor in ((slice(0, 32), 7.0), (slice(32, 64), 7.0), (slice(0, 64), 0.1)):
+    for rows, factor in (
+        (slice(0, 32), 7.0),
+        (slice(32, 64), 7.0),
+        (slice(0, 64), 0.1),
+    ):
         for block in model.blocks:
             block.attention.qkv.weight.data[rows] *= factor
-        assert (model(tokens) - before).abs().max() < 1e-5
+        assert apart(model(tokens), before) < 1e-5
     for block in model.blocks:
         block.attention.qkv.weight.data[64:] *= 2.0  # values are not normalised
-    assert (model(tokens) - before).abs().max() > 0.1
+    assert apart(model(tokens), before) > 0.1
 
 
 @pytest.mark.parametrize("gain", GAINS)
@@ -105,7 +119,12 @@ def test_no_attention_logit_exceeds_gain_times_root_of_head_dim(tiny, build, bat
 
 
 @pytest.mark.parametrize(
-    ("gain", "commutes"), [("channel", False), ("scalar", True), ("none", True)]
+    ("gain", "commutes"),
+    [
+        ("channel", False),
+        ("scalar", True),
+        ("none", True),
+    ],
 )
 def test_only_a_per_channel_gain_cares_whether_it_comes_before_the_positions(gain, commutes):
     norm = stage(gain)
@@ -114,7 +133,7 @@ def test_only_a_per_channel_gain_cares_whether_it_comes_before_the_positions(gai
     k = randn(2, 16, 2, 8, seed=1)
     before = rope(*norm(q, k), 0)
     behind = norm(*rope(q, k, 0))
-    apart = max((a - b).abs().max().item() for a, b in zip(before, behind, strict=True))
+    apart = max(apart(a, b).item() for a, b in zip(before, behind, strict=True))
     assert apart < 1e-5 if commutes else apart > 0.1
 
 

@@ -11,16 +11,21 @@ from ablab.core.recipe.intervention import resolve, treatment_of
 from ablab.core.recipe.load import recipe_from
 
 
+def fp64(tensor):
+    """The tensor as a numpy array, in fp64."""
+    return tensor.detach().double().numpy()
+
+
 def test_it_is_down_of_the_squared_positive_part_of_up(tiny, build, batch):
     model = build(tiny(["relu2"]), stirred=0.1)
     ffn = model.blocks[1].ffn.inner
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
-    up, down = (weight.detach().double().numpy() for weight in (ffn.up.weight, ffn.down.weight))
+    up, down = (fp64(weight) for weight in (ffn.up.weight, ffn.down.weight))
     assert up.shape == (128, 32)
     assert down.shape == (32, 128)
-    hidden = x.double().numpy() @ up.T
+    hidden = fp64(x) @ up.T
     expected = (np.where(hidden > 0, hidden, 0) ** 2) @ down.T
-    assert np.abs(ffn(x).detach().double().numpy() - expected).max() < 1e-5
+    assert np.abs(fp64(ffn(x)) - expected).max() < 1e-5
     assert expected.std() > 0.1
 
 

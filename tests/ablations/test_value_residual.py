@@ -9,6 +9,11 @@ from ablab.core.model.objective import token_losses
 VALUES = slice(64, 96)  # rows of v in qkv, after q and k: 4 heads of 8 each
 
 
+def apart(ours, theirs):
+    """The largest difference."""
+    return abs(ours - theirs).max()
+
+
 def form(name, **dose):
     return [{"value_residual": {"form": name, **dose}}]
 
@@ -49,7 +54,12 @@ def test_one_and_zero_are_exactly_the_baseline(tiny, build, batch, treatment):
 
 @pytest.mark.parametrize(
     ("name", "own", "first"),
-    [("identity", 0.5, 0.5), ("constant", 1, 2), ("sparse", 1, 5), ("learnable", 0.5, 0.5)],
+    [
+        ("identity", 0.5, 0.5),
+        ("constant", 1, 2),
+        ("sparse", 1, 5),
+        ("learnable", 0.5, 0.5),
+    ],
 )
 def test_each_form_mixes_raw_first_values_by_its_own_weights(
     tiny, build, batch, name, own, first
@@ -61,8 +71,8 @@ def test_each_form_mixes_raw_first_values_by_its_own_weights(
     for layer in range(1, 6):
         mixes_here = name != "sparse" or layer >= 4
         expected = own * raw[layer] + first * raw[0] if mixes_here else raw[layer]
-        assert np.abs(used[layer] - expected).max() < 2e-6, layer
-        assert np.abs(raw[layer] - raw[0]).max() > 0.5
+        assert apart(used[layer], expected) < 2e-6, layer
+        assert apart(raw[layer], raw[0]) > 0.5
 
 
 def test_the_normalised_form_divides_by_the_length_of_its_weights(tiny, build, batch):
@@ -75,7 +85,7 @@ def test_the_normalised_form_divides_by_the_length_of_its_weights(tiny, build, b
     raw, used = values_of(model, batch(tiny())[:, :-1])
     for layer, (s, a, b) in enumerate(weights, 1):
         expected = s * (a * raw[layer] + b * raw[0]) / np.sqrt(a * a + b * b)
-        assert np.abs(used[layer] - expected).max() < 5e-6
+        assert apart(used[layer], expected) < 5e-6
     assert weights[0] != weights[1]
 
 
@@ -89,9 +99,9 @@ def test_the_normalised_form_does_not_see_the_common_size_of_its_weights(
     for mix in mixes(model):
         mix.own.data *= factor
         mix.first.data *= factor
-    assert (model(tokens) - before).abs().max() < 1e-5
+    assert apart(model(tokens), before) < 1e-5
     mixes(model)[0].own.data *= -1
-    assert (model(tokens) - before).abs().max() > 1e-3
+    assert apart(model(tokens), before) > 1e-3
 
 
 def test_with_first_values_alone_no_later_value_projection_matters(tiny, build, batch):
@@ -151,7 +161,7 @@ def test_mixing_before_the_expansion_of_grouped_heads_equals_mixing_after(tiny, 
             )
         value.data.copy_(source)
     tokens = batch(tiny())[:, :-1]
-    assert (full(tokens) - grouped(tokens)).abs().max() < 1e-5
+    assert apart(full(tokens), grouped(tokens)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["normalised", "learnable", "identity", "constant", "sparse"])
@@ -165,7 +175,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(tiny, build, batch, name)
         logits, cache = model.extend(tokens[:, seen : seen + size], cache)
         pieces.append(logits)
         seen += size
-    assert (torch.cat(pieces, 1) - model(tokens)).abs().max() < 1e-5
+    assert apart(torch.cat(pieces, 1), model(tokens)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["normalised", "learnable", "constant"])

@@ -64,7 +64,15 @@ def test_arms_without_any_spread_give_a_point_and_a_note(lab):
     assert "no spread between seeds" in effect.note
 
 
-@pytest.mark.parametrize(("pairs", "correlation"), [(3, 0.0), (5, 0.0), (8, 0.6), (12, 0.9)])
+@pytest.mark.parametrize(
+    ("pairs", "correlation"),
+    [
+        (3, 0.0),
+        (5, 0.0),
+        (8, 0.6),
+        (12, 0.9),
+    ],
+)
 def test_intervals_of_an_experiment_without_effect_cover_zero_at_95_percent(
     normal, pairs, correlation
 ):

@@ -218,7 +218,11 @@ def test_a_flat_and_a_drifting_rate_in_words():
 
 @pytest.mark.parametrize(
     ("seed_sd", "verdict"),
-    [(0.005, "does not transfer"), (0.02, "transfers"), (None, "may transfer")],
+    [
+        (0.005, "does not transfer"),
+        (0.02, "transfers"),
+        (None, "may transfer"),
+    ],
 )
 def test_a_gap_is_judged_by_the_seed_sd(seed_sd, verdict):
     says = sentences(

@@ -67,7 +67,12 @@ def test_learning_rate_curves_are_print_size_with_a_colour_per_arm(tmp_path):
 def test_diverged_trials_are_crosses_above_the_top_edge_and_stacked():
     _, (axes,) = canvas(4, 3)
     panel = TrialPanel(axes, "lower")
-    states = [(0.01, "complete"), (0.02, "diverged"), (0.03, "pruned"), (0.04, "failed")]
+    states = [
+        (0.01, "complete"),
+        (0.02, "diverged"),
+        (0.03, "pruned"),
+        (0.04, "failed"),
+    ]
     for colour in ("#111111", "#222222"):
         panel.lost(states, colour)
     marks = [(line.get_marker(), *line.get_xdata(), *line.get_ydata()) for line in axes.lines]

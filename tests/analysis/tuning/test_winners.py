@@ -328,7 +328,14 @@ def test_widening_goes_one_spacing_beyond_the_edge_that_won(optimum, further):
     assert widen(bowl([0.002, 0.004, 0.008, 0.016], optimum), SPACE, HARD) == further
 
 
-@pytest.mark.parametrize("hard", [{}, {LR: (0.002, 0.016)}, {LR: (0.0021, 0.0165)}])
+@pytest.mark.parametrize(
+    "hard",
+    [
+        {},
+        {LR: (0.002, 0.016)},
+        {LR: (0.0021, 0.0165)},
+    ],
+)
 def test_nothing_is_widened_beyond_the_hard_bounds_or_without_any(hard):
     assert widen(bowl([0.002, 0.004, 0.008, 0.016], 1.0), SPACE, hard) is None
 
@@ -340,7 +347,14 @@ def test_an_interior_winner_and_an_edge_with_a_lost_run_beyond_are_left_alone():
 
 
 @pytest.mark.parametrize("optimum", [1e-6, 3e-4, 0.05, 5.0])
-@pytest.mark.parametrize("start", [[0.008], [0.004, 0.0041, 0.0042], [0.002, 0.003, 0.02]])
+@pytest.mark.parametrize(
+    "start",
+    [
+        [0.008],
+        [0.004, 0.0041, 0.0042],
+        [0.002, 0.003, 0.02],
+    ],
+)
 def test_widening_ends_with_an_interior_winner_or_at_the_hard_bounds(optimum, start):
     lrs = list(start)
     while (further := widen(bowl(lrs, optimum), SPACE, HARD)) is not None:
