@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "configs": set(),
 }
 READ_ONLY_CORE = {
-    "ablab.core.store.grid_plan",
+    "ablab.core.store.planned",
     "ablab.core.store.record",
     "ablab.core.store.result",
     "ablab.core.store.store",

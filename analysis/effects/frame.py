@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from ablab.analysis.effects.service import COLUMN as KERNELS
-from ablab.core.store.grid_plan import GridPlan, Planned
+from ablab.core.store.planned import GridPlan, Planned
 from ablab.core.store.record import Record
 from ablab.core.store.result import Result
 from ablab.core.store.store import Store

@@ -31,7 +31,7 @@ from ablab.analysis.pictures.curves import draw_curves
 from ablab.analysis.pictures.forest import draw_forest
 from ablab.core.errors import UserError
 from ablab.core.store.files import write_atomically
-from ablab.core.store.grid_plan import GridPlan, command
+from ablab.core.store.planned import GridPlan, command
 from ablab.core.store.result import FINISHED, said
 from ablab.core.store.store import Store
 

@@ -33,7 +33,7 @@ from ablab.analysis.tuning.transfer import AtWidth, movements, transfer
 from ablab.analysis.tuning.winners import Winner, axis, seed_sd, winner
 from ablab.core.store import study_record
 from ablab.core.store.files import write_atomically
-from ablab.core.store.grid_plan import command
+from ablab.core.store.planned import command
 from ablab.core.store.result import FINISHED, PRUNED, said
 from ablab.core.store.store import Store
 from ablab.core.store.study_record import (

@@ -23,7 +23,7 @@ from ablab.analysis.pictures.style import (
 from ablab.analysis.pictures.trial_panel import TrialPanel, colours_of
 from ablab.analysis.tuning.winners import Line, Winner, axis, winner
 from ablab.core.errors import UserError
-from ablab.core.store.grid_plan import command
+from ablab.core.store.planned import command
 from ablab.core.store.study_record import COMPLETE, WIDTH, StudyRecord, Trial
 
 if TYPE_CHECKING:

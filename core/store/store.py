@@ -13,7 +13,7 @@ import msgspec
 
 from ablab.core.errors import UserError
 from ablab.core.store.files import set_aside, write_atomically, writing
-from ablab.core.store.grid_plan import GridPlan, command
+from ablab.core.store.planned import GridPlan, command
 from ablab.core.store.record import Record
 
 

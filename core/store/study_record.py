@@ -15,7 +15,7 @@ import msgspec
 
 from ablab.core.errors import UserError
 from ablab.core.store.files import write_atomically
-from ablab.core.store.grid_plan import command
+from ablab.core.store.planned import command
 from ablab.core.store.result import DIVERGED, PRUNED, said
 from ablab.core.store.store import Store
 

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ablab.core.errors import UserError
-from ablab.core.store.grid_plan import command
+from ablab.core.store.planned import command
 from ablab.core.store.store import Store
 
 

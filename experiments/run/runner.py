@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from ablab.core.errors import UserError
 from ablab.core.store.files import set_aside
-from ablab.core.store.grid_plan import GridPlan
+from ablab.core.store.planned import GridPlan
 from ablab.core.store.record import Record
 from ablab.core.store.result import RETRY, Result
 from ablab.core.store.store import Store

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ablab.core.errors import UserError
-from ablab.core.store.grid_plan import GridPlan
+from ablab.core.store.planned import GridPlan
 from ablab.core.store.store import Store
 from ablab.experiments.track.study_view import section, view_of
 

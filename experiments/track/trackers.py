@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from threading import Thread
 
 from ablab.core.errors import UserError
-from ablab.core.store.grid_plan import GridPlan
+from ablab.core.store.planned import GridPlan
 from ablab.core.store.store import Store
 
 

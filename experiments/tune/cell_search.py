@@ -11,7 +11,7 @@ from ablab.core.recipe.intervention import resolve
 from ablab.core.recipe.load import assign
 from ablab.core.recipe.recipe import Recipe, run_id
 from ablab.core.store import study_record
-from ablab.core.store.grid_plan import Planned
+from ablab.core.store.planned import Planned
 from ablab.core.store.result import FINISHED, PRUNED
 from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun

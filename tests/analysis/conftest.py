@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ablab.core.store.grid_plan import GridPlan, Planned
+from ablab.core.store.planned import GridPlan, Planned
 from ablab.core.store.result import FINISHED, Result
 from ablab.core.store.store import Store
 

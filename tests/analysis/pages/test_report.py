@@ -4,7 +4,7 @@ import pytest
 
 from ablab.analysis.pages import report
 from ablab.core.errors import UserError
-from ablab.core.store.grid_plan import command
+from ablab.core.store.planned import command
 from ablab.core.store.result import DIVERGED
 
 FULL = [3.000, 3.001, 3.002]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ablab.core.errors import UserError
-from ablab.core.store.grid_plan import GridPlan, Planned
+from ablab.core.store.planned import GridPlan, Planned
 from ablab.core.store.result import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, PRUNED, Result
 from ablab.core.store.store import Store
 from ablab.experiments.track import mlflow_tracker, ui
