@@ -52,7 +52,7 @@ def shares(ema: EMA, steps: int) -> np.ndarray:
 
 
 def test_posthoc_weights_are_the_closed_form_with_0134_on_the_oldest():
-    """K = 10, beta = 0.8: beta^9 = 0.134 on the first snapshot, 0.2 * 0.8^(10-j) on the j-th; none on anything between."""
+    """K = 10, beta = 0.8: beta^9 = 0.134 on the first snapshot, 0.2 * 0.8^(10-j) on the j-th; none on any between."""
     found = shares(EMA("posthoc", checkpoints=10, beta=0.8, span=0.2), 100)
     expected = np.zeros(100)
     for j, t in enumerate(range(82, 101, 2), 1):

@@ -31,9 +31,11 @@ def fp64(tensor):
 
 
 def rounded(x, form):
-    """fp64 -> the nearest number of the format, ties to the even one; below the smallest normal number steps are equal."""
+    """fp64 -> the nearest number of the format, ties to the even one; below the smallest normal one steps are equal."""
     bits, lowest, largest = FORMATS[form]
-    step = 2.0 ** (np.maximum(np.floor(np.log2(np.maximum(np.abs(x), 1e-300))), lowest) - bits)
+    magnitude = np.maximum(np.abs(x), 1e-300)
+    exponent = np.maximum(np.floor(np.log2(magnitude)), lowest)
+    step = 2.0 ** (exponent - bits)
     return np.clip(np.rint(x / step) * step, -largest, largest)
 
 
@@ -47,7 +49,9 @@ def dequantised(x, form):
 
 
 def error(ours, exact):
-    return ((ours.double() - exact.double()).norm() / exact.double().norm()).item()
+    """Relative to the norm."""
+    true = exact.double()
+    return ((ours.double() - true).norm() / true.norm()).item()
 
 
 def products(x, weight, g, gradient="e5m2", linear=fp8.fp8_linear):
@@ -66,22 +70,32 @@ def products(x, weight, g, gradient="e5m2", linear=fp8.fp8_linear):
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**20), spread=st.floats(0, 12), size=st.integers(-60, 60))
 def test_quantised_numbers_are_those_of_the_formula_in_fp64(form, seed, spread, size):
-    """Magnitudes from the largest down through the subnormal numbers to 0; a quotient within fp32 rounding of a tie may fall on either side."""
-    x = drawn(500, seed=seed) * 2.0 ** (size - spread * drawn(500, seed=seed + 1).abs())
+    """Magnitudes from the largest down through the subnormal numbers to 0.
+
+    A quotient within fp32 rounding of a tie may fall on either side.
+    """
+    exponent = size - spread * drawn(500, seed=seed + 1).abs()
+    x = drawn(500, seed=seed) * 2.0**exponent
     q, scale = fp8.quantise(x, form)
     assert scale.shape == ()
     assert scale.dtype == torch.float32
     assert q.dtype == fp8.DTYPES[form]
-    quotient = fp64(x) / (np.abs(fp64(x)).max() / FORMATS[form][2])
-    low, high = (rounded(quotient * (1 + nudge), form) for nudge in (-3e-7, 3e-7))
+    _, _, largest = FORMATS[form]
+    exact = fp64(x)
+    quotient = exact / (np.abs(exact).max() / largest)
+    low = rounded(quotient * (1 - 3e-7), form)
+    high = rounded(quotient * (1 + 3e-7), form)
     got = fp64(q)
     assert ((got == low) | (got == high)).all()
     assert (low != high).mean() < 0.01
-    assert np.abs(got).max() == FORMATS[form][2]
+    assert np.abs(got).max() == largest
 
 
 def test_hand_examples_round_as_the_formats_say():
-    """The largest number is the first, so the scale is 1.  Ties go to the even neighbour, 17 to 16, 19 to 20; 2^-10 is half of e4m3's smallest."""
+    """The largest number is the first, so the scale is 1.
+
+    Ties go to the even neighbour, 17 to 16, 19 to 20; 2^-10 is half of e4m3's smallest.
+    """
     examples = [448.0, 17.0, 19.0, 18.1, -3.3, 2.0**-9, 2.0**-10, 1.6 * 2.0**-10]
     q, scale = fp8.quantise(torch.tensor(examples), "e4m3")
     assert scale.item() == 1
@@ -162,12 +176,13 @@ def test_zeros_give_zeros_and_what_is_not_finite_shows(which):
 
 def test_tiny_numbers_keep_their_precision():
     """Gradients of a mean over many tokens: 1e-20 is quantised as 1 is."""
-    small = products(drawn(32, 32), drawn(32, 32, seed=1), 1e-20 * drawn(32, 32, seed=2))
-    plain = products(drawn(32, 32), drawn(32, 32, seed=1), drawn(32, 32, seed=2))
-    assert all(
-        error(1e20 * ours, theirs) < 0.01
-        for ours, theirs in zip(small[1:], plain[1:], strict=True)
-    )
+    x = drawn(32, 32)
+    weight = drawn(32, 32, seed=1)
+    g = drawn(32, 32, seed=2)
+    small = products(x, weight, 1e-20 * g)
+    plain = products(x, weight, g)
+    for ours, theirs in zip(small[1:], plain[1:], strict=True):
+        assert error(1e20 * ours, theirs) < 0.01
 
 
 def test_leading_axes_and_strides_do_not_matter():
@@ -194,7 +209,10 @@ def test_leading_axes_and_strides_do_not_matter():
 
 @pytest.fixture
 def units(monkeypatch):
-    """The path of the matrix units on any device; each call is checked against what a GPU asks of it.  Returns the formats seen."""
+    """The path of the matrix units on any device; each call is checked against what a GPU asks of it.
+
+    Returns the formats seen.
+    """
     seen = []
     multiply = torch._scaled_mm
 
@@ -282,7 +300,7 @@ def test_only_the_chosen_maps_multiply_so(tiny, build, ffn):
 
 
 def test_the_rest_of_the_model_computes_the_same_bits(tiny, build, batch):
-    """fp8 in the feed-forward leaves the readout of the same features alone; in the readout it leaves the features alone."""
+    """fp8 in the feed-forward leaves the readout of the same features alone; in the readout, the features."""
     plain, ffn, readout = (
         build(tiny(one), stirred=0.1)
         for one in (
@@ -371,7 +389,8 @@ def test_a_tied_head_has_no_readout_to_act_on(tiny):
             tiny([{"fp8": {"where": where}}], model__tied=True)
         assert (
             str(refusal.value)
-            == f"fp8.where={where} has no readout to act on: the head is tied; use fp8.where=ffn, or set model.tied=false"
+            == f"fp8.where={where} has no readout to act on: the head is tied; "
+            "use fp8.where=ffn, or set model.tied=false"
         )
     tiny(["fp8"], model__tied=True)
 
@@ -425,7 +444,10 @@ class TestOnAGPU:
 
     @pytest.mark.parametrize("where", ["ffn", "readout", "both"])
     def test_compiled_steps_follow_the_emulation(self, tiny, token_folder, monkeypatch, where):
-        """Other roundings of bf16 flip those to 8 bits: of one formula, activations in bf16 and in fp32 lie 0.036 apart; two seeds 0.7."""
+        """Other roundings of bf16 flip those to 8 bits.
+
+        Of one formula, activations in bf16 and in fp32 lie 0.036 apart; two seeds 0.7.
+        """
         recipe = tiny(
             [{"fp8": {"where": where}}],
             model__width=64,

@@ -1,4 +1,4 @@
-"""The attention output gate: an identity at the start, between the heads and the output projection, fed by the normed input."""
+"""The attention output gate: an identity at the start, between heads and output projection, fed by the normed input."""
 
 import numpy as np
 import pytest
@@ -33,10 +33,11 @@ def test_zero_weights_under_two_sigmoid_are_exactly_the_baseline(tiny, build, ba
     plain = build(tiny())
     gated = build(tiny([{"gating": {"per": per}}]))
     block = batch(tiny())
+    tokens = block[:, :-1]
     assert all(not weight.any() for weight in gates(gated))
-    assert torch.equal(plain(block[:, :-1]), gated(block[:, :-1]))
+    assert torch.equal(plain(tokens), gated(tokens))
     gates(gated)[1].data += 0.1
-    assert not torch.equal(plain(block[:, :-1]), gated(block[:, :-1]))
+    assert not torch.equal(plain(tokens), gated(tokens))
 
 
 @pytest.mark.parametrize("per", PER)

@@ -55,6 +55,7 @@ def test_the_forward_is_that_of_gains_divided_by_root_l_but_their_gradient_is_no
     scaled = build(tiny(["ln_scaling"]), stirred=0.2)
     folded = build(tiny())
     block = batch(tiny())
+    tokens = block[:, :-1]
     weights = dict(scaled.named_parameters())
     for name, value in folded.named_parameters():
         layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 1
@@ -62,8 +63,8 @@ def test_the_forward_is_that_of_gains_divided_by_root_l_but_their_gradient_is_no
             weights[name].detach() / (layer**0.5 if name.endswith("norm.gain") else 1)
         )
     for model in (scaled, folded):
-        token_losses(model(block[:, :-1]), block[:, 1:]).mean().backward()
-    torch.testing.assert_close(scaled(block[:, :-1]), folded(block[:, :-1]), rtol=0, atol=2e-6)
+        token_losses(model(tokens), block[:, 1:]).mean().backward()
+    torch.testing.assert_close(scaled(tokens), folded(tokens), rtol=0, atol=2e-6)
     for layer, (one, other) in enumerate(zip(scaled.blocks, folded.blocks, strict=True), 1):
         for part in ("attention", "ffn"):
             ours, theirs = (getattr(model, part).norm.gain.grad for model in (one, other))

@@ -40,7 +40,7 @@ def polar(matrix: np.ndarray) -> np.ndarray:
     ],
 )
 def test_muon_equals_an_fp64_loop_of_svds(tiny, drive, nesterov, shape, scale, factor):
-    """Averaged momentum, Nesterov before the polar factor, shape factor after it; decay at lr * muon.lr, not at the shape's rate."""
+    """Averaged momentum, Nesterov before the polar factor, shape factor after it; decay at lr * muon.lr alone."""
     dose = {
         "lr": 2.5,
         "momentum": 0.9,

@@ -67,12 +67,9 @@ def ratios(new: dict, base: dict, roles: dict) -> dict[str, set]:
     seen: dict[str, set] = {}
     for name, role in roles.items():
         if name in new:
-            seen.setdefault(role, set()).add(
-                tuple(
-                    float(f"{r:.5g}")
-                    for r in np.divide(np.atleast_1d(new[name]), np.atleast_1d(base[name]))
-                )
-            )
+            ratio = np.divide(np.atleast_1d(new[name]), np.atleast_1d(base[name]))
+            digits = tuple(float(f"{one:.5g}") for one in ratio)
+            seen.setdefault(role, set()).add(digits)
     return seen
 
 
@@ -81,7 +78,7 @@ def ratios(new: dict, base: dict, roles: dict) -> dict[str, set]:
 
 @pytest.mark.parametrize(("readout", "factor"), [("init", 1 / 4), ("multiplier", 1.0)])
 def test_init_std_shrinks_as_the_table_says(tiny, readout, factor):
-    """m = 4: hidden 1/sqrt(m), readout 1/m (or constant, with the multiplier), embedding constant; gates like hidden."""
+    """m = 4: hidden 1/sqrt(m), readout 1/m (or constant, with the multiplier), embedding constant, gates as hidden."""
     gate = {"gating": {"init": "normal"}}
     base, wide = (at_width(tiny, width, [mup(readout=readout), gate]) for width in (32, 128))
     assert ratios(stds(wide), stds(base), role_of(wide)) == {
@@ -94,12 +91,12 @@ def test_init_std_shrinks_as_the_table_says(tiny, readout, factor):
 
 def test_the_drawn_weights_follow(tiny, build):
     """Same draws as the standard parametrization: hidden equal (fan-in init is the rule), readout 1/sqrt(m) of it."""
-    standard, ours = (build(at_width(tiny, 128, treatment)) for treatment in ([], [mup()]))
+    standard = build(at_width(tiny, 128, []))
+    ours = build(at_width(tiny, 128, [mup()]))
     others = dict(ours.named_parameters())
     for name, value in standard.named_parameters():
-        torch.testing.assert_close(
-            others[name], value / (2 if name == "readout.weight" else 1), rtol=1e-6, atol=0
-        )
+        expected = value / 2 if name == "readout.weight" else value
+        torch.testing.assert_close(others[name], expected, rtol=1e-6, atol=0)
 
 
 # ---- learning rate and decay ----
@@ -118,9 +115,9 @@ def test_learning_rate_and_decay_follow_the_table_under_every_optimizer(
     tiny, build, rule, hidden_lr
 ):
     """m = 4.  (lr, decay): their product is constant.  What Muon does not move keeps the Adam rows."""
-    base, wide = (
-        at_width(tiny, width, [mup(), *RULES[rule], "gating", "qk_norm"]) for width in (32, 128)
-    )
+    treatment = [mup(), *RULES[rule], "gating", "qk_norm"]
+    base = at_width(tiny, 32, treatment)
+    wide = at_width(tiny, 128, treatment)
     assert ratios(rates(wide, build), rates(base, build), role_of(wide)) == {
         "embedding": {(1.0, 1.0)},
         "vector": {(1.0, 1.0)},
@@ -144,9 +141,9 @@ def test_the_standard_parametrization_has_one_rate_for_every_width(tiny, build):
 )
 def test_the_width_exponents_can_be_chosen(tiny, build, rule, dose, lr):
     """1.0 under rms is the rule of arXiv:2505.02222."""
-    base, wide = (
-        rates(at_width(tiny, width, [mup(**dose), *RULES[rule]]), build) for width in (32, 128)
-    )
+    treatment = [mup(**dose), *RULES[rule]]
+    base = rates(at_width(tiny, 32, treatment), build)
+    wide = rates(at_width(tiny, 128, treatment), build)
     name = "blocks.1.ffn.inner.down.weight"
     assert wide[name][0] / base[name][0] == pytest.approx(lr)
     assert wide[name][1] == pytest.approx(1 / lr)
@@ -158,8 +155,10 @@ def test_decay_width_makes_the_whole_decay_fall(tiny, build, rule, exponent):
     """lr * decay falls as m^-e for hidden matrices and readout."""
     found = rates(at_width(tiny, 128, [mup(decay_width=exponent), *RULES[rule]]), build)
     chain = at_width(tiny, 128, RULES[rule]).optim.chains["hidden"].lr
-    for name, of_chain in (("blocks.0.attention.qkv.weight", chain), ("readout.weight", 1.0)):
-        assert found[name][0] / of_chain * found[name][1] == pytest.approx(4**-exponent)
+    chains = {"blocks.0.attention.qkv.weight": chain, "readout.weight": 1.0}
+    for name, of_chain in chains.items():
+        lr, decay = found[name]
+        assert lr / of_chain * decay == pytest.approx(4**-exponent)
 
 
 def test_a_chain_without_a_width_rule_is_refused(tiny, build):
@@ -216,32 +215,27 @@ def test_a_tied_head_has_the_init_and_rate_of_the_embedding(tiny, build):
 
 
 def test_the_multiplier_keeps_the_readouts_rate_and_decay(tiny, build):
-    assert rates(at_width(tiny, 128, [mup(readout="multiplier")]), build)["readout.weight"] == (
-        1.0,
-        1.0,
-    )
+    recipe = at_width(tiny, 128, [mup(readout="multiplier")])
+    assert rates(recipe, build)["readout.weight"] == (1.0, 1.0)
 
 
 def test_a_zero_readout_starts_with_no_opinion_and_moves_at_the_small_readouts_rate(
     tiny, build, batch
 ):
-    recipe, small = (
-        at_width(tiny, 128, [mup(readout=readout)]) for readout in ("zero", "init")
-    )
-    assert (
-        rates(recipe, build)["readout.weight"]
-        == rates(small, build)["readout.weight"]
-        == (0.25, 4.0)
-    )
+    recipe = at_width(tiny, 128, [mup(readout="zero")])
+    small = at_width(tiny, 128, [mup(readout="init")])
+    for one in (recipe, small):
+        assert rates(one, build)["readout.weight"] == (0.25, 4.0)
     model = build(recipe)
     block = batch(recipe)
     assert not model(block[:, :-1]).any()
     mean_loss(model, block).backward()
     assert (model.readout.weight.grad.abs().sum(1) > 0).all()
-    others = {name: std for name, std in stds(recipe).items() if name != "readout.weight"}
-    assert others == {
-        name: std for name, std in stds(small).items() if name != "readout.weight"
-    }
+    assert but_readout(stds(recipe)) == but_readout(stds(small))
+
+
+def but_readout(found: dict) -> dict:
+    return {name: value for name, value in found.items() if name != "readout.weight"}
 
 
 def test_a_small_readout_and_a_divided_one_are_the_same_model_in_training(tiny, build, batch):
@@ -285,12 +279,11 @@ def test_depth_scales_each_branch_and_the_hidden_rate(tiny, build, batch, depth,
     """L = 4: branches L^-a, hidden learning rate L^(a-1); no depth rule: neither."""
     base, deep = (at_width(tiny, 32, [mup(depth=depth)], layers=layers) for layers in (2, 8))
     lr = 4 ** (alpha - 1) if alpha else 1.0
-    changed = ratios(
-        rates(deep, build),
-        rates(base, build) | {name: (1.0, 1.0) for name in role_of(deep)},
-        role_of(deep),
-    )
-    assert {role: {pair[0] for pair in pairs} for role, pairs in changed.items()} == {
+    roles = role_of(deep)
+    at_base = rates(base, build) | dict.fromkeys(roles, (1.0, 1.0))
+    changed = ratios(rates(deep, build), at_base, roles)
+    lrs = {role: {pair[0] for pair in pairs} for role, pairs in changed.items()}
+    assert lrs == {
         "embedding": {1.0},
         "vector": {1.0},
         "hidden": {lr},
@@ -302,9 +295,9 @@ def test_depth_scales_each_branch_and_the_hidden_rate(tiny, build, batch, depth,
     x = standard.embedding(tokens)
     branch = 4**-alpha if alpha else 1.0
     for one, other in zip(ours.blocks, standard.blocks, strict=True):
-        torch.testing.assert_close(
-            one.attention(x, {})[0], branch * other.attention(x, {})[0], rtol=1e-6, atol=0
-        )
+        scaled, _ = one.attention(x, {})
+        attended, _ = other.attention(x, {})
+        torch.testing.assert_close(scaled, branch * attended, rtol=1e-6, atol=0)
         torch.testing.assert_close(one.ffn(x), branch * other.ffn(x), rtol=1e-6, atol=0)
 
 
@@ -324,12 +317,11 @@ def test_every_factor_is_one_at_the_base_so_a_run_is_the_standard_run(
     tiny, token_folder, rule, tied, readout, depth
 ):
     """Same bits after five steps."""
+    dose = {"base_width": 32, "base_layers": 3, "readout": readout, "depth": depth}
     digests = set()
-    for treatment in (
-        [],
-        [{"mup": {"base_width": 32, "base_layers": 3, "readout": readout, "depth": depth}}],
-    ):
-        trainer = Trainer(tiny([*RULES[rule], *treatment], model__tied=tied), CPU, token_folder)
+    for treatment in ([], [{"mup": dose}]):
+        recipe = tiny([*RULES[rule], *treatment], model__tied=tied)
+        trainer = Trainer(recipe, CPU, token_folder)
         for _ in range(5):
             trainer.advance()
         digests.add(trainer.digest())
@@ -338,15 +330,11 @@ def test_every_factor_is_one_at_the_base_so_a_run_is_the_standard_run(
 
 def test_the_parametrization_it_builds_on_is_kept(tiny):
     """gain and embedding of the standard one stay in force."""
-    base, ours = (
-        at_width(
-            tiny, 128, t, parametrization={"kind": "standard", "gain": 0.5, "embedding": 0.1}
-        )
-        for t in ([], [mup()])
-    )
-    expected = {
-        name: std / (2 if name == "readout.weight" else 1) for name, std in stds(base).items()
-    }
+    own = {"kind": "standard", "gain": 0.5, "embedding": 0.1}
+    base = at_width(tiny, 128, [], parametrization=own)
+    ours = at_width(tiny, 128, [mup()], parametrization=own)
+    expected = stds(base)
+    expected["readout.weight"] /= 2
     assert stds(ours) == pytest.approx(expected)
     assert stds(ours)["embedding.table"] == 0.1
 
@@ -386,13 +374,15 @@ def changes(recipe, build, batch) -> dict[str, float]:
     """RMS change of each activation after 5 steps on one batch."""
     model = build(recipe)
     block = batch(recipe, seed=recipe.seed)
+    tokens = block[:, :-1]
     optimizer = Optimizer(model, recipe)
-    before = activations(model, block[:, :-1])
+    before = activations(model, tokens)
     for t in range(1, 6):
         mean_loss(model, block).backward()
         optimizer.step(t)
-    after = activations(model, block[:, :-1])
-    return {name: (after[name] - before[name]).square().mean().sqrt().item() for name in before}
+    after = activations(model, tokens)
+    moved = {name: after[name] - before[name] for name in before}
+    return {name: change.square().mean().sqrt().item() for name, change in moved.items()}
 
 
 def slopes(tiny, build, batch, treatment, seeds=(0, 1)) -> dict[str, float]:
@@ -408,15 +398,11 @@ def slopes(tiny, build, batch, treatment, seeds=(0, 1)) -> dict[str, float]:
     treatment = [*treatment, "relu2", {"qk_norm": {"gain": "none"}}]
     found = []
     for width in WIDTHS:
-        runs = [
-            changes(tiny(treatment, model__width=width, seed=seed, **paths), build, batch)
-            for seed in seeds
-        ]
+        recipes = [tiny(treatment, model__width=width, seed=seed, **paths) for seed in seeds]
+        runs = [changes(recipe, build, batch) for recipe in recipes]
         found.append({name: sum(run[name] for run in runs) for name in runs[0]})
-    return {
-        name: np.polyfit(np.log(WIDTHS), np.log([one[name] for one in found]), 1)[0]
-        for name in found[0]
-    }
+    grown = {name: np.log([one[name] for one in found]) for name in found[0]}
+    return {name: np.polyfit(np.log(WIDTHS), logs, 1)[0] for name, logs in grown.items()}
 
 
 @pytest.mark.parametrize("rule", ["adam", "spectral", "rms"])

@@ -1,4 +1,4 @@
-"""Value residual: later layers mix in the raw values of the first, which nothing that is learned in the mix may touch."""
+"""Value residual: later layers mix in the raw values of the first, which nothing learned in the mix may touch."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,8 @@ def test_one_and_zero_are_exactly_the_baseline(tiny, build, batch, treatment):
     plain = build(tiny())
     mixed = build(tiny(treatment))
     block = batch(tiny())
-    assert torch.equal(plain(block[:, :-1]), mixed(block[:, :-1]))
+    tokens = block[:, :-1]
+    assert torch.equal(plain(tokens), mixed(tokens))
 
 
 @pytest.mark.parametrize(
@@ -107,16 +108,17 @@ def test_the_normalised_form_does_not_see_the_common_size_of_its_weights(
 def test_with_first_values_alone_no_later_value_projection_matters(tiny, build, batch):
     model = build(tiny(form("learnable", own=0.0, first=1.0)))
     block = batch(tiny())
-    before = model(block[:, :-1])
+    tokens = block[:, :-1]
+    before = model(tokens)
     token_losses(before, block[:, 1:]).mean().backward()
     qkv = [one.attention.qkv.weight for one in model.blocks]
     assert all(not weight.grad[VALUES].any() and weight.grad[:64].any() for weight in qkv[1:])
     assert qkv[0].grad[VALUES].any()
     for weight in qkv[1:]:
         weight.data[VALUES] += 1
-    assert torch.equal(model(block[:, :-1]), before)
+    assert torch.equal(model(tokens), before)
     qkv[0].data[VALUES] += 0.1
-    assert not torch.equal(model(block[:, :-1]), before)
+    assert not torch.equal(model(tokens), before)
 
 
 @pytest.mark.parametrize("name", ["normalised", "learnable"])

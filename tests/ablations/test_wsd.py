@@ -91,7 +91,7 @@ def test_it_rises_then_holds_then_falls(run):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_continuous_where_the_pieces_meet(shape):
-    """At a million steps neighbours differ by less than the shape's steepest step: 1 - sqrt falls by sqrt(1/D) at first."""
+    """At a million steps neighbours differ by less than the steepest step: 1 - sqrt falls by sqrt(1/D) at first."""
     wsd = WSD(0.2, shape, floor=0.1, warmup_steps=1000)
     steps = 1_000_000
     for t in (1000, 800_000, steps):

@@ -36,7 +36,7 @@ class Lab:
         runs=None,
         **result,
     ) -> "Lab":
-        """One run per value.  A value may be a status instead of a number; "missing" and "interrupted" leave no result."""
+        """One run per value, or per status in its place; "missing" and "interrupted" leave no result."""
         for pair, value in enumerate(values):
             # Numpy scalars have no JSON form.
             value = value if isinstance(value, str) else float(value)

@@ -12,7 +12,8 @@ FALLEN = {"attention": "torch: 'half' has no kernel", "loss": "triton"}
 
 def service(lab, ours, theirs) -> dict:
     """What is said of `- x`, which `ours` served, against `full`, which `theirs` served."""
-    lab.cell("full", [3.0, 3.1], None, kernels=theirs).cell("- x", [3.2, 3.3], kernels=ours)
+    lab.cell("full", [3.0, 3.1], None, kernels=theirs)
+    lab.cell("- x", [3.2, 3.3], kernels=ours)
     return measure(frame.load(lab.write(), "loo"), "val/loss")[1].service
 
 

@@ -28,10 +28,10 @@ def row(text: str, arm: str, section: str) -> list[str]:
 def test_the_page_holds_question_verdict_control_numbers_and_pictures(lab, tmp_path):
     lab.treatments = {"full": {"qk_norm": {}, "muon": {}}, "- qk_norm": {"muon": {}}}
     lab.off = {"qk_norm": "queries and keys as projected", "muon": "AdamW"}
+    lab.cell("full", FULL, None, points=5)
+    lab.cell("- qk_norm", WITHOUT, points=5, speed=1.1e5)
     text = page(
-        lab.cell("full", FULL, None, points=5).cell(
-            "- qk_norm", WITHOUT, points=5, speed=1.1e5
-        ),
+        lab,
         tmp_path,
     )
     assert "Which ingredients still pay?" in text
@@ -57,16 +57,18 @@ def test_the_page_holds_question_verdict_control_numbers_and_pictures(lab, tmp_p
 
 
 def test_every_run_id_is_listed(lab, tmp_path):
-    text = page(
-        lab.cell("full", FULL, None).cell("- x", [3.1, "missing", "diverged"]), tmp_path
-    )
+    lab.cell("full", FULL, None)
+    lab.cell("- x", [3.1, "missing", "diverged"])
+    text = page(lab, tmp_path)
     assert all(planned.run in text.split("## Runs")[1] for planned in lab.rows)
 
 
 def test_an_arm_that_drops_two_ingredients_names_both_controls(lab, tmp_path):
     lab.treatments = {"full": {"muon": {}, "normuon": {}}, "- muon (and normuon)": {}}
     lab.off = {"muon": "AdamW", "normuon": "no per-neuron scale"}
-    text = page(lab.cell("full", FULL, None).cell("- muon (and normuon)", WITHOUT), tmp_path)
+    lab.cell("full", FULL, None)
+    lab.cell("- muon (and normuon)", WITHOUT)
+    text = page(lab, tmp_path)
     assert (
         row(text, "- muon (and normuon)", "Verdicts")[2]
         == "muon: AdamW; normuon: no per-neuron scale"
@@ -74,9 +76,8 @@ def test_an_arm_that_drops_two_ingredients_names_both_controls(lab, tmp_path):
 
 
 def test_a_diverged_arm_is_shown_with_its_step_and_reason(lab, tmp_path):
-    lab.cell("full", FULL, None, points=5).cell(
-        "- x", [3.1, 3.2, DIVERGED], points=5, step=41, error="the loss was not finite"
-    )
+    lab.cell("full", FULL, None, points=5)
+    lab.cell("- x", [3.1, 3.2, DIVERGED], points=5, step=41, error="the loss was not finite")
     text = page(lab, tmp_path)
     assert "`- x`: 1 diverged of 3 runs; loo--_x-2 at step 41: the loss was not finite" in text
     assert row(text, "- x", "Numbers")[-1] == "2 finished, 1 diverged"
@@ -102,13 +103,15 @@ def test_a_diverged_arm_is_shown_with_its_step_and_reason(lab, tmp_path):
     ],
 )
 def test_arms_that_ran_differently_are_warned_about(lab, tmp_path, changed, words):
-    assert words in page(lab.cell("full", FULL, None).cell("- x", WITHOUT, **changed), tmp_path)
+    lab.cell("full", FULL, None)
+    lab.cell("- x", WITHOUT, **changed)
+    assert words in page(lab, tmp_path)
 
 
 def test_missing_interrupted_and_few_seeds_are_warned_about(lab, tmp_path):
-    text = page(
-        lab.cell("full", FULL, None).cell("- x", [3.1, "missing", "interrupted"]), tmp_path
-    )
+    lab.cell("full", FULL, None)
+    lab.cell("- x", [3.1, "missing", "interrupted"])
+    text = page(lab, tmp_path)
     assert "1 missing, 1 interrupted of 6 runs" in text
     assert "continue with: ablab run loo" in text
     assert "fewer than 3 finished seeds: `- x` (1)" in text
@@ -116,7 +119,9 @@ def test_missing_interrupted_and_few_seeds_are_warned_about(lab, tmp_path):
 
 
 def test_runs_that_were_never_started_are_not_called_interrupted(lab, tmp_path):
-    text = page(lab.cell("full", FULL, None).cell("- x", [3.1, "missing", "missing"]), tmp_path)
+    lab.cell("full", FULL, None)
+    lab.cell("- x", [3.1, "missing", "missing"])
+    text = page(lab, tmp_path)
     assert "2 missing of 6 runs; continue with: ablab run loo" in text
     assert "interrupted" not in text
 
@@ -140,28 +145,32 @@ def test_a_message_names_a_command_that_can_be_typed(name, words):
 
 
 def test_a_pipe_in_a_name_does_not_break_the_table(lab, tmp_path):
-    assert r"| `a\|b` |" in page(lab.cell("full", FULL, None).cell("a|b", WITHOUT), tmp_path)
+    lab.cell("full", FULL, None)
+    lab.cell("a|b", WITHOUT)
+    assert r"| `a\|b` |" in page(lab, tmp_path)
 
 
 @pytest.mark.parametrize("values", [["missing", "interrupted"], ["diverged"], []])
 def test_an_experiment_without_a_finished_run_is_refused_in_one_line(lab, tmp_path, values):
-    store = lab.cell("full", values, None).write()
+    lab.cell("full", values, None)
+    store = lab.write()
     with pytest.raises(UserError, match="'loo' has no finished run .*ablab run loo") as refusal:
         report.write(store, "loo", tmp_path)
     assert "\n" not in str(refusal.value)
 
 
 def test_a_report_without_logs_or_arms_has_numbers_and_no_pictures(lab, tmp_path):
-    text = page(lab.cell("only", FULL, None), tmp_path)
+    lab.cell("only", FULL, None)
+    text = page(lab, tmp_path)
     assert row(text, "only", "Numbers")[2] == "3.0010"
     assert ".png" not in text
 
 
 def test_json_is_strict_and_says_what_the_table_says(lab):
     lab.off = {"x": "nothing in its place"}
-    read = report.read(
-        lab.cell("full", FULL, None).cell("- x", [3.1, "diverged", "missing"]).write(), "loo"
-    )
+    lab.cell("full", FULL, None)
+    lab.cell("- x", [3.1, "diverged", "missing"])
+    read = report.read(lab.write(), "loo")
     data = json.loads(json.dumps(report.as_json(read), allow_nan=False))
     arm = data["effects"][1]
     assert (arm["cell"], arm["n"], arm["interval"], arm["off"]) == (
@@ -177,11 +186,9 @@ def test_json_is_strict_and_says_what_the_table_says(lab):
 
 
 def test_table_rows_share_their_headings(lab):
-    rows = report.table(
-        report.read(
-            lab.cell("full", FULL, None).cell("- x", ["diverged"] * 3).write(), "loo"
-        ).effects
-    )
+    lab.cell("full", FULL, None)
+    lab.cell("- x", ["diverged"] * 3)
+    rows = report.table(report.read(lab.write(), "loo").effects)
     assert rows[0].keys() == rows[1].keys()
     assert all(isinstance(text, str) for line in rows for text in line.values())
     assert (rows[0]["verdict"], rows[1]["verdict"], rows[1]["delta"]) == (
@@ -199,7 +206,8 @@ def served(lab):
     triton = {"attention": "triton", "ffn": "triton"}
     lab.cell("full", FULL, None, kernels=triton, speed=1.5e5)
     lab.cell("- x", WITHOUT, kernels=triton | {"attention": "torch: no RoPE"}, speed=1e5)
-    return lab.cell("- y", WITHOUT, kernels=triton, speed=1.2e5)
+    lab.cell("- y", WITHOUT, kernels=triton, speed=1.2e5)
+    return lab
 
 
 def test_an_arm_served_by_other_kernels_is_named_before_any_number(lab, tmp_path):

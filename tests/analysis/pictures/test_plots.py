@@ -46,9 +46,8 @@ def test_pictures_are_print_size_and_not_blank(lab, normal, tmp_path, arms):
 
 
 def test_an_arm_that_got_worse_is_orange_and_one_that_got_better_blue(lab, tmp_path):
-    lab.cell("full", [3.0, 3.001, 3.002], None, points=5).cell(
-        "- a", [3.1, 3.101, 3.102], points=5
-    )
+    lab.cell("full", [3.0, 3.001, 3.002], None, points=5)
+    lab.cell("- a", [3.1, 3.101, 3.102], points=5)
     orange = VERDICT_COLOUR["worse"]
     blue = VERDICT_COLOUR["better"]
     picture, _ = draw(lab, tmp_path)
@@ -64,23 +63,26 @@ def test_above_ten_cells_three_arms_keep_a_colour(lab, normal, tmp_path):
 
 
 def test_an_experiment_of_lost_single_and_inert_arms_can_be_drawn(lab, tmp_path):
-    lab.cell("full", [3.0, 3.1], None, points=10).cell(
-        "- lost", ["diverged", "interrupted"], points=10
-    )
-    lab.cell("- inert", [3.0, 3.1], points=10).cell("- single", [3.2, "missing"], points=10)
+    lab.cell("full", [3.0, 3.1], None, points=10)
+    lab.cell("- lost", ["diverged", "interrupted"], points=10)
+    lab.cell("- inert", [3.0, 3.1], points=10)
+    lab.cell("- single", [3.2, "missing"], points=10)
     forest, curves = draw(lab, tmp_path)
     assert forest.std() > 0.02
     assert curves.std() > 0.02
 
 
 def test_a_single_evaluation_is_a_dot(lab, tmp_path):
-    store = lab.cell("full", [3.0], None, points=1).cell("- a", [3.1], points=1).write()
+    lab.cell("full", [3.0], None, points=1)
+    lab.cell("- a", [3.1], points=1)
+    store = lab.write()
     picture = imread(draw_curves(frame.curves(store, "loo"), tmp_path / "curves.png"))
     assert shows(picture, DISTINCT[0]) > 200  # the letters beside it alone: 35
 
 
 def test_one_cell_alone_has_a_curve(lab, tmp_path):
-    store = lab.cell("only", [3.0], None, points=5).write()
+    lab.cell("only", [3.0], None, points=5)
+    store = lab.write()
     assert imread(draw_curves(frame.curves(store, "loo"), tmp_path / "curves.png")).std() > 0.02
 
 
@@ -118,6 +120,7 @@ def test_labels_are_pushed_apart():
 
 def test_a_folder_that_cannot_be_written_is_one_line(lab, tmp_path):
     (tmp_path / "file").write_text("")
-    store = lab.cell("only", [3.0], None, points=5).write()
+    lab.cell("only", [3.0], None, points=5)
+    store = lab.write()
     with pytest.raises(UserError, match="cannot write"):
         draw_curves(frame.curves(store, "loo"), tmp_path / "file" / "curves.png")

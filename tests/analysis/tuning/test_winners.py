@@ -127,7 +127,8 @@ def test_a_winner_with_untried_range_beside_it_asks_for_trials_not_for_a_wider_r
     won = winner(bowl([0.004, 0.008, 0.016], 0.03), SPACE, HARD)
     assert (
         won.reason
-        == "lr=0.016 won, but it is the edge of what was tried here, [0.004, 0.016]; add trials before reading the result"
+        == "lr=0.016 won, but it is the edge of what was tried here, [0.004, 0.016]; "
+        "add trials before reading the result"
     )
 
 
@@ -230,7 +231,7 @@ def test_an_exact_quadratic_gives_its_vertex_and_a_point_for_an_interval():
 
 
 def test_the_fit_equals_numpys_and_its_interval_the_profile(normal):
-    """The ends of the interval are where the weighted residuals of the best parabola with that vertex pass the F test's bound."""
+    """At the ends of the interval the residuals of the best parabola with that vertex pass the F test's bound."""
     lrs = np.geomspace(0.002, 0.032, 9)
     spread = normal.normal(0, 0.003, 9)
     values = 2.4 + 0.02 * np.log2(lrs / 0.007) ** 2 + spread
@@ -256,7 +257,8 @@ def test_the_fit_equals_numpys_and_its_interval_the_profile(normal):
 
 @pytest.mark.parametrize(("step", "trials"), [(1.0, 7), (0.5, 11)])
 def test_the_interval_covers_the_optimum_at_95_percent(normal, step, trials):
-    # Bounds: the binomial's 1-in-1000 tails.  The grid lies anywhere about the optimum; the winner is what the noise makes it.
+    # Bounds: the binomial's 1-in-1000 tails.
+    # The grid lies anywhere about the optimum; the winner is what the noise makes it.
     studies = 400
     covered = 0
     for _ in range(studies):
