@@ -415,7 +415,9 @@ def test_a_kill_half_way_leaves_no_folder_and_the_next_try_succeeds(tokenizer, t
 import os, signal, sys
 from ablab.core.data import corpus
 corpus.BATCH = 100
-corpus.tokenize([sys.argv[1]], [], sys.argv[2], sys.argv[3], 0.5, progress=lambda done: os.kill(os.getpid(), signal.SIGKILL))
+_, text, tokenizer, out = sys.argv
+die = lambda done: os.kill(os.getpid(), signal.SIGKILL)
+corpus.tokenize([text], [], tokenizer, out, 0.5, progress=die)
 """
     out = tmp_path / "data" / "x"
     assert python(script, text, tokenizer, out).wait(30) == -signal.SIGKILL
@@ -546,5 +548,8 @@ def test_the_shipped_text_and_tokenizer_are_the_ones_that_were_pinned():
 
 
 def test_importing_the_module_loads_nothing_heavy():
-    script = "import sys, ablab.core.data.corpus; print({'torch', 'numpy', 'tokenizers', 'pyarrow', 'yaml'} & set(sys.modules))"
+    script = """
+import sys, ablab.core.data.corpus
+print({'torch', 'numpy', 'tokenizers', 'pyarrow', 'yaml'} & set(sys.modules))
+"""
     assert python(script).communicate(timeout=30)[0].strip() == "set()"
