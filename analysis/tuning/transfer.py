@@ -14,7 +14,7 @@ from ablab.core.store.study_record import (
     WIDTH,
     StudyRecord,
     Trial,
-    finished,
+    counts,
 )
 
 ONE_STEP = (
@@ -85,7 +85,7 @@ def _transferred(trials: list[Trial], study: StudyRecord) -> Iterator[AtWidth]:
         yield AtWidth(
             cell=won.best.cell,
             width=width,
-            trials=len(finished(at[width], f"width {width}")),
+            trials=counts(at[width])[COMPLETE],
             lr=lr,
             loss=won.value,
             admissible=won.admissible,
