@@ -19,10 +19,11 @@ class Cell:
 
 
 def leave_one_out(treatment: Treatment) -> list[Cell]:
-    """full, and full without each ingredient (and without what cannot stand without it), and base for the whole step."""
+    """full, base, and full without each ingredient (and without what cannot stand without it)."""
     if not treatment:
         raise UserError(
-            "design leave_one_out has nothing to leave out; list interventions under `with`, or choose design: add_one or replicate"
+            "design leave_one_out has nothing to leave out; "
+            "list interventions under `with`, or choose design: add_one or replicate"
         )
     cells = [Cell("full", dict(treatment)), Cell("base", {}, "full")]
     for name in treatment:
@@ -33,16 +34,18 @@ def leave_one_out(treatment: Treatment) -> list[Cell]:
 
 
 def add_one(treatment: Treatment) -> list[Cell]:
-    """base, and base with each ingredient.  One that builds on another is measured against the arm with that other alone."""
-    cells = {"base": Cell("base")}
+    """base, and base with each ingredient.
+
+    One that builds on another is measured against the arm with that other alone.
+    """
+    cells = [Cell("base")]
     for name in _requirements_first(treatment):
         needs = _needs(name, treatment)
-        reference = next(
-            (cell.name for cell in cells.values() if set(cell.treatment) == set(needs)), "base"
-        )
+        alone = [cell.name for cell in cells if set(cell.treatment) == set(needs)]
+        reference = alone[0] if alone else "base"
         chosen = {one: treatment[one] for one in (*needs, name)}
-        cells[name] = Cell(_named("+", [name, *needs], "on"), chosen, reference)
-    return list(cells.values())
+        cells.append(Cell(_named("+", [name, *needs], "on"), chosen, reference))
+    return cells
 
 
 def replicate(treatment: Treatment) -> list[Cell]:
@@ -66,8 +69,11 @@ def cells_of(design: str, treatment: Treatment) -> list[Cell]:
 
 
 def _named(sign: str, names: list[str], word: str) -> str:
+    """- muon (and normuon);  + normuon (on muon)."""
     first, *others = names
-    return f"{sign} {first}" + (f" ({word} {', '.join(others)})" if others else "")
+    if not others:
+        return f"{sign} {first}"
+    return f"{sign} {first} ({word} {', '.join(others)})"
 
 
 def _needs(name: str, treatment: Treatment) -> list[str]:

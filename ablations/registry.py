@@ -7,6 +7,7 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Iterable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 from ablab.ablations import interventions
@@ -30,25 +31,31 @@ def discover(plugins: Iterable[str | Path] = ()) -> dict[str, type[Intervention]
 
 
 def _import_file(path: Path) -> None:
+    """Import one file under a name of its own, and remember the digest of what its parts are made of."""
     name = f"ablab_plugins.{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"
     if name in sys.modules:
         return
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    loader = SourceFileLoader(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None, "only a loader without a source has no spec"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except Exception as flaw:
         del sys.modules[name]
-        line = next(
-            (
-                frame.lineno
-                for frame in reversed(traceback.extract_tb(flaw.__traceback__))
-                if frame.filename == str(path)
-            ),
-            0,
-        )
         raise UserError(
-            f"plugin {path}{f':{line}' if line else ''} cannot be imported: {type(flaw).__name__}: {flaw}"
+            f"plugin {path}{_line_of(flaw, path)} cannot be imported: {type(flaw).__name__}: {flaw}"
         ) from flaw
     Part.foreign |= {kind: digest for kind, one in Part.known.items() if one.__module__ == name}
+
+
+def _line_of(flaw: Exception, path: Path) -> str:
+    """`:LINE`, the innermost line of that file in the flaw's trace; empty if it has none."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(flaw.__traceback__)
+        if frame.filename == str(path)
+    ]
+    return f":{lines[-1]}" if lines else ""

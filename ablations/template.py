@@ -42,18 +42,20 @@ def scale(y, x, *, strength):
 
 
 def write(name: str, folder: Path) -> Path:
+    """The path of the new file.  Raises UserError: no name for an intervention, or a name that is taken."""
     if not name.isidentifier() or keyword.iskeyword(name) or name.lower() != name:
         raise UserError(
-            f"{name!r} cannot name an intervention; use lower-case letters, digits and underscores, such as my_idea"
+            f"{name!r} cannot name an intervention; "
+            "use lower-case letters, digits and underscores, such as my_idea"
         )
-    if name in REGISTRY or (path := folder / f"{name}.py").exists():
+    path = folder / f"{name}.py"
+    if name in REGISTRY or path.exists():
         raise UserError(f"{name!r} exists already; choose another name")
-    write_atomically(
-        path,
-        TEXT.format(
-            name=name,
-            title=name.replace("_", " ").capitalize(),
-            cls="".join(map(str.title, name.split("_"))),
-        ).encode(),
+    words = name.split("_")
+    text = TEXT.format(
+        name=name,
+        title=" ".join(words).capitalize(),
+        cls="".join(word.title() for word in words),
     )
+    write_atomically(path, text.encode())
     return path

@@ -25,7 +25,10 @@ MAY_IMPORT = {
     "configs": set(),
 }
 READ_ONLY_CORE = {
+    "ablab.core.store.planned",
     "ablab.core.store.record",
+    "ablab.core.store.result",
+    "ablab.core.store.store",
     "ablab.core.store.study_record",
     "ablab.core.errors",
     "ablab.core.store.files",
@@ -70,7 +73,7 @@ TORCH = {  # the files that work on tensors; everything else can be imported, li
 }
 HEAVY = {"torch", "mlflow", "optuna"}
 ENVIRONMENT = {  # below experiments/, who touches an environment variable, and why; none of them runs in a step
-    "core/store/record.py:store_root": "$ABLAB_STORE, where to write",
+    "core/store/store.py:store_root": "$ABLAB_STORE, where to write",
     "core/fusion/places.py:places": "$TRITON_INTERPRET, which lets kernels run on a CPU",
     "core/runtime/runtime.py:visible_gpus": "$CUDA_VISIBLE_DEVICES, counted without torch",
     "core/train/trainer.py:top": "sets what cuBLAS reads once, so that it repeats its bits",

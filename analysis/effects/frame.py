@@ -3,18 +3,37 @@
 A run that ended has the status in its result (`finished`, `diverged`, ...).  A run without a result is `missing` when
 it has no folder, `interrupted` when it has one (killed, or still running), and `inert` when the plan notes that its arm
 computes the bits of its reference, which is why nobody trained it.  Columns are named as the runs log them
-(`val/loss`), and what described the machine is `runtime/dtype`, `runtime/device`, ...
+(`val/loss`), what described the machine is `runtime/dtype`, `runtime/device`, ..., and what served a place of the model
+`kernels/attention`, ...
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 import pandas as pd
 
-from ablab.core.store.record import GridPlan, Planned, Record, Result, Store
+from ablab.analysis.effects.service import COLUMN as KERNELS
+from ablab.core.store.planned import GridPlan, Planned
+from ablab.core.store.record import Record
+from ablab.core.store.result import Result
+from ablab.core.store.store import Store
 
-MISSING, INTERRUPTED, INERT = "missing", "interrupted", "inert"
+MISSING = "missing"
+INTERRUPTED = "interrupted"
+INERT = "inert"
 UNITS = {"loss": "nats/token", "bits_per_byte": "bits/byte"}
+# Of an experiment without logs.
+CURVE_COLUMNS = [
+    "cell",
+    "reference",
+    "pair",
+    "run",
+    "status",
+    "step",
+    "tokens",
+]
 
 
 def unit(metric: str) -> str:
@@ -26,14 +45,12 @@ def load(store: Store, experiment: str) -> pd.DataFrame:
     """One row per planned run, in the plan's order.
 
     Columns: cell, pair, seed, run, reference, note (from the plan); status, step, tokens, seconds, tokens_per_second,
-    peak_bytes, error, code (from the result; zero or empty without one); one column per final metric and per runtime
-    setting, NaN where a run lacks it.
+    peak_bytes, error, code (from the result; zero or empty without one); one column per final metric, per runtime
+    setting and per place that a kernel may serve, NaN where a run lacks it.
     """
+    plan = store.read_plan(experiment)
     return pd.DataFrame(
-        [
-            _row(row, record, result)
-            for row, record, result in _runs(store, store.read_plan(experiment))
-        ]
+        [_row(row, record, result) for row, record, result in _runs(store, plan)]
     )
 
 
@@ -42,24 +59,19 @@ def curves(store: Store, experiment: str) -> pd.DataFrame:
 
     Losses in nats/token.  A metric that a line does not carry is NaN.  Empty when nothing was logged yet.
     """
-    lines = [
-        {
+    lines = []
+    for row, record, result in _runs(store, store.read_plan(experiment)):
+        run = {
             "cell": row.cell,
             "reference": row.reference,
             "pair": row.pair,
             "run": row.run,
             "status": _status(record, result),
         }
-        | line
-        for row, record, result in _runs(store, store.read_plan(experiment))
-        for line in record.metrics()
-    ]
-    return pd.DataFrame(
-        lines,
-        columns=None
-        if lines
-        else ["cell", "reference", "pair", "run", "status", "step", "tokens"],
-    )
+        lines += [run | line for line in record.metrics()]
+    if not lines:
+        return pd.DataFrame(columns=CURVE_COLUMNS)
+    return pd.DataFrame(lines)
 
 
 def _runs(store: Store, plan: GridPlan) -> Iterator[tuple[Planned, Record, Result | None]]:
@@ -74,16 +86,14 @@ def _status(record: Record, result: Result | None) -> str:
     return INTERRUPTED if record.folder.is_dir() else MISSING
 
 
-def _row(row: Planned, record: Record, result: Result | None) -> dict:
+def _row(row: Planned, record: Record, result: Result | None) -> dict[str, Any]:
     status = INERT if row.note.startswith(INERT) else _status(record, result)
     ended = asdict(result or Result(row.run, status, step=0, tokens=0))
-    metrics, runtime = ended.pop("metrics"), ended.pop("runtime")
-    ended["tokens_per_second"] = ended["tokens_per_second"] or float(
-        "nan"
-    )  # zero means: not measured
-    return (
-        asdict(row)
-        | ended
-        | metrics
-        | {f"runtime/{key}": value for key, value in runtime.items()}
-    )
+    metrics = ended.pop("metrics")
+    runtime = ended.pop("runtime")
+    kernels = ended.pop("kernels")
+    ended["tokens_per_second"] = ended["tokens_per_second"] or math.nan  # zero: not measured
+    ended |= metrics
+    ended |= {f"runtime/{key}": value for key, value in runtime.items()}
+    ended |= {f"{KERNELS}{place}": served for place, served in kernels.items()}
+    return asdict(row) | ended

@@ -1,154 +1,193 @@
 """What width does to the learning rate: does the one tuned at one width serve the others?"""
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
-from ablab.analysis.tuning.winners import Winner, axis, spacing, winner
+from ablab.analysis.tuning.winners import Line, Winner, axis, octaves, sign, winner
 from ablab.core.errors import UserError
-from ablab.core.store.study_record import COMPLETE, EVALUATED, LR, WIDTH, StudyRecord, Trial
+from ablab.core.store.study_record import (
+    COMPLETE,
+    EVALUATED,
+    LR,
+    WIDTH,
+    StudyRecord,
+    Trial,
+    counts,
+)
+
+ONE_STEP = (
+    1.01  # spacings; a hair more than one, for rates that were rounded when they were asked for
+)
+SEED_SDS = 2.0  # a gap up to so many seed sd is noise
 
 
-def transfer(study: StudyRecord) -> pd.DataFrame:
-    """One row per arm and width: what the learning rate that won at the base width costs there.
+@dataclass(frozen=True)
+class AtWidth:
+    """One arm at one width, and what the learning rate that won at the base width costs there.
 
-    Base width: the experiment's own where it was searched, else the smallest.  `gap`: how much worse than this width's best,
-    in the metric's unit.  `how`: the loss at the transferred rate was evaluated, read off the quadratic, or taken
-    from the nearest trial.  UserError if the study does not search model.width and a log-scaled path.
+    Losses in the metric's unit.  `how`: the loss at the transferred rate was evaluated, read off the quadratic, or
+    taken from the nearest trial; NaN where that one was lost.
+    """
+
+    cell: str
+    width: int
+    trials: int  # finished ones
+    lr: float  # of the best trial
+    loss: float
+    admissible: bool
+    reason: str
+    optimum: float | None
+    low: float | None  # 95 % interval of the optimum
+    high: float | None
+    base_width: int
+    transferred: float  # the best rate at the base width
+    transferred_loss: float
+    how: str
+    gap: float  # how much worse the transferred rate is than this width's best
+    steps: float  # from the transferred rate to this width's best, in spacings of the trials
+    within_one_step: bool
+
+
+def transfer(study: StudyRecord) -> list[AtWidth]:
+    """One row per arm and width.  Base width: the experiment's own where it was searched, else the smallest.
+
+    UserError if the study does not search model.width and a log-scaled path.
     """
     if WIDTH not in study.space or axis(study.space) is None:
         raise UserError(
-            f"study {study.name!r} searches {', '.join(study.space)}; a transfer table needs {WIDTH} and {LR} in study.space"
+            f"study {study.name!r} searches {', '.join(study.space)}; "
+            f"a transfer table needs {WIDTH} and {LR} in study.space"
         )
-    return pd.DataFrame(
-        [
-            row
-            for cell, trials in study.cells.items()
-            for row in _transferred(cell, trials, study)
-        ]
-    )
+    return [row for trials in study.cells.values() for row in _transferred(trials, study)]
 
 
-def _transferred(
-    cell: str, trials: list[Trial], study: StudyRecord
-) -> Iterator[dict[str, Any]]:
+def _transferred(trials: list[Trial], study: StudyRecord) -> Iterator[AtWidth]:
+    """The rows of one arm; none where no trial has finished, or where the arm lacks the dose that is searched."""
     widths = sorted({trial.params[WIDTH] for trial in trials if trial.state == COMPLETE})
     if not widths:
         return
-    base = study.base.get(WIDTH) if study.base.get(WIDTH) in widths else widths[0]
     at = {
         width: [trial for trial in trials if trial.params[WIDTH] == width] for width in widths
     }
-    won = {width: winner(at[width], study.space, study.hard, study.better) for width in widths}
-    if won[base].path != axis(
-        study.space
-    ):  # the arm lacks the ingredient whose dose is searched
+    wins = {width: winner(at[width], study.space, study.hard, study.better) for width in widths}
+    base_width = study.base[WIDTH] if study.base.get(WIDTH) in widths else widths[0]
+    base = wins[base_width].line
+    if base is None or base.path != axis(study.space):
         return
-    lr, sign = won[base].lr, 1 if study.better == "lower" else -1
-    for width in widths:
-        best = won[width]
-        loss, how = _loss_at(lr, best)
-        steps = float(np.log2(best.lr / lr)) / spacing(best.line, best.path)
-        yield {
-            "cell": cell,
-            "width": width,
-            "trials": sum(trial.state == COMPLETE for trial in at[width]),
-            "lr": best.lr,
-            "loss": best.value,
-            "admissible": best.admissible,
-            "reason": best.reason,
-            "optimum": best.optimum,
-            "low": best.low,
-            "high": best.high,
-            "base_width": base,
-            "transferred": lr,
-            "transferred_loss": loss,
-            "how": how,
-            "gap": sign * (loss - best.value),
-            "steps": steps,
-            "within_one_step": abs(steps) < 1.01,
-        }
+    rate = base.at(base.best)
+    for width, won in wins.items():
+        assert won.line is not None, "all trials of an arm have the same paths"
+        lr = won.line.at(won.best)
+        loss, how = _loss_at(rate, won, won.line)
+        steps = octaves(rate, lr) / won.line.spacing
+        yield AtWidth(
+            cell=won.best.cell,
+            width=width,
+            trials=counts(at[width])[COMPLETE],
+            lr=lr,
+            loss=won.value,
+            admissible=won.admissible,
+            reason=won.reason,
+            optimum=won.optimum,
+            low=won.low,
+            high=won.high,
+            base_width=base_width,
+            transferred=rate,
+            transferred_loss=loss,
+            how=how,
+            gap=sign(study.better) * (loss - won.value),
+            steps=steps,
+            within_one_step=abs(steps) < ONE_STEP,
+        )
 
 
-def _loss_at(lr: float, won: Winner) -> tuple[float, str]:
-    """The loss at `lr` beside this winner, NaN where it has none, and how we know."""
-    tried = [trial for trial in won.line if trial.state in EVALUATED]
-    nearest = min(
-        tried,
-        key=lambda trial: (
-            round(abs(np.log2(trial.params[won.path] / lr)), 6),
-            EVALUATED.index(trial.state),
-        ),
-    )
-    exact = bool(np.isclose(nearest.params[won.path], lr, rtol=1e-6))
-    if not exact and won.fit and won.fit.span[0] <= lr <= won.fit.span[1]:
-        return float(won.fit.at(lr)), "quadratic"
-    how = "evaluated" if exact else f"nearest, {nearest.params[won.path]:.4g}"
-    return (
-        (nearest.value, how)
-        if nearest.state == COMPLETE
-        else (float("nan"), f"{how}: {nearest.state}")
-    )
+def _loss_at(rate: float, won: Winner, line: Line) -> tuple[float, str]:
+    """The loss at `rate` beside this winner, NaN where it has none, and how we know."""
+
+    def rank(trial: Trial) -> tuple[float, int]:
+        away = round(abs(octaves(rate, line.at(trial))), 6)
+        return away, EVALUATED.index(trial.state)
+
+    nearest = min(line.evaluated, key=rank)
+    exact = bool(np.isclose(line.at(nearest), rate, rtol=1e-6))
+    if not exact and won.fit and won.fit.covers(rate):
+        return float(won.fit.at(rate)), "quadratic"
+    how = "evaluated" if exact else f"nearest, {line.at(nearest):.4g}"
+    if nearest.state == COMPLETE:
+        return nearest.final, how
+    return float("nan"), f"{how}: {nearest.state}"
 
 
-def movements(moved: pd.DataFrame, seed_sd: float | None = None) -> dict[str, str]:
-    """A sentence per arm from `transfer`: how far the optimum moves with width, and whether the learning rate transfers.
+def movements(moved: list[AtWidth], seed_sd: float | None = None) -> dict[str, str]:
+    """A sentence per arm: how far the optimum moves with width, and whether the learning rate transfers.
 
     It transfers if every width's best lies within one step of the base width's and the gap stays within 2 seed sd.
     seed_sd: in the metric's unit, from the search where it had several seeds, else from the experiment's own runs.
     """
+    cells: dict[str, list[AtWidth]] = {}
+    for row in moved:
+        cells.setdefault(row.cell, []).append(row)
     return {
-        cell: f"{_moved(rows)}; {_transfers(rows, seed_sd)}"
-        for cell, rows in moved.groupby("cell", sort=False)
+        cell: f"{_moved(rows)}; {_transfers(rows, seed_sd)}" for cell, rows in cells.items()
     }
 
 
-def _moved(rows: pd.DataFrame) -> str:
-    """The interval of a difference of two optima from their own intervals: Zou and Donner 2008, eq. 5."""
-    first, last = rows.iloc[0], rows.iloc[-1]
+def _moved(rows: list[AtWidth]) -> str:
+    first, last = rows[0], rows[-1]
     if len(rows) == 1:
         return f"only width {first.width} has finished trials"
-    kind = "optimum" if pd.notna([first.optimum, last.optimum]).all() else "lr"
-    (x0, l0, h0), (x1, l1, h1) = (
-        np.log2(row[[kind, "low", "high"]].astype(float)) for row in (first, last)
-    )
-    delta, down, up = x1 - x0, np.hypot(x1 - l1, h0 - x0), np.hypot(h1 - x1, x0 - l0)
-    interval = (
-        f" [{delta - down:+.2f}, {delta + up:+.2f}]"
-        if kind == "optimum" and np.isfinite(down + up)
-        else ""
-    )
-    what = "the optimum" if kind == "optimum" else "the best trial"
-    ends = f"{first[kind]:.3g} at {first.width} to {last[kind]:.3g} at {last.width}"
-    return f"{what} moves by {delta:+.2f}{interval} octaves over {last.width / first.width:g}x width ({ends})"
+    if first.optimum is not None and last.optimum is not None:
+        what = "the optimum"
+        start, end = first.optimum, last.optimum
+        interval = _interval_of_the_move(first, last)
+    else:
+        what = "the best trial"
+        start, end = first.lr, last.lr
+        interval = ""
+    moved = np.log2(end) - np.log2(start)
+    factor = f"{last.width / first.width:g}x width"
+    ends = f"{start:.3g} at {first.width} to {end:.3g} at {last.width}"
+    return f"{what} moves by {moved:+.2f}{interval} octaves over {factor} ({ends})"
 
 
-def _transfers(rows: pd.DataFrame, sd: float | None) -> str:
-    others = rows[rows.width != rows.base_width]
-    if edges := [str(row.width) for row in rows.itertuples() if not row.admissible]:
+def _interval_of_the_move(first: AtWidth, last: AtWidth) -> str:
+    """Of a difference of two optima from their own intervals: Zou and Donner 2008, eq. 5.  Empty without both."""
+    known = [first.low, first.optimum, first.high, last.low, last.optimum, last.high]
+    low0, x0, high0, low1, x1, high1 = np.log2(np.array(known, float))
+    down = np.hypot(x1 - low1, high0 - x0)
+    up = np.hypot(high1 - x1, x0 - low0)
+    if not np.isfinite(down + up):
+        return ""
+    return f" [{x1 - x0 - down:+.2f}, {x1 - x0 + up:+.2f}]"
+
+
+def _transfers(rows: list[AtWidth], sd: float | None) -> str:
+    if edges := [str(row.width) for row in rows if not row.admissible]:
         return f"not to be read before the winner at width {', '.join(edges)} has neighbours"
-    if others.empty:
+    first = rows[0]
+    others = [row for row in rows if row.width != row.base_width]
+    if not others:
         return "transfer needs a second"
-    near, gap, lost = (
-        int(others.within_one_step.sum()),
-        others.gap.max(),
-        others.width[others.gap.isna()],
-    )
-    holds = near == len(others) and lost.empty and (None if sd is None else gap <= 2 * sd)
-    verdict = {True: "transfers", False: "does not transfer", None: "may transfer"}[holds]
-    scale = (
-        f" ({gap / sd:.1f} seed sd)"
-        if sd
-        else " (seed sd unknown: give the study a second seed)"
-    )
-    cost = (
-        f"no loss at width {', '.join(map(str, lost))}"
-        if len(lost)
-        else f"at most {gap:.4f} worse{scale}"
-        if gap > 0
-        else "at no cost"
-    )
-    first = rows.iloc[0]
-    return f"{first.transferred:.4g} {verdict} from width {first.base_width}: {near} of {len(others)} others within one step, {cost}"
+    near = sum(row.within_one_step for row in others)
+    lost = [str(row.width) for row in others if np.isnan(row.gap)]
+    gaps = [row.gap for row in others if not np.isnan(row.gap)]
+    gap = max(gaps, default=0.0)
+    if near < len(others) or lost:
+        verdict = "does not transfer"
+    elif sd is None:
+        verdict = "may transfer"
+    else:
+        verdict = "transfers" if gap <= SEED_SDS * sd else "does not transfer"
+    if lost:
+        cost = f"no loss at width {', '.join(lost)}"
+    elif gap > 0:
+        sds = (
+            f"{gap / sd:.1f} seed sd" if sd else "seed sd unknown: give the study a second seed"
+        )
+        cost = f"at most {gap:.4f} worse ({sds})"
+    else:
+        cost = "at no cost"
+    reach = f"{near} of {len(others)} others within one step"
+    return f"{first.transferred:.4g} {verdict} from width {first.base_width}: {reach}, {cost}"

@@ -38,8 +38,11 @@ __all__ = [
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
 BATCH = 4_000_000  # characters encoded at once: 0.5 GB at the peak, whatever the corpus (measured on 520 MB of text)
+NPY_HEADER = 128  # bytes; numpy pads the header of a one-dimensional array to so many
 HELD_OUT = 0.01  # fraction of documents, when no validation text is named
 Paths = Iterable[str | Path]
+Side = Literal["train", "val"]
+Labelled = tuple[Side, str]  # a document and the side it falls on
 Progress = Callable[[int], None]  # called with the bytes of text done so far
 
 
@@ -62,56 +65,66 @@ class Meta:
     def bytes_per_token(self) -> float:
         return self.train_bytes / self.train_tokens
 
+    @property
+    def file_sizes(self) -> dict[str, int]:
+        """File of the folder -> the bytes it must have."""
+        width = 2 if self.dtype == "uint16" else 4
+        return {
+            "train.bin": self.train_tokens * width,
+            "val.bin": self.val_tokens * width,
+            "token_bytes.npy": NPY_HEADER + self.vocab * 4,
+        }
+
 
 def load_meta(folder: Path) -> Meta:
     """Read a token folder's meta.json.  Raises UserError: no folder, no or damaged meta.json, files that disagree."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(
-            f"no token folder {folder}; fill it: ablab data tokenize TEXT --tokenizer TOKENIZER --name {folder.name} --store {folder.parent.parent}"
+            f"no token folder {folder}; fill it: ablab data tokenize TEXT --tokenizer TOKENIZER "
+            f"--name {folder.name} --store {folder.parent.parent}"
         )
     cure = "delete the folder and fill it again"
+    described = folder / "meta.json"
     try:
-        meta = msgspec.json.decode((folder / "meta.json").read_bytes(), type=Meta)
+        meta = msgspec.json.decode(described.read_bytes(), type=Meta)
     except (OSError, msgspec.DecodeError) as flaw:
-        raise UserError(f"cannot read {folder / 'meta.json'}: {flaw}; {cure}") from None
-    width = 2 if meta.dtype == "uint16" else 4
-    sizes = {
-        "train.bin": meta.train_tokens * width,
-        "val.bin": meta.val_tokens * width,
-        "token_bytes.npy": 128
-        + meta.vocab * 4,  # numpy pads the header of a one-dimensional array to 128 bytes
-    }
-    for file, expected in sizes.items():
-        size = (folder / file).stat().st_size if (folder / file).is_file() else 0
+        raise UserError(f"cannot read {described}: {flaw}; {cure}") from None
+    for name, expected in meta.file_sizes.items():
+        file = folder / name
+        size = file.stat().st_size if file.is_file() else 0
         if size != expected:
             raise UserError(
-                f"{folder / file} has {size:,} bytes, but meta.json says {expected:,}; {cure}"
+                f"{file} has {size:,} bytes, but meta.json says {expected:,}; {cure}"
             )
     return meta
 
 
 def check_meta(recipe: Recipe, meta: Meta, folder: Path) -> Meta:
-    """Raises UserError where a token folder is not what the recipe asks for: other text, another vocabulary, too little."""
+    """Raises UserError where a token folder is not what the recipe asks for: other text, other ids, too little."""
     data = recipe.data
     if data.digest and data.digest != meta.digest:
         raise UserError(
-            f"{folder} holds data {meta.digest}, but the recipe names {data.digest}; restore that text, or load the recipe anew"
+            f"{folder} holds data {meta.digest}, but the recipe names {data.digest}; "
+            "restore that text, or load the recipe anew"
         )
     if data.vocab != meta.vocab:
         raise UserError(
-            f"data.vocab={data.vocab}, but {folder} was tokenized with {meta.vocab} ids; set data.vocab={meta.vocab}"
+            f"data.vocab={data.vocab}, but {folder} was tokenized with {meta.vocab} ids; "
+            f"set data.vocab={meta.vocab}"
         )
     held_out = min(meta.val_tokens, data.held_out + 1)
-    for name, have, need in (
-        ("train", meta.train_tokens, 2 * data.context),
-        ("val", held_out, data.context + 1),
-    ):
-        if have < need:
-            raise UserError(
-                f"{folder / name}.bin holds {have} tokens, but context={data.context} needs at least {need}; tokenize more text"
-            )
+    _check_length(folder / "train.bin", meta.train_tokens, data.context, 2 * data.context)
+    _check_length(folder / "val.bin", held_out, data.context, data.context + 1)
     return meta
+
+
+def _check_length(file: Path, tokens: int, context: int, needed: int) -> None:
+    if tokens < needed:
+        raise UserError(
+            f"{file} holds {tokens} tokens, but context={context} needs at least {needed}; "
+            "tokenize more text"
+        )
 
 
 def tokenize(
@@ -133,28 +146,34 @@ def tokenize(
     Raises UserError: `out` exists, both kinds of held-out text, an empty side, whatever `documents` and
     `Codec` refuse, a full disk.
     """
-    train_paths, val_paths, out = list(train_paths), list(val_paths or ()), Path(out)
-    if val_paths and val_fraction is not None:
+    train_files = list(train_paths)
+    val_files = list(val_paths or ())
+    out = Path(out)
+    if val_files and val_fraction is not None:
         raise UserError(
             f"validation text and val_fraction={val_fraction} were both given; drop one"
         )
     fraction = HELD_OUT if val_fraction is None else val_fraction
     if not 0 < fraction < 1:
         raise UserError(f"val_fraction={fraction} must lie between 0 and 1; try {HELD_OUT}")
-    if val_paths:
-        if both := {file.resolve() for file in expand(train_paths)} & {
-            file.resolve() for file in expand(val_paths)
-        }:
-            raise UserError(
-                f"{min(both)} was named as training and as validation text; drop it from one"
-            )
-        labelled = _named(train_paths, val_paths, field)
+    if val_files:
+        _check_apart(train_files, val_files)
+        labelled = _named(train_files, val_files, field)
     else:
-        labelled = ((_side(text, fraction), text) for text in documents(train_paths, field))
+        labelled = ((_side(text, fraction), text) for text in documents(train_files, field))
     with _alone(out):
         if out.exists():
             raise UserError(f"{out} exists already; delete it or choose another --name")
         return _fill(out, labelled, Codec(tokenizer), progress)
+
+
+def _check_apart(train_paths: Paths, val_paths: Paths) -> None:
+    train = {file.resolve() for file in expand(train_paths)}
+    val = {file.resolve() for file in expand(val_paths)}
+    if both := train & val:
+        raise UserError(
+            f"{min(both)} was named as training and as validation text; drop it from one"
+        )
 
 
 def ensure_embedded(store: Path, progress: Progress | None = None) -> Path:
@@ -165,7 +184,8 @@ def ensure_embedded(store: Path, progress: Progress | None = None) -> Path:
     """
     import yaml
 
-    folder, text = Path(store) / "data" / "embedded", CONFIGS / "embedded"
+    folder = Path(store) / "data" / "embedded"
+    text = CONFIGS / "embedded"
     pinned = yaml.safe_load((CONFIGS / "embedded.yaml").read_text())["data"]["digest"]
     if not folder.exists():
         with _alone(folder):
@@ -175,24 +195,27 @@ def ensure_embedded(store: Path, progress: Progress | None = None) -> Path:
     digest = load_meta(folder).digest
     if digest != pinned:
         raise UserError(
-            f"{folder} has digest {digest}, but embedded.yaml pins {pinned}; delete it, and it will be made anew"
+            f"{folder} has digest {digest}, but embedded.yaml pins {pinned}; "
+            "delete it, and it will be made anew"
         )
     return folder
 
 
-def _named(train_paths: Paths, val_paths: Paths, field: str) -> Iterator[tuple[str, str]]:
-    for side, paths in (("val", val_paths), ("train", train_paths)):
-        for text in documents(paths, field):
-            yield side, text
+def _named(train_paths: Paths, val_paths: Paths, field: str) -> Iterator[Labelled]:
+    for text in documents(val_paths, field):
+        yield "val", text
+    for text in documents(train_paths, field):
+        yield "train", text
 
 
-def _side(text: str, fraction: float) -> str:
-    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+def _side(text: str, fraction: float) -> Side:
+    digest = hashlib.sha256(text.encode()).digest()
+    draw = int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1)
     return "val" if draw < fraction else "train"
 
 
 @contextmanager
-def _alone(folder: Path):
+def _alone(folder: Path) -> Iterator[None]:
     """Hold the lock beside `folder`, so that one process at a time fills it."""
     from filelock import FileLock
 
@@ -206,11 +229,12 @@ class _Bin:
     """One side on its way to disk.  Texts gather until BATCH, then are encoded, counted and written."""
 
     def __init__(self, file: BinaryIO, codec: Codec):
-        self.file, self.codec = file, codec
+        self.file = file
+        self.codec = codec
         self.texts: list[str] = []
-        self.waiting = self.tokens = self.bytes = (
-            0  # characters gathered; tokens and bytes of text written
-        )
+        self.waiting = 0  # characters gathered
+        self.tokens = 0  # written
+        self.bytes = 0  # of text, written
 
     def add(self, text: str) -> None:
         self.texts.append(text)
@@ -222,12 +246,18 @@ class _Bin:
         if self.texts:
             ids, size = self.codec.encode(self.texts)
             self.file.write(ids.tobytes())
-            self.tokens, self.bytes = self.tokens + len(ids), self.bytes + size
-            self.texts, self.waiting = [], 0
+            self.tokens += len(ids)
+            self.bytes += size
+            self.texts = []
+            self.waiting = 0
 
 
 def _fill(
-    out: Path, labelled, codec: Codec, progress: Progress | None, pinned: str | None = None
+    out: Path,
+    labelled: Iterable[Labelled],
+    codec: Codec,
+    progress: Progress | None,
+    pinned: str | None = None,
 ) -> Meta:
     """Write a token folder under a hidden name beside `out`, then rename it.  The caller holds the lock."""
     import numpy
@@ -241,21 +271,22 @@ def _fill(
         if pinned not in (None, digest):
             raise UserError(
                 f"the embedded text gave digest {digest}, not {pinned} as pinned in embedded.yaml: "
-                f"tokenizers {version('tokenizers')} splits text differently; install the version in the constraints file"
+                f"tokenizers {version('tokenizers')} splits text differently; "
+                "install the version in the constraints file"
             )
         numpy.save(partial / "token_bytes.npy", codec.token_bytes)
         shutil.copyfile(codec.path, partial / "tokenizer.json")
         meta = Meta(
-            1,
-            out.name,
-            codec.vocab,
-            codec.dtype,
-            codec.end,
-            train.tokens,
-            val.tokens,
-            train.bytes,
-            val.bytes,
-            digest,
+            schema=1,
+            name=out.name,
+            vocab=codec.vocab,
+            dtype=codec.dtype,
+            end_of_text=codec.end,
+            train_tokens=train.tokens,
+            val_tokens=val.tokens,
+            train_bytes=train.bytes,
+            val_bytes=val.bytes,
+            digest=digest,
         )
         (partial / "meta.json").write_text(json.dumps(asdict(meta), indent=1) + "\n")
         partial.rename(out)
@@ -265,33 +296,38 @@ def _fill(
 
 
 def _write_bins(
-    folder: Path, labelled, codec: Codec, progress: Progress | None
+    folder: Path, labelled: Iterable[Labelled], codec: Codec, progress: Progress | None
 ) -> tuple[_Bin, _Bin]:
-    with (
-        open(folder / "train.bin", "wb") as train_file,
-        open(folder / "val.bin", "wb") as val_file,
-    ):
-        bins = {"train": _Bin(train_file, codec), "val": _Bin(val_file, codec)}
-        done = 0
+    """Fill train.bin and val.bin.  Raises UserError where no document falls on one side."""
+    train_path = folder / "train.bin"
+    val_path = folder / "val.bin"
+    with open(train_path, "wb") as train_file, open(val_path, "wb") as val_file:
+        train = _Bin(train_file, codec)
+        val = _Bin(val_file, codec)
+        bins: dict[Side, _Bin] = {"train": train, "val": val}
+        told = 0
         for side, text in labelled:
             bins[side].add(text)
-            if progress and (now := bins["train"].bytes + bins["val"].bytes) > done:
-                progress(done := now)
-        for side, bin in bins.items():
-            bin.flush()
-            if not bin.tokens:
+            done = train.bytes + val.bytes
+            if progress and done > told:
+                progress(done)
+                told = done
+        for side, written in bins.items():
+            written.flush()
+            if not written.tokens:
                 raise UserError(
-                    f"no document fell to {side}; give more text, change --val-fraction, or name --val files"
+                    f"no document fell to {side}; "
+                    "give more text, change --val-fraction, or name --val files"
                 )
-    return bins["train"], bins["val"]
+    return train, val
 
 
 def _digest(folder: Path, codec: Codec) -> str:
     """First 16 hex digits of sha256 over dtype, train.bin, val.bin and token bytes, each file led by its length."""
     digest = hashlib.sha256(codec.dtype.encode())
-    for name in ("train.bin", "val.bin"):
-        with open(folder / name, "rb") as file:
-            digest.update((folder / name).stat().st_size.to_bytes(8, "little"))
+    for path in (folder / "train.bin", folder / "val.bin"):
+        with open(path, "rb") as file:
+            digest.update(path.stat().st_size.to_bytes(8, "little"))
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     digest.update(codec.token_bytes.tobytes())

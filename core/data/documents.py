@@ -8,13 +8,18 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
+from typing import IO, Any
 
 from ablab.core.errors import UserError
 
 FORMATS = (".jsonl", ".json", ".txt", ".parquet")
 PACKED = (".gz", ".xz", ".zst")
+Source = IO[bytes] | gzip.GzipFile
+# Where a document stands, for messages, and what stands there.
+Placed = Iterator[tuple[str, Any]]
 
 
 def documents(paths: Iterable[str | Path], field: str = "text") -> Iterator[str]:
@@ -34,28 +39,12 @@ def expand(paths: Iterable[str | Path]) -> list[Path]:
     """The files that `paths` stand for, each once.  Raises UserError: nothing there, unknown suffix."""
     files: dict[Path, None] = {}
     for path in map(Path, paths):
-        if path.is_dir():
-            below = (
-                file.relative_to(path)
-                for file in path.rglob("*")
-                if file.is_file() and _format(file)
-            )
-            found = sorted(
-                path / file
-                for file in below
-                if not any(part.startswith(".") for part in file.parts)
-            )
-        else:
-            found = (
-                [path]
-                if path.exists()
-                else sorted(map(Path, glob.glob(str(path), recursive=True)))
-            )
+        found = _files_of(path)
         if not found:
             raise UserError(
                 f"no text at {path}; name a file, a folder or a quoted glob of {', '.join(FORMATS)} files"
             )
-        files.update(dict.fromkeys(found))
+        files |= dict.fromkeys(found)
     for file in files:
         if not _format(file):
             raise UserError(
@@ -64,12 +53,28 @@ def expand(paths: Iterable[str | Path]) -> list[Path]:
     return list(files)
 
 
-def _format(path: Path) -> str | None:
+def _files_of(path: Path) -> list[Path]:
+    """A folder's visible files of a known format, a file itself, or what a glob matches; sorted."""
+    if path.is_dir():
+        below = [file for file in path.rglob("*") if file.is_file() and _format(file)]
+        return sorted(file for file in below if not _hidden(file.relative_to(path)))
+    if path.exists():
+        return [path]
+    return sorted(map(Path, glob.glob(str(path), recursive=True)))
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _format(path: Path) -> str:
+    """The suffix without the packing; empty if it is not known."""
     suffix = (path.with_suffix("") if path.suffix in PACKED else path).suffix
-    return suffix if suffix in FORMATS else None
+    return suffix if suffix in FORMATS else ""
 
 
 def _read(path: Path, field: str) -> Iterator[str]:
+    """The texts of one file."""
     reader = {".txt": _text, ".parquet": _parquet}.get(_format(path), _lines)
     empty = True
     try:
@@ -90,7 +95,8 @@ def _read(path: Path, field: str) -> Iterator[str]:
         raise UserError(f"{path} is empty; drop it or fetch it again")
 
 
-def _checked(text, place, field: str) -> str:
+def _checked(text: Any, place: str, field: str) -> str:
+    """The text, if it is one that UTF-8 can hold."""
     if not isinstance(text, str):
         raise UserError(
             f"{place}: {field!r} must be text, not {text!r:.40}; drop it or choose another --field"
@@ -104,19 +110,30 @@ def _checked(text, place, field: str) -> str:
     return text
 
 
-def _unpacked(path: Path):
+def _unpacked(path: Path) -> Source:
+    if path.suffix == ".gz":
+        return gzip.open(path)
+    if path.suffix == ".xz":
+        return lzma.open(path)
     if path.suffix == ".zst":
-        try:
-            from compression import zstd
-        except ImportError:
-            raise UserError(
-                f"{path}: .zst needs Python 3.14 or later; unpack it first: zstd -d {path}"
-            ) from None
-        return zstd.open(path)
-    return {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb")
+        return _zstd(path)
+    return open(path, "rb")
 
 
-def _lines(file, path: Path, field: str):
+def _zstd(path: Path) -> Source:
+    try:
+        zstd = import_module("compression.zstd")
+    except ImportError:
+        raise UserError(
+            f"{path}: .zst needs Python 3.14 or later; unpack it first: zstd -d {path}"
+        ) from None
+    return zstd.open(path)
+
+
+# -- readers, one a format ---------------------------------------------------------------------------------------------
+
+
+def _lines(file: Source, path: Path, field: str) -> Placed:
     for number, line in enumerate(file, 1):
         if line.isspace():
             continue
@@ -128,44 +145,48 @@ def _lines(file, path: Path, field: str):
                 f"{place} is not JSON ({flaw}); each line must hold one object with the key {field!r}"
             ) from None
         if not isinstance(record, dict) or field not in record:
-            keys = (
-                ", ".join(record) or "{}"
-                if isinstance(record, dict)
-                else f"a {type(record).__name__}"
-            )
             raise UserError(
-                f"{place} has no key {field!r}, only: {keys}; choose one with --field"
+                f"{place} has no key {field!r}, only: {_keys(record)}; choose one with --field"
             )
         yield place, record[field]
 
 
-def _text(file, path: Path, field: str):
+def _keys(record: Any) -> str:
+    """What a line holds instead."""
+    if not isinstance(record, dict):
+        return f"a {type(record).__name__}"
+    return ", ".join(record) or "{}"
+
+
+def _text(file: Source, path: Path, field: str) -> Placed:
     if content := file.read():
-        yield path, content.decode()
+        yield str(path), content.decode()
 
 
-def _parquet(file, path: Path, field: str):
+def _parquet(file: Source, path: Path, field: str) -> Placed:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    if (
-        path.suffix in PACKED
-    ):  # Parquet is read from its end; seeking in a packed stream would unpack it each time
-        packed, file = file, tempfile.TemporaryFile()  # noqa: SIM115
-        shutil.copyfileobj(packed, file)
     try:
-        table = ParquetFile(file)
+        table = ParquetFile(_seekable(file, path))
         if field not in table.schema_arrow.names:
             columns = ", ".join(table.schema_arrow.names)
             raise UserError(
                 f"{path} has no column {field!r}, only: {columns}; choose one with --field"
             )
         batches = table.iter_batches(batch_size=1024, columns=[field])
-        for row, text in enumerate(
-            (text for batch in batches for text in batch.column(0).to_pylist()), 1
-        ):
+        texts = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+        for row, text in enumerate(texts, 1):
             yield f"{path} row {row}", text
     except pyarrow.ArrowInvalid as flaw:
-        raise UserError(
-            f"{path} is not Parquet ({str(flaw).splitlines()[0]}); fetch it again"
-        ) from None
+        first_line = str(flaw).splitlines()[0]
+        raise UserError(f"{path} is not Parquet ({first_line}); fetch it again") from None
+
+
+def _seekable(file: Source, path: Path) -> Source:
+    """Parquet is read from its end, and seeking in a packed stream would unpack it each time: unpack it once."""
+    if path.suffix not in PACKED:
+        return file
+    unpacked = tempfile.TemporaryFile()  # noqa: SIM115  closed with the last reference
+    shutil.copyfileobj(file, unpacked)
+    return unpacked

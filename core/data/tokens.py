@@ -68,13 +68,18 @@ class Tokens:
         block = np.stack(rows).astype(np.int64)
         if (top := int(block.max())) >= self.vocab:
             raise UserError(
-                f"{self.folder} holds token {top}, beyond data.vocab={self.vocab}; tokenize again with the recipe's tokenizer"
+                f"{self.folder} holds token {top}, beyond data.vocab={self.vocab}; "
+                "tokenize again with the recipe's tokenizer"
             )
         return torch.from_numpy(block)
 
 
 @lru_cache(maxsize=4)  # a batch may straddle two epochs
 def _epoch(seed: int, epoch: int, windows: int, context: int) -> tuple[np.ndarray, int]:
-    key = hashlib.sha256(f"{seed}/data/{epoch}".encode()).digest()
-    draw = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "big")))
-    return draw.permutation(windows), int(draw.integers(context))
+    """The order in which the windows are visited, [windows], and the token at which the first of them begins."""
+    digest = hashlib.sha256(f"{seed}/data/{epoch}".encode()).digest()
+    key = int.from_bytes(digest[:16], "big")
+    draw = np.random.Generator(np.random.Philox(key=key))
+    order = draw.permutation(windows)
+    phase = int(draw.integers(context))
+    return order, phase

@@ -14,7 +14,8 @@ def writing(path: Path):
         yield
     except OSError as refusal:
         raise UserError(
-            f"cannot write {path}: {refusal.strerror or refusal}; free space or permission there, or choose another folder"
+            f"cannot write {path}: {refusal.strerror or refusal}; "
+            "free space or permission there, or choose another folder"
         ) from refusal
 
 

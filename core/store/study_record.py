@@ -6,7 +6,7 @@ The search writes it whole each time; the reports read it.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,23 +15,26 @@ import msgspec
 
 from ablab.core.errors import UserError
 from ablab.core.store.files import write_atomically
-from ablab.core.store.record import DIVERGED, PRUNED, Store, command
+from ablab.core.store.planned import command
+from ablab.core.store.result import DIVERGED, PRUNED, said
+from ablab.core.store.store import Store
 
 LR = "optim.lr"
 WIDTH = "model.width"
 State = Literal["complete", "pruned", "failed", "diverged", "out_of_memory", "running"]
 COMPLETE = "complete"
 RUNNING = "running"
+# Tried, with a known answer; the other states say nothing.
 EVALUATED = (
     COMPLETE,
     DIVERGED,
     PRUNED,
-)  # tried, with a known answer; the other states say nothing
+)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of one arm's search.  `value`: mean over seeds of the final metric; `values`: by seed; seconds of training.
+    """One point of one arm's search.  `value`: mean over seeds of the final metric; `values`: by seed.
 
     `params` lacks the doses (`with.NAME.DOSE`) of ingredients that the arm does without.
     """
@@ -43,7 +46,7 @@ class Trial:
     value: float | None = None
     values: dict[str, float | None] = field(default_factory=dict)
     runs: list[str] = field(default_factory=list)
-    seconds: float = 0.0
+    seconds: float = 0.0  # of training, all seeds
 
     @property
     def final(self) -> float:
@@ -70,9 +73,8 @@ class StudyRecord:
     seeds: list[int]
     trials_per_cell: int
     trials: list[Trial]
-    importance: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # cell -> path -> share
+    # Cell -> path -> share.
+    importance: dict[str, dict[str, float]] = field(default_factory=dict)
     tuned: str | None = None  # the plan of the confirmation runs, each arm at its own winner
 
     @property
@@ -138,8 +140,3 @@ def finished(trials: Sequence[Trial], whose: str, again: str = "the study") -> l
 def counts(trials: Sequence[Trial]) -> Counter[str]:
     """State -> number of trials."""
     return Counter(trial.state for trial in trials)
-
-
-def said(states: Mapping[str, int]) -> str:
-    """Counts in words: 2 complete, 1 out of memory."""
-    return ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in states.items())

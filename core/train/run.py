@@ -18,7 +18,8 @@ from ablab.core.recipe.recipe import Recipe, plain, run_id
 from ablab.core.runtime.fingerprint import code_fingerprint
 from ablab.core.runtime.runtime import Runtime, Settled, environment, settle
 from ablab.core.store.files import write_atomically
-from ablab.core.store.record import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, Record, Result
+from ablab.core.store.record import Record
+from ablab.core.store.result import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, Result
 from ablab.core.train import checkpoint
 from ablab.core.train.trainer import Trainer, Warm
 

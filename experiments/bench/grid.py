@@ -24,7 +24,9 @@ import typer
 
 from ablab.core.errors import UserError
 from ablab.core.recipe.recipe import run_id
-from ablab.core.store.record import FINISHED, Record, Result, Store
+from ablab.core.store.record import Record
+from ablab.core.store.result import FINISHED, Result
+from ablab.core.store.store import Store
 from ablab.experiments.bench.random_tokens import experiment_on_random_tokens
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.run.progress import Quiet

@@ -22,7 +22,8 @@ import typer
 
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.files import write_atomically
-from ablab.core.store.record import FINISHED, Result, Store
+from ablab.core.store.result import FINISHED, Result
+from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, load
 from ablab.experiments.run.messages import Logged
 from ablab.experiments.run.progress import Quiet

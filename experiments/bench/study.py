@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ablab.core.store.record import FINISHED, Result, Store
+from ablab.core.store.result import FINISHED, Result
+from ablab.core.store.store import Store
 from ablab.experiments.bench.overhead import Row, timed
 from ablab.experiments.plan.experiment import load
 from ablab.experiments.run.progress import Quiet

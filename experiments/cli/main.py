@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ablab.core.errors import UserError
-from ablab.core.store.record import Store, store_root
+from ablab.core.store.store import Store, store_root
 from ablab.experiments.cli import bench as bench_cli
 from ablab.experiments.cli import check as check_cli
 from ablab.experiments.cli import data as data_cli

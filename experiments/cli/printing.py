@@ -9,7 +9,8 @@ from typing import Any
 import typer
 
 from ablab.core.errors import UserError
-from ablab.core.store.record import Store, command
+from ablab.core.store.planned import command
+from ablab.core.store.store import Store
 
 
 def show_recipe(experiment: Any, run: Any) -> None:

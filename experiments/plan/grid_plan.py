@@ -6,7 +6,7 @@ from typing import Any
 
 from ablab.core.recipe.intervention import REGISTRY, Intervention
 from ablab.core.recipe.recipe import plain
-from ablab.core.store.record import GridPlan, Planned
+from ablab.core.store.planned import GridPlan, Planned
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 
 

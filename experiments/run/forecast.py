@@ -8,7 +8,8 @@ from ablab.core.errors import UserError
 from ablab.core.model.cost import cost_of
 from ablab.core.recipe.recipe import Recipe
 from ablab.core.runtime.runtime import Runtime
-from ablab.core.store.record import FINISHED, RETRY, Result, Store
+from ablab.core.store.result import FINISHED, RETRY, Result
+from ablab.core.store.store import Store
 from ablab.experiments.cli.printing import count
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.run.capacity import default_jobs, gpus_for, training_at_once

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from ablab.core.runtime.fingerprint import code_fingerprint
 from ablab.core.runtime.runtime import Runtime
-from ablab.core.store.record import Store
+from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.run.capacity import gpus_for
 from ablab.experiments.run.traces import Traces

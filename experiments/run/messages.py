@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ablab.core.store.record import Result
+from ablab.core.store.result import Result
 
 
 # -- what the runner says ----------------------------------------------------------------------------------------------

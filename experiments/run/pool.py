@@ -11,7 +11,8 @@ from typing import assert_never
 from ablab.core.errors import UserError
 from ablab.core.recipe.recipe import Recipe, plain, structure
 from ablab.core.runtime.runtime import NO_GPU
-from ablab.core.store.record import RETRY, Result, Store
+from ablab.core.store.result import RETRY, Result
+from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.run.capacity import default_jobs, gpus_for
 from ablab.experiments.run.executor import Executor, Task

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from ablab.core.errors import UserError
 from ablab.core.runtime.runtime import Runtime
-from ablab.core.store.record import FAILED, Record, Result
+from ablab.core.store.record import Record
+from ablab.core.store.result import FAILED, Result
 from ablab.experiments.run.capacity import gpus_for
 from ablab.experiments.run.executor import Listener, Task
 from ablab.experiments.run.messages import (

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ablab.core.store.record import FINISHED, Result
+from ablab.core.store.result import FINISHED, Result
 from ablab.experiments.plan.experiment import PlannedRun
 
 if TYPE_CHECKING:

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field, replace
 
 from ablab.core.errors import UserError
 from ablab.core.store.files import set_aside
-from ablab.core.store.record import RETRY, GridPlan, Record, Result, Store
+from ablab.core.store.planned import GridPlan
+from ablab.core.store.record import Record
+from ablab.core.store.result import RETRY, Result
+from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.plan.grid_plan import merged_plan
 from ablab.experiments.run.gate import Gate

@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 
 from ablab.core.store.files import write_atomically
-from ablab.core.store.record import Store
+from ablab.core.store.store import Store
 
 
 class Traces:

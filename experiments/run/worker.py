@@ -18,7 +18,8 @@ from ablab.core.language.parse import parse
 from ablab.core.recipe.recipe import Recipe, run_id
 from ablab.core.runtime.runtime import Runtime, settle
 from ablab.core.store.files import write_atomically, writing
-from ablab.core.store.record import FAILED, RETRY, Record, Result
+from ablab.core.store.record import Record
+from ablab.core.store.result import FAILED, RETRY, Result
 from ablab.experiments.run.messages import (
     Answer,
     Began,

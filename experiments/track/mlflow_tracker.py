@@ -18,18 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ablab.core.errors import UserError
-from ablab.core.store.record import (
-    DIVERGED,
-    FAILED,
-    FINISHED,
-    OUT_OF_MEMORY,
-    PRUNED,
-    GridPlan,
-    Planned,
-    Record,
-    Result,
-    Store,
-)
+from ablab.core.store.planned import GridPlan, Planned
+from ablab.core.store.record import Record
+from ablab.core.store.result import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, PRUNED, Result
+from ablab.core.store.store import Store
 from ablab.experiments.track.mlflow_view import NOTE, MlflowView, colour_of, cure, errors
 from ablab.experiments.track.tracker import Card
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ablab.core.errors import UserError
-from ablab.core.store.record import GridPlan, Store
+from ablab.core.store.planned import GridPlan
+from ablab.core.store.store import Store
 from ablab.experiments.track.study_view import section, view_of
 
 PREFIX = "ablab/"  # of our experiments' names, on a server that others use too

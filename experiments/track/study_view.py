@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 from ablab.core.store import study_record
-from ablab.core.store.record import GridPlan, Store
+from ablab.core.store.planned import GridPlan
+from ablab.core.store.store import Store
 
 SECTION = "study"
 

@@ -11,7 +11,8 @@ from queue import SimpleQueue
 from threading import Thread
 
 from ablab.core.errors import UserError
-from ablab.core.store.record import GridPlan, Store
+from ablab.core.store.planned import GridPlan
+from ablab.core.store.store import Store
 
 
 def trackers_for(store: Store, plan: GridPlan, say: Callable[[str], None]) -> "Trackers | None":

@@ -11,7 +11,9 @@ from ablab.core.recipe.intervention import resolve
 from ablab.core.recipe.load import assign
 from ablab.core.recipe.recipe import Recipe, run_id
 from ablab.core.store import study_record
-from ablab.core.store.record import FINISHED, PRUNED, Planned, Store
+from ablab.core.store.planned import Planned
+from ablab.core.store.result import FINISHED, PRUNED
+from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.tune import proposals as search
 from ablab.experiments.tune import storage

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ablab.core.store.record import FINISHED, Result
+from ablab.core.store.result import FINISHED, Result
 from ablab.core.store.study_record import COMPLETE
 from ablab.experiments.run.progress import ArmProgress
 

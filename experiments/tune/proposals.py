@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ablab.core.errors import UserError
 from ablab.core.language.numbers import Natural, NonNegative, Whole
-from ablab.core.store.record import FAILED
+from ablab.core.store.result import FAILED
 
 RETRIES = 4  # questions to a sampler that repeats itself: a GP on a small space does so for ever, at 0.1 to 1 s each
 

@@ -19,7 +19,9 @@ from ablab.core.recipe.load import assign
 from ablab.core.recipe.recipe import Recipe
 from ablab.core.store import study_record
 from ablab.core.store.files import writing
-from ablab.core.store.record import PRUNED, GridPlan, Result, Store, command
+from ablab.core.store.planned import GridPlan, command
+from ablab.core.store.result import PRUNED, Result
+from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.plan.grid_plan import grid_plan_of
 from ablab.experiments.run.capacity import default_jobs

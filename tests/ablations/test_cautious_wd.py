@@ -17,6 +17,11 @@ BANK = SimpleNamespace(decay=1.0)
 STEADY = {"schedule": "constant", "optim__clip": None}
 
 
+def apart(ours, theirs):
+    """The largest difference."""
+    return abs(ours - theirs).max()
+
+
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -57,7 +62,8 @@ def test_an_update_against_the_weights_is_no_decay_bit_for_bit():
 
 
 def test_rate_zero_is_no_decay_bit_for_bit():
-    update, weight = randn(40, 30), randn(40, 30, seed=1)
+    update = randn(40, 30)
+    weight = randn(40, 30, seed=1)
     assert torch.equal(through(CautiousDecay(0.0), update, weight), update)
 
 
@@ -69,17 +75,24 @@ def test_rate_zero_is_no_decay_bit_for_bit():
     st.floats(0, 2),
 )
 def test_the_decay_does_not_depend_on_the_size_of_the_update(seed, size, ties, rate):
-    update, weight = randn(20, seed=seed).double(), randn(20, seed=seed + 1).double()
+    update = randn(20, seed=seed).double()
+    weight = randn(20, seed=seed + 1).double()
     rule = CautiousDecay(rate, ties=ties)
     small, large = (
         through(rule, factor * update, weight) - factor * update for factor in (1.0, size)
     )
     expected = rate * weight * ((update > 0) == (weight > 0))
-    assert (small - expected).abs().max() < 1e-12 and (large - expected).abs().max() < 1e-9
+    assert apart(small, expected) < 1e-12
+    assert apart(large, expected) < 1e-9
 
 
 @pytest.mark.parametrize(
-    ("schedule", "factor"), [("constant", 1.0), ("linear", 0.5), ("lr", 0.25)]
+    ("schedule", "factor"),
+    [
+        ("constant", 1.0),
+        ("linear", 0.5),
+        ("lr", 0.25),
+    ],
 )
 def test_rate_schedule_and_width_factor_are_those_of_the_decay_it_replaces(schedule, factor):
     weight = randn(10)
@@ -109,15 +122,20 @@ def test_the_final_direction_decides_not_the_gradient(tiny, drive):
     seen, _ = drive(
         recipe, start, [{"w": torch.tensor([[1.0, 1.0]])}, {"w": torch.tensor([[-0.5, -0.5]])}]
     )
-    assert torch.equal(
-        seen[1]["w"], torch.tensor([[8 - 1 - 0.5 * 8, -8 - 1.0]])
-    )  # first agrees, second does not
-    torch.testing.assert_close(
-        seen[2]["w"], torch.tensor([[3 - 0.4 - 0.5 * 3, -9 - 0.4]])
-    )  # update 0.9 - 0.5 = 0.4
+    # First agrees, second does not.
+    assert torch.equal(seen[1]["w"], torch.tensor([[8 - 1 - 0.5 * 8, -8 - 1.0]]))
+    # update 0.9 - 0.5 = 0.4.
+    torch.testing.assert_close(seen[2]["w"], torch.tensor([[3 - 0.4 - 0.5 * 3, -9 - 0.4]]))
 
 
-@pytest.mark.parametrize("treatment", [[], [{"muon": {"ns": "exact"}}], ["muon", "normuon"]])
+@pytest.mark.parametrize(
+    "treatment",
+    [
+        [],
+        [{"muon": {"ns": "exact"}}],
+        ["muon", "normuon"],
+    ],
+)
 def test_a_step_with_and_without_differs_by_the_masked_decay_alone(tiny, drive, treatment):
     start = {"w": (Param((12, 8), "hidden"), randn(12, 8))}
     gradient = [{"w": randn(12, 8, seed=1)}]
@@ -132,9 +150,14 @@ def test_a_step_with_and_without_differs_by_the_masked_decay_alone(tiny, drive, 
             start,
             gradient,
         )[0]
-        for more, rate in (([], 0.0), (["cautious_wd"], 0.2), ([], 0.2))
+        for more, rate in (
+            ([], 0.0),
+            (["cautious_wd"], 0.2),
+            ([], 0.2),
+        )
     )
-    weight, rate = start["w"][1], 0.01 * (3.36 if treatment else 1.0) * 0.2
+    weight = start["w"][1]
+    rate = 0.01 * (3.36 if treatment else 1.0) * 0.2
     agrees = ((weight - none[1]["w"]) > 0) == (weight > 0)
     assert 0.2 < agrees.float().mean() < 0.8
     torch.testing.assert_close(
@@ -152,13 +175,12 @@ def test_the_control_is_ordinary_decay_with_the_same_rate_and_schedule(tiny, tre
             {"kind": "decay", "rate": 0.3, "schedule": "linear"},
         ]
     }
-    off, on = (
-        tiny(treatment, **paths),
-        tiny([*treatment, {"cautious_wd": {"ties": False}}], **paths),
-    )
+    off = tiny(treatment, **paths)
+    on = tiny([*treatment, {"cautious_wd": {"ties": False}}], **paths)
     for role, chain in off.optim.chains.items():
         twin = on.optim.chains[role]
-        assert twin.lr == chain.lr and len(twin.steps) == len(chain.steps)
+        assert twin.lr == chain.lr
+        assert len(twin.steps) == len(chain.steps)
         for one, other in zip(chain.steps, twin.steps, strict=True):
             assert other == (
                 CautiousDecay(0.3, "linear", False) if isinstance(one, Decay) else one

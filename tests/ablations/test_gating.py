@@ -1,4 +1,4 @@
-"""The attention output gate: an identity at the start, between the heads and the output projection, fed by the normed input."""
+"""The attention output gate: an identity at the start, between heads and output projection, fed by the normed input."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,16 @@ from ablab.core.errors import UserError
 from ablab.core.model.objective import token_losses
 
 PER = ["head", "elementwise", "first_channels"]
+
+
+def fp64(tensor):
+    """The tensor as a numpy array, in fp64."""
+    return tensor.detach().double().numpy()
+
+
+def apart(ours, theirs):
+    """The largest difference."""
+    return abs(ours - theirs).max()
 
 
 def randn(*shape, seed=0):
@@ -20,12 +30,14 @@ def gates(model):
 
 @pytest.mark.parametrize("per", PER)
 def test_zero_weights_under_two_sigmoid_are_exactly_the_baseline(tiny, build, batch, per):
-    plain, gated = build(tiny()), build(tiny([{"gating": {"per": per}}]))
+    plain = build(tiny())
+    gated = build(tiny([{"gating": {"per": per}}]))
     block = batch(tiny())
+    tokens = block[:, :-1]
     assert all(not weight.any() for weight in gates(gated))
-    assert torch.equal(plain(block[:, :-1]), gated(block[:, :-1]))
+    assert torch.equal(plain(tokens), gated(tokens))
     gates(gated)[1].data += 0.1
-    assert not torch.equal(plain(block[:, :-1]), gated(block[:, :-1]))
+    assert not torch.equal(plain(tokens), gated(tokens))
 
 
 @pytest.mark.parametrize("per", PER)
@@ -38,35 +50,35 @@ def test_the_output_projection_reads_the_heads_times_the_gate_of_the_normed_inpu
         [{"gating": {"per": per, "activation": activation, "init": "normal"}}],
         model__attention__group=2,
     )
-    gated, plain, tokens, heard = (
-        build(recipe, stirred=0.2),
-        build(tiny(model__attention__group=2)),
-        batch(recipe)[:, :-1],
-        {},
-    )
+    gated = build(recipe, stirred=0.2)
+    plain = build(tiny(model__attention__group=2))
+    tokens = batch(recipe)[:, :-1]
+    heard = {}
     weights = dict(gated.named_parameters())
     for name, value in plain.named_parameters():
         value.data.copy_(weights[name])
     for label, model in (("gated", gated), ("plain", plain)):
         attention = model.blocks[0].attention
         attention.out.register_forward_pre_hook(
-            lambda _, inputs, label=label: heard.__setitem__(
-                label, inputs[0].detach().double().numpy()
-            )
+            lambda _, inputs, label=label: heard.__setitem__(label, fp64(inputs[0]))
         )
         attention.qkv.register_forward_pre_hook(
-            lambda _, inputs: heard.__setitem__("x", inputs[0].detach().double().numpy())
+            lambda _, inputs: heard.__setitem__("x", fp64(inputs[0]))
         )
         model(tokens)
-    weight = gates(gated)[0].detach().double().numpy()
+    weight = fp64(gates(gated)[0])
     assert (
         weight.shape
-        == {"head": (4, 32), "elementwise": (32, 32), "first_channels": (4, 8)}[per]
+        == {
+            "head": (4, 32),
+            "elementwise": (32, 32),
+            "first_channels": (4, 8),
+        }[per]
     )
     strength = factor / (1 + np.exp(-heard["x"][..., : weight.shape[1]] @ weight.T))
     strength = np.repeat(strength, 8, axis=-1) if len(weight) == 4 else strength
     assert strength.std() > 0.1
-    assert np.abs(heard["gated"] - strength * heard["plain"]).max() < 1e-5
+    assert apart(heard["gated"], strength * heard["plain"]) < 1e-5
 
 
 def test_a_gate_a_head_is_an_elementwise_gate_with_tied_channels(tiny, build, batch):
@@ -89,14 +101,16 @@ def test_a_gate_on_the_first_channels_ignores_the_others(tiny, build, channels, 
         .blocks[0]
         .attention.on_heads["gating"]
     )
-    y, x, noise = randn(2, 5, 4, 8), randn(2, 5, 32, seed=1), randn(2, 5, 32, seed=2)
-    later, earlier = x.clone(), x.clone()
+    y = randn(2, 5, 4, 8)
+    x = randn(2, 5, 32, seed=1)
+    noise = randn(2, 5, 32, seed=2)
+    later = x.clone()
+    earlier = x.clone()
     later[..., read:] += noise[..., read:]
     earlier[..., read - 1] += noise[..., read - 1]
     assert stage.project.weight.shape == (4, read)
-    assert torch.equal(stage(y, later), stage(y, x)) and not torch.equal(
-        stage(y, earlier), stage(y, x)
-    )
+    assert torch.equal(stage(y, later), stage(y, x))
+    assert not torch.equal(stage(y, earlier), stage(y, x))
 
 
 def test_more_first_channels_than_the_width_are_refused(tiny, build):
@@ -107,7 +121,9 @@ def test_more_first_channels_than_the_width_are_refused(tiny, build):
 @pytest.mark.parametrize("per", PER)
 def test_permuting_the_heads_with_their_gates_changes_nothing(tiny, build, batch, per):
     recipe = tiny([{"gating": {"per": per, "init": "normal"}}])
-    model, other, order = build(recipe, stirred=0.1), build(recipe, stirred=0.1), [2, 0, 3, 1]
+    model = build(recipe, stirred=0.1)
+    other = build(recipe, stirred=0.1)
+    order = [2, 0, 3, 1]
     for block in other.blocks:
         attention = block.attention
         attention.qkv.weight.data = attention.qkv.weight.data.view(3, 4, 8, 32)[
@@ -121,27 +137,31 @@ def test_permuting_the_heads_with_their_gates_changes_nothing(tiny, build, batch
     tokens = batch(recipe)[:, :-1]
     torch.testing.assert_close(other(tokens), model(tokens), rtol=0, atol=5e-6)
     gate.data = gate.data.roll(gate.shape[0] // 4, 0)  # the gates alone, one head on
-    assert (other(tokens) - model(tokens)).abs().max() > 1e-3
+    assert apart(other(tokens), model(tokens)) > 1e-3
 
 
 def test_a_closed_gate_silences_the_branch_and_leaves_keys_and_values_alone(tiny, build, batch):
     """Channel 0 of every embedding is made large and positive; a weight of -1000 on it closes the gate."""
     recipe = tiny([{"gating": {"activation": "sigmoid"}}])
-    model, tokens = build(recipe), batch(recipe)[:, :-1]
+    model = build(recipe)
+    tokens = batch(recipe)[:, :-1]
     model.embedding.table.data[:, 0] = 1.0
     open_logits, open_cache = model.extend(tokens, None)
     gates(model)[0].data[:, 0] = -1000.0
     closed_logits, closed_cache = model.extend(tokens, None)
     for part in (0, 1):
         assert torch.equal(closed_cache.blocks[0][part], open_cache.blocks[0][part])
-    attention, x = model.blocks[0].attention, model.embedding(tokens)
-    assert not attention(x, {})[0].any() and not torch.equal(closed_logits, open_logits)
+    attention = model.blocks[0].attention
+    x = model.embedding(tokens)
+    assert not attention(x, {})[0].any()
+    assert not torch.equal(closed_logits, open_logits)
 
 
 @pytest.mark.parametrize("per", PER)
 def test_gates_learn_from_the_first_step(tiny, build, batch, per):
     recipe = tiny([{"gating": {"per": per}}])
-    model, block = build(recipe), batch(recipe)
+    model = build(recipe)
+    block = batch(recipe)
     token_losses(model(block[:, :-1]), block[:, 1:]).mean().backward()
     assert all((weight.grad.abs().sum(1) > 1e-5).all() for weight in gates(model))
 

@@ -44,20 +44,18 @@ def test_the_first_block_and_the_final_norm_are_those_of_the_baseline(tiny, buil
         for treatment in ([], ["ln_scaling"])
     )
     assert all(torch.equal(*pair) for pair in zip(plain[0], scaled[0], strict=True))
-    assert (rms(scaled[-1][0]) - 1).abs().max() < 1e-4 and not torch.equal(
-        plain[1][0], scaled[1][0]
-    )
+    assert (rms(scaled[-1][0]) - 1).abs().max() < 1e-4
+    assert not torch.equal(plain[1][0], scaled[1][0])
 
 
 def test_the_forward_is_that_of_gains_divided_by_root_l_but_their_gradient_is_not(
     tiny, build, batch
 ):
     """Folding 1/sqrt(l) into the gain would make its update sqrt(l) times too large."""
-    scaled, folded, block = (
-        build(tiny(["ln_scaling"]), stirred=0.2),
-        build(tiny()),
-        batch(tiny()),
-    )
+    scaled = build(tiny(["ln_scaling"]), stirred=0.2)
+    folded = build(tiny())
+    block = batch(tiny())
+    tokens = block[:, :-1]
     weights = dict(scaled.named_parameters())
     for name, value in folded.named_parameters():
         layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 1
@@ -65,8 +63,8 @@ def test_the_forward_is_that_of_gains_divided_by_root_l_but_their_gradient_is_no
             weights[name].detach() / (layer**0.5 if name.endswith("norm.gain") else 1)
         )
     for model in (scaled, folded):
-        token_losses(model(block[:, :-1]), block[:, 1:]).mean().backward()
-    torch.testing.assert_close(scaled(block[:, :-1]), folded(block[:, :-1]), rtol=0, atol=2e-6)
+        token_losses(model(tokens), block[:, 1:]).mean().backward()
+    torch.testing.assert_close(scaled(tokens), folded(tokens), rtol=0, atol=2e-6)
     for layer, (one, other) in enumerate(zip(scaled.blocks, folded.blocks, strict=True), 1):
         for part in ("attention", "ffn"):
             ours, theirs = (getattr(model, part).norm.gain.grad for model in (one, other))

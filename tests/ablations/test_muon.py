@@ -10,6 +10,16 @@ from ablab.core.train.banks import Optimizer
 STEADY = {"schedule": "constant", "optim__clip": None}
 
 
+def fp64(tensor):
+    """The tensor as a numpy array, in fp64."""
+    return tensor.detach().double().numpy()
+
+
+def apart(ours, theirs):
+    """The largest difference."""
+    return abs(ours - theirs).max()
+
+
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -30,7 +40,7 @@ def polar(matrix: np.ndarray) -> np.ndarray:
     ],
 )
 def test_muon_equals_an_fp64_loop_of_svds(tiny, drive, nesterov, shape, scale, factor):
-    """Averaged momentum, Nesterov before the polar factor, shape factor after it; decay at lr * muon.lr, not at the shape's rate."""
+    """Averaged momentum, Nesterov before the polar factor, shape factor after it; decay at lr * muon.lr alone."""
     dose = {
         "lr": 2.5,
         "momentum": 0.9,
@@ -42,13 +52,14 @@ def test_muon_equals_an_fp64_loop_of_svds(tiny, drive, nesterov, shape, scale, f
     start = {"w": (Param(shape, "hidden"), randn(*shape))}
     gradients = [{"w": (1 + t) * randn(*shape, seed=t + 1)} for t in range(6)]
     seen, _ = drive(tiny([{"muon": dose}], optim__lr=0.02, **STEADY), start, gradients)
-    weight, mean = start["w"][1].double().numpy().copy(), np.zeros(shape)
+    weight = fp64(start["w"][1]).copy()
+    mean = np.zeros(shape)
     for t, gradient in enumerate(gradients, 1):
-        g = gradient["w"].double().numpy()
+        g = fp64(gradient["w"])
         mean = 0.9 * mean + 0.1 * g
         direction = polar(0.1 * g + 0.9 * mean if nesterov else mean)
         weight = weight - 0.02 * 2.5 * (factor * direction + 0.1 * weight)
-        assert np.abs(seen[t]["w"].double().numpy() - weight).max() < 1e-5, t
+        assert apart(fp64(seen[t]["w"]), weight) < 1e-5, t
 
 
 def test_momentum_may_warm_up_from_085(tiny, drive):
@@ -69,21 +80,16 @@ def test_momentum_may_warm_up_from_085(tiny, drive):
         {"w": (Param((2, 3), "hidden"), torch.zeros(2, 3))},
         [{"w": randn(2, 3, seed=1)}, {"w": randn(2, 3, seed=2)}],
     )
-    expected = 0.95 * (0.1 * randn(2, 3, seed=1)) + 0.05 * randn(
-        2, 3, seed=2
-    )  # 0.90 at step 1, 0.95 from step 2
+    # 0.90 at step 1, 0.95 from step 2.
+    expected = 0.95 * (0.1 * randn(2, 3, seed=1)) + 0.05 * randn(2, 3, seed=2)
     state = optimizer.banks[0].state["momentum"]["mean"][0]
-    assert (state - expected).abs().max() < 1e-6
-    assert (
-        np.abs(
-            (seen[1]["w"] - seen[2]["w"]).double().numpy() - polar(expected.double().numpy())
-        ).max()
-        < 1e-4
-    )
+    assert apart(state, expected) < 1e-6
+    assert apart(fp64(seen[1]["w"] - seen[2]["w"]), polar(fp64(expected))) < 1e-4
 
 
 def test_only_hidden_matrices_change_their_chain(tiny):
-    before, muon = tiny().optim, tiny(["muon"]).optim
+    before = tiny().optim
+    muon = tiny(["muon"]).optim
     assert {role for role in before.chains if before.chains[role] != muon.chains[role]} == {
         "hidden"
     }
@@ -92,9 +98,8 @@ def test_only_hidden_matrices_change_their_chain(tiny):
         "orthogonalize",
         "decay",
     ]
-    assert (
-        muon.chains["hidden"].steps[-1] == before.chains["hidden"].steps[-1]
-    )  # the same decay
+    # The same decay.
+    assert muon.chains["hidden"].steps[-1] == before.chains["hidden"].steps[-1]
     assert (muon.lr, muon.clip) == (before.lr, before.clip)
 
 
@@ -124,7 +129,14 @@ def test_the_default_learning_rates_are_those_of_the_imu1_ablations(tiny):
     )
 
 
-@pytest.mark.parametrize(("split", "pieces"), [("joint", 1), ("blocks", 3), ("heads", 8)])
+@pytest.mark.parametrize(
+    ("split", "pieces"),
+    [
+        ("joint", 1),
+        ("blocks", 3),
+        ("heads", 8),
+    ],
+)
 def test_each_split_gives_every_piece_of_qkv_its_own_unit_spectrum(tiny, build, split, pieces):
     """Grouped queries: 4 + 2 + 2 heads of 8, so q is [32, 32] and k, v are [16, 32]."""
     recipe = tiny(
@@ -135,14 +147,15 @@ def test_each_split_gives_every_piece_of_qkv_its_own_unit_spectrum(tiny, build, 
         **STEADY,
     )
     model = build(recipe)
-    optimizer, weight = Optimizer(model, recipe), model.blocks[1].attention.qkv.weight
+    optimizer = Optimizer(model, recipe)
+    weight = model.blocks[1].attention.qkv.weight
     before = weight.detach().clone()
     for i, value in enumerate(model.parameters()):
         value.grad.copy_(randn(*value.shape, seed=i))
     optimizer.step(1)
-    moved = (before - weight.detach()).double().numpy()
+    moved = fp64(before - weight.detach())
     sizes = {"joint": (64,), "blocks": (32, 16, 16), "heads": (8,) * 8}[split]
     assert len(sizes) == pieces
     for piece in np.split(moved, np.cumsum(sizes)[:-1]):
         spectrum = np.linalg.svd(piece, compute_uv=False)
-        assert np.abs(spectrum - (len(piece) / 32) ** 0.5).max() < 1e-5
+        assert apart(spectrum, (len(piece) / 32) ** 0.5) < 1e-5

@@ -22,11 +22,9 @@ RUNS = settings(max_examples=60)
 @st.composite
 def runs(draw):
     """Warm-up W and decay D with W <= T - D, so that the corners are steps of their own."""
-    warmup, stable, decay = (
-        draw(st.integers(1, 300)),
-        draw(st.integers(0, 2000)),
-        draw(st.integers(1, 1000)),
-    )
+    warmup = draw(st.integers(1, 300))
+    stable = draw(st.integers(0, 2000))
+    decay = draw(st.integers(1, 1000))
     steps = warmup + stable + decay
     return (
         warmup,
@@ -42,9 +40,10 @@ def test_corners(run):
     """Full rate at the end of the warm-up and at the start of the decay, the floor at the last step."""
     warmup, steps, decay, wsd = run
     assert abs(wsd.multiplier(1, steps) - 1 / warmup) < 1e-12
+    # sqrt of 1e-16 is 1e-8.
     assert wsd.multiplier(warmup, steps) == pytest.approx(
         1, abs=1e-6 if wsd.shape == "1-sqrt" else 1e-12
-    )  # sqrt of 1e-16 is 1e-8
+    )
     assert wsd.multiplier(steps - decay, steps) == pytest.approx(
         1, abs=1e-6 if wsd.shape == "1-sqrt" else 1e-12
     )
@@ -59,9 +58,8 @@ def test_corners_to_1e12_at_the_fractions_that_people_write(shape, fraction, ste
     stable = steps - round(fraction * steps)
     assert fraction == 1.0 or abs(wsd.multiplier(stable, steps) - 1) < 1e-12
     assert fraction == 1.0 or abs(wsd.multiplier(2, steps) - 1) < 1e-12
-    assert abs(wsd.multiplier(steps, steps) - 0.07) < 1e-12 and abs(
-        wsd.multiplier(1, steps) - 0.5
-    ) < (1e-12 if fraction < 1 else 0.5)
+    assert abs(wsd.multiplier(steps, steps) - 0.07) < 1e-12
+    assert abs(wsd.multiplier(1, steps) - 0.5) < (1e-12 if fraction < 1 else 0.5)
 
 
 @RUNS
@@ -93,8 +91,9 @@ def test_it_rises_then_holds_then_falls(run):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_continuous_where_the_pieces_meet(shape):
-    """At a million steps neighbours differ by less than the shape's steepest step: 1 - sqrt falls by sqrt(1/D) at first."""
-    wsd, steps = WSD(0.2, shape, floor=0.1, warmup_steps=1000), 1_000_000
+    """At a million steps neighbours differ by less than the steepest step: 1 - sqrt falls by sqrt(1/D) at first."""
+    wsd = WSD(0.2, shape, floor=0.1, warmup_steps=1000)
+    steps = 1_000_000
     for t in (1000, 800_000, steps):
         assert (
             abs(wsd.multiplier(t, steps) - wsd.multiplier(t - 1, steps))
@@ -118,7 +117,8 @@ def test_a_decay_over_the_whole_run_and_a_warmup_into_the_decay_stay_in_range():
         WSD(0.001, warmup_steps=40),
     ):
         curve = [wsd.multiplier(t, 40) for t in range(1, 41)]
-        assert all(0 <= value <= 1 for value in curve) and curve[-1] < 1e-12
+        assert all(0 <= value <= 1 for value in curve)
+        assert curve[-1] < 1e-12
 
 
 def test_the_default_is_the_best_of_imu1(tiny):
@@ -134,10 +134,8 @@ def test_the_run_follows_it(tiny, token_folder, tmp_path):
     from ablab.core.store.record import Record
     from ablab.core.train.run import run
 
-    recipe, record = (
-        tiny([{"wsd": {"decay_fraction": 0.5, "shape": "linear"}}], optim__lr=0.004),
-        Record(tmp_path),
-    )
+    recipe = tiny([{"wsd": {"decay_fraction": 0.5, "shape": "linear"}}], optim__lr=0.004)
+    record = Record(tmp_path)
     run(
         recipe,
         Runtime(device="cpu", compile=False, log_every=1, evaluations=1),

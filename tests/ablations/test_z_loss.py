@@ -29,14 +29,14 @@ def trainers(tiny, folder, *weights, **paths):
 
 
 def test_the_default_weight_is_palms(tiny):
-    assert [part.weight for part in tiny(["z_loss"]).objective] == [
-        1e-4
-    ] and tiny().objective == ()
+    assert [part.weight for part in tiny(["z_loss"]).objective] == [1e-4]
+    assert tiny().objective == ()
 
 
 def test_the_penalty_is_the_weighted_mean_square_of_the_log_normaliser(tiny, build, batch):
     recipe = tiny(weighted(0.25))
-    model, block = build(recipe), batch(recipe)
+    model = build(recipe)
+    block = batch(recipe)
     logits = model(block[:, :-1]).detach()
     loss, nats = descend(model, logits, block[:, 1:])
     expected = 0.25 * sum(
@@ -48,10 +48,12 @@ def test_the_penalty_is_the_weighted_mean_square_of_the_log_normaliser(tiny, bui
 
 def test_the_gradient_agrees_with_autograd_in_fp64(tiny, build, batch):
     recipe = tiny(weighted(0.3))
-    model, block = build(recipe, stirred=0.2), batch(recipe)
+    model = build(recipe, stirred=0.2)
+    block = batch(recipe)
     logits = model(block[:, :-1]).detach()
     targets = block[:, 1:]
-    fp32, fp64 = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    fp32 = logits.clone().requires_grad_()
+    fp64 = logits.double().requires_grad_()
     descend(model, fp32, targets)[0].backward()
     lse = fp64.logsumexp(-1)
     (lse - fp64.gather(-1, targets[..., None])[..., 0] + 0.3 * lse * lse).sum().backward()
@@ -72,11 +74,11 @@ def test_the_first_reported_loss_is_that_of_the_baseline_whatever_the_weight(
     runs = trainers(tiny, token_folder, None, 1e-4, 10.0)
     norms = [trainer.advance().item() for trainer in runs]
     assert len({trainer.close_window() for trainer in runs}) == 1
-    assert norms[2] > 3 * norms[0] and abs(norms[1] / norms[0] - 1) < 0.01
+    assert norms[2] > 3 * norms[0]
+    assert abs(norms[1] / norms[0] - 1) < 0.01
     scores = [trainer.evaluate() for trainer in runs]
-    assert len({trainer.digest() for trainer in runs}) == 3 and all(
-        4 < score["val/loss"] < 5 for score in scores
-    )
+    assert len({trainer.digest() for trainer in runs}) == 3
+    assert all(4 < score["val/loss"] < 5 for score in scores)
 
 
 def test_the_gradient_is_linear_in_the_weight(tiny, token_folder):

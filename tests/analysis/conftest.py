@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ablab.core.store.record import FINISHED, GridPlan, Planned, Result, Store
+from ablab.core.store.planned import GridPlan, Planned
+from ablab.core.store.result import FINISHED, Result
+from ablab.core.store.store import Store
 
 METRIC = "val/loss"
 TOKENS = 100_000_000
@@ -34,11 +36,10 @@ class Lab:
         runs=None,
         **result,
     ) -> "Lab":
-        """One run per value.  A value may be a status instead of a number; "missing" and "interrupted" leave no result."""
+        """One run per value, or per status in its place; "missing" and "interrupted" leave no result."""
         for pair, value in enumerate(values):
-            value = (
-                value if isinstance(value, str) else float(value)
-            )  # numpy scalars have no JSON form
+            # Numpy scalars have no JSON form.
+            value = value if isinstance(value, str) else float(value)
             run = runs[pair] if runs else f"{self.name}-{name}-{pair}".replace(" ", "_")
             self.rows.append(Planned(name, pair, seed=pair, run=run, reference=reference))
             if value != "missing":
@@ -46,7 +47,8 @@ class Lab:
         return self
 
     def _record(self, run: str, value, speed: float, points: int, given: dict) -> None:
-        record, number = self.store.run(run), value if isinstance(value, float) else 3.3
+        record = self.store.run(run)
+        number = value if isinstance(value, float) else 3.3
         record.folder.mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(sum(run.encode()))
         done = 1.0 if isinstance(value, float) else 0.4

@@ -16,17 +16,23 @@ def effects(lab) -> dict:
 
 
 def test_welch_interval_equals_scipys_unpaired_test(normal):
-    a, b = normal.normal(3.2, 0.002, 5), normal.normal(3.1, 0.004, 5)
-    ours, theirs = interval(a, b), stats.ttest_ind(a, b, equal_var=False)
-    assert ours.method == "Welch" and ours.degrees == pytest.approx(theirs.df)
+    a = normal.normal(3.2, 0.002, 5)
+    b = normal.normal(3.1, 0.004, 5)
+    ours = interval(a, b)
+    theirs = stats.ttest_ind(a, b, equal_var=False)
+    assert ours.method == "Welch"
+    assert ours.degrees == pytest.approx(theirs.df)
     assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
 
 
 def test_paired_interval_equals_scipys_paired_test(normal):
     seed = normal.normal(0, 0.01, 8)
-    a, b = 3.2 + seed + normal.normal(0, 0.001, 8), 3.1 + seed
-    ours, theirs = interval(a, b), stats.ttest_rel(a, b)
-    assert ours.method == "paired t" and ours.degrees == 7
+    a = 3.2 + seed + normal.normal(0, 0.001, 8)
+    b = 3.1 + seed
+    ours = interval(a, b)
+    theirs = stats.ttest_rel(a, b)
+    assert ours.method == "paired t"
+    assert ours.degrees == 7
     assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
 
 
@@ -37,27 +43,38 @@ def test_interval_by_hand():
 
 
 def test_pairing_needs_six_pairs_and_a_positive_correlation():
-    rising, noisy = np.arange(6.0), np.array([0.0, 1.5, 1.8, 3.3, 3.9, 5.2])
+    rising = np.arange(6.0)
+    noisy = np.array([0.0, 1.5, 1.8, 3.3, 3.9, 5.2])
     assert interval(rising, noisy).method == "paired t"
     assert interval(rising[:5], noisy[:5]).method == "Welch"
     assert interval(rising, -noisy).method == "Welch"
 
 
 def test_the_interval_turns_round_with_its_arms(normal):
-    a, b = normal.normal(0, 1, 7), normal.normal(1, 2, 7)
-    there, back = interval(a, b), interval(b, a)
+    a = normal.normal(0, 1, 7)
+    b = normal.normal(1, 2, 7)
+    there = interval(a, b)
+    back = interval(b, a)
     assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
 
 
 def test_arms_without_any_spread_give_a_point_and_a_note(lab):
-    effect = effects(lab.cell("full", [3.0] * 3, None).cell("- x", [3.1] * 3))["- x"]
-    assert (
-        effect.low == effect.high == pytest.approx(0.1)
-        and "no spread between seeds" in effect.note
-    )
+    lab.cell("full", [3.0] * 3, None)
+    lab.cell("- x", [3.1] * 3)
+    effect = effects(lab)["- x"]
+    assert effect.low == effect.high == pytest.approx(0.1)
+    assert "no spread between seeds" in effect.note
 
 
-@pytest.mark.parametrize(("pairs", "correlation"), [(3, 0.0), (5, 0.0), (8, 0.6), (12, 0.9)])
+@pytest.mark.parametrize(
+    ("pairs", "correlation"),
+    [
+        (3, 0.0),
+        (5, 0.0),
+        (8, 0.6),
+        (12, 0.9),
+    ],
+)
 def test_intervals_of_an_experiment_without_effect_cover_zero_at_95_percent(
     normal, pairs, correlation
 ):
@@ -108,26 +125,27 @@ def test_verdict_is_about_the_cell_and_the_sentence_about_the_ingredient(
 ):
     lab.better = better
     full = list(normal.normal(3, 0.001, 4))
-    effect = effects(
-        lab.cell("full", full, None).cell(arm, list(normal.normal(3 + shift, 0.001, 4)))
-    )[arm]
-    assert np.sign(effect.delta) == np.sign(shift) and effect.delta == pytest.approx(
-        effect.mean - effect.reference_mean
-    )
-    assert effect.verdict == verdict and effect.sentence.startswith(words)
+    lab.cell("full", full, None)
+    lab.cell(arm, list(normal.normal(3 + shift, 0.001, 4)))
+    effect = effects(lab)[arm]
+    assert np.sign(effect.delta) == np.sign(shift)
+    assert effect.delta == pytest.approx(effect.mean - effect.reference_mean)
+    assert effect.verdict == verdict
+    assert effect.sentence.startswith(words)
 
 
 def test_a_difference_inside_the_noise_is_inconclusive(lab):
-    effect = effects(
-        lab.cell("full", [3.00, 3.01, 3.02], None).cell("- x", [3.005, 3.00, 3.025])
-    )["- x"]
-    assert effect.verdict == "inconclusive" and effect.sentence.startswith(
-        "x: inconclusive, without it +0.0000 ["
-    )
+    lab.cell("full", [3.00, 3.01, 3.02], None)
+    lab.cell("- x", [3.005, 3.00, 3.025])
+    effect = effects(lab)["- x"]
+    assert effect.verdict == "inconclusive"
+    assert effect.sentence.startswith("x: inconclusive, without it +0.0000 [")
 
 
 def test_one_pair_has_a_delta_but_no_interval(lab):
-    effect = effects(lab.cell("full", [3.0], None).cell("- x", [3.2]))["- x"]
+    lab.cell("full", [3.0], None)
+    lab.cell("- x", [3.2])
+    effect = effects(lab)["- x"]
     assert (effect.verdict, effect.interval, effect.low, effect.method, effect.sd) == (
         "too few seeds",
         None,
@@ -139,9 +157,9 @@ def test_one_pair_has_a_delta_but_no_interval(lab):
 
 
 def test_each_cell_is_measured_against_its_own_reference(lab):
-    lab.cell("base", [3.0, 3.01], None).cell("+ a", [2.9, 2.91], "base").cell(
-        "+ b", [2.7, 2.71], "+ a"
-    )
+    lab.cell("base", [3.0, 3.01], None)
+    lab.cell("+ a", [2.9, 2.91], "base")
+    lab.cell("+ b", [2.7, 2.71], "+ a")
     assert effects(lab)["+ b"].delta == pytest.approx(-0.2)
 
 
@@ -149,24 +167,28 @@ def test_each_cell_is_measured_against_its_own_reference(lab):
 
 
 def test_a_lost_run_leaves_the_delta_but_is_counted_and_told(lab):
-    lab.cell("full", [3.0, 3.1, 9.0], None).cell("- x", [3.2, 3.3, "diverged"])
+    lab.cell("full", [3.0, 3.1, 9.0], None)
+    lab.cell("- x", [3.2, 3.3, "diverged"])
     effect = effects(lab)["- x"]
-    assert effect.pairs == (0, 1) and effect.delta == pytest.approx(0.2)
+    assert effect.pairs == (0, 1)
+    assert effect.delta == pytest.approx(0.2)
     assert effect.statuses == {"finished": 2, "diverged": 1}
-    assert "1 of 3 runs ended badly (1 diverged)" in effect.note and "survivors" in effect.note
+    assert "1 of 3 runs ended badly (1 diverged)" in effect.note
+    assert "survivors" in effect.note
 
 
 def test_a_pair_whose_reference_is_absent_is_told(lab):
-    effect = effects(
-        lab.cell("full", [3.0, 3.1, "missing"], None).cell("- x", [3.2, 3.3, 3.4])
-    )["- x"]
-    assert effect.n == 2 and "no reference for 1 of 3 pairs (1 missing)" in effect.note
+    lab.cell("full", [3.0, 3.1, "missing"], None)
+    lab.cell("- x", [3.2, 3.3, 3.4])
+    effect = effects(lab)["- x"]
+    assert effect.n == 2
+    assert "no reference for 1 of 3 pairs (1 missing)" in effect.note
 
 
 def test_a_cell_without_any_reference_shows_its_own_mean_and_speed_and_no_delta(lab):
-    effect = effects(
-        lab.cell("full", ["missing", "missing"], None).cell("base", [3.2, 3.4], speed=5e4)
-    )["base"]
+    lab.cell("full", ["missing", "missing"], None)
+    lab.cell("base", [3.2, 3.4], speed=5e4)
+    effect = effects(lab)["base"]
     assert (effect.mean, effect.tokens_per_second, effect.delta, effect.n) == (
         pytest.approx(3.3),
         5e4,
@@ -176,22 +198,23 @@ def test_a_cell_without_any_reference_shows_its_own_mean_and_speed_and_no_delta(
 
 
 def test_an_arm_that_never_finished_has_failed(lab):
-    effect = effects(
-        lab.cell("full", [3.0, 3.1], None).cell("- x", ["diverged", "out_of_memory"])
-    )["- x"]
-    assert effect.verdict == "failed" and effect.delta is None
+    lab.cell("full", [3.0, 3.1], None)
+    lab.cell("- x", ["diverged", "out_of_memory"])
+    effect = effects(lab)["- x"]
+    assert effect.verdict == "failed"
+    assert effect.delta is None
     assert effect.sentence == "x: no pair finished without it (1 diverged, 1 out of memory)"
 
 
 def test_an_arm_that_has_not_run_yet_has_not_failed(lab):
-    assert (
-        effects(lab.cell("full", [3.0], None).cell("- x", ["missing"]))["- x"].verdict
-        == "too few seeds"
-    )
+    lab.cell("full", [3.0], None)
+    lab.cell("- x", ["missing"])
+    assert effects(lab)["- x"].verdict == "too few seeds"
 
 
 def test_a_run_listed_twice_is_one_observation(lab):
-    lab.cell("full", [3.0, 3.0], None, runs=["f", "f"]).cell("- x", [3.2, 3.2], runs=["x", "x"])
+    lab.cell("full", [3.0, 3.0], None, runs=["f", "f"])
+    lab.cell("- x", [3.2, 3.2], runs=["x", "x"])
     assert effects(lab)["- x"].n == 1
 
 
@@ -199,25 +222,24 @@ def test_a_run_listed_twice_is_one_observation(lab):
 
 
 def test_arms_that_end_in_the_same_bits_are_inert(lab):
-    effect = effects(lab.cell("full", [3.0, 3.1], None).cell("- x", [3.0, 3.1]))["- x"]
-    assert (
-        effect.verdict == "inert"
-        and effect.interval is None
-        and "changes nothing" in effect.sentence
-    )
+    lab.cell("full", [3.0, 3.1], None)
+    lab.cell("- x", [3.0, 3.1])
+    effect = effects(lab)["- x"]
+    assert effect.verdict == "inert"
+    assert effect.interval is None
+    assert "changes nothing" in effect.sentence
 
 
 def test_one_differing_bit_in_one_pair_is_not_inert(lab):
-    effect = effects(
-        lab.cell("full", [3.0, 3.1], None).cell("- x", [3.0, float(np.nextafter(3.1, 4))])
-    )["- x"]
+    lab.cell("full", [3.0, 3.1], None)
+    lab.cell("- x", [3.0, float(np.nextafter(3.1, 4))])
+    effect = effects(lab)["- x"]
     assert effect.verdict == "inconclusive"
 
 
 def test_arms_that_share_their_runs_are_inert_before_anything_has_run(lab):
-    lab.cell("full", ["missing"] * 2, None, runs=["a", "b"]).cell(
-        "- x", ["missing"] * 2, runs=["a", "b"]
-    )
+    lab.cell("full", ["missing"] * 2, None, runs=["a", "b"])
+    lab.cell("- x", ["missing"] * 2, runs=["a", "b"])
     assert effects(lab)["- x"].verdict == "inert"
 
 
@@ -225,23 +247,21 @@ def test_arms_that_share_their_runs_are_inert_before_anything_has_run(lab):
 
 
 def test_speed_is_a_ratio_to_the_reference_over_the_same_pairs(lab):
-    effect = effects(
-        lab.cell("full", [3.0, 3.1], None, speed=1e5).cell("- x", [3.2, 3.3], speed=1.25e5)
-    )["- x"]
+    lab.cell("full", [3.0, 3.1], None, speed=1e5)
+    lab.cell("- x", [3.2, 3.3], speed=1.25e5)
+    effect = effects(lab)["- x"]
     assert effect.tokens_per_second_ratio == pytest.approx(1.25)
 
 
 def test_an_unmeasured_speed_has_no_ratio(lab):
-    assert (
-        effects(lab.cell("full", [3.0], None, speed=0.0).cell("- x", [3.2]))[
-            "- x"
-        ].tokens_per_second_ratio
-        is None
-    )
+    lab.cell("full", [3.0], None, speed=0.0)
+    lab.cell("- x", [3.2])
+    assert effects(lab)["- x"].tokens_per_second_ratio is None
 
 
 def test_a_finished_run_without_the_metric_is_named_with_what_it_has(lab):
-    runs = frame.load(lab.cell("full", [3.0], None).write(), "loo")
+    lab.cell("full", [3.0], None)
+    runs = frame.load(lab.write(), "loo")
     with pytest.raises(
         UserError, match=r"loo-full-0 finished without the metric 'val/los'.*'val/loss'"
     ):
@@ -250,10 +270,12 @@ def test_a_finished_run_without_the_metric_is_named_with_what_it_has(lab):
 
 def test_a_reference_outside_the_experiment_is_named(lab):
     with pytest.raises(UserError, match="'nobody'"):
-        effects(lab.cell("- x", [3.0], reference="nobody"))
+        lab.cell("- x", [3.0], reference="nobody")
+        effects(lab)
 
 
 def test_better_must_be_lower_or_higher(lab):
     lab.better = "smaller"
     with pytest.raises(UserError, match="smaller"):
-        effects(lab.cell("full", [3.0], None))
+        lab.cell("full", [3.0], None)
+        effects(lab)

@@ -4,9 +4,11 @@ import pytest
 
 from ablab.analysis.pages import report
 from ablab.core.errors import UserError
-from ablab.core.store.record import DIVERGED, command
+from ablab.core.store.planned import command
+from ablab.core.store.result import DIVERGED
 
-FULL, WITHOUT = [3.000, 3.001, 3.002], [3.020, 3.022, 3.021]
+FULL = [3.000, 3.001, 3.002]
+WITHOUT = [3.020, 3.022, 3.021]
 
 
 def page(lab, folder) -> str:
@@ -26,23 +28,20 @@ def row(text: str, arm: str, section: str) -> list[str]:
 def test_the_page_holds_question_verdict_control_numbers_and_pictures(lab, tmp_path):
     lab.treatments = {"full": {"qk_norm": {}, "muon": {}}, "- qk_norm": {"muon": {}}}
     lab.off = {"qk_norm": "queries and keys as projected", "muon": "AdamW"}
+    lab.cell("full", FULL, None, points=5)
+    lab.cell("- qk_norm", WITHOUT, points=5, speed=1.1e5)
     text = page(
-        lab.cell("full", FULL, None, points=5).cell(
-            "- qk_norm", WITHOUT, points=5, speed=1.1e5
-        ),
+        lab,
         tmp_path,
     )
-    assert (
-        "Which ingredients still pay?" in text
-        and "`val/loss` in nats/token, lower is better" in text
-    )
+    assert "Which ingredients still pay?" in text
+    assert "`val/loss` in nats/token, lower is better" in text
     says, control = row(text, "- qk_norm", "Verdicts")[1:]
-    assert (
-        says.startswith("qk_norm helps: without it +0.0200 [")
-        and control == "queries and keys as projected"
-    )
+    assert says.startswith("qk_norm helps: without it +0.0200 [")
+    assert control == "queries and keys as projected"
     numbers = row(text, "- qk_norm", "Numbers")
-    assert numbers[1:5] == ["3", "3.0210", "0.0010", "+0.0200"] and numbers[6:] == [
+    assert numbers[1:5] == ["3", "3.0210", "0.0010", "+0.0200"]
+    assert numbers[6:] == [
         "Welch",
         "worse",
         "110,000",
@@ -50,22 +49,26 @@ def test_the_page_holds_question_verdict_control_numbers_and_pictures(lab, tmp_p
         "3 finished",
     ]
     for picture in ("forest.png", "curves.png"):
-        assert f"]({picture})" in text and (tmp_path / "out" / picture).stat().st_size > 10_000
-    assert "Same hyper-parameters, not tuned" in text and "No multiplicity correction" in text
+        assert f"]({picture})" in text
+        assert (tmp_path / "out" / picture).stat().st_size > 10_000
+    assert "Same hyper-parameters, not tuned" in text
+    assert "No multiplicity correction" in text
     assert "## Read first" not in text
 
 
 def test_every_run_id_is_listed(lab, tmp_path):
-    text = page(
-        lab.cell("full", FULL, None).cell("- x", [3.1, "missing", "diverged"]), tmp_path
-    )
+    lab.cell("full", FULL, None)
+    lab.cell("- x", [3.1, "missing", "diverged"])
+    text = page(lab, tmp_path)
     assert all(planned.run in text.split("## Runs")[1] for planned in lab.rows)
 
 
 def test_an_arm_that_drops_two_ingredients_names_both_controls(lab, tmp_path):
     lab.treatments = {"full": {"muon": {}, "normuon": {}}, "- muon (and normuon)": {}}
     lab.off = {"muon": "AdamW", "normuon": "no per-neuron scale"}
-    text = page(lab.cell("full", FULL, None).cell("- muon (and normuon)", WITHOUT), tmp_path)
+    lab.cell("full", FULL, None)
+    lab.cell("- muon (and normuon)", WITHOUT)
+    text = page(lab, tmp_path)
     assert (
         row(text, "- muon (and normuon)", "Verdicts")[2]
         == "muon: AdamW; normuon: no per-neuron scale"
@@ -73,9 +76,8 @@ def test_an_arm_that_drops_two_ingredients_names_both_controls(lab, tmp_path):
 
 
 def test_a_diverged_arm_is_shown_with_its_step_and_reason(lab, tmp_path):
-    lab.cell("full", FULL, None, points=5).cell(
-        "- x", [3.1, 3.2, DIVERGED], points=5, step=41, error="the loss was not finite"
-    )
+    lab.cell("full", FULL, None, points=5)
+    lab.cell("- x", [3.1, 3.2, DIVERGED], points=5, step=41, error="the loss was not finite")
     text = page(lab, tmp_path)
     assert "`- x`: 1 diverged of 3 runs; loo--_x-2 at step 41: the loss was not finite" in text
     assert row(text, "- x", "Numbers")[-1] == "2 finished, 1 diverged"
@@ -101,27 +103,27 @@ def test_a_diverged_arm_is_shown_with_its_step_and_reason(lab, tmp_path):
     ],
 )
 def test_arms_that_ran_differently_are_warned_about(lab, tmp_path, changed, words):
-    assert words in page(lab.cell("full", FULL, None).cell("- x", WITHOUT, **changed), tmp_path)
+    lab.cell("full", FULL, None)
+    lab.cell("- x", WITHOUT, **changed)
+    assert words in page(lab, tmp_path)
 
 
 def test_missing_interrupted_and_few_seeds_are_warned_about(lab, tmp_path):
-    text = page(
-        lab.cell("full", FULL, None).cell("- x", [3.1, "missing", "interrupted"]), tmp_path
-    )
-    assert (
-        "1 missing, 1 interrupted of 6 runs" in text and "continue with: ablab run loo" in text
-    )
-    assert (
-        "fewer than 3 finished seeds: `- x` (1)" in text and "killed, or still running" in text
-    )
+    lab.cell("full", FULL, None)
+    lab.cell("- x", [3.1, "missing", "interrupted"])
+    text = page(lab, tmp_path)
+    assert "1 missing, 1 interrupted of 6 runs" in text
+    assert "continue with: ablab run loo" in text
+    assert "fewer than 3 finished seeds: `- x` (1)" in text
+    assert "killed, or still running" in text
 
 
 def test_runs_that_were_never_started_are_not_called_interrupted(lab, tmp_path):
-    text = page(lab.cell("full", FULL, None).cell("- x", [3.1, "missing", "missing"]), tmp_path)
-    assert (
-        "2 missing of 6 runs; continue with: ablab run loo" in text
-        and "interrupted" not in text
-    )
+    lab.cell("full", FULL, None)
+    lab.cell("- x", [3.1, "missing", "missing"])
+    text = page(lab, tmp_path)
+    assert "2 missing of 6 runs; continue with: ablab run loo" in text
+    assert "interrupted" not in text
 
 
 @pytest.mark.parametrize(
@@ -143,27 +145,32 @@ def test_a_message_names_a_command_that_can_be_typed(name, words):
 
 
 def test_a_pipe_in_a_name_does_not_break_the_table(lab, tmp_path):
-    assert r"| `a\|b` |" in page(lab.cell("full", FULL, None).cell("a|b", WITHOUT), tmp_path)
+    lab.cell("full", FULL, None)
+    lab.cell("a|b", WITHOUT)
+    assert r"| `a\|b` |" in page(lab, tmp_path)
 
 
 @pytest.mark.parametrize("values", [["missing", "interrupted"], ["diverged"], []])
 def test_an_experiment_without_a_finished_run_is_refused_in_one_line(lab, tmp_path, values):
-    store = lab.cell("full", values, None).write()
+    lab.cell("full", values, None)
+    store = lab.write()
     with pytest.raises(UserError, match="'loo' has no finished run .*ablab run loo") as refusal:
         report.write(store, "loo", tmp_path)
     assert "\n" not in str(refusal.value)
 
 
 def test_a_report_without_logs_or_arms_has_numbers_and_no_pictures(lab, tmp_path):
-    text = page(lab.cell("only", FULL, None), tmp_path)
-    assert row(text, "only", "Numbers")[2] == "3.0010" and ".png" not in text
+    lab.cell("only", FULL, None)
+    text = page(lab, tmp_path)
+    assert row(text, "only", "Numbers")[2] == "3.0010"
+    assert ".png" not in text
 
 
 def test_json_is_strict_and_says_what_the_table_says(lab):
     lab.off = {"x": "nothing in its place"}
-    read = report.read(
-        lab.cell("full", FULL, None).cell("- x", [3.1, "diverged", "missing"]).write(), "loo"
-    )
+    lab.cell("full", FULL, None)
+    lab.cell("- x", [3.1, "diverged", "missing"])
+    read = report.read(lab.write(), "loo")
     data = json.loads(json.dumps(report.as_json(read), allow_nan=False))
     arm = data["effects"][1]
     assert (arm["cell"], arm["n"], arm["interval"], arm["off"]) == (
@@ -173,24 +180,66 @@ def test_json_is_strict_and_says_what_the_table_says(lab):
         "nothing in its place",
     )
     assert data["metric"] == {"name": "val/loss", "unit": "nats/token", "better": "lower"}
-    assert (
-        data["warnings"] == read.warnings
-        and len(data["runs"]) == 6
-        and data["runs"][4]["val/loss"] is None
-    )
+    assert data["warnings"] == read.warnings
+    assert len(data["runs"]) == 6
+    assert data["runs"][4]["val/loss"] is None
 
 
 def test_table_rows_share_their_headings(lab):
-    rows = report.table(
-        report.read(
-            lab.cell("full", FULL, None).cell("- x", ["diverged"] * 3).write(), "loo"
-        ).effects
-    )
-    assert rows[0].keys() == rows[1].keys() and all(
-        isinstance(text, str) for line in rows for text in line.values()
-    )
+    lab.cell("full", FULL, None)
+    lab.cell("- x", ["diverged"] * 3)
+    rows = report.table(report.read(lab.write(), "loo").effects)
+    assert rows[0].keys() == rows[1].keys()
+    assert all(isinstance(text, str) for line in rows for text in line.values())
     assert (rows[0]["verdict"], rows[1]["verdict"], rows[1]["delta"]) == (
         "reference",
         "failed",
         "–",
     )
+
+
+# Arms that other kernels served than their reference.
+
+
+def served(lab):
+    """`- x` without the attention kernel; `- y` as the reference."""
+    triton = {"attention": "triton", "ffn": "triton"}
+    lab.cell("full", FULL, None, kernels=triton, speed=1.5e5)
+    lab.cell("- x", WITHOUT, kernels=triton | {"attention": "torch: no RoPE"}, speed=1e5)
+    lab.cell("- y", WITHOUT, kernels=triton, speed=1.2e5)
+    return lab
+
+
+def test_an_arm_served_by_other_kernels_is_named_before_any_number(lab, tmp_path):
+    first, _, rest = page(served(lab), tmp_path).partition("## Verdicts")
+    assert (
+        "- `- x` and `full` were served differently: attention by torch (no RoPE) against triton;"
+        in first
+    )
+    assert "`- y` and" not in first + rest
+    assert "ffn" not in first
+
+
+def test_both_throughputs_are_marked_and_the_mark_is_explained(lab, tmp_path):
+    text = page(served(lab), tmp_path)
+    assert row(text, "- x", "Numbers")[8:10] == ["100,000 †", "0.67 †"]
+    assert row(text, "full", "Numbers")[8:10] == ["150,000 †", "–"]
+    assert row(text, "- y", "Numbers")[8:10] == ["120,000", "0.80"]
+    assert text.split("## Numbers")[1].count("\n† arm and reference were served by") == 1
+
+
+def test_arms_served_alike_have_no_mark_and_no_footnote(lab, tmp_path):
+    lab.cell("full", FULL, None, kernels={"attention": "triton"})
+    lab.cell("- x", WITHOUT, kernels={"attention": "triton"})
+    assert "†" not in page(lab, tmp_path)
+
+
+def test_the_terminal_and_json_tell_who_served(lab):
+    found = report.read(served(lab).write(), "loo")
+    marks = {
+        line["arm"]: line["tokens/s"].endswith("†") for line in report.table(found.effects)
+    }
+    assert marks == {"full": True, "- x": True, "- y": False}
+    arms = {arm["cell"]: arm["service"] for arm in report.as_json(found)["effects"]}
+    assert arms["- x"] == {"attention": ("torch: no RoPE", "triton")}
+    assert arms["- y"] == {}

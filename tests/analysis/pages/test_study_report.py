@@ -10,7 +10,8 @@ from ablab.core.errors import UserError
 from ablab.core.store import study_record
 from ablab.core.store.study_record import LR, WIDTH, StudyRecord, Trial
 
-LRS, WIDTHS = [0.001, 0.002, 0.004, 0.008, 0.016, 0.032], (32, 64, 128, 256)
+LRS = [0.001, 0.002, 0.004, 0.008, 0.016, 0.032]
+WIDTHS = (32, 64, 128, 256)
 OPTIMA = {"full": lambda width: 0.008, "- muon": lambda width: 0.016 * 32 / width}
 
 
@@ -68,7 +69,10 @@ def warnings(lab, study: StudyRecord) -> str:
 
 def ended(study: StudyRecord, cell: str, state: str, when=lambda trial: True) -> StudyRecord:
     """The same study with some of a cell's trials ended otherwise."""
-    lose = lambda trial: dataclasses.replace(trial, state=state, value=None, values={})  # noqa: E731
+
+    def lose(trial):
+        return dataclasses.replace(trial, state=state, value=None, values={})
+
     return dataclasses.replace(
         study,
         trials=[
@@ -89,11 +93,9 @@ def plans(lab, shared: float, tuned: float):
 
 def test_the_page_holds_winners_width_pictures_and_every_run(lab, tmp_path):
     text = page(lab, tmp_path, search(importance={"full": {LR: 0.8, WIDTH: 0.2}}))
-    assert (
-        "Does the rate move with width?" in text
-        and "Sampler: grid, pruner: none" in text
-        and "Trials: 48 complete." in text
-    )
+    assert "Does the rate move with width?" in text
+    assert "Sampler: grid, pruner: none" in text
+    assert "Trials: 48 complete." in text
     assert "`optim.lr` log [0.001, 0.032]; `model.width` one of 32, 64, 128, 256" in text
     assert (
         "| `- muon` | 24 complete | 0.002 | 256 | 2.7440 | interior | 0.002 | 0.002 to 0.002 |"
@@ -103,12 +105,11 @@ def test_the_page_holds_winners_width_pictures_and_every_run(lab, tmp_path):
         "| `- muon` | 256 | 0.002 | 2.7440 | 0.002 [0.002, 0.002] | 2.8240 | evaluated | 0.0800 | -2.0 |"
         in text
     )
-    assert (
-        "- `full`: beats lr=0.004 (2.7640) and lr=0.016 (2.7640)" in text
-        and "## Read first" not in text
-    )
+    assert "- `full`: beats lr=0.004 (2.7640) and lr=0.016 (2.7640)" in text
+    assert "## Read first" not in text
     for picture in ("lr.png", "lr_width.png", "importance.png", "history.png"):
-        assert f"]({picture})" in text and (tmp_path / "out" / picture).stat().st_size > 10_000
+        assert f"]({picture})" in text
+        assert (tmp_path / "out" / picture).stat().st_size > 10_000
     assert all(
         f"`{run}`" in text.split("## Trials")[1]
         for trial in search().trials
@@ -118,11 +119,9 @@ def test_the_page_holds_winners_width_pictures_and_every_run(lab, tmp_path):
 
 def test_a_study_of_the_rate_alone_has_no_word_on_width(lab, tmp_path):
     text = page(lab, tmp_path, search(widths=(64,)))
-    assert (
-        "Learning rate and width" not in text
-        and "lr_width.png" not in text
-        and "each arm's own" not in text
-    )
+    assert "Learning rate and width" not in text
+    assert "lr_width.png" not in text
+    assert "each arm's own" not in text
 
 
 def test_deltas_at_one_rate_and_at_each_arms_own_stand_side_by_side(lab, tmp_path):
@@ -140,12 +139,12 @@ def test_deltas_at_one_rate_and_at_each_arms_own_stand_side_by_side(lab, tmp_pat
         if line.startswith("| `- muon`")
     )
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[1].startswith("+0.2000 [") and cells[2:4] == ["worse", "optim.lr=0.004"]
-    assert cells[4].startswith("+0.0000 [") and cells[5:] == ["inconclusive", "-0.2000"]
-    assert (
-        "`- muon` is worse at the shared setting, inconclusive at its own" in text
-        and "`full`, measured against: optim.lr=0.008" in text
-    )
+    assert cells[1].startswith("+0.2000 [")
+    assert cells[2:4] == ["worse", "optim.lr=0.004"]
+    assert cells[4].startswith("+0.0000 [")
+    assert cells[5:] == ["inconclusive", "-0.2000"]
+    assert "`- muon` is worse at the shared setting, inconclusive at its own" in text
+    assert "`full`, measured against: optim.lr=0.008" in text
 
 
 def test_without_runs_of_both_plans_nothing_is_compared(lab, tmp_path):
@@ -182,14 +181,10 @@ def test_lost_running_pruned_and_unequal_trials_are_told_first(lab):
         lambda trial: trial.number == 5,
     )
     first = warnings(lab, ended(study, "full", "running", lambda trial: trial.number == 0))
-    assert (
-        "`- muon`: no trial finished (6 failed)" in first
-        and "(`full` 5, `- muon` 0); the best of more looks better by luck" in first
-    )
-    assert (
-        "1 trials have no result yet; continue with: ablab study lr_width" in first
-        and "1 trials were pruned" in first
-    )
+    assert "`- muon`: no trial finished (6 failed)" in first
+    assert "(`full` 5, `- muon` 0); the best of more looks better by luck" in first
+    assert "1 trials have no result yet; continue with: ablab study lr_width" in first
+    assert "1 trials were pruned" in first
 
 
 def test_diverged_trials_are_effort_spent(lab):
@@ -207,10 +202,8 @@ def sentences(study: StudyRecord, seed_sd: float | None = 0.01) -> dict[str, str
 
 def test_a_flat_and_a_drifting_rate_in_words():
     says = sentences(search())
-    assert (
-        says["full"].startswith("the optimum moves by ")
-        and "octaves over 8x width (0.008 at 32 to 0.008 at 256)" in says["full"]
-    )
+    assert says["full"].startswith("the optimum moves by ")
+    assert "octaves over 8x width (0.008 at 32 to 0.008 at 256)" in says["full"]
     assert says["full"].endswith(
         "0.008 transfers from width 64: 3 of 3 others within one step, at no cost"
     )
@@ -225,7 +218,11 @@ def test_a_flat_and_a_drifting_rate_in_words():
 
 @pytest.mark.parametrize(
     ("seed_sd", "verdict"),
-    [(0.005, "does not transfer"), (0.02, "transfers"), (None, "may transfer")],
+    [
+        (0.005, "does not transfer"),
+        (0.02, "transfers"),
+        (None, "may transfer"),
+    ],
 )
 def test_a_gap_is_judged_by_the_seed_sd(seed_sd, verdict):
     says = sentences(
@@ -243,13 +240,11 @@ def test_the_seed_sd_comes_from_the_search_or_else_from_the_experiments_own_runs
     study_record.write(lab.store, search(optima=moving))
     assert "seed sd unknown" in study_report.read(lab.store, "lr_width").moves["full"]
     plans(lab, 0.1, 0.1)
-    assert (
-        "(20.0 seed sd)" in study_report.read(lab.store, "lr_width").moves["full"]
-    )  # the sd of 2.400, 2.401, 2.402 is 0.001
+    # The sd of 2.400, 2.401, 2.402 is 0.001.
+    assert "(20.0 seed sd)" in study_report.read(lab.store, "lr_width").moves["full"]
     study_record.write(lab.store, search(optima=moving, seeds=("100", "101")))
-    assert (
-        "(7.1 seed sd)" in study_report.read(lab.store, "lr_width").moves["full"]
-    )  # two seeds 0.004 apart: 0.0028
+    # Two seeds 0.004 apart: 0.0028.
+    assert "(7.1 seed sd)" in study_report.read(lab.store, "lr_width").moves["full"]
 
 
 def test_an_edge_at_one_width_withholds_the_verdict():
@@ -293,11 +288,9 @@ def test_an_arm_without_an_ingredient_lacks_its_dose(lab, tmp_path):
             study, trials=given, space=study.space | {dose: {"log": [1e-5, 1e-3]}}
         ),
     )
-    assert (
-        "| `full` | 6 complete | 0.008 | 0.0001 |" in text
-        and "| `- muon` | 6 complete | 0.008 | – |" in text
-        and "importance.png" in text
-    )
+    assert "| `full` | 6 complete | 0.008 | 0.0001 |" in text
+    assert "| `- muon` | 6 complete | 0.008 | – |" in text
+    assert "importance.png" in text
 
 
 def test_a_diverged_trial_with_one_good_seed_is_read(lab):
@@ -325,28 +318,20 @@ def test_json_is_strict_and_says_what_the_table_says(lab):
         {"complete": 21, "diverged": 3},
         {LR: 0.002, WIDTH: 256},
     )
-    assert (
-        arm["winner"]["admissible"] is True
-        and arm["winner"]["neighbours"][1]["params"][LR] == 0.004
-    )
-    assert (
-        data["transfer"][-1]["gap"] is None
-        and data["transfer"][0]["gap"] == 0
-        and len(data["trials"]) == 48
-    )
-    assert data["deltas"][1]["shared"]["delta"] == pytest.approx(0.2) and data["deltas"][1][
-        "tuned"
-    ]["delta"] == pytest.approx(0.1)
+    assert arm["winner"]["admissible"] is True
+    assert arm["winner"]["neighbours"][1]["params"][LR] == 0.004
+    assert data["transfer"][-1]["gap"] is None
+    assert data["transfer"][0]["gap"] == 0
+    assert len(data["trials"]) == 48
+    assert data["deltas"][1]["shared"]["delta"] == pytest.approx(0.2)
+    assert data["deltas"][1]["tuned"]["delta"] == pytest.approx(0.1)
     (arm,) = study_report.compared(lab.store, "lr_width")
-    assert arm["delta, shared setting"].startswith("+0.2000 [") and arm[
-        "delta, own setting"
-    ].startswith("+0.1000 [")
+    assert arm["delta, shared setting"].startswith("+0.2000 [")
+    assert arm["delta, own setting"].startswith("+0.1000 [")
     rows = study_report.table(lab.store, "lr_width")
-    assert (
-        rows[1]["trials"] == "21 complete, 3 diverged"
-        and rows[1]["optim.lr"] == "0.002"
-        and rows[0].keys() == rows[1].keys()
-    )
+    assert rows[1]["trials"] == "21 complete, 3 diverged"
+    assert rows[1]["optim.lr"] == "0.002"
+    assert rows[0].keys() == rows[1].keys()
     assert all(isinstance(text, str) for row in rows for text in row.values())
 
 

@@ -9,13 +9,17 @@ from matplotlib.image import imread
 from ablab.analysis.pictures import coords
 from ablab.core.errors import UserError
 
-WIDTHS, SEEDS, STEPS = [64, 128, 256, 512], [0, 1, 2], 6
-JUDGED, REPORTED = ["attention out", "logits"], ["logits at init", "max attention logit"]
+WIDTHS = [64, 128, 256, 512]
+SEEDS = [0, 1, 2]
+STEPS = 6
+JUDGED = ["attention out", "logits"]
+REPORTED = ["logits at init", "max attention logit"]
 
 
 def arm(name, slopes, control=False, **more):
     """Power laws with a little noise; a slope of None leaves zeros."""
-    draw, rows = np.random.default_rng(0), []
+    draw = np.random.default_rng(0)
+    rows = []
     for tensor, slope in slopes.items():
         for step in [0] if tensor == "logits at init" else range(1, STEPS + 1):
             for width in WIDTHS:
@@ -84,13 +88,14 @@ def test_a_row_of_panels_per_arm_blue_where_flat_and_orange_where_not(tmp_path):
         name: imread(coords.draw(check(*arms), tmp_path / f"{name}.png"))
         for name, arms in {"one": [MUP], "three": [STANDARD, MUP, ZERO]}.items()
     }
-    assert shows(pictures["one"], coords.PASS) > 500 and not shows(pictures["one"], coords.FAIL)
-    assert (
-        shows(pictures["three"], coords.PASS) > 1000
-        and shows(pictures["three"], coords.FAIL) > 500
-    )
+    assert shows(pictures["one"], coords.PASS) > 500
+    assert not shows(pictures["one"], coords.FAIL)
+    assert shows(pictures["three"], coords.PASS) > 1000
+    assert shows(pictures["three"], coords.FAIL) > 500
     one, three = (pictures[name].shape for name in ("one", "three"))
-    assert 1300 <= one[1] <= 1700 and abs(one[1] - three[1]) < 60  # 200 dots an inch
+    # 200 dots an inch
+    assert 1300 <= one[1] <= 1700
+    assert abs(one[1] - three[1]) < 60
     assert 600 <= (three[0] - one[0]) / 2 + 300 <= 800
 
 

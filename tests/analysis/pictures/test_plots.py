@@ -5,7 +5,9 @@ from matplotlib.image import imread
 
 from ablab.analysis.effects import frame
 from ablab.analysis.effects.effects import measure
-from ablab.analysis.pictures import plots
+from ablab.analysis.pictures.curves import Curve, draw_curves
+from ablab.analysis.pictures.forest import draw_forest
+from ablab.analysis.pictures.style import BACKGROUND, DISTINCT, VERDICT_COLOUR, label_ends
 from ablab.core.errors import UserError
 
 
@@ -19,9 +21,9 @@ def experiment(lab, normal, arms: int, seeds: int = 3):
 def draw(lab, folder):
     """Both pictures as arrays [H, W, 4] in [0, 1]."""
     store = lab.write()
-    forest = plots.forest(measure(frame.load(store, "loo"), "val/loss"), folder / "forest.png")
+    forest = draw_forest(measure(frame.load(store, "loo"), "val/loss"), folder / "forest.png")
     return imread(forest), imread(
-        plots.curves(frame.curves(store, "loo"), folder / "curves.png")
+        draw_curves(frame.curves(store, "loo"), folder / "curves.png")
     )
 
 
@@ -34,51 +36,54 @@ def shows(picture, colour: str) -> int:
 @pytest.mark.parametrize("arms", [3, 14])
 def test_pictures_are_print_size_and_not_blank(lab, normal, tmp_path, arms):
     forest, curves = draw(experiment(lab, normal, arms), tmp_path)
-    assert (
-        1000 <= forest.shape[1] <= 1500 and 60 * arms <= forest.shape[0] <= 60 * arms + 400
-    )  # 200 dots an inch
-    assert 1200 <= curves.shape[1] <= 1600 and 1200 <= curves.shape[0] <= 1500
-    assert forest.std() > 0.05 and curves.std() > 0.05
+    # 200 dots an inch
+    assert 1000 <= forest.shape[1] <= 1500
+    assert 60 * arms <= forest.shape[0] <= 60 * arms + 400
+    assert 1200 <= curves.shape[1] <= 1600
+    assert 1200 <= curves.shape[0] <= 1500
+    assert forest.std() > 0.05
+    assert curves.std() > 0.05
 
 
 def test_an_arm_that_got_worse_is_orange_and_one_that_got_better_blue(lab, tmp_path):
-    lab.cell("full", [3.0, 3.001, 3.002], None, points=5).cell(
-        "- a", [3.1, 3.101, 3.102], points=5
-    )
-    orange, blue = plots.VERDICT_COLOUR["worse"], plots.VERDICT_COLOUR["better"]
+    lab.cell("full", [3.0, 3.001, 3.002], None, points=5)
+    lab.cell("- a", [3.1, 3.101, 3.102], points=5)
+    orange = VERDICT_COLOUR["worse"]
+    blue = VERDICT_COLOUR["better"]
     picture, _ = draw(lab, tmp_path)
-    assert shows(picture, orange) > 100 and not shows(picture, blue)
+    assert shows(picture, orange) > 100
+    assert not shows(picture, blue)
 
 
 def test_above_ten_cells_three_arms_keep_a_colour(lab, normal, tmp_path):
     store = experiment(lab, normal, arms=14).write()
-    picture = imread(plots.curves(frame.curves(store, "loo"), tmp_path / "curves.png"))
-    assert [bool(shows(picture, colour)) for colour in plots.DISTINCT] == [True] * 3 + [
-        False
-    ] * 6
-    assert shows(picture, plots.BACKGROUND) > 100
+    picture = imread(draw_curves(frame.curves(store, "loo"), tmp_path / "curves.png"))
+    assert [bool(shows(picture, colour)) for colour in DISTINCT] == [True] * 3 + [False] * 6
+    assert shows(picture, BACKGROUND) > 100
 
 
 def test_an_experiment_of_lost_single_and_inert_arms_can_be_drawn(lab, tmp_path):
-    lab.cell("full", [3.0, 3.1], None, points=10).cell(
-        "- lost", ["diverged", "interrupted"], points=10
-    )
-    lab.cell("- inert", [3.0, 3.1], points=10).cell("- single", [3.2, "missing"], points=10)
+    lab.cell("full", [3.0, 3.1], None, points=10)
+    lab.cell("- lost", ["diverged", "interrupted"], points=10)
+    lab.cell("- inert", [3.0, 3.1], points=10)
+    lab.cell("- single", [3.2, "missing"], points=10)
     forest, curves = draw(lab, tmp_path)
-    assert forest.std() > 0.02 and curves.std() > 0.02
+    assert forest.std() > 0.02
+    assert curves.std() > 0.02
 
 
 def test_a_single_evaluation_is_a_dot(lab, tmp_path):
-    store = lab.cell("full", [3.0], None, points=1).cell("- a", [3.1], points=1).write()
-    picture = imread(plots.curves(frame.curves(store, "loo"), tmp_path / "curves.png"))
-    assert shows(picture, plots.DISTINCT[0]) > 200  # the letters beside it alone: 35
+    lab.cell("full", [3.0], None, points=1)
+    lab.cell("- a", [3.1], points=1)
+    store = lab.write()
+    picture = imread(draw_curves(frame.curves(store, "loo"), tmp_path / "curves.png"))
+    assert shows(picture, DISTINCT[0]) > 200  # the letters beside it alone: 35
 
 
 def test_one_cell_alone_has_a_curve(lab, tmp_path):
-    store = lab.cell("only", [3.0], None, points=5).write()
-    assert (
-        imread(plots.curves(frame.curves(store, "loo"), tmp_path / "curves.png")).std() > 0.02
-    )
+    lab.cell("only", [3.0], None, points=5)
+    store = lab.write()
+    assert imread(draw_curves(frame.curves(store, "loo"), tmp_path / "curves.png")).std() > 0.02
 
 
 def test_differences_are_taken_where_both_runs_have_been():
@@ -90,11 +95,12 @@ def test_differences_are_taken_where_both_runs_have_been():
             "tokens": tokens,
             "val/loss": values,
         }
-        return plots.Curve(pd.DataFrame(rows), "val/loss")
+        return Curve(pd.DataFrame(rows), "val/loss")
 
     reference = curve([10.0, 20.0, 30.0], [4.0, 3.0, 2.0])
     grid, difference = curve([5.0, 15.0, 25.0, 35.0], [9.0, 3.6, 2.6, 1.0]).minus(reference)
-    assert list(grid) == [15, 25] and difference[0] == pytest.approx([0.1, 0.1])
+    assert list(grid) == [15, 25]
+    assert difference[0] == pytest.approx([0.1, 0.1])
     assert curve([40.0], [1.0]).minus(reference) is None
 
 
@@ -108,12 +114,13 @@ def test_labels_are_pushed_apart():
         def annotate(self, name, at, **_):
             self.placed.append(at[1])
 
-    plots.label_ends(Axes(), {"a": 0.5, "b": 0.5, "c": 0.51}, dict.fromkeys("abc", "black"))
+    label_ends(Axes(), {"a": 0.5, "b": 0.5, "c": 0.51}, dict.fromkeys("abc", "black"))
     assert np.diff(Axes.placed).min() >= 0.06
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(lab, tmp_path):
     (tmp_path / "file").write_text("")
-    store = lab.cell("only", [3.0], None, points=5).write()
+    lab.cell("only", [3.0], None, points=5)
+    store = lab.write()
     with pytest.raises(UserError, match="cannot write"):
-        plots.curves(frame.curves(store, "loo"), tmp_path / "file" / "curves.png")
+        draw_curves(frame.curves(store, "loo"), tmp_path / "file" / "curves.png")

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -6,10 +7,11 @@ from ablab.analysis.tuning.transfer import transfer
 from ablab.analysis.tuning.winners import quadratic, seed_sd, widen, winner
 from ablab.core.errors import UserError
 from ablab.core.store import study_record
-from ablab.core.store.record import Store
+from ablab.core.store.store import Store
 from ablab.core.store.study_record import LR, WIDTH, StudyRecord, Trial
 
-SPACE, HARD = {LR: {"log": [0.001, 0.064]}}, {LR: (1e-4, 0.3)}
+SPACE = {LR: {"log": [0.001, 0.064]}}
+HARD = {LR: (1e-4, 0.3)}
 GRID = [0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064]
 
 
@@ -82,7 +84,8 @@ def test_a_record_that_carries_no_result_is_refused_in_one_line(tmp_path, trials
     study_record.write(Store(tmp_path), study(trials, space=SPACE))
     with pytest.raises(UserError) as refusal:
         study_record.read(Store(tmp_path), "s")
-    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_missing_and_a_torn_record_are_named_with_their_cure(tmp_path):
@@ -107,15 +110,12 @@ def test_a_winner_between_worse_neighbours_is_read():
 
 @pytest.mark.parametrize(("optimum", "edge"), [(0.1, "0.03"), (0.0001, "0.002")])
 def test_a_winner_at_either_edge_is_not_read(optimum, edge):
-    trials, space = (
-        bowl([0.002, 0.004, 0.008, 0.016, 0.03], optimum),
-        {LR: {"log": [0.002, 0.03]}},
-    )
-    won, edge = (
-        winner(trials, space, {}),
-        f"lr={edge} won, but it is the edge of the searched range [0.002, 0.03]",
-    )
-    assert not won.admissible and None in won.neighbours
+    trials = bowl([0.002, 0.004, 0.008, 0.016, 0.03], optimum)
+    space = {LR: {"log": [0.002, 0.03]}}
+    won = winner(trials, space, {})
+    edge = f"lr={edge} won, but it is the edge of the searched range [0.002, 0.03]"
+    assert not won.admissible
+    assert None in won.neighbours
     assert won.reason == f"{edge}; widen it before reading the result"
     assert (
         winner(trials, space, HARD).reason
@@ -127,7 +127,8 @@ def test_a_winner_with_untried_range_beside_it_asks_for_trials_not_for_a_wider_r
     won = winner(bowl([0.004, 0.008, 0.016], 0.03), SPACE, HARD)
     assert (
         won.reason
-        == "lr=0.016 won, but it is the edge of what was tried here, [0.004, 0.016]; add trials before reading the result"
+        == "lr=0.016 won, but it is the edge of what was tried here, [0.004, 0.016]; "
+        "add trials before reading the result"
     )
 
 
@@ -165,20 +166,17 @@ def test_a_crowd_of_trials_at_the_edge_does_not_make_an_interior():
         {LR: {"log": [0.008, 0.03]}},
         HARD,
     )
-    assert not won.admissible and "edge of the searched range [0.008, 0.03]" in won.reason
+    assert not won.admissible
+    assert "edge of the searched range [0.008, 0.03]" in won.reason
 
 
 def test_only_trials_that_differ_in_the_learning_rate_alone_are_neighbours():
-    wide, narrow = (
-        bowl([0.008, 0.016, 0.032], 0.001, model_width=256),
-        bowl(GRID, floor=2.9, model_width=64),
-    )
+    wide = bowl([0.008, 0.016, 0.032], 0.001, model_width=256)
+    narrow = bowl(GRID, floor=2.9, model_width=64)
     won = winner(wide + narrow, SPACE | {"model_width": {"choices": [64, 256]}}, HARD)
-    assert (
-        won.params == {LR: 0.008, "model_width": 256}
-        and not won.admissible
-        and len(won.line) == 3
-    )
+    assert won.params == {LR: 0.008, "model_width": 256}
+    assert not won.admissible
+    assert len(won.line.trials) == 3
     alone = winner(wide[:1] + narrow, SPACE, HARD)
     assert (
         alone.reason
@@ -191,14 +189,15 @@ def test_a_neighbour_that_ends_in_the_same_number_is_not_beaten():
     assert (
         won.reason
         == "lr=0.008 won, but lr=0.016 ends at the same 2.4; check that optim.lr reaches the run"
-        and not won.admissible
     )
+    assert not won.admissible
 
 
 def test_higher_is_better_is_the_same_search_upside_down():
     trials = bowl(GRID, optimum=0.006)
     flipped = [Trial(t.cell, t.number, t.params, t.state, -t.value) for t in trials]
-    ours, theirs = winner(trials, SPACE, HARD), winner(flipped, SPACE, HARD, "higher")
+    ours = winner(trials, SPACE, HARD)
+    theirs = winner(flipped, SPACE, HARD, "higher")
     assert (ours.params, ours.admissible, ours.optimum, ours.fit.value) == (
         theirs.params,
         theirs.admissible,
@@ -212,12 +211,10 @@ def test_a_space_without_a_log_scaled_path_has_a_winner_without_edges():
         Trial("full", i, {"model.layers": n}, "complete", 3.0 - n) for i, n in enumerate((1, 2))
     ]
     won = winner(trials, {"model.layers": {"choices": [1, 2]}}, {})
-    assert (
-        won.admissible
-        and won.params == {"model.layers": 2}
-        and won.lr is None
-        and won.optimum is None
-    )
+    assert won.admissible
+    assert won.params == {"model.layers": 2}
+    assert won.lr is None
+    assert won.optimum is None
     assert widen(trials, {"model.layers": {"choices": [1, 2]}}, {}) is None
 
 
@@ -229,17 +226,20 @@ def test_an_exact_quadratic_gives_its_vertex_and_a_point_for_an_interval():
     assert (fit.optimum, fit.low, fit.high, fit.value, fit.curvature) == pytest.approx(
         (0.0062, 0.0062, 0.0062, 2.4, 0.02), rel=1e-6
     )
-    assert (fit.n, fit.span) == (5, (0.002, 0.032)) and fit.at(0.0124) == pytest.approx(2.42)
+    assert (fit.n, fit.span) == (5, (0.002, 0.032))
+    assert fit.at(0.0124) == pytest.approx(2.42)
 
 
 def test_the_fit_equals_numpys_and_its_interval_the_profile(normal):
-    """The ends of the interval are where the weighted residuals of the best parabola with that vertex pass the F test's bound."""
-    lrs, spread = np.geomspace(0.002, 0.032, 9), normal.normal(0, 0.003, 9)
+    """At the ends of the interval the residuals of the best parabola with that vertex pass the F test's bound."""
+    lrs = np.geomspace(0.002, 0.032, 9)
+    spread = normal.normal(0, 0.003, 9)
     values = 2.4 + 0.02 * np.log2(lrs / 0.007) ** 2 + spread
     fit = quadratic(lrs, values, 0.008)
     x = np.log2(lrs / 0.008)
     used = np.abs(x) < 1.5 + 1e-9
-    x, y = x[used], values[used]
+    x = x[used]
+    y = values[used]
     weight = (1 - (np.abs(x) / (1.3 * np.abs(x).max())) ** 3) ** 3
     c, b, _ = np.polyfit(x, y, 2, w=np.sqrt(weight))
     assert (fit.optimum, fit.curvature, fit.n) == pytest.approx(
@@ -257,8 +257,10 @@ def test_the_fit_equals_numpys_and_its_interval_the_profile(normal):
 
 @pytest.mark.parametrize(("step", "trials"), [(1.0, 7), (0.5, 11)])
 def test_the_interval_covers_the_optimum_at_95_percent(normal, step, trials):
-    # Bounds: the binomial's 1-in-1000 tails.  The grid lies anywhere about the optimum; the winner is what the noise makes it.
-    studies, covered = 400, 0
+    # Bounds: the binomial's 1-in-1000 tails.
+    # The grid lies anywhere about the optimum; the winner is what the noise makes it.
+    studies = 400
+    covered = 0
     for _ in range(studies):
         lrs = 0.008 * 2 ** (
             step * (np.arange(trials) - trials // 2 + normal.uniform(-0.5, 0.5))
@@ -328,7 +330,14 @@ def test_widening_goes_one_spacing_beyond_the_edge_that_won(optimum, further):
     assert widen(bowl([0.002, 0.004, 0.008, 0.016], optimum), SPACE, HARD) == further
 
 
-@pytest.mark.parametrize("hard", [{}, {LR: (0.002, 0.016)}, {LR: (0.0021, 0.0165)}])
+@pytest.mark.parametrize(
+    "hard",
+    [
+        {},
+        {LR: (0.002, 0.016)},
+        {LR: (0.0021, 0.0165)},
+    ],
+)
 def test_nothing_is_widened_beyond_the_hard_bounds_or_without_any(hard):
     assert widen(bowl([0.002, 0.004, 0.008, 0.016], 1.0), SPACE, hard) is None
 
@@ -340,11 +349,19 @@ def test_an_interior_winner_and_an_edge_with_a_lost_run_beyond_are_left_alone():
 
 
 @pytest.mark.parametrize("optimum", [1e-6, 3e-4, 0.05, 5.0])
-@pytest.mark.parametrize("start", [[0.008], [0.004, 0.0041, 0.0042], [0.002, 0.003, 0.02]])
+@pytest.mark.parametrize(
+    "start",
+    [
+        [0.008],
+        [0.004, 0.0041, 0.0042],
+        [0.002, 0.003, 0.02],
+    ],
+)
 def test_widening_ends_with_an_interior_winner_or_at_the_hard_bounds(optimum, start):
     lrs = list(start)
     while (further := widen(bowl(lrs, optimum), SPACE, HARD)) is not None:
-        assert HARD[LR][0] <= further <= HARD[LR][1] and not min(lrs) <= further <= max(lrs)
+        assert HARD[LR][0] <= further <= HARD[LR][1]
+        assert not min(lrs) <= further <= max(lrs)
         lrs.append(further)
         assert len(lrs) < 60
     won = winner(bowl(lrs, optimum), SPACE, HARD)
@@ -366,26 +383,29 @@ def grid_of_widths(optimum_at, lrs=GRID, **more) -> list[Trial]:
     ]
 
 
+def widths_of(record) -> pd.DataFrame:
+    """A row per width, for one arm."""
+    return pd.DataFrame(transfer(record))
+
+
 def test_a_rate_that_does_not_move_transfers_at_no_cost():
-    moved = transfer(study(grid_of_widths(lambda width: 0.008)))
-    assert (
-        list(moved.width) == [32, 64, 128, 256]
-        and set(moved.base_width) == {64}
-        and set(moved.transferred) == {0.008}
-    )
-    assert (
-        (moved.gap == 0).all()
-        and moved.within_one_step.all()
-        and set(moved.how) == {"evaluated"}
-    )
+    moved = widths_of(study(grid_of_widths(lambda width: 0.008)))
+    assert list(moved.width) == [32, 64, 128, 256]
+    assert set(moved.base_width) == {64}
+    assert set(moved.transferred) == {0.008}
+    assert (moved.gap == 0).all()
+    assert moved.within_one_step.all()
+    assert set(moved.how) == {"evaluated"}
 
 
 def test_a_rate_that_falls_with_width_costs_what_the_curve_says():
-    moved = transfer(study(grid_of_widths(lambda width: 0.016 * 32 / width))).set_index("width")
-    assert list(moved.lr) == [0.016, 0.008, 0.004, 0.002] and list(
-        moved.optimum
-    ) == pytest.approx([0.016, 0.008, 0.004, 0.002])
-    assert list(moved.steps) == [1, 0, -1, -2] and list(moved.within_one_step) == [
+    moved = widths_of(study(grid_of_widths(lambda width: 0.016 * 32 / width))).set_index(
+        "width"
+    )
+    assert list(moved.lr) == [0.016, 0.008, 0.004, 0.002]
+    assert list(moved.optimum) == pytest.approx([0.016, 0.008, 0.004, 0.002])
+    assert list(moved.steps) == [1, 0, -1, -2]
+    assert list(moved.within_one_step) == [
         True,
         True,
         True,
@@ -396,7 +416,7 @@ def test_a_rate_that_falls_with_width_costs_what_the_curve_says():
 
 def test_the_smallest_width_is_the_base_where_the_experiments_own_was_not_searched():
     assert set(
-        transfer(
+        widths_of(
             study(grid_of_widths(lambda width: 0.008), base={LR: 0.007, WIDTH: 48})
         ).base_width
     ) == {32}
@@ -404,20 +424,23 @@ def test_the_smallest_width_is_the_base_where_the_experiments_own_was_not_search
 
 def test_a_rate_that_was_not_tried_there_is_read_off_the_quadratic_or_the_nearest_trial():
     base = bowl(GRID, 0.008, **{WIDTH: 64})
-    between = transfer(
+    between = widths_of(
         study(base + bowl([0.003, 0.006, 0.012, 0.024], 0.008, **{WIDTH: 128}))
     ).iloc[1]
-    assert between.how == "quadratic" and between.transferred_loss == pytest.approx(2.4)
-    outside = transfer(study(base + bowl([0.001, 0.002, 0.003], 0.002, **{WIDTH: 128}))).iloc[1]
-    assert outside.how == "nearest, 0.003" and outside.gap == pytest.approx(
-        0.02 * np.log2(1.5) ** 2
-    )
+    assert between.how == "quadratic"
+    assert between.transferred_loss == pytest.approx(2.4)
+    outside = widths_of(study(base + bowl([0.001, 0.002, 0.003], 0.002, **{WIDTH: 128}))).iloc[
+        1
+    ]
+    assert outside.how == "nearest, 0.003"
+    assert outside.gap == pytest.approx(0.02 * np.log2(1.5) ** 2)
 
 
 def test_a_transferred_rate_that_diverges_has_no_loss_there():
     wide = sweep({0.001: 2.5, 0.002: 2.4, 0.004: 2.5, 0.008: "diverged"}, **{WIDTH: 128})
-    row = transfer(study(bowl(GRID, **{WIDTH: 64}) + wide)).iloc[1]
-    assert np.isnan(row.gap) and row.how == "evaluated: diverged"
+    row = widths_of(study(bowl(GRID, **{WIDTH: 64}) + wide)).iloc[1]
+    assert np.isnan(row.gap)
+    assert row.how == "evaluated: diverged"
 
 
 def test_a_study_without_widths_has_no_transfer_table():
@@ -432,7 +455,6 @@ def test_the_seed_sd_is_pooled_over_trials():
         Trial("full", 0, {LR: 0.1}, "complete", 2.0, {"1": 1.0, "2": 3.0}),
         Trial("full", 1, {LR: 0.2}, "complete", 5.0, {"1": 4.0, "2": 5.0, "3": 6.0}),
     ]
-    assert seed_sd(trials) == pytest.approx(
-        np.sqrt((2 + 2) / 3)
-    )  # squares 1+1 and 1+0+1, degrees 1 and 2
+    # Squares 1+1 and 1+0+1, degrees 1 and 2.
+    assert seed_sd(trials) == pytest.approx(np.sqrt((2 + 2) / 3))
     assert seed_sd(bowl(GRID)) is None

@@ -66,14 +66,14 @@ def spell(tokenizer: Path) -> dict[int, bytes]:
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1, max_size=4))
 @example(HARD)
 def test_ids_spell_exactly_the_bytes_of_any_unicode_text(tokenizer, texts):
-    codec, spelling = Codec(tokenizer), spell(tokenizer)
+    codec = Codec(tokenizer)
+    spelling = spell(tokenizer)
     ids, size = codec.encode(texts)
     ends = numpy.flatnonzero(ids == codec.end)
     spelt = b"".join(spelling.get(int(i), b"\n<END>\n") for i in ids)
     assert spelt == b"".join(text.encode() + b"\n<END>\n" for text in texts)
-    assert len(ends) == len(texts) and codec.token_bytes[ids].sum() == size == sum(
-        len(text.encode()) for text in texts
-    )
+    assert len(ends) == len(texts)
+    assert codec.token_bytes[ids].sum() == size == sum(len(text.encode()) for text in texts)
 
 
 def test_token_bytes_are_the_spelling_of_each_id_and_zero_for_the_end_of_text(tokenizer):
@@ -88,12 +88,14 @@ def test_a_character_split_over_three_tokens_still_counts_three_bytes(tmp_path):
     corpus.train_tokenizer([write(tmp_path / "a.jsonl", ["x"])], tmp_path / "bytes.json", 257)
     codec = Codec(tmp_path / "bytes.json")
     ids, size = codec.encode(["船"])
-    assert size == 3 and codec.token_bytes[ids].tolist() == [1, 1, 1, 0]
+    assert size == 3
+    assert codec.token_bytes[ids].tolist() == [1, 1, 1, 0]
 
 
 def test_the_end_of_text_written_inside_a_document_is_text(tokenizer):
     ids, size = Codec(tokenizer).encode([f"a{END}b"])
-    assert (ids == 0).tolist() == [False] * (len(ids) - 1) + [True] and size == len(END) + 2
+    assert (ids == 0).tolist() == [False] * (len(ids) - 1) + [True]
+    assert size == len(END) + 2
 
 
 def test_truncation_padding_and_special_prefixes_of_a_borrowed_tokenizer_are_ignored(
@@ -251,7 +253,8 @@ def test_training_twice_gives_the_same_file_with_the_asked_vocabulary(tokenizer,
     assert (tmp_path / "again.json").read_bytes() == tokenizer.read_bytes()
     trained = Tokenizer.from_file(str(tokenizer))
     assert read == sum(len(text.encode()) for text in TEXTS)
-    assert trained.get_vocab_size() == 300 and trained.token_to_id(END) == 0
+    assert trained.get_vocab_size() == 300
+    assert trained.token_to_id(END) == 0
 
 
 def test_training_stops_at_the_document_that_reaches_max_bytes(tmp_path):
@@ -274,12 +277,11 @@ def test_a_vocabulary_that_cannot_be_had_is_refused(tmp_path):
 
 
 def test_a_token_folder_holds_the_texts_and_meta_counts_them(tokenizer, tmp_path):
-    train, val = (
-        write(tmp_path / "train.jsonl", TEXTS[:150]),
-        write(tmp_path / "val.jsonl", TEXTS[150:]),
-    )
+    train = write(tmp_path / "train.jsonl", TEXTS[:150])
+    val = write(tmp_path / "val.jsonl", TEXTS[150:])
     meta = corpus.tokenize([train], [val], tokenizer, tmp_path / "data" / "logs")
-    folder, plain = tmp_path / "data" / "logs", Tokenizer.from_file(str(tokenizer))
+    folder = tmp_path / "data" / "logs"
+    plain = Tokenizer.from_file(str(tokenizer))
     for side, texts in (("train", TEXTS[:150]), ("val", TEXTS[150:])):
         expected = [number for text in texts for number in [*plain.encode(text).ids, 0]]
         assert read_ids(folder, side).tolist() == expected
@@ -313,21 +315,17 @@ def test_the_batch_size_leaves_no_trace(tokenizer, tmp_path, monkeypatch):
         [text], [], tokenizer, tmp_path / "pieces", 0.2, progress=said.append
     )
     assert pieces.digest == whole.digest
-    assert (
-        said == sorted(set(said))
-        and len(said) > 50
-        and said[-1] <= whole.train_bytes + whole.val_bytes
-    )
+    assert said == sorted(set(said))
+    assert len(said) > 50
+    assert said[-1] <= whole.train_bytes + whole.val_bytes
 
 
 def test_ids_above_65535_are_kept_in_32_bits(tmp_path):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, END, *(f"{'Ġ' * 20}{n}" for n in range(65_536 - 257)), "ab"]
     wide = Tokenizer(models.BPE({token: n for n, token in enumerate(tokens)}, [("a", "b")]))
-    wide.pre_tokenizer, wide.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    wide.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    wide.decoder = decoders.ByteLevel()
     wide.add_special_tokens([END])
     wide.save(str(tmp_path / "wide.json"))
     text = write(tmp_path / "text.jsonl", ["ab"]), write(tmp_path / "val.jsonl", ["a"])
@@ -352,14 +350,13 @@ def test_the_held_out_side_of_a_document_survives_reordering_and_binds_its_copie
         corpus.tokenize(
             [write(tmp_path / f"{name}.jsonl", texts)], None, tokenizer, tmp_path / name, 0.25
         )
-    first, second = sides(tmp_path / "a", tokenizer), sides(tmp_path / "b", tokenizer)
-    assert set(first["val"]) == set(second["val"]) and set(first["train"]) == set(
-        second["train"]
-    )
+    first = sides(tmp_path / "a", tokenizer)
+    second = sides(tmp_path / "b", tokenizer)
+    assert set(first["val"]) == set(second["val"])
+    assert set(first["train"]) == set(second["train"])
     assert not set(second["val"]) & set(second["train"])
-    assert (
-        30 <= len(first["val"]) <= 70
-    )  # 50 expected of 200 at 0.25; four standard deviations are 24
+    # 50 expected of 200 at 0.25; four standard deviations are 24.
+    assert 30 <= len(first["val"]) <= 70
 
 
 @pytest.mark.parametrize(
@@ -381,9 +378,8 @@ def test_a_held_out_side_that_cannot_be_is_refused_and_leaves_nothing(
         corpus.tokenize(
             [tmp_path / "train.jsonl"], held_out, tokenizer, tmp_path / "out" / "x", fraction
         )
-    assert not list((tmp_path / "out").glob("[!.]*")) and not list(
-        (tmp_path / "out").glob(".*.partial")
-    )
+    assert not list((tmp_path / "out").glob("[!.]*"))
+    assert not list((tmp_path / "out").glob(".*.partial"))
 
 
 def test_a_full_folder_is_never_written_over(tokenizer, tmp_path):
@@ -395,13 +391,10 @@ def test_a_full_folder_is_never_written_over(tokenizer, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tokenizer, tmp_path):
-    text, limit = (
-        write(tmp_path / "text.jsonl", TEXTS),
-        resource.getrlimit(resource.RLIMIT_FSIZE),
-    )
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (4096, limit[1])
-    )  # stands for the full disk: write() fails after 4096 bytes
+    text = write(tmp_path / "text.jsonl", TEXTS)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Stands for the full disk: write() fails after 4096 bytes.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
     try:
         with pytest.raises(UserError, match=r"cannot write .*/data/x: File too large"):
             corpus.tokenize([text], [], tokenizer, tmp_path / "data" / "x", 0.5)
@@ -422,13 +415,17 @@ def test_a_kill_half_way_leaves_no_folder_and_the_next_try_succeeds(tokenizer, t
 import os, signal, sys
 from ablab.core.data import corpus
 corpus.BATCH = 100
-corpus.tokenize([sys.argv[1]], [], sys.argv[2], sys.argv[3], 0.5, progress=lambda done: os.kill(os.getpid(), signal.SIGKILL))
+_, text, tokenizer, out = sys.argv
+die = lambda done: os.kill(os.getpid(), signal.SIGKILL)
+corpus.tokenize([text], [], tokenizer, out, 0.5, progress=die)
 """
     out = tmp_path / "data" / "x"
     assert python(script, text, tokenizer, out).wait(30) == -signal.SIGKILL
-    assert not out.exists() and (out.parent / ".x.partial" / "train.bin").exists()
+    assert not out.exists()
+    assert (out.parent / ".x.partial" / "train.bin").exists()
     meta = corpus.tokenize([text], [], tokenizer, out, 0.5)
-    assert corpus.load_meta(out) == meta and not (out.parent / ".x.partial").exists()
+    assert corpus.load_meta(out) == meta
+    assert not (out.parent / ".x.partial").exists()
 
 
 @pytest.mark.parametrize(
@@ -473,7 +470,8 @@ def tiny_configs(tokenizer, tmp_path, monkeypatch) -> Path:
         )
     (configs / "embedded" / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     monkeypatch.setattr(corpus, "CONFIGS", configs)
-    train, val = configs / "embedded" / "train.jsonl", configs / "embedded" / "val.jsonl"
+    train = configs / "embedded" / "train.jsonl"
+    val = configs / "embedded" / "val.jsonl"
     digest = corpus.tokenize([train], [val], tokenizer, tmp_path / "x").digest
     (configs / "embedded.yaml").write_text(
         f"data: {{name: embedded, digest: {digest}, vocab: 300}}"
@@ -485,9 +483,8 @@ def test_the_embedded_text_is_tokenized_once_and_found_afterwards(
     tiny_configs, tmp_path, monkeypatch
 ):
     folder = corpus.ensure_embedded(tmp_path)
-    assert (
-        folder == tmp_path / "data" / "embedded" and corpus.load_meta(folder).name == "embedded"
-    )
+    assert folder == tmp_path / "data" / "embedded"
+    assert corpus.load_meta(folder).name == "embedded"
     monkeypatch.setattr(corpus, "_fill", None)
     assert corpus.ensure_embedded(tmp_path) == folder
 
@@ -551,5 +548,8 @@ def test_the_shipped_text_and_tokenizer_are_the_ones_that_were_pinned():
 
 
 def test_importing_the_module_loads_nothing_heavy():
-    script = "import sys, ablab.core.data.corpus; print({'torch', 'numpy', 'tokenizers', 'pyarrow', 'yaml'} & set(sys.modules))"
+    script = """
+import sys, ablab.core.data.corpus
+print({'torch', 'numpy', 'tokenizers', 'pyarrow', 'yaml'} & set(sys.modules))
+"""
     assert python(script).communicate(timeout=30)[0].strip() == "set()"

@@ -33,32 +33,31 @@ def test_a_row_is_a_run_of_consecutive_tokens_one_longer_than_the_context(
     tiny, counting_folder
 ):
     rows = open_tokens(tiny, counting_folder).rows(0, 0, 4)
-    assert rows.shape == (4, 17) and rows.dtype == torch.int64
+    assert rows.shape == (4, 17)
+    assert rows.dtype == torch.int64
     assert torch.equal(rows, rows[:, :1] + torch.arange(17))
 
 
 def test_an_epoch_visits_each_window_exactly_once(tiny, counting_folder):
     """61 windows at the epoch's own phase; with replacement 37 % would be missed."""
     tokens = open_tokens(tiny, counting_folder, data__batch=1)
-    phases, orders = set(), set()
+    phases = set()
+    orders = set()
     for epoch in range(4):
         starts = [tokens.rows(epoch * 61 + i, 0, 1)[0, 0].item() for i in range(61)]
         phases.add(min(starts))
         orders.add(tuple(starts))
-        assert (
-            sorted(starts) == list(range(min(starts), min(starts) + 61 * 16, 16))
-            and min(starts) < 16
-        )
+        assert sorted(starts) == list(range(min(starts), min(starts) + 61 * 16, 16))
+        assert min(starts) < 16
         assert starts != sorted(starts)
-    assert len(orders) == 4 and len(phases) > 1
+    assert len(orders) == 4
+    assert len(phases) > 1
 
 
 def test_batches_run_through_epochs_without_a_gap(tiny, counting_folder):
     """Batches of 4 do not divide 61 windows: the batch over the border takes its rows from both epochs."""
-    whole, single = (
-        open_tokens(tiny, counting_folder),
-        open_tokens(tiny, counting_folder, data__batch=1),
-    )
+    whole = open_tokens(tiny, counting_folder)
+    single = open_tokens(tiny, counting_folder, data__batch=1)
     rows = torch.cat([whole.rows(step, 0, 4) for step in range(32)])
     assert torch.equal(rows, torch.cat([single.rows(i, 0, 1) for i in range(128)]))
     assert len(set(rows[:61, 0].tolist())) == 61
@@ -112,9 +111,8 @@ def test_held_out_rows_are_the_first_tokens_in_file_order_whatever_the_seed(tiny
         expected = np.stack([ids[16 * row : 16 * row + 17] for row in range(3, 8)])
         assert np.array_equal(tokens.held_out_batch(3, 5).numpy(), expected)
     assert open_tokens(tiny, token_folder, data__held_out=100).held_out_rows() == 6
-    assert (
-        open_tokens(tiny, token_folder, data__held_out=10_000).held_out_rows() == 24
-    )  # the file holds 400
+    # The file holds 400.
+    assert open_tokens(tiny, token_folder, data__held_out=10_000).held_out_rows() == 24
 
 
 def test_the_shortest_folder_that_is_accepted_yields_its_one_window(
@@ -131,7 +129,8 @@ def test_the_shortest_folder_that_is_accepted_yields_its_one_window(
 def refused(tiny, folder, **more) -> str:
     with pytest.raises(UserError) as flaw:
         Tokens(tiny(**more), folder).rows(0, 0, 4)
-    assert "\n" not in str(flaw.value) and str(folder) in str(flaw.value)
+    assert "\n" not in str(flaw.value)
+    assert str(folder) in str(flaw.value)
     return str(flaw.value)
 
 
@@ -158,7 +157,8 @@ def test_a_token_beyond_the_vocabulary_is_refused_by_number(tiny, write_token_fo
 
 def test_other_text_than_the_recipe_names_is_refused_with_both_digests(tiny, token_folder):
     said = refused(tiny, token_folder, data__digest="feedfeedfeedfeed")
-    assert "00000000deadbeef" in said and "feedfeedfeedfeed" in said
+    assert "00000000deadbeef" in said
+    assert "feedfeedfeedfeed" in said
     Tokens(tiny(data__digest="00000000deadbeef"), token_folder)
 
 

@@ -11,7 +11,8 @@ from ablab.core.data.tokens import Tokens
 from ablab.core.recipe.recipe import structure
 from ablab.core.runtime.replay import OnDevice
 from ablab.core.runtime.runtime import Runtime
-from ablab.core.store.record import DIVERGED, FINISHED, Record
+from ablab.core.store.record import Record
+from ablab.core.store.result import DIVERGED, FINISHED
 from ablab.core.train import checkpoint
 from ablab.core.train.banks import Optimizer
 from ablab.core.train.run import run

@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from ablab.core.errors import UserError
-from ablab.core.store.record import FINISHED, OUT_OF_MEMORY, Result, Store
+from ablab.core.store.result import FINISHED, OUT_OF_MEMORY, Result
+from ablab.core.store.store import Store
 from ablab.experiments.bench.grid import Observer
 from ablab.experiments.plan.experiment import load
 

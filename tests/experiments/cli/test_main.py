@@ -209,7 +209,8 @@ def test_a_dry_run_writes_nothing_and_knows_what_is_missing(lab, ablab):
 
 
 def test_a_dry_run_counts_a_run_that_two_cells_share_once(lab, ablab):
-    from ablab.core.store.record import FINISHED, Result, Store
+    from ablab.core.store.result import FINISHED, Result
+    from ablab.core.store.store import Store
 
     rows = ablab("run", "grid.yaml", "--dry-run", "--json").json["rows"]
     Store(lab.store).run(rows[0]["run"]).finish(

@@ -11,7 +11,8 @@ from filelock import FileLock
 
 from ablab.core.recipe.recipe import plain, run_id
 from ablab.core.runtime.runtime import Runtime
-from ablab.core.store.record import FAILED, FINISHED, PRUNED, Record, Result
+from ablab.core.store.record import Record
+from ablab.core.store.result import FAILED, FINISHED, PRUNED, Result
 from ablab.experiments.run.executor import Executor, Task
 from ablab.experiments.run.messages import (
     Began,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ablab.core.store.record import Store
+from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import load
 from ablab.experiments.run import gate as gates
 from ablab.experiments.run.gate import Gate

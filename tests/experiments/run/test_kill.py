@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from ablab.core.runtime.runtime import Runtime
-from ablab.core.store.record import FAILED, FINISHED, Record
+from ablab.core.store.record import Record
+from ablab.core.store.result import FAILED, FINISHED
 
 FORK = multiprocessing.get_context("fork")
 CPU = Runtime(device="cpu", log_every=3, evaluations=3, save_seconds=0)

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from ablab.core.store.record import FAILED, FINISHED, Result
+from ablab.core.store.result import FAILED, FINISHED, Result
 from ablab.experiments.plan.experiment import PlannedRun
 from ablab.experiments.run.progress import ArmProgress, Live, watcher
 

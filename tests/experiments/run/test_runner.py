@@ -11,7 +11,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from ablab.core.runtime.runtime import Runtime, visible_gpus
-from ablab.core.store.record import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY
+from ablab.core.store.result import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY
 from ablab.experiments.plan.sheets import Metric
 from ablab.experiments.run.capacity import default_jobs
 

@@ -16,17 +16,9 @@ from pathlib import Path
 import pytest
 
 from ablab.core.errors import UserError
-from ablab.core.store.record import (
-    DIVERGED,
-    FAILED,
-    FINISHED,
-    OUT_OF_MEMORY,
-    PRUNED,
-    GridPlan,
-    Planned,
-    Result,
-    Store,
-)
+from ablab.core.store.planned import GridPlan, Planned
+from ablab.core.store.result import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, PRUNED, Result
+from ablab.core.store.store import Store
 from ablab.experiments.track import mlflow_tracker, ui
 from ablab.experiments.track.mlflow_tracker import (
     MlflowTracker,

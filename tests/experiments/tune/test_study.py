@@ -8,7 +8,9 @@ import optuna
 import pytest
 
 from ablab.core.errors import UserError
-from ablab.core.store.record import DIVERGED, FINISHED, PRUNED, Record, Store
+from ablab.core.store.record import Record
+from ablab.core.store.result import DIVERGED, FINISHED, PRUNED
+from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import load
 from ablab.experiments.run.runner import execute
 from ablab.experiments.tune import study as studies

@@ -13,15 +13,8 @@ from types import SimpleNamespace
 
 from ablab.ablations.registry import discover
 from ablab.core.errors import UserError  # noqa: F401  (for the tests)
-from ablab.core.store.record import (
-    DIVERGED,
-    FAILED,
-    FINISHED,
-    OUT_OF_MEMORY,
-    PRUNED,
-    Result,
-    Store,
-)
+from ablab.core.store.result import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, PRUNED, Result
+from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, load
 from ablab.experiments.tune import study
 

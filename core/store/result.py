@@ -1,0 +1,39 @@
+"""How a run ended: its status and its final numbers.  A run without a result is missing or interrupted."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+FINISHED = "finished"
+DIVERGED = "diverged"
+OUT_OF_MEMORY = "out_of_memory"
+FAILED = "failed"
+PRUNED = "pruned"
+# Asked for again, these run again: code and runtime may have changed.
+RETRY = (FAILED, OUT_OF_MEMORY, PRUNED)
+
+
+def said(statuses: Mapping[str, int]) -> str:
+    """Counts in words: 2 finished, 1 out of memory."""
+    return ", ".join(
+        f"{count} {status.replace('_', ' ')}" for status, count in statuses.items()
+    )
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.  `metrics` are final values; losses in nats/token, times in seconds."""
+
+    run: str
+    status: str
+    step: int
+    tokens: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0  # training time (core/train/stopwatch.py), summed over resumes
+    tokens_per_second: float = 0.0
+    peak_bytes: int = 0
+    error: str = ""
+    code: str = ""  # fingerprint of the code that ran
+    runtime: dict[str, Any] = field(default_factory=dict)
+    weights: str = ""  # digest of the final weights' bits
+    kernels: dict[str, str] = field(default_factory=dict)  # place -> what served it

@@ -1,0 +1,85 @@
+"""The folder that holds everything ablab writes.  No torch here.
+
+STORE/runs/ID/                a run's folder, `Record`; ID is the hash of its recipe
+STORE/experiments/NAME.json   the plan: which cells an experiment wants, and which run answers each
+STORE/studies/NAME.json       the record of a study (core/store/study_record.py)
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from ablab.core.errors import UserError
+from ablab.core.store.files import set_aside, write_atomically, writing
+from ablab.core.store.planned import GridPlan, command
+from ablab.core.store.record import Record
+
+
+class Store:
+    """The folder, by what is asked of it."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+
+    def run(self, run_id: str) -> Record:
+        return Record(self.root / "runs" / run_id)
+
+    def plan_path(self, experiment: str) -> Path:
+        return self.root / "experiments" / f"{experiment}.json"
+
+    def write_plan(self, plan: GridPlan) -> None:
+        encoded = msgspec.json.encode(plan)
+        write_atomically(self.plan_path(plan.name), msgspec.json.format(encoded, indent=1))
+
+    def change_plan(
+        self,
+        experiment: str,
+        change: Callable[[GridPlan | None], GridPlan],
+        say: Callable[[str], None],
+    ) -> GridPlan:
+        """Write and return `change(the plan as it stands, or None)`; one process at a time.
+
+        A damaged plan is set aside, and `say` is told so.
+        """
+        from filelock import FileLock
+
+        path = self.plan_path(experiment)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_name(f".{path.name}.lock")):
+                plan = change(self._standing_plan(experiment, say))
+                self.write_plan(plan)
+        return plan
+
+    def _standing_plan(self, experiment: str, say: Callable[[str], None]) -> GridPlan | None:
+        path = self.plan_path(experiment)
+        if not path.exists():
+            return None
+        try:
+            return self.read_plan(experiment)
+        except UserError as damage:
+            say(f"{damage}; set aside as {set_aside(path).name}")
+            return None
+
+    def read_plan(self, experiment: str) -> GridPlan:
+        """UserError when there is none, or a damaged one."""
+        path = self.plan_path(experiment)
+        again = command(experiment)
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=GridPlan)
+        except FileNotFoundError:
+            raise UserError(
+                f"experiment {experiment!r} has no runs in {self.root}; start it with: {again}"
+            ) from None
+        except msgspec.MsgspecError as flaw:
+            raise UserError(f"{path} is damaged ({flaw}); `{again}` writes it again") from None
+
+    def experiments(self) -> list[str]:
+        return sorted(path.stem for path in (self.root / "experiments").glob("*.json"))
+
+
+def store_root(flag: str | None = None) -> Path:
+    """Where ablab writes: the flag, else $ABLAB_STORE, else ./ablab-store."""
+    return Path(flag or os.environ.get("ABLAB_STORE") or "ablab-store")
