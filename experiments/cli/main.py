@@ -201,14 +201,16 @@ def study(
     experiment, _ = _prepare(name, overrides, plugins, where)
     from ablab.experiments.cli.printing import show_study
     from ablab.experiments.run.progress import watcher
+    from ablab.experiments.tune.confirmation import confirm
     from ablab.experiments.tune.study import Study
 
     watching = watcher(experiment.sheet.metric.name, quiet or as_json)
     try:
-        coordinator = Study(experiment, where, watching, storage)
-        record = coordinator.tune(jobs, _folders(plugins), mlflow)
+        record = Study(experiment, where, watching, storage).tune(
+            jobs, _folders(plugins), mlflow
+        )
         if experiment.sheet.seeds:
-            coordinator.confirm(record, jobs, _folders(plugins), mlflow)
+            confirm(experiment, where, watching, record, jobs, _folders(plugins), mlflow)
     finally:
         watching.close()
     show_study(where, experiment.name, as_json)

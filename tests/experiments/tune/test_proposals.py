@@ -9,16 +9,14 @@ import optuna
 import pytest
 
 from ablab.core.errors import UserError
-from ablab.experiments.tune.proposals import (
+from ablab.experiments.tune.importance import importance
+from ablab.experiments.tune.proposals import Memory, Proposer, spread_of
+from ablab.experiments.tune.space import (
     Axis,
     StudySheet,
     axes_of,
     corners,
-    importance,
-    propose,
-    remembered,
     size_of,
-    spread_of,
     total_trials,
 )
 from ablab.experiments.tune.storage import hide
@@ -49,6 +47,12 @@ def ended(
         )
         for point in points
     ]
+
+
+def propose(axes, asked, study, better, before, count, spread=None):
+    """`count` points after the trials `before`."""
+    spread = spread_of(axes, asked) if spread is None else spread
+    return Proposer(axes, asked, study, better, spread).points(before, count)
 
 
 def searched(asked: StudySheet, study="valley/base", better="lower"):
@@ -246,8 +250,9 @@ def test_what_diverged_counts_as_the_worst_so_far_and_what_crashed_teaches_nothi
             (0.02, "failed"),
         )
     ]
-    study, values = remembered(axes, "lower", fine + gone)
-    told = {trial.params["optim.lr"]: trial.value for trial in study.trials}
+    memory = Memory(axes, "lower", fine + gone)
+    values = memory.values
+    told = {trial.params["optim.lr"]: trial.value for trial in memory.study.trials}
     assert told.pop(0.001) == max(values) and len(values) == 3
     assert {lr: told[lr] for lr in (0.05, 0.07, 0.1)} == dict.fromkeys(
         (0.05, 0.07, 0.1), max(values)
@@ -283,15 +288,17 @@ def test_a_sampler_goes_where_it_is_better(better):
 def test_a_proposal_prints_nothing(tmp_path):
     code = """if True:
         import optuna, warnings
-        from ablab.experiments.tune.proposals import *
+        from ablab.experiments.tune.proposals import Proposer
+        from ablab.experiments.tune.space import StudySheet, axes_of
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # as open_storage does
         for sampler in ("gp", "tpe"):
             sheet = StudySheet({"optim.lr": {"log": [1e-3, 1e-1]}}, sampler=sampler)
             axes = axes_of(sheet.space)
             spaces = {axis.path: axis.distribution() for axis in axes}
-            points = propose(axes, sheet, "s", "lower", [], 4)
+            proposer = Proposer(axes, sheet, "s", "lower", spread=4)
+            points = proposer.points([], 4)
             before = [optuna.trial.create_trial(params=p, distributions=spaces, value=float(i), user_attrs={"state": "complete"}) for i, p in enumerate(points)]
-            propose(axes, sheet, "s", "lower", before, 2)
+            proposer.points(before, 2)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

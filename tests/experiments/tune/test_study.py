@@ -12,6 +12,7 @@ from ablab.core.store.record import DIVERGED, FINISHED, PRUNED, Record, Store
 from ablab.experiments.plan.experiment import load
 from ablab.experiments.run.runner import execute
 from ablab.experiments.tune import study as studies
+from ablab.experiments.tune.confirmation import confirm
 from ablab.experiments.tune.pruning import Past
 from ablab.experiments.tune.study import Study
 
@@ -60,7 +61,7 @@ def study(lab, name="study", block=BLOCK, **keys):
 def content(held):
     return [
         (
-            arm.name,
+            search.name,
             one.number,
             one.state.name,
             one.params,
@@ -68,8 +69,8 @@ def content(held):
             one.user_attrs["state"],
             one.user_attrs["told"] | {"seconds": None},
         )
-        for arm in held.arms
-        for one in arm.stored
+        for search in held.searches
+        for one in search.stored
     ]
 
 
@@ -83,7 +84,7 @@ def tuned(lab):
     """Two cells, a dose that only one of them has, a range whose upper edge wins; tuned and confirmed with one worker."""
     held = study(lab)
     record = held.tune(1, (), False)
-    held.confirm(record, 1, (), False)
+    confirm(held.experiment, held.store, held.watcher, record, 1, (), False)
     return held, record
 
 
@@ -222,7 +223,7 @@ def test_two_seeds_make_one_trial_with_their_mean_and_a_diverged_one_is_stored_a
     held = study(lab, "wild", block, **{"with": []})
     record = held.tune(1, (), False)
     (fine, wild), results = (
-        held.arms[0].stored,
+        held.searches[0].stored,
         lambda trial: [
             held.store.run(run).result() for run in trial.user_attrs["told"]["runs"]
         ],
@@ -263,7 +264,7 @@ def test_a_pruned_run_ends_early_and_a_grid_that_asks_for_it_finishes_it_to_the_
     )
     *fine, bad = held.tune(1, (), False).trials
     assert [trial.state for trial in fine] == ["complete"] * 4
-    frozen, record = held.arms[0].stored[4], held.store.run(bad.runs[0])
+    frozen, record = held.searches[0].stored[4], held.store.run(bad.runs[0])
     assert (bad.state, frozen.state.name, frozen.value) == ("pruned", "PRUNED", None)
     assert (
         list(frozen.intermediate_values) == [30]
@@ -364,7 +365,7 @@ def test_a_finished_run_is_not_stopped_at_its_last_step():
 def test_an_arm_whose_curves_cross_late_is_never_pruned(lab):
     block = {"space": {"optim.lr": {"log": [0.001, 0.1]}}, "pruner": "median"}
     held = study(lab, "late", block, **{"with": ["cautious_wd", "qk_norm"]})
-    assert {arm.cell.name: arm.past is not None for arm in held.arms} == {
+    assert {search.cell.name: search.past is not None for search in held.searches} == {
         "base": True,
         "+ cautious_wd": False,
         "+ qk_norm": True,
@@ -510,7 +511,7 @@ def test_a_study_without_a_finished_trial_is_not_confirmed_and_not_reported(lab,
     held = study(lab, "none", {"space": {"optim.lr": {"log": [0.1, 1]}}, "hours": 0.0})
     record = held.tune(1, (), False)
     for asked in (
-        lambda: held.confirm(record, 1, (), False),
+        lambda: confirm(held.experiment, held.store, held.watcher, record, 1, (), False),
         lambda: study_report.read(held.store, "none"),
     ):
         with pytest.raises(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ablab.experiments.tune.confirmation import winners
+
 sys.path.append(str(Path(__file__).parent))
 import valley  # noqa: E402
 
@@ -89,16 +91,16 @@ def test_a_study_cut_between_two_stored_trials_of_a_generation_goes_on_with_the_
     whole, _, _ = valley.tune(
         tmp_path / "whole", {"sampler": "tpe", "trials_per_cell": 12, "pruner": "asha"}
     )
-    told, real = [], valley.study.Arm.tell
+    told, real = [], valley.study.CellSearch.tell
 
-    def stop_now_and_then(arm, trial, store):
+    def stop_now_and_then(search, candidate, store):
         if len(told) % 3 == 2:
             told.append(None)
             raise KeyboardInterrupt
-        told.append(trial.number)
-        real(arm, trial, store)
+        told.append(candidate.number)
+        real(search, candidate, store)
 
-    monkeypatch.setattr(valley.study.Arm, "tell", stop_now_and_then)
+    monkeypatch.setattr(valley.study.CellSearch, "tell", stop_now_and_then)
     for _ in range(5):
         with pytest.raises(KeyboardInterrupt):
             valley.tune(
@@ -139,9 +141,7 @@ def test_a_verdict_that_comes_too_late_for_a_run_changes_no_trial(tmp_path, monk
     """A worker hears of it a log or more later, and a short run may end before: the trial is what its curve says."""
     block = {"sampler": "tpe", "trials_per_cell": 16, "pruner": "median"}
     prompt, _, _ = valley.tune(tmp_path / "prompt", block)
-    monkeypatch.setattr(
-        valley.study.Study, "_stops", lambda *_: lambda run, step, scalars: False
-    )
+    monkeypatch.setattr(valley.study.Generation, "stops", lambda *_: False)
     late, _, _ = valley.tune(tmp_path / "late", block)
     shorn = lambda trials: [
         {**one, "attrs": {**one["attrs"], "values": None}} for one in trials
@@ -149,7 +149,7 @@ def test_a_verdict_that_comes_too_late_for_a_run_changes_no_trial(tmp_path, monk
     assert shorn(valley.content(late)) == shorn(valley.content(prompt))
     ended = {
         late.store.run(id).result().status
-        for one in late.arms[0].stored
+        for one in late.searches[0].stored
         for id in one.user_attrs["told"]["runs"]
     }
     assert "finished" in ended and "pruned" not in ended
@@ -208,7 +208,7 @@ def test_arms_are_confirmed_at_the_experiments_own_width_each_at_its_best_rate_t
         min(spent, key=lambda trial: trial.value or 9).params["model.width"]
         for spent in record.cells.values()
     } == {64}
-    assert held.winners(record) == {
+    assert winners(held.experiment, record, held.watcher) == {
         "base": {"optim.lr": 0.012, "model.width": 16},
         "+ qk_norm": {"optim.lr": 0.024, "model.width": 16},
     }

@@ -188,7 +188,7 @@ def content(held) -> list[dict]:
     """All that a study's storage says of its trials, in order; without the clock."""
     return [
         {
-            "arm": arm.name,
+            "arm": search.name,
             "number": one.number,
             "state": one.state.name,
             "params": one.params,
@@ -197,8 +197,8 @@ def content(held) -> list[dict]:
             "attrs": {"state": one.user_attrs["state"]}
             | {key: value for key, value in one.user_attrs["told"].items() if key != "seconds"},
         }
-        for arm in held.arms
-        for one in arm.stored
+        for search in held.searches
+        for one in search.stored
     ]
 
 
@@ -215,7 +215,8 @@ def heard(method):
 
 if __name__ == "__main__":
     discover()
-    Formula._train, study.Arm.tell = heard(Formula._train), heard(study.Arm.tell)
+    Formula._train = heard(Formula._train)
+    study.CellSearch.tell = heard(study.CellSearch.tell)
     held, record, _ = tune(
         Path(sys.argv[1]),
         json.loads(sys.argv[3]),
