@@ -9,10 +9,10 @@ from ablab.core.model.cost import cost_of
 from ablab.core.recipe.recipe import Recipe
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.record import FINISHED, RETRY, Result, Store
-from ablab.experiments.cli.printing import count
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.run.capacity import default_jobs, gpus_for, training_at_once
 from ablab.experiments.run.progress import duration
+from ablab.experiments.text import count
 
 # FLOP/s of one worker while nothing of the experiment has been measured
 GUESS_CPU = 1.5e10

@@ -54,6 +54,22 @@ def test_looking_loads_nothing_heavy(lab, words):
         )
 
 
+@pytest.mark.parametrize("module", ["ablab.experiments.cli", "ablab.experiments.cli.main"])
+def test_python_m_starts_the_same_command_line_where_ablab_is_not_on_the_path(
+    lab, ablab, module
+):
+    words = ("run", "grid.yaml", "--dry-run", "--json")
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words],
+        cwd=lab.root,
+        env=os.environ | {"ABLAB_STORE": str(lab.store)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == ablab(*words).json
+
+
 def test_help_says_how_it_ends(ablab):
     ended = ablab("--help")
     assert ended.code == 0 and all(
@@ -104,7 +120,8 @@ def test_list_names_every_intervention_with_its_control(ablab):
 def test_a_narrow_terminal_leaves_columns_out_and_says_so_but_cuts_no_name_or_number(
     monkeypatch, capsys, columns, without
 ):
-    from ablab.experiments.cli.printing import SPARE, table
+    from ablab.experiments.cli.printing import SPARE
+    from ablab.experiments.text import table
 
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
