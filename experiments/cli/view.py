@@ -17,7 +17,7 @@ def sync(
     as_json: Json = False,
 ) -> None:
     """Rebuild the MLflow view from the run folders; sends only what it lacks."""
-    from ablab.experiments.track.mlflow_tracker import sync as send
+    from ablab.experiments.track.mlflow_sync import sync as send
 
     counts = send(store_of(store), names or None)
     if as_json:

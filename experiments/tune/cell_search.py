@@ -171,7 +171,7 @@ class CellSearch:
 
     # -- what has ended --------------------------------------------------------------------------------------------
     def tell(self, candidate: Candidate, store: Store) -> None:
-        """Store a candidate whose runs have ended: complete with the mean over its seeds, or pruned, or failed, and why.
+        """Store a candidate whose runs have ended: complete with the mean over its seeds, or pruned, or failed.
 
         Curves are stored where a pruner will ask for them; everywhere else they stay in the run folders.
         """

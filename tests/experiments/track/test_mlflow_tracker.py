@@ -28,14 +28,11 @@ from ablab.core.store.record import (
     Store,
 )
 from ablab.experiments.track import mlflow_tracker, ui
-from ablab.experiments.track.mlflow_tracker import (
-    MlflowTracker,
-    card_of,
-    replay,
-    summary_of,
-    sync,
-)
-from ablab.experiments.track.mlflow_view import MlflowView, database, experiment_tags
+from ablab.experiments.track.cards import card_of, summary_of
+from ablab.experiments.track.mlflow_home import database
+from ablab.experiments.track.mlflow_sync import replay, sync
+from ablab.experiments.track.mlflow_tracker import MlflowTracker
+from ablab.experiments.track.mlflow_view import MlflowView, experiment_tags
 
 STARTED = 1.76e9  # unix seconds
 RECIPE = "data: {name: web, digest: 0123abcd}\nseed: 0\n"
@@ -62,7 +59,11 @@ FLAGS += [
 def migrated(tmp_path_factory) -> tuple[Path, str]:
     """A database made by another process, once (3 s), and all that this process said."""
     folder = tmp_path_factory.mktemp("migrated")
-    code = "from ablab.experiments.track.mlflow_view import *; assert MlflowView(Store(Path('store'))).ensure()"
+    code = (
+        "from pathlib import Path; from ablab.core.store.record import Store; "
+        "from ablab.experiments.track.mlflow_view import MlflowView; "
+        "assert MlflowView(Store(Path('store'))).ensure()"
+    )
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")
     }
@@ -215,7 +216,10 @@ def test_the_database_is_made_by_one_silent_process_that_leaves_nothing_else(mig
 
 
 def test_importing_the_tracker_imports_neither_mlflow_nor_torch():
-    code = "import sys, ablab.experiments.track.mlflow_tracker, ablab.experiments.track.ui; assert not {'mlflow', 'torch', 'yaml'} & set(sys.modules)"
+    code = (
+        "import sys, ablab.experiments.track.mlflow_sync, ablab.experiments.track.ui; "
+        "assert not {'mlflow', 'torch', 'yaml'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

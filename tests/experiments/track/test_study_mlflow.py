@@ -12,9 +12,9 @@ from urllib.parse import quote
 
 import pytest
 
-from ablab.experiments.track.mlflow_tracker import sync
+from ablab.experiments.track.mlflow_sync import sync
 from ablab.experiments.track.mlflow_view import MlflowView
-from ablab.experiments.track.study_view import view_of
+from ablab.experiments.track.saved_views import study_view
 
 sys.path.append(str(Path(__file__).parents[1] / "tune"))
 import valley  # noqa: E402
@@ -169,7 +169,7 @@ def compared(address: str, runs: list) -> str:
 
 def test_the_saved_view_of_a_study_charts_every_searched_path(shown):
     held, _, _ = shown
-    view = view_of(held.store, held.plan())
+    view = study_view(held.store, held.plan())
     assert [
         (chart["type"], chart.get("xaxis", {}).get("key")) for chart in view["compareRunCharts"]
     ] == [
@@ -200,7 +200,7 @@ def test_the_ui_answers_which_rate_at_which_width(shown, tmp_path):
     view.client.set_experiment_tag(
         view.experiment("valley@study"),
         "mlflow.sharedViewState.study",
-        json.dumps(view_of(held.store, held.plan())),
+        json.dumps(study_view(held.store, held.plan())),
     )
     served = Served(held.store.root)
     try:
