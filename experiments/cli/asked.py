@@ -61,7 +61,7 @@ def seeds_of(text: str | None) -> list[int] | None:
 
 def run_of(runs: "list[Run]", cell: str) -> "Run":
     """The first run of a cell."""
-    from ablab.core.language.part import near
+    from ablab.core.language.parse import near
 
     for run in runs:
         if run.cell == cell:

@@ -134,7 +134,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """The verdict table; writes report.md, a forest plot and the loss curves into STORE/reports/NAME."""
-    from ablab.core.language.part import near
+    from ablab.core.language.parse import near
     from ablab.experiments.cli.printing import show_report
     from ablab.experiments.plan.sheets import catalog
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from ablab.analysis.tuning.winners import axis as judged_path
 from ablab.core.errors import UserError
-from ablab.core.language.part import fields_of, near
+from ablab.core.language.parse import fields_of, near
 from ablab.core.recipe.load import assign
 from ablab.core.store.study_record import WIDTH
 from ablab.experiments.plan.experiment import Experiment
