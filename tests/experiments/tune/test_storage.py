@@ -1,4 +1,4 @@
-"""Where studies are kept: SQLite, a journal file, PostgreSQL; what cannot be opened or is another study's; optuna-dashboard."""
+"""Where studies are kept: SQLite, a journal file, PostgreSQL; what cannot be opened, or is another study's."""
 
 import importlib.util
 import json
@@ -184,7 +184,8 @@ def test_a_journal_whose_lock_outlived_its_process_opens_within_seconds(tmp_path
     valley.tune(tmp_path, BLOCK)
     (tmp_path / "trials.journal.lock").symlink_to(tmp_path / "trials.journal")
     began = time.monotonic()
-    assert len(valley.tune(tmp_path, BLOCK | {"trials_per_cell": 9})[1].trials) == 9
+    _, record, _ = valley.tune(tmp_path, BLOCK | {"trials_per_cell": 9})
+    assert len(record.trials) == 9
     assert 4 < time.monotonic() - began < 25
 
 
@@ -257,11 +258,9 @@ def test_a_larger_budget_adds_trials_and_keeps_the_old_ones(tmp_path):
     small, _, _ = valley.tune(tmp_path, BLOCK)
     old = valley.content(small)
     more, _, _ = valley.tune(tmp_path, BLOCK | {"trials_per_cell": 12})
-    assert (
-        valley.content(more)[:8] == old
-        and len(valley.content(more)) == 12
-        and len(valley.Formula.trained) == 4
-    )
+    assert valley.content(more)[:8] == old
+    assert len(valley.content(more)) == 12
+    assert len(valley.Formula.trained) == 4
 
 
 # -- optuna-dashboard --------------------------------------------------------------------------------------------------
