@@ -231,10 +231,10 @@ def test_a_study_made_with_other_facts_is_left_alone_and_the_fact_is_named(
 
 
 def test_a_grid_with_other_points_is_another_study(tmp_path):
-    space = lambda points: {
-        "space": {"optim.lr": {"log": [0.001, 0.1], "points": points}},
-        "sampler": "grid",
-    }  # noqa: E731
+    def space(points: int) -> dict:
+        rates = {"log": [0.001, 0.1], "points": points}
+        return {"space": {"optim.lr": rates}, "sampler": "grid"}
+
     valley.tune(tmp_path, space(3))
     with pytest.raises(
         UserError, match=r"whose space is .* 0.1, 3\].*, but this one has .* 0.1, 5\]"
@@ -280,9 +280,11 @@ def test_optuna_dashboard_opens_the_default_storage(tmp_path):
         str(port),
     ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    fetch = lambda path: (
-        urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=20).read().decode()
-    )  # noqa: E731
+
+    def fetch(path: str) -> str:
+        page = f"http://127.0.0.1:{port}{path}"
+        return urllib.request.urlopen(page, timeout=20).read().decode()
+
     try:
         deadline = time.monotonic() + 60
         while True:

@@ -60,7 +60,7 @@ def valley(recipe) -> float:
 
 
 def status_of(recipe) -> str:
-    """Above 0.09 it diverges, width 64 below 0.002 is out of memory, some in between crash: as the recipe alone decides."""
+    """Above 0.09 it diverges, width 64 below 0.002 is out of memory, some between crash: the recipe alone decides."""
     if recipe.optim.lr > 0.09:
         return DIVERGED
     if recipe.model.width == 64 and recipe.optim.lr < 0.002:
