@@ -8,7 +8,7 @@ from ablab.core.errors import UserError
 from ablab.core.store.record import Store, store_root
 
 if TYPE_CHECKING:
-    from ablab.experiments.plan.experiment import Experiment, Run
+    from ablab.experiments.plan.experiment import Experiment, PlannedRun
 
 
 def store_of(flag: Path | None) -> Store:
@@ -26,7 +26,7 @@ def prepare(
     plugins: list[Path] | None,
     store: Store,
     seeds: str | None = None,
-) -> "tuple[Experiment, list[Run]]":
+) -> "tuple[Experiment, list[PlannedRun]]":
     """Load an experiment and its runs.  The data digest is read from the store where the config leaves it open."""
     from ablab.ablations.registry import discover
     from ablab.core.recipe.load import overrides_from
@@ -59,7 +59,7 @@ def seeds_of(text: str | None) -> list[int] | None:
     return seeds
 
 
-def run_of(runs: "list[Run]", cell: str) -> "Run":
+def run_of(runs: "list[PlannedRun]", cell: str) -> "PlannedRun":
     """The first run of a cell."""
     from ablab.core.language.parse import near
 

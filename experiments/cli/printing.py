@@ -14,8 +14,8 @@ from ablab.experiments.text import count, table
 if TYPE_CHECKING:
     from ablab.core.recipe.recipe import Recipe
     from ablab.core.runtime.runtime import Runtime
-    from ablab.experiments.plan.experiment import Experiment, Run
-    from ablab.experiments.run.runner import Outcome
+    from ablab.experiments.plan.experiment import Experiment, PlannedRun
+    from ablab.experiments.run.pool import Outcome
 
 # Columns of a report that a narrow terminal goes without; its page has them all.
 SPARE = ("x reference", "tokens/s", "method", "sd", "runs")
@@ -24,7 +24,7 @@ SPARE_OF_CONFIRMATION = ("tuning moves it by", "verdict", "own setting")
 
 
 # -- recipes -----------------------------------------------------------------------------------------------------------
-def show_recipe(experiment: "Experiment", run: "Run") -> None:
+def show_recipe(experiment: "Experiment", run: "PlannedRun") -> None:
     from ablab.core.recipe.load import dump
     from ablab.core.recipe.recipe import plain
 
@@ -33,7 +33,7 @@ def show_recipe(experiment: "Experiment", run: "Run") -> None:
     typer.echo(dump(plain(run.recipe)), nl=False)
 
 
-def show_difference(experiment: str, run: "Run", other: "Recipe", name: str) -> None:
+def show_difference(experiment: str, run: "PlannedRun", other: "Recipe", name: str) -> None:
     """Each leaf of the recipe in which `run` differs from the recipe `other`, whose name is `name`."""
     from ablab.core.recipe.edit import diff
     from ablab.core.recipe.recipe import plain
@@ -54,7 +54,7 @@ def _written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _head(experiment: str, run: "Run") -> None:
+def _head(experiment: str, run: "PlannedRun") -> None:
     from ablab.core.model.cost import cost_of
 
     recipe = run.recipe

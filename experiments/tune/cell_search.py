@@ -13,7 +13,7 @@ from ablab.core.recipe.load import assign
 from ablab.core.recipe.recipe import Recipe, run_id
 from ablab.core.store.record import Planned, Result, Store
 from ablab.core.store.study_record import COMPLETE, RUNNING, Trial
-from ablab.experiments.plan.experiment import Experiment, Run
+from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.tune import storage
 from ablab.experiments.tune.proposals import LAID_OUT, Proposer, spread_of
 from ablab.experiments.tune.pruning import Past, Referee
@@ -139,7 +139,7 @@ class CellSearch:
         runs = []
         for pair, seed in enumerate(seeds, number * len(seeds)):
             seeded = replace(recipe, seed=seed)
-            runs.append(Run(self.cell.name, pair, seeded, run_id(seeded)))
+            runs.append(PlannedRun(self.cell.name, pair, seeded, run_id(seeded)))
         return Candidate(self.cell, number, params, runs)
 
     # -- pruning ---------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def _concerns(axis: Axis, cell: Cell) -> bool:
     return axis.path.split(".")[1] in cell.treatment
 
 
-def _ended(store: Store, run: Run) -> Result:
+def _ended(store: Store, run: PlannedRun) -> Result:
     result = store.run(run.id).result()
     assert result is not None, f"run {run.id} is told before it has ended"
     return result

@@ -10,7 +10,8 @@ from ablab.core.recipe.recipe import Recipe
 from ablab.core.store.record import Store, command
 from ablab.core.store.study_record import WIDTH, StudyRecord, finished
 from ablab.experiments.plan.experiment import Experiment
-from ablab.experiments.run.runner import Watcher, execute
+from ablab.experiments.run.progress import Watcher
+from ablab.experiments.run.runner import execute
 from ablab.experiments.tune.cell_search import tuned_recipe
 from ablab.experiments.tune.space import Point
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ablab.core.store.record import Store
-from ablab.experiments.plan.experiment import Run
+from ablab.experiments.plan.experiment import PlannedRun
 from ablab.experiments.tune.cell_search import CellSearch
 from ablab.experiments.tune.trials import Candidate
 
@@ -24,7 +24,7 @@ class Generation:
         self.proposed = proposed
         self.store = store
         self.metric = metric
-        self.runs: dict[str, Run] = {}  # by id
+        self.runs: dict[str, PlannedRun] = {}  # by id
         self.answered: dict[
             str, list[Proposed]
         ] = {}  # run id -> the candidates that it answers
@@ -44,7 +44,7 @@ class Generation:
             for search, candidate in self.answered[run]
         )
 
-    def stops(self, run: Run, step: int, scalars: Mapping[str, float]) -> bool:
+    def stops(self, run: PlannedRun, step: int, scalars: Mapping[str, float]) -> bool:
         """Whether a run that has just logged should end."""
         return self.metric in scalars and self.is_pruned(run.id)
 

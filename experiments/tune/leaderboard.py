@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from ablab.core.store.record import FINISHED, Result
 from ablab.core.store.study_record import COMPLETE
-from ablab.experiments.plan.experiment import Metric, Run
-from ablab.experiments.run.progress import Line
-from ablab.experiments.run.runner import Watcher
+from ablab.experiments.plan.experiment import PlannedRun
+from ablab.experiments.plan.sheets import Metric
+from ablab.experiments.run.progress import ArmProgress, Watcher
 from ablab.experiments.tune.cell_search import CellSearch
 from ablab.experiments.tune.space import Point
 from ablab.experiments.tune.trials import Candidate
@@ -20,7 +20,7 @@ class Leaderboard(Watcher):
         self.watcher = watcher
         self.searches = searches
         self.metric = metric
-        self.lines: dict[str, Line] = {}  # by cell
+        self.lines: dict[str, ArmProgress] = {}  # by cell
         self.results: dict[str, Result] = {}  # of the runs of this generation, by run id
         self.waiting: dict[
             str, list[Candidate]
@@ -32,7 +32,7 @@ class Leaderboard(Watcher):
     ) -> None:
         """The candidates that come next, and the results that some of their runs have already."""
         self.lines = {
-            search.cell.name: Line(search.cell.name, 0, search.total, None, {}, {})
+            search.cell.name: ArmProgress(search.cell.name, 0, search.total, None, {}, {})
             for search in self.searches
         }
         self.results = dict(results)
@@ -46,7 +46,7 @@ class Leaderboard(Watcher):
             self._count_if_ended(candidate)
         self._show()
 
-    def finished(self, run: Run, result: Result) -> None:
+    def finished(self, run: PlannedRun, result: Result) -> None:
         self.watcher.finished(run, result)
         self.results[run.id] = result
         for candidate in self.waiting.get(run.id, ()):
@@ -88,13 +88,13 @@ class Leaderboard(Watcher):
     def planned(self, total: int, done: int, jobs: int) -> None:
         self.watcher.planned(total, done, jobs)
 
-    def started(self, run: Run) -> None:
+    def started(self, run: PlannedRun) -> None:
         self.watcher.started(run)
 
-    def logged(self, run: Run, step: int, scalars: dict[str, float]) -> None:
+    def logged(self, run: PlannedRun, step: int, scalars: dict[str, float]) -> None:
         self.watcher.logged(run, step, scalars)
 
-    def arms(self, lines: list[Line], metric: str) -> None:
+    def arms(self, lines: list[ArmProgress], metric: str) -> None:
         self.watcher.arms(lines, metric)
 
     def note(self, line: str) -> None:

@@ -16,8 +16,12 @@ from ablab.core.store import study_record
 from ablab.core.store.files import writing
 from ablab.core.store.record import PRUNED, GridPlan, Result, Store, command
 from ablab.core.store.study_record import StudyRecord
-from ablab.experiments.plan.experiment import Experiment, Run
-from ablab.experiments.run.runner import Pool, Watcher, default_jobs, result_of
+from ablab.experiments.plan.experiment import Experiment, PlannedRun
+from ablab.experiments.plan.grid_plan import grid_plan_of
+from ablab.experiments.run.capacity import default_jobs
+from ablab.experiments.run.pool import Pool
+from ablab.experiments.run.progress import Watcher
+from ablab.experiments.run.runner import result_of
 from ablab.experiments.track.trackers import trackers_for
 from ablab.experiments.tune import soundness, storage
 from ablab.experiments.tune.cell_search import CellSearch
@@ -133,9 +137,9 @@ class Study:
     def _pool(self, jobs: int | None, plugins: Iterable[str]) -> Pool:
         return Pool(self.experiment, self.store, self.leaderboard, jobs, plugins)
 
-    def _missing(self, generation: Generation, jobs: int | None) -> list[Run]:
+    def _missing(self, generation: Generation, jobs: int | None) -> list[PlannedRun]:
         """The runs to train: without a result, or pruned where this study would let them go on."""
-        missing: list[Run] = []
+        missing: list[PlannedRun] = []
         known: dict[str, Result] = {}  # by run id
         for id, run in generation.runs.items():
             record = self.store.run(id)
@@ -160,7 +164,7 @@ class Study:
             own = [candidate for candidate in coming if candidate.cell is search.cell]
             rows += search.rows(own)
         name = f"{self.experiment.name}@study"
-        return replace(self.experiment.plan([]), name=name, design="study", rows=rows)
+        return replace(grid_plan_of(self.experiment, []), name=name, design="study", rows=rows)
 
     def write(self, importances: bool = False) -> StudyRecord:
         """Leave STORE/studies/NAME.json: what the reports read."""

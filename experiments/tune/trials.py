@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ablab.ablations.design import Cell
 from ablab.core.store.record import FINISHED, PRUNED, Result
 from ablab.core.store.study_record import COMPLETE, Trial
-from ablab.experiments.plan.experiment import Run
+from ablab.experiments.plan.experiment import PlannedRun
 from ablab.experiments.tune.space import Axis, Point
 from ablab.experiments.tune.storage import STATE, TOLD
 
@@ -25,7 +25,7 @@ class Candidate:
     cell: Cell
     number: int
     params: Point
-    runs: list[Run]  # one for each selection seed
+    runs: list[PlannedRun]  # one for each selection seed
 
 
 @dataclass(frozen=True)
