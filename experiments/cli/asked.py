@@ -51,12 +51,20 @@ def seeds_of(text: str | None) -> list[int] | None:
         return None
     seeds: list[int] = []
     for part in text.split(","):
-        span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        found = range(int(span[1]), int(span[2] or span[1]) + 1) if span else ()
+        found = _span(part)
         if not found:
             raise UserError(f"--seeds {text!r} must look like 0-4 or 0,3,7")
         seeds += found
     return seeds
+
+
+def _span(text: str) -> range:
+    """`3` or `0-4`; empty where it is neither, or runs backwards."""
+    ends = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", text)
+    if ends is None:
+        return range(0)
+    first, last = ends[1], ends[2] or ends[1]
+    return range(int(first), int(last) + 1)
 
 
 def run_of(runs: "list[PlannedRun]", cell: str) -> "PlannedRun":

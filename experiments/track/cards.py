@@ -55,7 +55,8 @@ def tags_of(card: Card) -> dict[str, str]:
 
 
 def params_of(card: Card) -> dict[str, str]:
-    return {key_of(name): str(value)[:CHARACTERS] for name, value in card.params.items()}
+    params = {key_of(name): value for name, value in card.params.items()}
+    return {key: str(value)[:CHARACTERS] for key, value in params.items()}
 
 
 def identity(tags: Mapping[str, str]) -> Identity:
@@ -87,11 +88,12 @@ def key_of(name: str) -> str:
 
 def summary_of(result: Result) -> dict[str, float]:
     """What a finished run shows besides its curves: final metrics, tokens/second, peak device memory in GiB."""
-    summary = result.metrics | {
+    pace = {
         "tokens_per_second": result.tokens_per_second,
         "peak_gib": result.peak_bytes / 2**30,
     }
-    return {key: value for key, value in summary.items() if value != 0 or key in result.metrics}
+    known = {key: value for key, value in pace.items() if value != 0}
+    return result.metrics | known
 
 
 # -- what a run folder says --------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ class Outbox:
         if self.waiting:
             tags = {"ablab.step": str(self.waiting[-1].step)} | tags
         if tags:
-            listed = [RunTag(*tag) for tag in tags.items()]
+            listed = [RunTag(key, value) for key, value in tags.items()]
             self.client.log_batch(self.run, metrics=self.waiting, tags=listed)
         self.waiting = []
         self.steps = 0
@@ -153,8 +153,9 @@ class MlflowTracker:
 
     def _found(self, card: Card, tags: Mapping[str, str]) -> "Run | None":
         """The run that shows this card already: a recipe may answer two cells."""
-        twins = [self.held] if self.held else self.view.runs(card.experiment, card.run)
-        for twin in twins:
+        if self.held:
+            return self.held
+        for twin in self.view.runs(card.experiment, card.run):
             if identity(twin.data.tags) == identity(tags):
                 return twin
         return None
@@ -175,7 +176,7 @@ class MlflowTracker:
         """Send the tags and params that MLflow lacks, the recipe, and the name of the data."""
         from mlflow.entities import Param, RunTag
 
-        lacking = [RunTag(*tag) for tag in changed(tags, held.data.tags).items()]
+        lacking = [RunTag(key, value) for key, value in changed(tags, held.data.tags).items()]
         params = [
             Param(key, value)
             for key, value in params_of(card).items()

@@ -107,7 +107,9 @@ class MlflowView:
 
     def describe(self, cause: Exception) -> str:
         """What failed, in one line; a password in the URI stays out of it."""
-        text = " ".join(str(cause).split("[SQL:")[0].split("(Background on")[0].split())
+        text, _, _ = str(cause).partition("[SQL:")
+        text, _, _ = text.partition("(Background on")
+        text = " ".join(text.split())
         line = f"MLflow at {self.uri} failed ({text[:200] or type(cause).__name__})"
         return re.sub(r"//[^/@\s]*@", "//", line)
 

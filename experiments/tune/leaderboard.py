@@ -31,10 +31,12 @@ class Leaderboard(Watcher):
         self, candidates: Sequence[Candidate], results: Mapping[str, Result]
     ) -> None:
         """The candidates that come next, and the results that some of their runs have already."""
-        self.lines = {
-            search.cell.name: ArmProgress(search.cell.name, 0, search.total, None, {}, {})
-            for search in self.searches
-        }
+        self.lines = {}
+        for search in self.searches:
+            cell = search.cell.name
+            self.lines[cell] = ArmProgress(
+                cell, done=0, total=search.total, best=None, at={}, ends={}
+            )
         self.results = dict(results)
         self.waiting = {}
         for search in self.searches:
@@ -94,8 +96,8 @@ class Leaderboard(Watcher):
     def logged(self, run: PlannedRun, step: int, scalars: dict[str, float]) -> None:
         self.watcher.logged(run, step, scalars)
 
-    def arms(self, lines: list[ArmProgress], metric: str) -> None:
-        self.watcher.arms(lines, metric)
+    def arms(self, arms: list[ArmProgress], metric: str) -> None:
+        self.watcher.arms(arms, metric)
 
     def note(self, line: str) -> None:
         self.watcher.note(line)

@@ -109,8 +109,10 @@ class Memory:
         self.study.add_trial(trial)
 
     def ask(self) -> tuple["Trial", Point]:
+        """The sampler's next trial, and its point as it is trained."""
         trial = self.study.ask(self.spaces)
-        return trial, {axis.path: axis.tidy(trial.params[axis.path]) for axis in self.axes}
+        point = {axis.path: axis.tidy(trial.params[axis.path]) for axis in self.axes}
+        return trial, point
 
 
 @dataclass(frozen=True)
@@ -154,12 +156,14 @@ class Proposer:
         """Where the evenly spread points lie: a share in [0, 1] of each axis.  [spread][axes]"""
         count = self.spread
         if len(self.axes) == 1:
-            return [[i / (count - 1) if count > 1 else 0.5] for i in range(count)]
+            if count == 1:
+                return [[0.5]]
+            return [[i / (count - 1)] for i in range(count)]
         from scipy.stats.qmc import Sobol
 
-        power = max(count - 1, 1).bit_length()
-        drawn = Sobol(len(self.axes), rng=self._seed(0)).random_base2(power)
-        return drawn[:count].tolist()
+        power = max(count - 1, 1).bit_length()  # of the net of 2^power points that holds them
+        net = Sobol(len(self.axes), rng=self._seed(0))
+        return net.random_base2(power)[:count].tolist()
 
     def _asked(
         self, before: Sequence["FrozenTrial"], fixed: list[Point], count: int
@@ -170,7 +174,8 @@ class Proposer:
         before gets the worst, and the sampler is asked again, RETRIES times; then chance decides.
         """
         seed = self._seed(len(before))
-        memory = Memory(self.axes, self.better, before, sampler_of(self.sheet.sampler, seed))
+        sampler = sampler_of(self.sheet.sampler, seed)
+        memory = Memory(self.axes, self.better, before, sampler)
         taken = Taken(self.axes)
         for trial in before:
             taken.add(trial.params)

@@ -50,7 +50,11 @@ class Axis:
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        return self.values if self.kind == "choices" else (self.values[0], self.values[-1])
+        """The values at which it is most likely to fail: all choices, or the outermost."""
+        if self.kind == "choices":
+            return self.values
+        low, high = self.values
+        return low, high
 
     @property
     def size(self) -> float:
@@ -77,7 +81,8 @@ class Axis:
     def at(self, share: float) -> Any:
         """The value at a share of the axis in [0, 1]."""
         if self.kind == "choices":
-            return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
+            last = len(self.values) - 1
+            return self.values[min(int(share * len(self.values)), last)]
         low, high = self.values
         if self.kind == "log":
             return self.tidy(low * (high / low) ** share)
@@ -95,8 +100,9 @@ class Axis:
         """The values of a grid, each once."""
         if self.kind == "choices":
             return list(self.values)
-        shares = [i / max(self.points - 1, 1) for i in range(self.points)]
-        return list(dict.fromkeys(self.at(share) for share in shares))
+        steps = max(self.points - 1, 1)
+        values = (self.at(i / steps) for i in range(self.points))
+        return list(dict.fromkeys(values))
 
 
 def tidy(value: Any) -> Any:

@@ -46,7 +46,8 @@ def open_storage(url: str) -> "BaseStorage":
             refusal, ImportError
         ):  # Optuna's; its cause names the module that is missing
             cause = refusal.__cause__ or refusal.__context__
-        text = " ".join(str(cause).split("(Background on")[0].split())
+        text, _, _ = str(cause).partition("(Background on")
+        text = " ".join(text.split())
         line = hide(text[:200]) or type(cause).__name__
         raise UserError(
             f"the Optuna storage {hide(url)} cannot be opened ({line}); check --storage"

@@ -151,8 +151,9 @@ class Study:
                 known[id] = held
             else:
                 missing.append(run)
-        wanted_jobs = jobs or default_jobs(self.experiment.sheet.runtime)
-        self.watcher.planned(len(generation.runs), len(known), min(wanted_jobs, len(missing)))
+        carried = jobs or default_jobs(self.experiment.sheet.runtime)
+        at_once = min(carried, len(missing))
+        self.watcher.planned(len(generation.runs), len(known), at_once)
         self.leaderboard.generation(generation.candidates, known)
         return missing
 
@@ -163,8 +164,9 @@ class Study:
         for search in self.searches:
             own = [candidate for candidate in coming if candidate.cell is search.cell]
             rows += search.rows(own)
+        empty = grid_plan_of(self.experiment, [])
         name = f"{self.experiment.name}@study"
-        return replace(grid_plan_of(self.experiment, []), name=name, design="study", rows=rows)
+        return replace(empty, name=name, design="study", rows=rows)
 
     def write(self, importances: bool = False) -> StudyRecord:
         """Leave STORE/studies/NAME.json: what the reports read."""

@@ -61,11 +61,13 @@ def ending_of(
     mean = None
     if status == FINISHED:
         mean = sum(result.metrics[metric] for result in results) / len(results)
-    pairs = zip(candidate.runs, results, strict=True)
+    values = {}
+    for run, result in zip(candidate.runs, results, strict=True):
+        values[str(run.recipe.seed)] = result.metrics.get(metric)
     return Ending(
         status=status,
         value=mean,
-        values={str(run.recipe.seed): result.metrics.get(metric) for run, result in pairs},
+        values=values,
         seconds=sum(result.seconds for result in results),
         why=why,
         curve=curve,

@@ -112,7 +112,7 @@ def test_list_names_every_intervention_with_its_control(ablab):
 def test_list_names_every_experiment_with_its_question(ablab):
     import yaml
 
-    from ablab.experiments.plan.experiment import catalog
+    from ablab.experiments.plan.sheets import catalog
 
     sheets = {name: yaml.safe_load(path.read_text()) for name, path in catalog().items()}
     listed = ablab("list", "--json").json["experiments"]
