@@ -198,7 +198,7 @@ def _of_length(run: PlannedRun, tokens: float) -> PlannedRun:
 
 # -- showing it --------------------------------------------------------------------------------------------------------
 def show_grid(found: dict[str, Any]) -> None:
-    from ablab.experiments.cli.printing import table
+    from ablab.experiments.text import table
 
     logged = "with MLflow" if found["mlflow"] else "without MLflow"
     cells = f"{found['cells']} cells of about {found['seconds_asked']:g} s, {found['jobs']} at a time"

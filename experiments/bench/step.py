@@ -324,7 +324,7 @@ def _split_device(timed: Timed, one: Any, marks: Marks, device: torch.device) ->
 
 # -- showing it --------------------------------------------------------------------------------------------------------
 def show_step(found: dict[str, Any]) -> None:
-    from ablab.experiments.cli.printing import table
+    from ablab.experiments.text import table
 
     subjects = found["subjects"]
     typer.echo(

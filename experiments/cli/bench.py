@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ablab.experiments.cli.asked import folders_of
 from ablab.experiments.cli.options import Plugins
 
 app = typer.Typer(
@@ -69,10 +70,10 @@ def step(
     out: Out = None,
 ) -> None:
     """Tokens/s, MFU, memory, launches, and where each millisecond of a training step goes; random tokens."""
-    name, given = _asked(name, overrides, plugins)
+    subject, given = _asked(name, overrides, plugins)
     from ablab.experiments.bench.step import bench_step, show_step
 
-    found = bench_step(name, given, against, cell, steps, windows, warm_up)
+    found = bench_step(subject, given, against, cell, steps, windows, warm_up)
     show_step(found)
     _write(found, out)
 
@@ -93,7 +94,13 @@ def kernels(
     _write(found, out)
 
 
-@app.command()
+GRID = (
+    "Training time over wall time of a grid of short cells, "
+    "and the seconds before each cell's first step; random tokens."
+)
+
+
+@app.command(help=GRID)
 def grid(
     name: Name = None,
     overrides: Overrides = None,
@@ -115,19 +122,12 @@ def grid(
     plugins: Plugins = None,
     out: Out = None,
 ) -> None:
-    """Training time over wall time of a grid of short cells, and the seconds before each cell's first step; random tokens."""
-    name, given = _asked(name, overrides, plugins)
+    """As GRID says."""
+    subject, given = _asked(name, overrides, plugins)
     from ablab.experiments.bench.grid import bench_grid, show_grid
 
-    found = bench_grid(
-        name,
-        given,
-        cells,
-        seconds,
-        mlflow,
-        [str(folder.absolute()) for folder in plugins or ()],
-        jobs,
-    )
+    folders = folders_of(plugins)
+    found = bench_grid(subject, given, cells, seconds, mlflow, folders, jobs)
     show_grid(found)
     _write(found, out)
 
@@ -143,7 +143,8 @@ def _asked(
     discover(plugins or ())
     words = list(overrides or [])
     if name and "=" in name:
-        name, words = None, [name, *words]
+        words.insert(0, name)
+        name = None
     given = overrides_from(words)
     small = given.get("runtime.device") == "cpu" or not visible_gpus()
     return name or ("quickstart" if small else "loo_70m"), given

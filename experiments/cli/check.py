@@ -1,16 +1,22 @@
-"""`ablab check`: does the machine keep its promises here?  `coords`: do activations move as far at every width under muP?"""
+"""`ablab check`: does the machine keep its promises here?
 
-import json
+`coords`: do activations move as far at every width under muP?
+"""
+
 import math
 import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ablab.core.errors import UserError
 from ablab.experiments.cli.options import Json, Plugins
+
+if TYPE_CHECKING:
+    from ablab.core.recipe.recipe import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,8 +32,9 @@ SMALL = {  # one batch of 512 tokens; the feed-forward is 8/3 widths to within 3
 }
 STANDARD = "standard"  # the control: where it passes, the check cannot fail and shows nothing
 ARMS = {"mup": "mup"}
-# Zero readouts, because Muon's features move so far that a random one shows its own m^-1/2 (ablations/checks/coords.py).  Matrices
-# at 10 lr: at the 3.36 of IMU-1 the embedding still moves the most, and an rms rate wrong by m^-1/2 passed (-0.08; at 10 -0.31).
+# Zero readouts: Muon's features move so far that a random one shows its own m^-1/2 (ablations/checks/coords.py).
+# Matrices at 10 lr: at the 3.36 of IMU-1 the embedding still moves the most, and an rms rate wrong by m^-1/2 passed
+# (-0.08; at 10 -0.31).
 MORE = {
     "mup, zero readout": "{mup: {readout: zero}}",
     "mup, spectral muon": "{mup: {readout: zero}}, {muon: {scale: spectral, lr: 10}}",
@@ -83,25 +90,42 @@ def coords(
 
     Exit code 0: every muP arm is flat and the standard parametrization is not; 1: not so, and a line says which tensor.
     """
-    setting = {
-        "widths": _numbers(widths, "--widths"),
-        "seeds": _numbers(seeds, "--seeds"),
-        "steps": steps,
-        "lr": lr,
-    }
+    from ablab.experiments.cli.printing import show_coords
+
     if not 0 < lr < math.inf:
         raise UserError(f"--lr {lr:g} must be a number above 0; try 0.02")
-    base_width = base_width or max(min(setting["widths"]) // 4, 1)
+    setting = Setting(_numbers(widths, "--widths"), _numbers(seeds, "--seeds"), steps, lr)
+    base_width = base_width or max(min(setting.widths) // 4, 1)
     texts = {text: text for text in with_} if with_ else ARMS
-    found = _measure(
-        _recipes(texts | MORE if every else texts, base_width, overrides, plugins),
-        setting,
-        device,
-    ) | {"base_width": base_width}
-    _show(found, out, as_json)
+    if every:
+        texts = texts | MORE
+    recipes = _recipes(texts, base_width, overrides, plugins)
+    found = _measure(recipes, setting, device) | {"base_width": base_width}
+    show_coords(found, out, as_json)
     if flaw := _flaw(found):
         typer.echo(flaw, err=True)
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every arm is put through."""
+
+    widths: list[int]  # channels
+    seeds: list[int]
+    steps: int
+    lr: float
+
+
+def _numbers(text: str, flag: str) -> list[int]:
+    """`64,128` or `0-2`."""
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise UserError(f"{flag} {text!r} must list whole numbers, such as 64,128,256 or 0-2")
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
 
 
 def _recipes(
@@ -109,7 +133,7 @@ def _recipes(
     base_width: int,
     overrides: list[str] | None,
     plugins: list[Path] | None,
-) -> dict[str, Any]:
+) -> "dict[str, Recipe]":
     """Arm -> recipe, the control first.  `base_width` holds for each mup whose dose names none."""
     from ablab.ablations.registry import discover
     from ablab.core.recipe.intervention import resolve, treatment_of
@@ -119,10 +143,7 @@ def _recipes(
     base = recipe_from(BASE, SMALL | overrides_from(overrides or []))
     recipes = {STANDARD: base}
     for name, text in texts.items():
-        doses = [item if isinstance(item, dict) else {item: None} for item in _listed(text)]
-        for item in doses:
-            if "mup" in item:
-                item["mup"] = {"base_width": base_width} | (item["mup"] or {})
+        doses = [_with_base_width(item, base_width) for item in _listed(text)]
         recipes[name] = resolve(base, treatment_of(doses, "--with"))
     return recipes
 
@@ -134,11 +155,20 @@ def _listed(text: str) -> list[Any]:
         return yaml.safe_load(f"[{text}]")
     except yaml.YAMLError:
         raise UserError(
-            f"--with {text!r} must list interventions as an experiment does, such as 'mup, {{muon: {{scale: rms}}}}'"
+            f"--with {text!r} must list interventions as an experiment does, "
+            "such as 'mup, {muon: {scale: rms}}'"
         ) from None
 
 
-def _measure(recipes: dict[str, Any], setting: dict[str, Any], device: str) -> dict[str, Any]:
+def _with_base_width(item: Any, base_width: int) -> dict[str, Any]:
+    """An intervention as `with` lists it, its dose spelled out."""
+    doses: dict[str, Any] = item if isinstance(item, dict) else {item: None}
+    if "mup" not in doses:
+        return doses
+    return doses | {"mup": {"base_width": base_width} | (doses["mup"] or {})}
+
+
+def _measure(recipes: "dict[str, Recipe]", setting: Setting, device: str) -> dict[str, Any]:
     """All arms as plain data, in the form that analysis/pictures/coords.py reads."""
     import torch
 
@@ -148,40 +178,41 @@ def _measure(recipes: dict[str, Any], setting: dict[str, Any], device: str) -> d
 
     runtime = parse(Runtime, {"device": device}, "")
     torch.set_num_threads(runtime.threads)
-    where, arms = settle(runtime, rows=1).device, []
+    where = settle(runtime, rows=1).device
+    runs = len(setting.widths) * len(setting.seeds)
+    arms = []
     for name, recipe in recipes.items():
         began = perf_counter()
-        rows = check.coordinates(recipe, **setting, device=where)
+        rows = check.coordinates(recipe, **asdict(setting), device=where)
         slopes = check.slopes(rows)
-        arms.append(
-            {
-                "name": name,
-                "control": name == STANDARD,
-                "parametrization": recipe.parametrization.kind,
-                "failing": check.failing(slopes),
-                "slopes": {tensor: _finite(slope) for tensor, slope in slopes.items()},
-                "seconds": round(perf_counter() - began, 1),
-                "rows": [
-                    {
-                        "width": row.width,
-                        "seed": row.seed,
-                        "step": row.step,
-                        "tensor": row.tensor,
-                        "change": _finite(row.change),
-                    }
-                    for row in rows
-                ],
-            }
-        )
-        typer.echo(
-            f"{name}: {len(setting['widths']) * len(setting['seeds'])} runs of {setting['steps']} steps in {arms[-1]['seconds']} s",
-            err=True,
-        )
-    return setting | {
+        seconds = round(perf_counter() - began, 1)
+        arm = {
+            "name": name,
+            "control": name == STANDARD,
+            "parametrization": recipe.parametrization.kind,
+            "failing": check.failing(slopes),
+            "slopes": {tensor: _finite(slope) for tensor, slope in slopes.items()},
+            "seconds": seconds,
+            "rows": [_plain(row) for row in rows],
+        }
+        arms.append(arm)
+        typer.echo(f"{name}: {runs} runs of {setting.steps} steps in {seconds} s", err=True)
+    return asdict(setting) | {
         "flat": check.FLAT,
         "judged": list(check.CHANGES),
         "reported": [check.START, check.PEAK],
         "arms": arms,
+    }
+
+
+def _plain(row: Any) -> dict[str, Any]:
+    """row: ablations/checks/coords.py's."""
+    return {
+        "width": row.width,
+        "seed": row.seed,
+        "step": row.step,
+        "tensor": row.tensor,
+        "change": _finite(row.change),
     }
 
 
@@ -190,48 +221,20 @@ def _finite(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _show(found: dict[str, Any], out: Path | None, as_json: bool) -> None:
-    from ablab.analysis.pictures import coords as view
-    from ablab.core.store.files import write_atomically
-    from ablab.experiments.cli.printing import table
-
-    if out:
-        write_atomically(out / "coords.json", json.dumps(found).encode())
-        view.draw(found, out / "coords.png")
-    if as_json:
-        arms = [
-            {key: value for key, value in arm.items() if key != "rows"} for arm in found["arms"]
-        ]
-        return typer.echo(json.dumps(found | {"arms": arms}, indent=1))
-    table(view.table(found))
-    typer.echo(
-        f"\nlr {found['lr']:g}, step {found['steps']}, base width {found['base_width']}; flat: within {found['flat']:g} of 0; x: is not."
-        "  logits at init: -0.5 is the rule of a random muP readout, 0 of a standard one; not judged, nor is the last line"
-    )
-    if out:
-        typer.echo(f"picture: {out / 'coords.png'}\nnumbers: {out / 'coords.json'}")
-
-
 def _flaw(found: dict[str, Any]) -> str | None:
     """What keeps the check from passing, on one line."""
+    flat = f"{found['flat']:g}"
     for arm in found["arms"]:
         if arm["parametrization"] == "mup" and arm["failing"]:
             worst = arm["failing"][0]
             slope = arm["slopes"][worst]
-            said = (
-                "has no finite slope"
-                if slope is None
-                else f"changes as width^{slope:+.2f}, beyond {found['flat']:g} either way"
-            )
+            said = "has no finite slope"
+            if slope is not None:
+                said = f"changes as width^{slope:+.2f}, beyond {flat} either way"
             return f"arm {arm['name']!r} fails: {worst} {said}"
         if arm["control"] and not arm["failing"]:
-            return f"the standard parametrization passes, so the check shows nothing: every change is within {found['flat']:g}; raise --lr or widen --widths"
+            return (
+                "the standard parametrization passes, so the check shows nothing: "
+                f"every change is within {flat}; raise --lr or widen --widths"
+            )
     return None
-
-
-def _numbers(text: str, flag: str) -> list[int]:
-    """`64,128` or `0-2`."""
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise UserError(f"{flag} {text!r} must list whole numbers, such as 64,128,256 or 0-2")
-    spans = [part.split("-") for part in text.split(",")]
-    return [number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)]

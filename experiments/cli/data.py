@@ -1,8 +1,13 @@
 """`ablab data`: train a tokenizer, fill a token folder, list what is there."""
 
+import json
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from time import perf_counter
+from typing import Annotated, Any
 
 import typer
 
@@ -62,12 +67,13 @@ def tokenize(
     from ablab.core.data import corpus
 
     check_folder_name("--name ", name)
+    folder = store / "data" / name
     with _clock() as clock, _progress() as progress:
         meta = corpus.tokenize(
-            text, val or [], tokenizer, store / "data" / name, val_fraction, field, progress
+            text, val or [], tokenizer, folder, val_fraction, field, progress
         )
     typer.echo(
-        f"{store / 'data' / name}: {meta.train_tokens:,} training and {meta.val_tokens:,} validation tokens, "
+        f"{folder}: {meta.train_tokens:,} training and {meta.val_tokens:,} validation tokens, "
         f"{meta.bytes_per_token:.3f} bytes/token, vocab {meta.vocab:,}, digest {meta.digest}, in {clock()}"
     )
 
@@ -80,24 +86,17 @@ def list_folders(
     ] = False,
 ) -> None:
     """List the token folders of the store; a damaged one is listed with what is wrong."""
-    rows = [
-        _describe(folder)
-        for folder in sorted((store / "data").glob("[!.]*"))
-        if folder.is_dir()
-    ]
+    found = sorted((store / "data").glob("[!.]*"))
+    rows = [_describe(folder) for folder in found if folder.is_dir()]
     if as_json:
-        import json
-
-        typer.echo(json.dumps(rows, indent=1))
-    elif not rows:
+        return typer.echo(json.dumps(rows, indent=1))
+    if not rows:
         typer.echo(f"no token folders in {store / 'data'}; fill one with `ablab data tokenize`")
-    for row in [] if as_json else rows:
+    for row in rows:
         typer.echo(_line(row))
 
 
-def _describe(folder: Path) -> dict:
-    from dataclasses import asdict
-
+def _describe(folder: Path) -> dict[str, Any]:
     from ablab.core.data.corpus import load_meta
 
     try:
@@ -106,29 +105,30 @@ def _describe(folder: Path) -> dict:
         return {"name": folder.name, "error": str(flaw)}
 
 
-def _line(row: dict) -> str:
+def _line(row: dict[str, Any]) -> str:
+    name = f"{row['name']:<16}"
     if "error" in row:
-        return f"{row['name']:<16}  {row['error']}"
+        return f"{name}  {row['error']}"
+    bytes_per_token = row["train_bytes"] / row["train_tokens"]
     return (
-        f"{row['name']:<16}  {row['train_tokens']:>14,} train  {row['val_tokens']:>11,} val tokens  "
-        f"{row['train_bytes'] / row['train_tokens']:.3f} bytes/token  vocab {row['vocab']:>7,}  {row['digest']}"
+        f"{name}  {row['train_tokens']:>14,} train  {row['val_tokens']:>11,} val tokens  "
+        f"{bytes_per_token:.3f} bytes/token  vocab {row['vocab']:>7,}  {row['digest']}"
     )
 
 
 @contextmanager
-def _clock():
+def _clock() -> Iterator[Callable[[], str]]:
     """Give a function that says the seconds since."""
-    from time import perf_counter
-
     start = perf_counter()
     yield lambda: f"{perf_counter() - start:.1f} s"
 
 
 @contextmanager
-def _progress():
-    """Give `progress(done_bytes)`: a live line on a terminal, None elsewhere.  The total is unknown: files are packed."""
-    import sys
+def _progress() -> Iterator[Callable[[int], None] | None]:
+    """Give `progress(done_bytes)`: a live line on a terminal, None elsewhere.
 
+    The total is unknown: files are packed.
+    """
     if not sys.stdout.isatty():
         yield None
         return
@@ -140,12 +140,7 @@ def _progress():
         TransferSpeedColumn,
     )
 
-    with Progress(
-        SpinnerColumn(),
-        "tokenizing",
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeElapsedColumn(),
-    ) as bar:
+    columns = (DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
+    with Progress(SpinnerColumn(), "tokenizing", *columns) as bar:
         task = bar.add_task("", total=None)
         yield lambda done: bar.update(task, completed=done)

@@ -1,10 +1,23 @@
-"""Options that several groups of commands take, said once."""
+"""Arguments and options that several commands take, said once."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+Name = Annotated[
+    str, typer.Argument(help="a catalog entry, or a path to an experiment's .yaml")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="path=value: a recipe path, with.NAME.DOSE, runtime.X, study.X, seeds, design"
+    ),
+]
+Where = Annotated[
+    Path | None,
+    typer.Option("--store", help="where ablab writes ($ABLAB_STORE, else ./ablab-store)"),
+]
 Plugins = Annotated[
     list[Path] | None,
     typer.Option("--plugins", help="a folder with interventions of your own; repeat for more"),
@@ -14,6 +27,8 @@ Jobs = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="runs at a time (one a GPU, 4 with runtime.turns=false, else cores/threads); on one GPU they train in turn",
+        help="runs at a time (one a GPU, 4 with runtime.turns=false, else cores/threads); "
+        "on one GPU they train in turn",
     ),
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")]

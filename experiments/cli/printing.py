@@ -1,19 +1,31 @@
-"""What the commands print: recipes, verdicts, and the tables of both."""
+"""What the commands print of recipes, verdicts, studies and the coordinate check."""
 
 import json
-import sys
-from collections.abc import Iterable
 from dataclasses import asdict, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ablab.core.errors import UserError
 from ablab.core.store.planned import command
 from ablab.core.store.store import Store
+from ablab.experiments.text import count, table
+
+if TYPE_CHECKING:
+    from ablab.core.recipe.recipe import Recipe
+    from ablab.core.runtime.runtime import Runtime
+    from ablab.experiments.plan.experiment import Experiment, PlannedRun
+    from ablab.experiments.run.pool import Outcome
+
+# Columns of a report that a narrow terminal goes without; its page has them all.
+SPARE = ("x reference", "tokens/s", "method", "sd", "runs")
+SPARE_OF_STUDY = ("95 % interval", "optimum")
+SPARE_OF_CONFIRMATION = ("tuning moves it by", "verdict", "own setting")
 
 
-def show_recipe(experiment: Any, run: Any) -> None:
+# -- recipes -----------------------------------------------------------------------------------------------------------
+def show_recipe(experiment: "Experiment", run: "PlannedRun") -> None:
     from ablab.core.recipe.load import dump
     from ablab.core.recipe.recipe import plain
 
@@ -22,37 +34,41 @@ def show_recipe(experiment: Any, run: Any) -> None:
     typer.echo(dump(plain(run.recipe)), nl=False)
 
 
-def show_difference(experiment: str, run: Any, other: Any, name: str) -> None:
+def show_difference(experiment: str, run: "PlannedRun", other: "Recipe", name: str) -> None:
     """Each leaf of the recipe in which `run` differs from the recipe `other`, whose name is `name`."""
     from ablab.core.recipe.edit import diff
     from ablab.core.recipe.recipe import plain
 
     _head(experiment, run)
-    changes = diff(plain(replace(other, seed=run.recipe.seed)), plain(run.recipe))
-    for path, sides in changes.items():
-        old, now = ("absent" if side is None else _written(side) for side in sides)
-        typer.echo(f"{path}: {old} -> {now}")
+    paired = replace(other, seed=run.recipe.seed)
+    changes = diff(plain(paired), plain(run.recipe))
+    for path, (old, now) in changes.items():
+        typer.echo(f"{path}: {_written(old)} -> {_written(now)}")
     if not changes:
         typer.echo(f"no difference from {name}")
 
 
 def _written(value: Any) -> str:
     """As the recipe shows it: true, 1e-10, a word."""
+    if value is None:
+        return "absent"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _head(experiment: str, run: Any) -> None:
+def _head(experiment: str, run: "PlannedRun") -> None:
     from ablab.core.model.cost import cost_of
 
-    cost, recipe = cost_of(run.recipe), run.recipe
+    recipe = run.recipe
+    cost = cost_of(recipe)
     typer.echo(f"# {experiment}, cell {run.cell!r}, seed {recipe.seed}: run {run.id}")
     typer.echo(
         f"# {count(cost.parameters)} parameters, {count(cost.matmul_parameters)} in matrix products, "
-        f"{cost.flops_per_token / 1e6:.1f} MFLOP a token, {recipe.steps:,} steps of {recipe.tokens_per_step:,} tokens"
+        f"{cost.flops_per_token / 1e6:.1f} MFLOP a token, "
+        f"{recipe.steps:,} steps of {recipe.tokens_per_step:,} tokens"
     )
 
 
-def _kernels(runtime: Any, recipe: Any) -> None:
+def _kernels(runtime: "Runtime", recipe: "Recipe") -> None:
     """What serves each place on this machine."""
     from ablab.core.fusion.places import places
     from ablab.core.runtime.runtime import settle
@@ -63,29 +79,34 @@ def _kernels(runtime: Any, recipe: Any) -> None:
         typer.echo(f"# {place}: {served.why}")
 
 
-def count(number: int) -> str:
-    return f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}"
-
-
-SPARE = (
-    "x reference",
-    "tokens/s",
-    "method",
-    "sd",
-    "runs",
-)  # columns of a report; its page has them all
+# -- verdicts ----------------------------------------------------------------------------------------------------------
+def show_outcome(store: Store, name: str, outcome: "Outcome", as_json: bool) -> None:
+    """The report after `ablab run`; that every run diverged or failed is an answer too."""
+    done = {"outcome": asdict(outcome)}
+    try:
+        show_report(store, name, as_json, done)
+    except UserError as lacking:
+        if not as_json:
+            return typer.echo(f"no verdict: {lacking}", err=True)
+        found = {"experiment": name, "effects": [], "warnings": [str(lacking)]}
+        typer.echo(json.dumps(found | done, indent=1))
 
 
 def show_report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {}) -> None:
-    """The verdicts; of a study that confirms nothing, the winners.  Raises UserError where no run has finished."""
+    """The verdicts; of a study that confirms nothing, the winners.  Raises UserError where no run has finished.
+
+    more: what else to say in JSON.
+    """
     from ablab.analysis.pages import report as reports
     from ablab.core.store.study_record import study_path
 
-    if not store.plan_path(name).is_file() and study_path(store, name).is_file():
+    is_study = study_path(store, name).is_file()
+    if is_study and not store.plan_path(name).is_file():
         return show_study(store, name, as_json)
-    found, folder = reports.read(store, name), store.root / "reports" / name
+    found = reports.read(store, name)
     if as_json:
         return typer.echo(json.dumps(reports.as_json(found) | more, indent=1))
+    folder = store.root / "reports" / name
     path = reports.write(store, name, folder)
     typer.echo(f"\n{found.plan.question}")
     table(reports.table(found.effects), SPARE)
@@ -94,71 +115,52 @@ def show_report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {
             typer.echo(f"  {effect.sentence}")
     for warning in found.warnings:
         typer.echo(f"warning: {warning}", err=True)
-    plots = ", ".join(
-        str(picture)
-        for picture in (folder / "forest.png", folder / "curves.png")
-        if picture.exists()
-    )
-    typer.echo(f"\nreport: {path}\nplots:  {plots}\nMLflow: ablab ui --store {store.root}")
-    if study_path(store, name).is_file():
+    pictures = (folder / "forest.png", folder / "curves.png")
+    drawn = ", ".join(str(picture) for picture in pictures if picture.exists())
+    typer.echo(f"\nreport: {path}")
+    typer.echo(f"plots:  {drawn}")
+    typer.echo(f"MLflow: ablab ui --store {store.root}")
+    if is_study:
         typer.echo(f"study:  {command(name, 'study')}")
 
 
-def show_outcome(store: Store, name: str, outcome: Any, as_json: bool) -> None:
-    """The report after `ablab run`; that every run diverged or failed is an answer too."""
-    done = {"outcome": asdict(outcome)}
-    try:
-        show_report(store, name, as_json, done)
-    except UserError as lacking:
-        if as_json:
-            typer.echo(
-                json.dumps(
-                    {"experiment": name, "effects": [], "warnings": [str(lacking)]} | done,
-                    indent=1,
-                )
-            )
-        else:
-            typer.echo(f"no verdict: {lacking}", err=True)
-
-
 def show_study(store: Store, name: str, as_json: bool) -> None:
+    """The winners of a study, and what became of them on other seeds."""
     from ablab.analysis.pages import study_report
 
     if as_json:
         return typer.echo(json.dumps(study_report.as_json(store, name), indent=1))
     path = study_report.write(store, name, store.root / "reports" / name)
-    table(study_report.table(store, name), ("95 % interval", "optimum"))
+    table(study_report.table(store, name), SPARE_OF_STUDY)
     if confirmed := study_report.compared(store, name):
         typer.echo("\nOn other seeds, at one setting for all arms and at each arm's own")
-        table(confirmed, ("tuning moves it by", "verdict", "own setting"))
-    typer.echo(f"\nreport: {path}\nMLflow: ablab ui --store {store.root}")
+        table(confirmed, SPARE_OF_CONFIRMATION)
+    typer.echo(f"\nreport: {path}")
+    typer.echo(f"MLflow: ablab ui --store {store.root}")
 
 
-def table(rows: list[dict[str, str]], spare: Iterable[str] = ()) -> None:
-    """A rich table on a terminal, aligned columns elsewhere.  spare: what a narrow terminal goes without, the first to go first."""
-    widths = {head: max(len(head), *(len(row[head]) for row in rows)) for head in rows[0]}
-    if sys.stdout.isatty():
-        return _drawn(rows, widths, spare)
-    for line in ({head: head for head in widths}, *rows):
-        typer.echo(
-            "  ".join(line[head].ljust(width) for head, width in widths.items()).rstrip()
-        )
+# -- the coordinate check ----------------------------------------------------------------------------------------------
+def show_coords(found: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    """How far each tensor moves at each width.  out: a folder for the picture and the numbers."""
+    from ablab.analysis.pictures import coords as view
+    from ablab.core.store.files import write_atomically
+
+    if out:
+        write_atomically(out / "coords.json", json.dumps(found).encode())
+        view.draw(found, out / "coords.png")
+    if as_json:
+        arms = [_without_rows(arm) for arm in found["arms"]]
+        return typer.echo(json.dumps(found | {"arms": arms}, indent=1))
+    table(view.table(found))
+    typer.echo(
+        f"\nlr {found['lr']:g}, step {found['steps']}, base width {found['base_width']}; "
+        f"flat: within {found['flat']:g} of 0; x: is not.  logits at init: -0.5 is the rule of a random muP readout, "
+        "0 of a standard one; not judged, nor is the last line"
+    )
+    if out:
+        typer.echo(f"picture: {out / 'coords.png'}")
+        typer.echo(f"numbers: {out / 'coords.json'}")
 
 
-def _drawn(rows: list[dict[str, str]], widths: dict[str, int], spare: Iterable[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console, without = Console(), []
-    for head in spare:
-        if sum(widths.values()) + 2 * (len(widths) - 1) > console.width:
-            del widths[head]
-            without.append(head)
-    drawn = Table(header_style="bold", box=None, pad_edge=False)
-    for i, head in enumerate(widths):
-        drawn.add_column(head, no_wrap=i == 0)  # the name of an arm is never cut
-    for row in rows:
-        drawn.add_row(*(row[head].replace("[", "\\[") for head in widths))
-    console.print(drawn)
-    if without:
-        typer.echo(f"(too narrow for: {', '.join(without)})")
+def _without_rows(arm: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in arm.items() if key != "rows"}

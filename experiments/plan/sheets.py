@@ -10,7 +10,7 @@ from ablab.core.language.numbers import Natural
 from ablab.core.language.parse import near, parse
 from ablab.core.recipe.load import read_yaml
 from ablab.core.runtime.runtime import Runtime
-from ablab.experiments.tune.proposals import StudySheet
+from ablab.experiments.tune.space import StudySheet
 
 CATALOG = Path(str(files("ablab.experiments"))) / "catalog"
 

@@ -10,10 +10,10 @@ from ablab.core.recipe.recipe import Recipe
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.result import FINISHED, RETRY, Result
 from ablab.core.store.store import Store
-from ablab.experiments.cli.printing import count
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.run.capacity import default_jobs, gpus_for, training_at_once
 from ablab.experiments.run.progress import duration
+from ablab.experiments.text import count
 
 # FLOP/s of one worker while nothing of the experiment has been measured
 GUESS_CPU = 1.5e10

@@ -9,17 +9,24 @@ from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
+from typing import TYPE_CHECKING
 
 from ablab.core.errors import UserError
 from ablab.core.store.planned import GridPlan
 from ablab.core.store.store import Store
+
+if TYPE_CHECKING:
+    from ablab.experiments.track.mlflow_tracker import MlflowTracker
+
+Task = Callable[[], object]
 
 
 def trackers_for(store: Store, plan: GridPlan, say: Callable[[str], None]) -> "Trackers | None":
     if importlib.util.find_spec("mlflow"):
         return Trackers(store, plan, say)
     say(
-        "mlflow is not installed here; the run folders are complete without it, and `ablab sync` can show them later"
+        "mlflow is not installed here; the run folders are complete without it, "
+        "and `ablab sync` can show them later"
     )
     return None
 
@@ -30,9 +37,12 @@ class Trackers:
     def __init__(self, store: Store, plan: GridPlan, say: Callable[[str], None]):
         from ablab.experiments.track.mlflow_view import MlflowView
 
-        self.store, self.plan, self.say, self.live = store, plan, say, {}
+        self.store = store
+        self.plan = plan
+        self.say = say
+        self.live: dict[str, MlflowTracker] = {}  # by run id
         self.view = MlflowView(store, warn=say)
-        self.queue: SimpleQueue = SimpleQueue()
+        self.queue: SimpleQueue[Task | None] = SimpleQueue()
         self.queue.put(self.view.ensure)
         self.thread = Thread(target=self._serve, daemon=True)
         self.thread.start()
@@ -49,7 +59,7 @@ class Trackers:
         self.queue.put(partial(self._close, run))
 
     def finish(self, note: Callable[[str], None] = lambda line: None) -> None:
-        """Show what was not trained here just now (reused runs, cells that share a run), and wait until all is shown."""
+        """Show what was not trained here just now (reused runs, cells that share a run), and wait until all is seen."""
         self.queue.put(partial(self._sync, self.plan.name))
         self.queue.put(None)
         self.thread.join(timeout=1)
@@ -68,28 +78,38 @@ class Trackers:
                 self.say(str(lost))
             except Exception as fault:  # a view never stops a grid
                 self.say(
-                    f"MLflow: {type(fault).__name__}: {fault}; the run folders are complete, `ablab sync` shows them later"
+                    f"MLflow: {type(fault).__name__}: {fault}; the run folders are complete, "
+                    "`ablab sync` shows them later"
                 )
 
     def _log(
         self, plan: GridPlan, run: str, step: int, scalars: dict[str, float], seconds: float
     ) -> None:
-        from ablab.experiments.track.mlflow_tracker import MlflowTracker, card_of, replay
-
         if run not in self.live:
-            self.live[run] = MlflowTracker(self.view)
-            row = next(row for row in plan.rows if row.run == run)
-            replay(self.store.run(run), card_of(self.store, plan, row), self.live[run])
+            self.live[run] = self._opened(plan, run)
         self.live[run].log(step, scalars, seconds)
 
-    def _close(self, run: str) -> None:
-        from ablab.experiments.track.mlflow_tracker import summary_of
+    def _opened(self, plan: GridPlan, run: str) -> "MlflowTracker":
+        """A tracker that has shown what the run's folder holds."""
+        from ablab.experiments.track.cards import card_of
+        from ablab.experiments.track.mlflow_sync import replay
+        from ablab.experiments.track.mlflow_tracker import MlflowTracker
 
-        if (tracker := self.live.pop(run, None)) and (result := self.store.run(run).result()):
+        tracker = MlflowTracker(self.view)
+        row = next(row for row in plan.rows if row.run == run)
+        replay(self.store.run(run), card_of(self.store, plan, row), tracker)
+        return tracker
+
+    def _close(self, run: str) -> None:
+        from ablab.experiments.track.cards import summary_of
+
+        tracker = self.live.pop(run, None)
+        result = self.store.run(run).result()
+        if tracker and result:
             tracker.close(result.status, summary_of(result))
 
     def _sync(self, name: str) -> None:
-        from ablab.experiments.track.mlflow_tracker import sync
+        from ablab.experiments.track.mlflow_sync import sync
 
         if self.view.ensure():
             sync(self.store, [name])

@@ -12,12 +12,11 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from ablab.core.errors import UserError
-from ablab.experiments.track.mlflow_view import (
-    ARMS,
+from ablab.experiments.track.mlflow_home import (
     DATABASES,
-    PREFIX,
     QUIET,
     artifacts,
     cure,
@@ -25,14 +24,19 @@ from ablab.experiments.track.mlflow_view import (
     local_uri,
     tracking_uri,
 )
+from ablab.experiments.track.mlflow_view import ARMS, PREFIX
 
 START_SECONDS = 60.0  # a first start on two busy cores takes about 8 s
+STOP_SECONDS = 5.0  # of patience with each signal
+USUAL_PORT = 5000
+LAST_PORT = 65535
+EVERYWHERE = ("0.0.0.0", "::")  # hosts that listen on every address
 
 
 def serve(
     store_root: Path,
     host: str = "127.0.0.1",
-    port: int = 5000,
+    port: int = USUAL_PORT,
     say: Callable[[str], None] = print,
 ) -> None:
     """Serve the UI until Ctrl-C.  Raises UserError for a taken port, a store with no view yet, a server that dies.
@@ -42,19 +46,18 @@ def serve(
     uri = tracking_uri(store_root)
     if not uri.startswith(DATABASES):
         return say(
-            f"runs are shown by the MLflow server at {uri} (MLFLOW_TRACKING_URI); open that, or unset it for the local store"
+            f"runs are shown by the MLflow server at {uri} (MLFLOW_TRACKING_URI); "
+            "open that, or unset it for the local store"
         )
     if uri == local_uri(store_root) and not database(store_root).exists():
         raise UserError(_nothing_to_show(store_root))
     _check_port(host, port)
+    address = f"http://{'127.0.0.1' if host in EVERYWHERE else host}:{port}"
     with tempfile.TemporaryFile() as log, _server(uri, store_root, host, port, log) as server:
-        for sign in (
-            signal.SIGINT,
-            signal.SIGTERM,
-        ):  # `kill` ends us like Ctrl-C, also where a shell made us ignore that
+        # `kill` ends us like Ctrl-C, also where a shell made us ignore that.
+        for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, signal.default_int_handler)
         try:
-            address = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
             if not _answers(server, address):
                 raise UserError(
                     f"the MLflow server did not start ({_last_line(log)}); {cure(uri, store_root)}"
@@ -64,7 +67,8 @@ def serve(
                 say(f"  {name}: {link}")
             server.wait()
             raise UserError(
-                f"the MLflow server on port {port} stopped ({_last_line(log)}); start it again with: ablab ui --port {port}"
+                f"the MLflow server on port {port} stopped ({_last_line(log)}); "
+                f"start it again with: ablab ui --port {port}"
             )
         except KeyboardInterrupt:
             say("stopped")
@@ -80,59 +84,55 @@ def _nothing_to_show(root: Path) -> str:
 
 def _check_port(host: str, port: int) -> None:
     """Refuse a port that cannot be listened on, and name one that can."""
-    if not 0 < port < 65536:
-        raise UserError(f"--port {port} is not in 1-65535; the usual one is 5000")
-    if refusal := _refusal(host, port):
-        others = (
-            range(max(port, 4999) + 1, min(port + 100, 65536))
-            if refusal.errno in (errno.EADDRINUSE, errno.EACCES)
-            else ()
-        )
-        free = next((other for other in others if not _refusal(host, other)), None)
-        cure = (
-            f"try: ablab ui --port {free}" if free else "choose another with --host and --port"
-        )
-        raise UserError(
-            f"port {port} on {host} cannot be used: {refusal.strerror.lower()}; {cure}"
-        )
+    if not 0 < port <= LAST_PORT:
+        raise UserError(f"--port {port} is not in 1-{LAST_PORT}; the usual one is {USUAL_PORT}")
+    refusal = _refusal(host, port)
+    if refusal is None:
+        return
+    advice = "choose another with --host and --port"
+    if refusal.errno in (errno.EADDRINUSE, errno.EACCES) and (free := _free(host, port)):
+        advice = f"try: ablab ui --port {free}"
+    why = str(refusal.strerror).lower()
+    raise UserError(f"port {port} on {host} cannot be used: {why}; {advice}")
+
+
+def _free(host: str, port: int) -> int | None:
+    """The next port that can be listened on, of a hundred."""
+    first, last = max(port + 1, USUAL_PORT), min(port + 99, LAST_PORT)
+    for other in range(first, last + 1):
+        if _refusal(host, other) is None:
+            return other
+    return None
 
 
 def _refusal(host: str, port: int) -> OSError | None:
     """Why the server could not listen there; None if it could."""
     try:
-        with socket.socket(socket.getaddrinfo(host, port)[0][0], socket.SOCK_STREAM) as probe:
-            probe.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # as the server will: a port just left is free
+        family = socket.getaddrinfo(host, port)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # As the server will: a port just left is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as refusal:
         return refusal
     return None
 
 
-def _server(uri: str, root: Path, host: str, port: int, log) -> subprocess.Popen:
+def _server(
+    uri: str, root: Path, host: str, port: int, log: BinaryIO
+) -> subprocess.Popen[bytes]:
     """MLflow's server in a process group of its own: Ctrl-C reaches us alone, and we stop all of it."""
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        uri,
-        "--default-artifact-root",
-        artifacts(root).as_uri(),
-    ]
-    command += [
-        "--no-serve-artifacts",
-        "--host",
-        host,
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-        "--uvicorn-opts",
-        "--log-level warning",
-    ]
+    options = {
+        "--backend-store-uri": uri,
+        "--default-artifact-root": artifacts(root).as_uri(),
+        "--host": host,
+        "--port": str(port),
+        "--workers": "1",
+        "--uvicorn-opts": "--log-level warning",
+    }
+    command = [sys.executable, "-m", "mlflow", "server", "--no-serve-artifacts"]
+    for option, value in options.items():
+        command += [option, value]
     return subprocess.Popen(
         command,
         env=QUIET | os.environ | {"MLFLOW_LOGGING_LEVEL": "ERROR"},
@@ -142,19 +142,19 @@ def _server(uri: str, root: Path, host: str, port: int, log) -> subprocess.Popen
     )
 
 
-def _stop(server: subprocess.Popen) -> None:
+def _stop(server: subprocess.Popen[bytes]) -> None:
     """End the group politely, then what is left of it."""
-    for sign, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+    for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, sign)
-            server.wait(patience)
+            server.wait(STOP_SECONDS)
         except ProcessLookupError:
             return
         except subprocess.TimeoutExpired:
             continue
 
 
-def _answers(server: subprocess.Popen, address: str) -> bool:
+def _answers(server: subprocess.Popen[bytes], address: str) -> bool:
     """Wait until the server answers; False if it ends or takes too long."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
@@ -166,29 +166,25 @@ def _answers(server: subprocess.Popen, address: str) -> bool:
     return False
 
 
-def _last_line(log) -> str:
+def _last_line(log: BinaryIO) -> str:
     log.seek(0)
-    lines = [
-        line
-        for line in log.read().decode(errors="replace").splitlines()
-        if line.strip() and not line.startswith(("(Background", "[SQL"))
-    ]
-    return lines[-1][:200] if lines else "it said nothing"
+    for line in reversed(log.read().decode(errors="replace").splitlines()):
+        if line.strip() and not line.startswith(("(Background", "[SQL")):
+            return line[:200]
+    return "it said nothing"
 
 
 def _links(address: str) -> dict[str, str]:
-    """Our experiments, each with the address of its saved view: seeds averaged by arm."""
-    with urllib.request.urlopen(
-        f"{address}/api/2.0/mlflow/experiments/search?max_results=1000", timeout=10
-    ) as answer:
+    """Our experiments, each with the address of its saved view; that of a study opens on its charts."""
+    asked = f"{address}/api/2.0/mlflow/experiments/search?max_results=1000"
+    with urllib.request.urlopen(asked, timeout=10) as answer:
         found = json.load(answer).get("experiments", [])
-    path = "{}/#/experiments/{}/runs?workflowType=machine_learning&viewStateShareKey=" + ARMS
-    ours = {
-        one["name"].removeprefix(PREFIX): path.format(address, one["experiment_id"])
-        for one in found
-        if one["name"].startswith(PREFIX)
-    }
-    return {
-        name: link + ("&compareRunsMode=CHART" if name.endswith("@study") else "")
-        for name, link in ours.items()
-    }
+    links = {}
+    for one in found:
+        name = one["name"].removeprefix(PREFIX)
+        if name == one["name"]:
+            continue
+        page = f"{address}/#/experiments/{one['experiment_id']}/runs"
+        link = f"{page}?workflowType=machine_learning&viewStateShareKey={ARMS}"
+        links[name] = link + ("&compareRunsMode=CHART" if name.endswith("@study") else "")
+    return links

@@ -1,316 +1,236 @@
-"""The search of one cell: what was tried, what comes next, and how an ended trial is stored."""
+"""The search of one cell: what was tried, what comes next, and which trials are stopped early."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ablab.ablations.design import Cell
-from ablab.analysis.tuning import winners as tuning
+from ablab.analysis.tuning.winners import widen, winner
 from ablab.core.errors import UserError
 from ablab.core.recipe.intervention import resolve
 from ablab.core.recipe.load import assign
 from ablab.core.recipe.recipe import Recipe, run_id
-from ablab.core.store import study_record
 from ablab.core.store.planned import Planned
-from ablab.core.store.result import FINISHED, PRUNED
+from ablab.core.store.result import Result
 from ablab.core.store.store import Store
+from ablab.core.store.study_record import COMPLETE, RUNNING, Trial
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
-from ablab.experiments.tune import proposals as search
 from ablab.experiments.tune import storage
-from ablab.experiments.tune.proposals import Axis
+from ablab.experiments.tune.proposals import LAID_OUT, Proposer, spread_of
 from ablab.experiments.tune.pruning import Past, Referee
+from ablab.experiments.tune.space import Axis, Point, StudySheet, tidy, total_trials
+from ablab.experiments.tune.storage import direction
+from ablab.experiments.tune.trials import Candidate, ending_of, frozen, recorded
 
-STATES = {
-    FINISHED: study_record.COMPLETE
-}  # of a run -> of a trial; any other status keeps its name
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One proposed point of a cell; `number` counts from 0 within the cell."""
-
-    cell: Cell
-    number: int
-    params: dict[str, Any]
-    runs: list[PlannedRun]  # one for each selection seed
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
 
 
-class Arm:
-    """Doses of interventions that the cell lacks are no axes of it."""
+class CellSearch:
+    """Proposes candidates of one cell, generation after generation, and keeps what became of them."""
 
-    def __init__(self, experiment: Experiment, cell: Cell, axes: list[Axis]):
-        self.experiment, self.cell, self.sheet = experiment, cell, experiment.sheet.study
-        self.axes = [
-            axis
-            for axis in axes
-            if not axis.path.startswith("with.") or axis.path.split(".")[1] in cell.treatment
-        ]
+    study: "Study"  # Optuna's, once `open` was called
+    proposer: Proposer
+
+    def __init__(
+        self, experiment: Experiment, sheet: StudySheet, cell: Cell, axes: Sequence[Axis]
+    ):
+        """axes: of the whole study; doses of interventions that the cell lacks are no axes of it."""
+        self.experiment = experiment
+        self.sheet = sheet
+        self.cell = cell
+        self.axes = [axis for axis in axes if _concerns(axis, cell)]
         if not self.axes:
             raise UserError(
-                f"cell {cell.name!r} has nothing to tune: none of {', '.join(a.path for a in axes)} is in it; add a recipe path such as optim.lr"
+                f"cell {cell.name!r} has nothing to tune: none of {', '.join(axis.path for axis in axes)} "
+                "is in it; add a recipe path such as optim.lr"
             )
-        self.name, self.metric = f"{experiment.name}/{cell.name}", experiment.sheet.metric
-        self.total = search.total_trials(self.axes, self.sheet)
-        at_once = (
-            self.sheet.sampler in ("grid", "qmc") and self.sheet.pruner == "none"
-        )  # their points wait for no result, a pruner does
-        self.size = self.total if at_once else self.sheet.generation
-        self.study: Any = None
+        self.name = f"{experiment.name}/{cell.name}"
+        self.metric = experiment.sheet.metric
+        self.total = total_trials(self.axes, sheet)
+        # Points that are fixed beforehand wait for no result; a pruner does.
+        at_once = sheet.sampler in LAID_OUT and sheet.pruner == "none"
+        self.size = self.total if at_once else sheet.generation
         self.referees: dict[int, Referee] = {}  # of the trials that are not stored yet
-        self.records: list[
-            study_record.Trial
-        ] = []  # of those that are, as far as they were asked for
-
-    # -- before anything runs --------------------------------------------------------------------------------------
-    def check(self) -> None:
-        """Every corner of the space must build, and so must the hard bounds and whole numbers between.  Raises UserError naming the point."""
-        lows = {axis.path: axis.ends[0] for axis in self.axes}
-        inner = [
-            lows | {axis.path: axis.ends[0] + 1} for axis in self.axes if axis.kind == "int"
-        ]
-        beyond = [
-            lows | {path: end}
-            for path, bounds in self.sheet.hard.items()
-            if path in lows
-            for end in bounds
-        ]
-        for what, points in (
-            ("corner", search.corners(self.axes)),
-            ("point", inner),
-            ("hard bound", beyond),
-        ):
-            for point in points:
-                try:
-                    self.recipe(point)
-                except UserError as flaw:
-                    where = ", ".join(f"{path}={value}" for path, value in point.items())
-                    raise UserError(
-                        f"study.space of {self.experiment.name}: the {what} {where} of cell {self.cell.name!r} cannot be built: {flaw}"
-                    ) from None
+        self.records: list[Trial] = []  # of those that are, as far as they were asked for
 
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What decides the proposals and values: two studies that differ in one of these are two studies."""
-        grid, qmc = self.sheet.sampler == "grid", self.sheet.sampler == "qmc"
-        return {
-            "space": {
-                axis.path: [axis.kind, *axis.values]
-                + [axis.points] * (grid and axis.kind != "choices")
-                for axis in self.axes
-            },
-            "sampler": self.sheet.sampler,
-            "sampler_seed": self.sheet.sampler_seed,
-            "generation": self.sheet.generation,
-            "seeds": self.sheet.seeds,
+        sheet = self.sheet
+        facts: dict[str, Any] = {
+            "space": {axis.path: self._described(axis) for axis in self.axes},
+            "sampler": sheet.sampler,
+            "sampler_seed": sheet.sampler_seed,
+            "generation": sheet.generation,
+            "seeds": sheet.seeds,
             "metric": self.metric.name,
             "better": self.metric.better,
-            "pruner": self.sheet.pruner,
-            "recipe": run_id(resolve(self.experiment.base, self.cell.treatment)),
-        } | ({"trials_per_cell": self.total} if qmc else {})
+            "pruner": sheet.pruner,
+            "recipe": run_id(self._untuned),
+        }
+        if sheet.sampler == "qmc":
+            facts["trials_per_cell"] = self.total
+        return facts
 
-    def open(self, held: Any) -> None:
-        self.study = storage.open_study(
-            held,
-            self.name,
-            self.metric.better,
-            self.facts,
-            search.spread_of(self.axes, self.sheet),
-        )
-        self.spread = self.study.user_attrs["spread"]
+    def _described(self, axis: Axis) -> list[Any]:
+        described = [axis.kind, *axis.values]
+        if self.sheet.sampler == "grid" and axis.kind != "choices":
+            described.append(axis.points)
+        return described
+
+    @property
+    def _untuned(self) -> Recipe:
+        return resolve(self.experiment.base, self.cell.treatment)
+
+    def open(self, held: "BaseStorage") -> None:
+        """Take up the study where it was, or make it."""
+        spread = spread_of(self.axes, self.sheet)
+        better = self.metric.better
+        self.study = storage.open_study(held, self.name, better, self.facts, spread)
+        first = self.study.user_attrs[storage.SPREAD]
+        self.proposer = Proposer(self.axes, self.sheet, self.name, better, first)
 
     # -- what comes next -------------------------------------------------------------------------------------------
     @property
-    def stored(self) -> list[Any]:
+    def stored(self) -> list["FrozenTrial"]:
         return self.study.get_trials(deepcopy=False)
 
-    def recipe(self, params: dict[str, Any]) -> Recipe:
+    def recipe(self, params: Point) -> Recipe:
         return tuned_recipe(self.experiment, self.cell, params)
 
-    def generation(self) -> list[Trial]:
-        """The trials that come next, those of an interrupted generation first; empty when the search is over."""
+    def generation(self) -> list[Candidate]:
+        """The candidates that come next, those of an interrupted generation first; empty when the search is over."""
         stored = self.stored
         if len(stored) >= self.total:
-            return self._widening(stored)
-        first = self._first(len(stored))
+            return self._widening(len(stored))
+        first = self._first_of_generation(len(stored))
         count = min(self.size, self.total - first)
-        points = search.propose(
-            self.axes,
-            self.sheet,
-            self.name,
-            self.metric.better,
-            stored[:first],
-            count,
-            self.spread,
-        )
-        return [
-            self._trial(first + i, params)
-            for i, params in enumerate(points)
-            if first + i >= len(stored)
-        ]
+        points = self.proposer.points(stored[:first], count)
+        numbered = list(enumerate(points, first))
+        open_ones = numbered[len(stored) - first :]
+        return [self._candidate(number, point) for number, point in open_ones]
 
-    def _first(self, number: int) -> int:
+    def _first_of_generation(self, number: int) -> int:
         """The first trial of the generation of trial `number`; after the last generation, each stands alone."""
-        return number if number >= self.total else number // self.size * self.size
+        if number >= self.total:
+            return number
+        return number // self.size * self.size
 
-    def _widening(self, stored: list[Any]) -> list[Trial]:
-        """One more point beyond an edge that won, within the hard bounds."""
+    def _widening(self, stored: int) -> list[Candidate]:
+        """One more point beyond an edge that won, within the hard bounds.  stored: how many trials there are."""
+        sheet = self.sheet
+        if not sheet.hard or stored >= self.total + sheet.widenings:
+            return []
         spent = self.spent()
-        if (
-            len(stored) >= self.total + self.sheet.widenings
-            or not self.sheet.hard
-            or not any(one.state == study_record.COMPLETE for one in spent)
-        ):
+        if not any(one.state == COMPLETE for one in spent):
             return []
-        searched = (spent, self.sheet.space, self.sheet.hard, self.metric.better)
-        value = tuning.widen(*searched)
-        if value is None:
+        searched = (spent, sheet.space, sheet.hard, self.metric.better)
+        value = widen(*searched)
+        won = winner(*searched)
+        if value is None or won.path is None:
             return []
-        won = tuning.winner(*searched)
-        return [self._trial(len(stored), won.params | {won.path: search.tidy(value)})]
+        return [self._candidate(stored, won.params | {won.path: tidy(value)})]
 
-    def _trial(self, number: int, params: dict[str, Any]) -> Trial:
-        recipe, runs = self.recipe(params), []
-        for i, seed in enumerate(self.sheet.seeds):
+    def _candidate(self, number: int, params: Point) -> Candidate:
+        recipe = self.recipe(params)
+        seeds = self.sheet.seeds
+        runs = []
+        for pair, seed in enumerate(seeds, number * len(seeds)):
             seeded = replace(recipe, seed=seed)
-            runs.append(
-                PlannedRun(
-                    self.cell.name, number * len(self.sheet.seeds) + i, seeded, run_id(seeded)
-                )
-            )
-        return Trial(self.cell, number, params, runs)
+            runs.append(PlannedRun(self.cell.name, pair, seeded, run_id(seeded)))
+        return Candidate(self.cell, number, params, runs)
 
     # -- pruning ---------------------------------------------------------------------------------------------------
     @cached_property
     def past(self) -> Past | None:
         """None: nothing is pruned here.  A curve that crosses its control's late is never judged early."""
-        if self.sheet.pruner == "none" or any(
-            one.about.crosses_late for one in self.cell.treatment.values()
-        ):
+        late = any(one.about.crosses_late for one in self.cell.treatment.values())
+        if self.sheet.pruner == "none" or late:
             return None
-        steps = resolve(self.experiment.base, self.cell.treatment).steps
-        return Past(
-            self.sheet.pruner,
-            search.direction(self.metric.better),
-            steps,
-            self.experiment.sheet.runtime.evaluations,
-        )
+        evaluations = self.experiment.sheet.runtime.evaluations
+        better = direction(self.metric.better)
+        return Past(self.sheet.pruner, better, self._untuned.steps, evaluations)
 
-    def verdict(self, trial: Trial, store: Store) -> int | None:
-        """The step after which the trial is pruned, as far as its curve has got; None: it may go on."""
+    def verdict(self, candidate: Candidate, store: Store) -> int | None:
+        """The step after which the candidate is pruned, as far as its curve has got; None: it may go on."""
         if self.past is None:
             return None
-        if trial.number not in self.referees:
-            self.referees[trial.number] = self.past.referee(
-                self.stored[: self._first(trial.number)], trial.number
-            )
-        return self.referees[trial.number].verdict(self._curve(trial, store))
+        number = candidate.number
+        if number not in self.referees:
+            before = self.stored[: self._first_of_generation(number)]
+            self.referees[number] = self.past.referee(before, number)
+        return self.referees[number].verdict(self._curve(candidate, store))
 
-    def _curve(self, trial: Trial, store: Store) -> dict[int, float]:
-        return {
-            int(line["step"]): line[self.metric.name]
-            for line in store.run(trial.runs[0].id).metrics()
-            if self.metric.name in line
-        }
+    def _curve(self, candidate: Candidate, store: Store) -> dict[int, float]:
+        """Step -> value, at the evaluations; of the first seed, the only one where a pruner judges."""
+        lines = store.run(candidate.runs[0].id).metrics()
+        name = self.metric.name
+        return {int(line["step"]): line[name] for line in lines if name in line}
 
     # -- what has ended --------------------------------------------------------------------------------------------
-    def tell(self, trial: Trial, store: Store) -> None:
-        """Store a trial whose runs have ended: complete with the mean over its seeds, or pruned, or failed with the reason.
+    def tell(self, candidate: Candidate, store: Store) -> None:
+        """Store a candidate whose runs have ended: complete with the mean over its seeds, or pruned, or failed.
 
         Curves are stored where a pruner will ask for them; everywhere else they stay in the run folders.
         """
-        from optuna.trial import TrialState, create_trial
+        results = [_ended(store, run) for run in candidate.runs]
+        stopped = self.verdict(candidate, store)
+        curve = self._curve(candidate, store) if self.past else {}
+        ending = ending_of(candidate, results, self.metric.name, stopped, curve)
+        self.study.add_trial(frozen(candidate, ending, self.axes))
+        self.referees.pop(candidate.number, None)
 
-        results = [store.run(run.id).result() for run in trial.runs]
-        worst = next((result for result in results if result.status != FINISHED), results[0])
-        values = {
-            str(run.recipe.seed): result.metrics.get(self.metric.name)
-            for run, result in zip(trial.runs, results, strict=True)
-        }
-        stopped, curve = self.verdict(trial, store), self._curve(trial, store)
-        status = worst.status if stopped is None else PRUNED
-        state = {FINISHED: TrialState.COMPLETE, PRUNED: TrialState.PRUNED}.get(
-            status, TrialState.FAIL
-        )
-        told = {
-            "runs": [run.id for run in trial.runs],
-            "values": values,
-            "seconds": sum(result.seconds for result in results),
-        }
-        if why := worst.error if stopped is None else f"pruned at step {stopped}":
-            told["error"] = why
-        heard = (
-            {step: value for step, value in curve.items() if step <= (stopped or step)}
-            if self.past
-            else {}
-        )
-        self.study.add_trial(
-            create_trial(  # each value and attribute is a row of a database: 3 ms to store, 10,000 trials to load
-                state=state,
-                value=sum(values.values()) / len(values)
-                if state == TrialState.COMPLETE
-                else None,
-                params=trial.params,
-                distributions=self._spaces(trial.params),
-                intermediate_values=heard,
-                user_attrs={"state": STATES.get(status, status), "told": told},
-            )
-        )
-        self.referees.pop(trial.number, None)
-
-    def _spaces(self, params: dict[str, Any]) -> dict[str, Any]:
-        """The distributions that Optuna wants to see; that of a widened path reaches as far as its value."""
-        from optuna.distributions import FloatDistribution
-
-        spaces = {axis.path: axis.distribution() for axis in self.axes}
-        for path, space in spaces.items():
-            if isinstance(space, FloatDistribution):
-                spaces[path] = FloatDistribution(
-                    min(space.low, params[path]), max(space.high, params[path]), log=space.log
-                )
-        return spaces
-
-    def spent(self) -> list[study_record.Trial]:
+    def spent(self) -> list[Trial]:
         """The stored trials, as the reports want them."""
-        for frozen in self.stored[len(self.records) :]:
-            told = frozen.user_attrs["told"]
-            known = (
-                dict(frozen.params),
-                frozen.user_attrs["state"],
-                frozen.value,
-                told["values"],
-                told["runs"],
-                told["seconds"],
-            )
-            self.records.append(study_record.Trial(self.cell.name, frozen.number, *known))
+        for trial in self.stored[len(self.records) :]:
+            self.records.append(recorded(self.cell.name, trial))
         return self.records
 
-    def rows(self, coming: list[Trial]) -> list[Planned]:
+    def rows(self, coming: Sequence[Candidate]) -> list[Planned]:
         """Every trial as planned runs: what MLflow shows, tagged with study, trial number and state."""
-        known = [
-            (one.number, one.state, list(zip(self.sheet.seeds, one.runs, strict=True)))
-            for one in self.spent()
-        ]
-        known += [
-            (one.number, study_record.RUNNING, [(run.recipe.seed, run.id) for run in one.runs])
-            for one in coming
-        ]
-        tags = {"ablab.study": self.experiment.name}
+        rows = []
+        for one in self.spent():
+            rows += self._planned(one.number, one.state, one.runs)
+        for candidate in coming:
+            ids = [run.id for run in candidate.runs]
+            rows += self._planned(candidate.number, RUNNING, ids)
+        return rows
+
+    def _planned(self, number: int, state: str, runs: list[str]) -> list[Planned]:
+        tags = {
+            "ablab.study": self.experiment.name,
+            "ablab.trial": str(number),
+            "ablab.trial_state": state,
+        }
+        seeded = zip(self.sheet.seeds, runs, strict=True)
+        first = number * len(runs)
         return [
-            Planned(
-                self.cell.name,
-                number * len(runs) + i,
-                seed,
-                id,
-                tags=tags | {"ablab.trial": str(number), "ablab.trial_state": state},
-            )
-            for number, state, runs in known
-            for i, (seed, id) in enumerate(runs)
+            Planned(self.cell.name, pair, seed, id, tags=tags)
+            for pair, (seed, id) in enumerate(seeded, first)
         ]
 
 
-def tuned_recipe(experiment: Experiment, cell: Cell, params: dict[str, Any]) -> Recipe:
+def _concerns(axis: Axis, cell: Cell) -> bool:
+    """Whether the cell has what the axis searches: a dose is there with its intervention alone."""
+    if not axis.path.startswith("with."):
+        return True
+    return axis.path.split(".")[1] in cell.treatment
+
+
+def _ended(store: Store, run: PlannedRun) -> Result:
+    result = store.run(run.id).result()
+    assert result is not None, f"run {run.id} is told before it has ended"
+    return result
+
+
+def tuned_recipe(experiment: Experiment, cell: Cell, params: Point) -> Recipe:
     """The cell's recipe with searched values in place; `with.NAME.DOSE` sets a dose, any other path the base recipe."""
-    base, treatment = experiment.base, dict(cell.treatment)
+    base = experiment.base
+    treatment = dict(cell.treatment)
     for path, value in params.items():
         if path.startswith("with."):
             _, name, dose = path.split(".")

@@ -1,47 +1,68 @@
 """Where studies are kept: any Optuna storage, and how it is told whose a study is."""
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ablab.core.errors import UserError
-from ablab.experiments.tune.proposals import direction
 
-FACTS = "ablab"  # the user attribute in which a study keeps what it was made with
-STALE_SECONDS = 5  # a journal's lock outlives a killed process; a write takes milliseconds, and Optuna would wait 30 s
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.storages import BaseStorage
+
+# User attributes of a study: what it was made with, and how many of its trials are spread evenly.
+FACTS, SPREAD = "ablab", "spread"
+# User attributes of a trial: how it ended, and what else the reports want to know.
+STATE, TOLD = "state", "told"
+# Seconds.  A journal's lock outlives a killed process; a write takes milliseconds, and Optuna would wait 30 s.
+STALE_SECONDS = 5
+# What a driver is given: seconds that a writer beside us may take, and that a host may take to answer.
+POSTGRES = {"connect_timeout": 10}
+PATIENCE = {
+    "sqlite": {"timeout": 60},
+    "postgresql": POSTGRES,
+    "postgresql+psycopg": POSTGRES,
+    "postgresql+psycopg2": POSTGRES,
+}
 
 
-def open_storage(url: str) -> Any:
+def direction(better: str) -> Literal["minimize", "maximize"]:
+    """Optuna's word for "lower" or "higher"."""
+    return "minimize" if better == "lower" else "maximize"
+
+
+def open_storage(url: str) -> "BaseStorage":
     """`journal:PATH`, or any Optuna URL.  Raises UserError when it cannot be reached."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    patience = {
-        "sqlite": {"timeout": 60}
-    }  # seconds: a writer beside us may take that long, a host that does not answer this
-    patience |= dict.fromkeys(
-        ("postgresql", "postgresql+psycopg", "postgresql+psycopg2"), {"connect_timeout": 10}
-    )
     try:
         if url.startswith("journal:"):
-            from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-
-            path = url.removeprefix("journal:")
-            return optuna.storages.JournalStorage(
-                JournalFileBackend(
-                    path, JournalFileSymlinkLock(path, grace_period=STALE_SECONDS)
-                )
-            )
-        return optuna.storages.RDBStorage(
-            url, {"connect_args": patience.get(url.split(":")[0], {})}
-        )
-    except Exception as cause:
-        cause = (
-            cause.__cause__ or cause.__context__ if isinstance(cause, ImportError) else cause
-        )  # the module that is missing
-        line = hide(" ".join(str(cause).split("(Background on")[0].split())[:200])
+            return _journal(url.removeprefix("journal:"))
+        patience = PATIENCE.get(url.split(":")[0], {})
+        return optuna.storages.RDBStorage(url, {"connect_args": patience})
+    except Exception as refusal:
+        cause: BaseException | None = refusal
+        if isinstance(
+            refusal, ImportError
+        ):  # Optuna's; its cause names the module that is missing
+            cause = refusal.__cause__ or refusal.__context__
+        text, _, _ = str(cause).partition("(Background on")
+        text = " ".join(text.split())
+        line = hide(text[:200]) or type(cause).__name__
         raise UserError(
-            f"the Optuna storage {hide(url)} cannot be opened ({line or type(cause).__name__}); check --storage"
+            f"the Optuna storage {hide(url)} cannot be opened ({line}); check --storage"
         ) from None
+
+
+def _journal(path: str) -> "BaseStorage":
+    from optuna.storages.journal import (
+        JournalFileBackend,
+        JournalFileSymlinkLock,
+        JournalStorage,
+    )
+
+    lock = JournalFileSymlinkLock(path, grace_period=STALE_SECONDS)
+    return JournalStorage(JournalFileBackend(path, lock))
 
 
 def hide(url: str) -> str:
@@ -49,7 +70,7 @@ def hide(url: str) -> str:
     return re.sub(r"//[^/@\s]*@", "//", url)
 
 
-def compare(storage: Any, name: str, facts: dict[str, Any]) -> None:
+def compare(storage: "BaseStorage", name: str, facts: dict[str, Any]) -> None:
     """A study of this name that the storage holds must have been made with the same facts; else say which differs."""
     import optuna
 
@@ -57,27 +78,35 @@ def compare(storage: Any, name: str, facts: dict[str, Any]) -> None:
         study = optuna.load_study(study_name=name, storage=storage)
     except KeyError:
         return
-    held, cure = (
-        study.user_attrs.get(FACTS, {}),
-        "rename the experiment or use another --storage",
-    )
-    if not held and study.get_trials(deepcopy=False):
-        raise UserError(f"the storage holds a study {name!r} that ablab did not make; {cure}")
-    for key in {**held, **facts} if held else ():
+    cure = "rename the experiment or use another --storage"
+    held = study.user_attrs.get(FACTS, {})
+    if not held:
+        if study.get_trials(deepcopy=False):
+            raise UserError(
+                f"the storage holds a study {name!r} that ablab did not make; {cure}"
+            )
+        return
+    for key in held | facts:
         if held.get(key) != facts.get(key):
             raise UserError(
-                f"the storage holds a study {name!r} whose {key} is {held.get(key)}, but this one has {facts.get(key)}; {cure}"
+                f"the storage holds a study {name!r} whose {key} is {held.get(key)}, "
+                f"but this one has {facts.get(key)}; {cure}"
             )
 
 
-def open_study(storage: Any, name: str, better: str, facts: dict[str, Any], spread: int) -> Any:
-    """The Optuna study of one cell, made where it is missing.  spread: remembered, so that more trials go on from the same start."""
+def open_study(
+    storage: "BaseStorage", name: str, better: str, facts: dict[str, Any], spread: int
+) -> "Study":
+    """The Optuna study of one cell, made where it is missing.
+
+    spread: how many of its trials are spread evenly; kept, so that a larger budget goes on from the same start.
+    """
     import optuna
 
     study = optuna.create_study(
         study_name=name, storage=storage, direction=direction(better), load_if_exists=True
     )
     if FACTS not in study.user_attrs:
-        study.set_user_attr("spread", spread)
+        study.set_user_attr(SPREAD, spread)
         study.set_user_attr(FACTS, facts)
     return study

@@ -218,7 +218,7 @@ def _free(device: torch.device) -> None:
 
 # -- showing it --------------------------------------------------------------------------------------------------------
 def show_kernels(found: dict[str, Any]) -> None:
-    from ablab.experiments.cli.printing import table
+    from ablab.experiments.text import table
 
     typer.echo(
         f"{found['device']}; measured here: matrix products {found['matmul_tflops']:.3g} TFLOP/s, copies {found['copy_tb_per_second']:.3g} TB/s"

@@ -16,7 +16,8 @@ from ablab.experiments.cli import data as data_cli
 
 
 def call(*arguments, **settings) -> str:
-    result = CliRunner().invoke(data_cli.app, [*map(str, arguments)], **settings)
+    words = [str(word) for word in arguments]
+    result = CliRunner().invoke(data_cli.app, words, **settings)
     if result.exception:
         raise result.exception
     return result.stdout
@@ -26,29 +27,18 @@ def call(*arguments, **settings) -> str:
 def text(tmp_path) -> Path:
     path = tmp_path / "text" / "logs.jsonl"
     path.parent.mkdir()
-    path.write_text(
-        "".join(
-            json.dumps({"body": f"{n} ships sailed, {n * n} came back."}) + "\n"
-            for n in range(300)
-        )
-    )
+    rows = [{"body": f"{n} ships sailed, {n * n} came back."} for n in range(300)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 @pytest.fixture
 def tokenizer(text, tmp_path) -> Path:
-    said = call(
-        "train-tokenizer",
-        text.parent,
-        "--field",
-        "body",
-        "--vocab",
-        300,
-        "--out",
-        tmp_path / "t.json",
-    )
+    path = tmp_path / "t.json"
+    options = ("--field", "body", "--vocab", 300, "--out", path)
+    said = call("train-tokenizer", text.parent, *options)
     assert re.fullmatch(rf"{tmp_path}/t\.json: 300 ids from [\d,]+ bytes in \d+\.\d s\n", said)
-    return tmp_path / "t.json"
+    return path
 
 
 def test_tokenize_then_list_reports_what_meta_holds(text, tokenizer, tmp_path):
@@ -58,22 +48,15 @@ def test_tokenize_then_list_reports_what_meta_holds(text, tokenizer, tmp_path):
         "tokenize", f"{text.parent}/*.jsonl", *options, "--name", "logs", "--val-fraction", 0.2
     )
     meta = corpus.load_meta(store / "data" / "logs")
-    assert (
-        f"{meta.train_tokens:,} training and {meta.val_tokens:,} validation tokens" in said
-        and meta.digest in said
-    )
+    assert f"{meta.train_tokens:,} training and {meta.val_tokens:,} validation tokens" in said
+    assert meta.digest in said
     [row] = json.loads(call("list", "--json", "--store", store))
-    assert (
-        row == json.loads((store / "data" / "logs" / "meta.json").read_text())
-        and row["name"] == "logs"
-    )
+    assert row == json.loads((store / "data" / "logs" / "meta.json").read_text())
+    assert row["name"] == "logs"
     line = call("list", env={"ABLAB_STORE": str(store)})
-    assert (
-        line.startswith("logs ")
-        and meta.digest in line
-        and f"{meta.train_tokens:,} train" in line
-        and "vocab     300" in line
-    )
+    assert line.startswith("logs ")
+    for word in (meta.digest, f"{meta.train_tokens:,} train", "vocab     300"):
+        assert word in line
 
 
 def test_named_validation_text_is_held_out(text, tokenizer, tmp_path):
@@ -106,7 +89,8 @@ def test_a_damaged_folder_is_listed_with_what_is_wrong(tmp_path):
     (tmp_path / "data" / "broken").mkdir(parents=True)
     (tmp_path / "data" / ".x.partial").mkdir()
     [row] = json.loads(call("list", "--json", "--store", tmp_path))
-    assert row["name"] == "broken" and "meta.json" in row["error"]
+    assert row["name"] == "broken"
+    assert "meta.json" in row["error"]
     assert call("list", "--store", tmp_path).startswith("broken ")
 
 
@@ -150,21 +134,20 @@ def test_each_data_config_names_its_folder_its_digest_and_its_vocabulary(name, v
 @pytest.mark.parametrize("name", ["docs", "fineweb_edu"])
 def test_the_commands_in_a_data_config_are_ones_the_program_takes(name, monkeypatch):
     taken = []
-    monkeypatch.setattr(
-        corpus,
-        "train_tokenizer",
-        lambda text, out, vocab, *rest: taken.append((out, vocab)) or 1,
-    )
-    monkeypatch.setattr(
-        corpus,
-        "tokenize",
-        lambda text, val, tokenizer, out, *rest: taken.append((tokenizer, out.name)) or meta,
-    )
-    meta = corpus.Meta(1, name, 32_000, "uint16", 0, 1, 1, 1, 1, "0" * 16)
-    commands = re.findall(
-        r"^#\s+ablab data (.+)$", (corpus.CONFIGS / f"{name}.yaml").read_text(), re.M
-    )
-    for command in commands:
+
+    def train_tokenizer(text, out, vocab, *rest):
+        taken.append((out, vocab))
+        return 1
+
+    def tokenize(text, val, tokenizer, out, *rest):
+        taken.append((tokenizer, out.name))
+        return corpus.Meta(1, name, 32_000, "uint16", 0, 1, 1, 1, 1, "0" * 16)
+
+    monkeypatch.setattr(corpus, "train_tokenizer", train_tokenizer)
+    monkeypatch.setattr(corpus, "tokenize", tokenize)
+    config = (corpus.CONFIGS / f"{name}.yaml").read_text()
+    for command in re.findall(r"^#\s+ablab data (.+)$", config, re.M):
         call(*(word.strip("'") for word in command.split()))
     [(trained, vocab), (used, folder)] = taken
-    assert trained == used and (vocab, folder) == (32_000, name)
+    assert trained == used
+    assert (vocab, folder) == (32_000, name)

@@ -13,18 +13,19 @@ LIGHT = """
 import sys
 sys.argv = ["ablab", *{words!r}]
 from ablab.experiments.cli import main as cli
+heavy = {{"torch", "mlflow", "optuna", "pandas", "matplotlib", "scipy", "numpy"}}
 try:
     cli.main()
 finally:
-    heavy = sorted({{name.split(".")[0] for name in sys.modules}} & {{"torch", "mlflow", "optuna", "pandas", "matplotlib", "scipy", "numpy"}})
-    print(*heavy, file=sys.stderr)
+    print(*sorted(heavy & set(sys.modules)), file=sys.stderr)
 """
 
 
 @pytest.fixture(scope="module", autouse=True)
 def sheets(lab):
     lab.sheet("grid")
-    lab.sheet("doses", **{"with": [{"gating": {"per": "head"}}, "muon", "normuon"]})
+    doses = [{"gating": {"per": "head"}}, "muon", "normuon"]
+    lab.sheet("doses", **{"with": doses})
 
 
 @pytest.mark.parametrize(
@@ -48,19 +49,37 @@ def test_looking_loads_nothing_heavy(lab, words):
     assert done.returncode == 0 and done.stderr.strip() == "", done.stderr
     if "--json" in words:
         found = json.loads(done.stdout)
-        assert (
-            found["runs"] == len(found["rows"]) == found["missing"] == 10_008
-            and len({row["run"] for row in found["rows"]}) == 10_008
-        )
+        assert found["runs"] == found["missing"] == 10_008
+        assert len({row["run"] for row in found["rows"]}) == len(found["rows"]) == 10_008
+
+
+@pytest.mark.parametrize("module", ["ablab.experiments.cli", "ablab.experiments.cli.main"])
+def test_python_m_starts_the_same_command_line_where_ablab_is_not_on_the_path(
+    lab, ablab, module
+):
+    words = ("run", "grid.yaml", "--dry-run", "--json")
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words],
+        cwd=lab.root,
+        env=os.environ | {"ABLAB_STORE": str(lab.store)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == ablab(*words).json
 
 
 def test_help_says_how_it_ends(ablab):
     ended = ablab("--help")
-    assert ended.code == 0 and all(
-        word in ended.out
-        for word in ("Exit codes: 0", "1 runs failed", "2 the request", "130", "--debug")
-    )
+    assert ended.code == 0
+    for word in ("Exit codes: 0", "1 runs failed", "2 the request", "130", "--debug"):
+        assert word in ended.out
     assert ablab().code == 2
+
+
+def words_of(ended) -> list[str]:
+    """The words of a help page, out of their frames."""
+    return ended.out.replace("│", " ").split()
 
 
 def test_help_shows_every_default_and_bracket_that_was_written(ablab):
@@ -71,40 +90,50 @@ def test_help_shows_every_default_and_bracket_that_was_written(ablab):
         "study": "(STORE/optuna.db)",
         "sync": "(all in the store)",
     }
-    assert all(
-        said in " ".join(ablab(command, "--help").out.replace("│", " ").split())
-        for command, said in wanted.items()
-    )
-    coords = "".join(ablab("check", "coords", "--help").out.replace("│", " ").split())
-    assert "on_qk=[qk_norm]" in coords and "(aquarterofthesmallestwidth)" in coords
+    for command, said in wanted.items():
+        assert said in " ".join(words_of(ablab(command, "--help")))
+    coords = "".join(words_of(ablab("check", "coords", "--help")))  # wraps within words
+    assert "on_qk=[qk_norm]" in coords
+    assert "(aquarterofthesmallestwidth)" in coords
 
 
 def test_list_names_every_intervention_with_its_control(ablab):
     from ablab.core.recipe.intervention import REGISTRY
 
-    listed = ablab("list", "--json").json
-    assert [one["name"] for one in listed["interventions"]] == sorted(REGISTRY)
-    assert all(one["off"] and one["summary"] for one in listed["interventions"])
-    assert {
-        "name": "quickstart",
-        "question": next(
-            e["question"] for e in listed["experiments"] if e["name"] == "quickstart"
-        ),
-    } in listed["experiments"]
+    listed = ablab("list", "--json").json["interventions"]
+    assert [one["name"] for one in listed] == sorted(REGISTRY)
     text = ablab("list").out
-    assert all(
-        f"  {one['name']}" in text and one["off"] in text for one in listed["interventions"]
-    )
+    for one in listed:
+        assert one["off"] and one["summary"]
+        assert f"  {one['name']}" in text
+        assert one["off"] in text
+
+
+def test_list_names_every_experiment_with_its_question(ablab):
+    import yaml
+
+    from ablab.experiments.plan.sheets import catalog
+
+    sheets = {name: yaml.safe_load(path.read_text()) for name, path in catalog().items()}
+    listed = ablab("list", "--json").json["experiments"]
+    assert {one["name"]: one["question"] for one in listed} == {
+        name: sheet["question"] for name, sheet in sheets.items()
+    }
+    assert "quickstart" in sheets
 
 
 @pytest.mark.parametrize(
     ("columns", "without"),
-    [(140, []), (80, ["x reference", "tokens/s", "method", "sd", "runs"])],
+    [
+        (140, []),
+        (80, ["x reference", "tokens/s", "method", "sd", "runs"]),
+    ],
 )
 def test_a_narrow_terminal_leaves_columns_out_and_says_so_but_cuts_no_name_or_number(
     monkeypatch, capsys, columns, without
 ):
-    from ablab.experiments.cli.printing import SPARE, table
+    from ablab.experiments.cli.printing import SPARE
+    from ablab.experiments.text import table
 
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
@@ -123,10 +152,9 @@ def test_a_narrow_terminal_leaves_columns_out_and_says_so_but_cuts_no_name_or_nu
     }
     table([row], SPARE)
     _, line, *note = capsys.readouterr().out.splitlines()
-    assert (
-        all(text in line for head, text in row.items() if head not in without)
-        and len(line) <= columns
-    )
+    assert len(line) <= columns
+    for head in row.keys() - without:
+        assert row[head] in line
     assert note == ([f"(too narrow for: {', '.join(without)})"] if without else [])
 
 
@@ -137,34 +165,29 @@ def test_show_prints_a_recipe_that_reads_back_as_the_same_run(ablab):
     from ablab.core.recipe.recipe import Recipe, run_id
 
     out = ablab("show", "grid.yaml", "--cell", "- qk_norm").out
-    assert (
-        "cell '- qk_norm', seed 0" in out
-        and f"run {run_id(parse(Recipe, yaml.safe_load(out), ''))}" in out
-    )
+    read_back = parse(Recipe, yaml.safe_load(out), "")
+    assert "cell '- qk_norm', seed 0" in out
+    assert f"run {run_id(read_back)}" in out
 
 
 def test_show_diff_prints_what_differs_and_nothing_else(ablab):
-    lines = [
-        line
-        for line in ablab(
-            "show", "grid.yaml", "--cell", "full", "--diff", "- qk_norm"
-        ).out.splitlines()
-        if not line.startswith("#")
-    ]
-    assert lines and all(
-        line.startswith("model.attention.on_qk.qk_norm.") and ": absent -> " in line
-        for line in lines
-    )
-    assert "optim.lr" not in "".join(
-        ablab("show", "grid.yaml", "optim.lr=0.5", "--diff", "base").out.splitlines()[2:]
-    )  # both have it
-    assert (
-        "no difference from base"
-        in ablab("show", "grid.yaml", "--cell", "base", "--diff", "base").out
-    )
-    assert (
-        "nesterov: absent -> true\n" in ablab("show", "doses.yaml", "--diff", "base").out
-    )  # as YAML has it
+    def differing(*words: str) -> list[str]:
+        shown = ablab("show", *words).out.splitlines()
+        return [line for line in shown if not line.startswith("#")]
+
+    lines = differing("grid.yaml", "--cell", "full", "--diff", "- qk_norm")
+    assert lines
+    for line in lines:
+        assert line.startswith("model.attention.on_qk.qk_norm.")
+        assert ": absent -> " in line
+    both_have_it = differing("grid.yaml", "optim.lr=0.5", "--diff", "base")
+    assert "optim.lr" not in "".join(both_have_it)
+    same = differing("grid.yaml", "--cell", "base", "--diff", "base")
+    assert same == ["no difference from base"]
+
+
+def test_show_diff_writes_a_value_as_yaml_has_it(ablab):
+    assert "nesterov: absent -> true\n" in ablab("show", "doses.yaml", "--diff", "base").out
 
 
 def test_show_counts_parameters_as_the_model_has_them(ablab, build):
@@ -179,53 +202,47 @@ def test_show_counts_parameters_as_the_model_has_them(ablab, build):
 
 
 def test_an_override_of_a_dose_reaches_the_cells_that_have_it(ablab):
-    changed = ablab(
-        "show", "doses.yaml", "with.gating.per=elementwise", "--diff", "- gating"
-    ).out
-    assert (
-        "# doses@with.gating.per=elementwise" in changed
-        and "gating.per: absent -> elementwise" in changed
-    )
-    assert (
-        ablab(
-            "show", "doses.yaml", "with.gating.per=elementwise", "--cell", "- gating"
-        ).out.splitlines()[2:]
-        == (ablab("show", "doses.yaml", "--cell", "- gating").out.splitlines()[2:])
-    )
+    dose = "with.gating.per=elementwise"
+    changed = ablab("show", "doses.yaml", dose, "--diff", "- gating").out
+    assert f"# doses@{dose}" in changed
+    assert "gating.per: absent -> elementwise" in changed
+    without = [
+        ablab("show", "doses.yaml", *words, "--cell", "- gating").out.splitlines()[2:]
+        for words in ((), (dose,))
+    ]
+    assert without[0] == without[1]
 
 
 def test_a_dry_run_writes_nothing_and_knows_what_is_missing(lab, ablab):
     before = lab.files()
     found = ablab("run", "grid.yaml", "--dry-run", "--json").json
-    assert (found["runs"], found["missing"], found["tokens"]) == (8, 8, 8 * 1280) and found[
-        "seconds"
-    ] > 0
-    assert {row["state"] for row in found["rows"]} == {"missing"} and all(
-        row["flops"] > 0 and row["parameters"] > 0 for row in found["rows"]
-    )
-    assert lab.files() == before
+    assert (found["runs"], found["missing"]) == (8, 8)
+    assert found["tokens"] == 8 * 1280
+    assert found["seconds"] > 0
     text = ablab("run", "grid.yaml", "--dry-run").out
-    assert all(row["run"] in text for row in found["rows"]) and "8 runs, 8 missing" in text
+    assert "8 runs, 8 missing" in text
+    for row in found["rows"]:
+        assert row["state"] == "missing"
+        assert row["flops"] > 0
+        assert row["parameters"] > 0
+        assert row["run"] in text
+    assert lab.files() == before
 
 
 def test_a_dry_run_counts_a_run_that_two_cells_share_once(lab, ablab):
     from ablab.core.store.result import FINISHED, Result
     from ablab.core.store.store import Store
 
-    rows = ablab("run", "grid.yaml", "--dry-run", "--json").json["rows"]
-    Store(lab.store).run(rows[0]["run"]).finish(
-        Result(rows[0]["run"], FINISHED, 20, 1280, seconds=2.0)
-    )
+    first = ablab("run", "grid.yaml", "--dry-run", "--json").json["rows"][0]
+    record = Store(lab.store).run(first["run"])
+    record.finish(Result(first["run"], FINISHED, 20, 1280, seconds=2.0))
     found = ablab("run", "grid.yaml", "--dry-run", "--json").json
-    assert (found["missing"], found["rows"][0]["state"], found["rate"]) == (
-        7,
-        "finished",
-        "measured",
-    )
-    assert found["rows"][0]["seconds"] == pytest.approx(
-        2.0
-    )  # the time it took is the time it is said to take
-    (lab.store / "runs" / rows[0]["run"] / "result.json").unlink()
+    first = found["rows"][0]
+    assert (found["missing"], found["rate"]) == (7, "measured")
+    assert first["state"] == "finished"
+    # The time it took is the time it is said to take.
+    assert first["seconds"] == pytest.approx(2.0)
+    record.result_path.unlink()
 
 
 ONLY = {  # patterns, comma-separated -> cells
@@ -243,9 +260,8 @@ ONLY = {  # patterns, comma-separated -> cells
 def test_only_takes_names_words_patterns_and_their_negations(ablab, patterns):
     words = [word for pattern in patterns.split(",") for word in ("--only", pattern)]
     found = ablab("run", "grid.yaml", "--dry-run", "--json", *words).json
-    assert {row["cell"] for row in found["rows"]} == ONLY[patterns] and found[
-        "runs"
-    ] == 2 * len(ONLY[patterns])
+    assert {row["cell"] for row in found["rows"]} == ONLY[patterns]
+    assert found["runs"] == 2 * len(ONLY[patterns])
 
 
 @pytest.mark.parametrize(
@@ -259,26 +275,23 @@ def test_only_takes_names_words_patterns_and_their_negations(ablab, patterns):
     ],
 )
 def test_seeds_are_numbers_spans_and_lists_each_once(ablab, seeds, expected):
-    found = ablab(
-        "run", "grid.yaml", "--dry-run", "--json", "--only", "full", "--seeds", seeds
-    ).json
+    words = ("--dry-run", "--json", "--only", "full", "--seeds", seeds)
+    found = ablab("run", "grid.yaml", *words).json
     assert [row["seed"] for row in found["rows"]] == expected
 
 
 def test_a_new_intervention_is_listed_and_shown(lab, ablab):
     ended = ablab("new", "intervention", "my_idea", "--folder", "mine")
-    assert ended.code == 0 and "ablab list --plugins mine" in ended.out
-    assert "my_idea" in [
-        one["name"]
-        for one in ablab("list", "--plugins", "mine", "--json").json["interventions"]
-    ]
+    assert ended.code == 0
+    assert "ablab list --plugins mine" in ended.out
+    listed = ablab("list", "--plugins", "mine", "--json").json["interventions"]
+    assert "my_idea" in [one["name"] for one in listed]
     lab.sheet("mine", **{"with": ["my_idea"]})
-    assert (
-        "my_idea.start: absent -> 0.0"
-        in ablab("show", "mine.yaml", "--plugins", "mine", "--diff", "base").out
-    )
+    shown = ablab("show", "mine.yaml", "--plugins", "mine", "--diff", "base")
+    assert "my_idea.start: absent -> 0.0" in shown.out
     again = ablab("new", "intervention", "my_idea", "--folder", "mine")
-    assert again.code == 2 and "'my_idea' exists already" in again.err
+    assert again.code == 2
+    assert "'my_idea' exists already" in again.err
 
 
 def test_a_bug_is_one_line_with_exit_code_1_and_debug_shows_where(lab, ablab, monkeypatch):
@@ -309,43 +322,31 @@ def test_a_disk_that_refuses_anywhere_is_one_line_with_exit_code_2(ablab, monkey
 
     monkeypatch.setattr(experiment, "load", refuse)
     ended = ablab("show", "grid.yaml")
-    assert ended.code == 2 and ended.err.startswith(
-        f"error: cannot use {fault.filename or 'the disk'}: {fault.strerror}; free space"
-    )
+    where = fault.filename or "the disk"
+    assert ended.code == 2
+    assert ended.err.startswith(f"error: cannot use {where}: {fault.strerror}; free space")
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_a_schedulers_stop_are_one_line_with_exit_code_130(ablab, monkeypatch, sign):
     from ablab.experiments.plan import experiment
 
-    monkeypatch.setattr(experiment, "load", lambda *words: os.kill(os.getpid(), sign))
+    def stopped(*words):
+        os.kill(os.getpid(), sign)
+
+    monkeypatch.setattr(experiment, "load", stopped)
     ended = ablab("show", "grid.yaml")
     assert (ended.code, ended.err) == (130, "interrupted; the same command goes on from here\n")
 
 
 def test_the_coordinate_check_takes_an_intervention_of_ones_own(lab, ablab):
-    words = (
-        "check",
-        "coords",
-        "--with",
-        "my_check",
-        "--widths",
-        "16,32,48,64",
-        "--steps",
-        "5",
-        "data.context=16",
-        "data.batch=4",
-        "data.vocab=64",
-        "--json",
-    )
+    small = ("data.context=16", "data.batch=4", "data.vocab=64")
+    setting = ("--widths", "16,32,48,64", "--steps", "5", "--json")
+    words = ("check", "coords", *small, *setting, "--with", "my_check")
     refused = ablab(*words)
-    assert (
-        refused.code == 2
-        and "my_check" in refused.err
-        and len(refused.err.strip().splitlines()) == 1
-    )
+    assert refused.code == 2
+    assert "my_check" in refused.err
+    assert len(refused.err.strip().splitlines()) == 1
     assert ablab("new", "intervention", "my_check").code == 0
-    assert [arm["name"] for arm in ablab(*words, "--plugins", "plugins").json["arms"]] == [
-        "standard",
-        "my_check",
-    ]
+    arms = ablab(*words, "--plugins", "plugins").json["arms"]
+    assert [arm["name"] for arm in arms] == ["standard", "my_check"]

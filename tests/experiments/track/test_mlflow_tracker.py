@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import socket
 import sqlite3
 import subprocess
@@ -20,33 +19,14 @@ from ablab.core.store.planned import GridPlan, Planned
 from ablab.core.store.result import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, PRUNED, Result
 from ablab.core.store.store import Store
 from ablab.experiments.track import mlflow_tracker, ui
-from ablab.experiments.track.mlflow_tracker import (
-    MlflowTracker,
-    card_of,
-    replay,
-    summary_of,
-    sync,
-)
-from ablab.experiments.track.mlflow_view import MlflowView, database, experiment_tags
+from ablab.experiments.track.cards import card_of, summary_of
+from ablab.experiments.track.mlflow_home import database
+from ablab.experiments.track.mlflow_sync import replay, sync
+from ablab.experiments.track.mlflow_tracker import MlflowTracker
+from ablab.experiments.track.mlflow_view import MlflowView, experiment_tags
 
 STARTED = 1.76e9  # unix seconds
 RECIPE = "data: {name: web, digest: 0123abcd}\nseed: 0\n"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-]
-FLAGS += [
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--window-size=1600,950",
-    "--virtual-time-budget=60000",
-]
 
 
 # -- a store, a plan, and two ways of showing it -----------------------------------------------------------------------
@@ -54,7 +34,11 @@ FLAGS += [
 def migrated(tmp_path_factory) -> tuple[Path, str]:
     """A database made by another process, once (3 s), and all that this process said."""
     folder = tmp_path_factory.mktemp("migrated")
-    code = "from ablab.experiments.track.mlflow_view import *; assert MlflowView(Store(Path('store'))).ensure()"
+    code = (
+        "from pathlib import Path; from ablab.core.store.store import Store; "
+        "from ablab.experiments.track.mlflow_view import MlflowView; "
+        "assert MlflowView(Store(Path('store'))).ensure()"
+    )
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")
     }
@@ -133,20 +117,21 @@ def train(
                 step, line(row, step) | {"tokens_per_second": 2000.0 + step}, step * 0.5
             )
     if status:
-        final = {key: value for key, value in line(row, steps[-1]).items() if key != "tokens"}
-        record.finish(
-            Result(
-                row.run,
-                status,
-                steps[-1],
-                steps[-1] * 1000,
-                final,
-                steps[-1] * 0.5,
-                2000.0,
-                3 * 2**30,
-                "" if status == FINISHED else "why",
-            )
+        last = steps[-1]
+        final = line(row, last)
+        tokens = final.pop("tokens")
+        result = Result(
+            run=row.run,
+            status=status,
+            step=last,
+            tokens=tokens,
+            metrics=final,
+            seconds=last * 0.5,
+            tokens_per_second=2000.0,
+            peak_bytes=3 * 2**30,
+            error="" if status == FINISHED else "why",
         )
+        record.finish(result)
         if tracker:
             tracker.close(status, summary_of(record.result()))
 
@@ -178,7 +163,8 @@ def content(store: Store) -> dict:
                     id,
                 ),
                 "data": ask(
-                    "select name, digest from inputs join datasets on source_id = dataset_uuid where destination_id = ?",
+                    "select name, digest from inputs join datasets on source_id = dataset_uuid "
+                    "where destination_id = ?",
                     id,
                 ),
                 "files": sorted((path.name, path.read_text()) for path in folder.glob("*")),
@@ -207,7 +193,10 @@ def test_the_database_is_made_by_one_silent_process_that_leaves_nothing_else(mig
 
 
 def test_importing_the_tracker_imports_neither_mlflow_nor_torch():
-    code = "import sys, ablab.experiments.track.mlflow_tracker, ablab.experiments.track.ui; assert not {'mlflow', 'torch', 'yaml'} & set(sys.modules)"
+    code = (
+        "import sys, ablab.experiments.track.mlflow_sync, ablab.experiments.track.ui; "
+        "assert not {'mlflow', 'torch', 'yaml'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -265,9 +254,8 @@ def test_a_live_run_reads_back_through_mlflow(store):
 )
 def test_each_status_has_its_mlflow_word_and_a_failure_its_reason(store, status, shown):
     plan = planned(store, cells=("base",), seeds=1)
-    train(
-        store, plan, plan.rows[0], range(10, 31, 10), MlflowTracker(MlflowView(store)), status
-    )
+    tracker = MlflowTracker(MlflowView(store))
+    train(store, plan, plan.rows[0], range(10, 31, 10), tracker, status)
     run = only_run(store)
     assert (run.info.status, run.data.tags["ablab.status"]) == (shown, status)
     assert run.data.tags["mlflow.note.content"] == ("" if status == FINISHED else "why")
@@ -281,10 +269,12 @@ def test_a_value_that_is_not_finite_leaves_a_gap_and_spares_its_batch(store):
         tracker.log(step, {"loss": value, "other": step}, step)
     tracker.close(DIVERGED, {"loss": math.nan})
     (run,) = content(store)["runs"].values()
-    assert [
-        (key, step, value) for key, step, _, value, _ in run["metrics"] if key == "loss"
-    ] == [("loss", 0, 1.0), ("loss", 4, 2.0)]
-    assert sum(key == "other" for key, *_ in run["metrics"]) == 5
+    points = [(key, step, value) for key, step, _, value, _ in run["metrics"]]
+    assert [point for point in points if point[0] == "loss"] == [
+        ("loss", 0, 1.0),
+        ("loss", 4, 2.0),
+    ]
+    assert sum(key == "other" for key, *_ in points) == 5
 
 
 def test_no_batch_exceeds_mlflows_limits(store, monkeypatch):
@@ -296,7 +286,8 @@ def test_no_batch_exceeds_mlflows_limits(store, monkeypatch):
     send = view.client.log_batch
 
     def counted(id, metrics=(), params=(), tags=()):
-        batches.append((len(metrics), len(params), len({metric.step for metric in metrics})))
+        steps = {metric.step for metric in metrics}
+        batches.append((len(metrics), len(params), len(steps)))
         send(id, metrics, params, tags)
 
     monkeypatch.setattr(view.client, "log_batch", counted)
@@ -306,7 +297,9 @@ def test_no_batch_exceeds_mlflows_limits(store, monkeypatch):
         tracker.log(step, {f"key{i}": float(step) for i in range(22)}, step)
     tracker.close(FINISHED, {})
     metrics, params, steps = zip(*batches, strict=True)
-    assert (sum(metrics), max(metrics) <= 1000, max(steps) <= 100) == (250 * 22, True, True)
+    assert sum(metrics) == 250 * 22
+    assert max(metrics) <= 1000
+    assert max(steps) <= 100
     assert (sum(params), max(params)) == (250, 100)
     assert sum(size > 0 for size in metrics) == math.ceil(250 / (1000 // 22))
 
@@ -422,12 +415,10 @@ def test_sync_sends_only_what_a_lost_connection_left_out(store, tmp_path, migrat
     train(store, plan, plan.rows[2], range(10, 101, 10), MlflowTracker(view))
     del view.client.log_batch
     train(store, plan, plan.rows[3], range(10, 101, 10), None)
-    assert (
-        len(said) == 1
-        and "training goes on" in said[0]
-        and "ablab sync" in said[0]
-        and "\n" not in said[0]
-    )
+    (line,) = said
+    assert "training goes on" in line
+    assert "ablab sync" in line
+    assert "\n" not in line
     assert record.result() and only_status(store, plan.rows[1]) == "running"
     assert sync(store) == {"added": 1, "continued": 2, "current": 1, "missing": 0}
     live = new_store(tmp_path / "live", migrated)
@@ -456,11 +447,9 @@ def test_an_interrupted_run_is_shown_as_running_up_to_its_last_step(store):
     assert sync(store) == {"added": 1, "continued": 0, "current": 0, "missing": 0}
     assert sync(store) == {"added": 0, "continued": 0, "current": 1, "missing": 0}
     run = only_run(store)
-    assert (run.info.status, run.data.tags["ablab.status"], run.data.tags["ablab.step"]) == (
-        "RUNNING",
-        "running",
-        "50",
-    )
+    assert run.info.status == "RUNNING"
+    assert run.data.tags["ablab.status"] == "running"
+    assert run.data.tags["ablab.step"] == "50"
 
 
 def test_one_recipe_in_two_cells_is_two_mlflow_runs(store):
@@ -524,34 +513,25 @@ def test_a_broken_uri_costs_one_warning_and_stops_nothing(store, monkeypatch, ur
     assert view.ensure() is False
     train_all(store, plan, view)
     assert all(store.run(row.run).result() for row in plan.rows)
-    assert (
-        len(said) == 1
-        and "\n" not in said[0]
-        and "ablab sync" in said[0]
-        and "secret" not in said[0]
-    )
+    (line,) = said
+    assert "\n" not in line
+    assert "ablab sync" in line
+    assert "secret" not in line
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"):
         sync(store, uri=uri)
 
 
-def test_a_damaged_database_is_named_with_its_cure(store):
+def test_a_damaged_database_is_named_with_its_cure(store, free_port):
     train_all(store, planned(store), None)
     database(store.root).write_bytes(b"not a database" * 100)
-    for use in (lambda: sync(store), lambda: ui.serve(store.root, port=free_port())):
-        with pytest.raises(
-            UserError,
-            match="not a database.*delete .*mlflow.db and make it anew with `ablab sync`",
-        ):
-            use()
+    said = "not a database.*delete .*mlflow.db and make it anew with `ablab sync`"
+    with pytest.raises(UserError, match=said):
+        sync(store)
+    with pytest.raises(UserError, match=said):
+        ui.serve(store.root, port=free_port())
 
 
 # -- ablab ui ----------------------------------------------------------------------------------------------------------
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_a_taken_port_is_named_with_a_free_one(store):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -579,90 +559,50 @@ def test_a_remote_server_is_named_and_none_is_started(store, monkeypatch):
     assert len(said) == 1 and "https://mlflow.example.org" in said[0]
 
 
-class Served:
-    """`ablab ui` in a process of its own, up to the line that names the demo experiment."""
-
-    def __init__(self, root: Path):
-        self.port = free_port()
-        code = f"from pathlib import Path; from ablab.experiments.track.ui import serve; serve(Path({str(root)!r}), port={self.port})"
-        self.process = subprocess.Popen(
-            [sys.executable, "-u", "-c", code],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.lines = [self.process.stdout.readline(), self.process.stdout.readline()]
-        self.link = self.lines[1].split(": ", 1)[-1].strip()
-
-    def stop(self) -> str:
-        self.process.send_signal(signal.SIGINT)
-        return self.process.communicate(timeout=20)[0]
-
-
-def test_the_ui_links_to_the_arms_and_leaves_nothing_behind_after_ctrl_c(store):
+def test_the_ui_links_to_the_arms_and_leaves_nothing_behind_after_ctrl_c(store, serve):
     train_all(store, planned(store), None)
     sync(store)
-    served = Served(store.root)
+    served = serve(store.root)
     try:
-        assert served.lines[0].startswith(f"MLflow UI at http://127.0.0.1:{served.port}")
+        assert served.head.startswith(f"MLflow UI at {served.address}")
         about = MlflowView(store).runs("demo")[0].info
-        page = f"http://127.0.0.1:{served.port}/#/experiments/{about.experiment_id}/runs"
+        page = f"{served.address}/#/experiments/{about.experiment_id}/runs"
         assert served.link == page + "?workflowType=machine_learning&viewStateShareKey=arms"
-        artifact = f"http://127.0.0.1:{served.port}/get-artifact?path=recipe.yaml&run_id={about.run_id}"
+        artifact = f"{served.address}/get-artifact?path=recipe.yaml&run_id={about.run_id}"
         assert urllib.request.urlopen(artifact, timeout=10).read().decode() == RECIPE
     finally:
         said = served.stop()
     assert (said, served.process.returncode) == ("stopped\n", 0)
     time.sleep(0.2)
     assert ui._refusal("127.0.0.1", served.port) is None
-    assert (
-        str(store.root)
-        not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    )
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True)
+    assert str(store.root) not in processes.stdout
 
 
 def test_the_saved_view_of_a_grid_draws_its_own_metric_first(store):
     plan = planned(store)
     view = json.loads(experiment_tags(store, plan.name)["mlflow.sharedViewState.arms"])
-    drawn = [chart["metricKey"] for chart in view["compareRunCharts"]]
-    assert drawn[0] == plan.metric and len({*drawn}) == len(
-        {chart["uuid"] for chart in view["compareRunCharts"]}
-    ) == len(drawn)
+    charts = view["compareRunCharts"]
+    drawn = [chart["metricKey"] for chart in charts]
+    assert drawn[0] == plan.metric
+    assert len(set(drawn)) == len(drawn)
+    assert len({chart["uuid"] for chart in charts}) == len(drawn)
     assert len(json.dumps(view)) < 5000  # MLflow's limit of a tag
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
-def test_the_ui_shows_four_arms_of_three_seeds(store, tmp_path):
-    """Look at the pictures: ui-TABLE.png and ui-CHART.png in $ABLAB_PICTURES, else in pytest's temporary folder."""
+def test_the_ui_shows_four_arms_of_three_seeds(store, serve, photograph):
     cells = ("base", "+ gating", "+ muon", "− qk_norm")
     train_all(store, planned(store, cells, seeds=3), None)
     sync(store)
-    served = Served(store.root)
+    groups = {f"Group: {cell}" for cell in cells}
+    runs = {f"{cell} · seed {seed}" for cell in cells for seed in range(3)}
+    served = serve(store.root)
     try:
         for mode in ("TABLE", "CHART"):
-            picture = Path(os.environ.get("ABLAB_PICTURES", tmp_path)) / f"ui-{mode}.png"
-            command = [
-                CHROMIUM,
-                *FLAGS,
-                f"--user-data-dir={tmp_path / 'chromium'}",
-                f"--screenshot={picture}",
-                "--dump-dom",
-            ]
-            page = subprocess.run(
-                [*command, f"{served.link}&compareRunsMode={mode}"],
-                capture_output=True,
-                text=True,
-                timeout=120,
-            ).stdout
-            assert picture.stat().st_size > 50_000
-            assert "Which arm helps?" in page
-            assert [cell for cell in cells if f"Group: {cell}" not in page] == []
-            assert [
-                cell
-                for cell in cells
-                for seed in range(3)
-                if f"{cell} · seed {seed}" not in page
-            ] == []
+            page = f"{served.link}&compareRunsMode={mode}"
+            html = photograph(f"ui-{mode}", page, least_bytes=50_000)
+            words = {"Which arm helps?"} | groups | runs
+            assert {word for word in words if word not in html} == set()
     finally:
         served.stop()

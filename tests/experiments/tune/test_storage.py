@@ -1,4 +1,4 @@
-"""Where studies are kept: SQLite, a journal file, PostgreSQL; what cannot be opened or is another study's; optuna-dashboard."""
+"""Where studies are kept: SQLite, a journal file, PostgreSQL; what cannot be opened, or is another study's."""
 
 import importlib.util
 import json
@@ -184,7 +184,8 @@ def test_a_journal_whose_lock_outlived_its_process_opens_within_seconds(tmp_path
     valley.tune(tmp_path, BLOCK)
     (tmp_path / "trials.journal.lock").symlink_to(tmp_path / "trials.journal")
     began = time.monotonic()
-    assert len(valley.tune(tmp_path, BLOCK | {"trials_per_cell": 9})[1].trials) == 9
+    _, record, _ = valley.tune(tmp_path, BLOCK | {"trials_per_cell": 9})
+    assert len(record.trials) == 9
     assert 4 < time.monotonic() - began < 25
 
 
@@ -230,10 +231,10 @@ def test_a_study_made_with_other_facts_is_left_alone_and_the_fact_is_named(
 
 
 def test_a_grid_with_other_points_is_another_study(tmp_path):
-    space = lambda points: {
-        "space": {"optim.lr": {"log": [0.001, 0.1], "points": points}},
-        "sampler": "grid",
-    }  # noqa: E731
+    def space(points: int) -> dict:
+        rates = {"log": [0.001, 0.1], "points": points}
+        return {"space": {"optim.lr": rates}, "sampler": "grid"}
+
     valley.tune(tmp_path, space(3))
     with pytest.raises(
         UserError, match=r"whose space is .* 0.1, 3\].*, but this one has .* 0.1, 5\]"
@@ -257,11 +258,9 @@ def test_a_larger_budget_adds_trials_and_keeps_the_old_ones(tmp_path):
     small, _, _ = valley.tune(tmp_path, BLOCK)
     old = valley.content(small)
     more, _, _ = valley.tune(tmp_path, BLOCK | {"trials_per_cell": 12})
-    assert (
-        valley.content(more)[:8] == old
-        and len(valley.content(more)) == 12
-        and len(valley.Formula.trained) == 4
-    )
+    assert valley.content(more)[:8] == old
+    assert len(valley.content(more)) == 12
+    assert len(valley.Formula.trained) == 4
 
 
 # -- optuna-dashboard --------------------------------------------------------------------------------------------------
@@ -281,9 +280,11 @@ def test_optuna_dashboard_opens_the_default_storage(tmp_path):
         str(port),
     ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    fetch = lambda path: (
-        urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=20).read().decode()
-    )  # noqa: E731
+
+    def fetch(path: str) -> str:
+        page = f"http://127.0.0.1:{port}{path}"
+        return urllib.request.urlopen(page, timeout=20).read().decode()
+
     try:
         deadline = time.monotonic() + 60
         while True:

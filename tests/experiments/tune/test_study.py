@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import islice
 from types import SimpleNamespace
 
 import optuna
@@ -14,6 +15,7 @@ from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import load
 from ablab.experiments.run.runner import execute
 from ablab.experiments.tune import study as studies
+from ablab.experiments.tune.confirmation import confirm
 from ablab.experiments.tune.pruning import Past
 from ablab.experiments.tune.study import Study
 
@@ -39,7 +41,8 @@ BLOCK = {
 
 
 def watcher():
-    quiet, said = (lambda *_: None), []
+    said: list[str] = []
+    quiet = lambda *_: None  # noqa: E731
     return SimpleNamespace(
         planned=quiet,
         started=quiet,
@@ -53,26 +56,31 @@ def watcher():
 
 
 def study(lab, name="study", block=BLOCK, **keys):
-    path = lab.root / lab.sheet(name, **{**GATED, **keys}, study=block)
-    return Study(
-        load(str(path), {}, lambda data: "00000000deadbeef"), Store(lab.store), watcher()
-    )
+    return Study(asked(lab, name, **(GATED | keys), study=block), Store(lab.store), watcher())
+
+
+def asked(lab, name, **keys):
+    """The experiment of a sheet with these keys."""
+    path = lab.root / lab.sheet(name, **keys)
+    return load(str(path), {}, lambda data: "00000000deadbeef")
 
 
 def content(held):
-    return [
-        (
-            arm.name,
-            one.number,
-            one.state.name,
-            one.params,
-            one.value,
-            one.user_attrs["state"],
-            one.user_attrs["told"] | {"seconds": None},
-        )
-        for arm in held.arms
-        for one in arm.stored
-    ]
+    return [shown(search, one) for search in held.searches for one in search.stored]
+
+
+def shown(search, trial):
+    attrs = dict(trial.user_attrs)
+    told = attrs["told"] | {"seconds": None}
+    return (
+        search.name,
+        trial.number,
+        trial.state,
+        trial.params,
+        trial.value,
+        attrs["state"],
+        told,
+    )
 
 
 @pytest.fixture
@@ -82,10 +90,10 @@ def no_training(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tuned(lab):
-    """Two cells, a dose that only one of them has, a range whose upper edge wins; tuned and confirmed with one worker."""
+    """Two cells, a dose that only one of them has, a range whose upper edge wins; tuned and confirmed by one worker."""
     held = study(lab)
     record = held.tune(1, (), False)
-    held.confirm(record, 1, (), False)
+    confirm(held.experiment, held.store, held.watcher, record, 1, (), False)
     return held, record
 
 
@@ -96,27 +104,19 @@ def test_each_trial_is_a_run_whose_final_metric_is_its_value(lab, tuned):
     for trial in record.trials:
         (run,) = trial.runs
         result = Record(lab.store / "runs" / run).result()
-        assert (result.status, result.metrics["val/loss"], trial.values) == (
-            FINISHED,
-            trial.value,
-            {"100": trial.value},
-        )
+        assert result.status == FINISHED
+        assert result.metrics["val/loss"] == trial.value
+        assert trial.values == {"100": trial.value}
 
 
 def test_a_dose_is_searched_only_in_cells_that_have_the_intervention(lab, tuned):
     _, record = tuned
     assert set(record.cells) == {"base", "+ gating"}
-    assert {frozenset(trial.params) for trial in record.cells["base"]} == {
-        frozenset({"optim.lr"})
-    }
-    assert {frozenset(trial.params) for trial in record.cells["+ gating"]} == {
-        frozenset({"optim.lr", "with.gating.per"})
-    }
-    assert {trial.params["with.gating.per"] for trial in record.cells["+ gating"]} == {
-        "head",
-        "elementwise",
-    }
-    for trial in record.cells["+ gating"]:
+    base, gated = record.cells["base"], record.cells["+ gating"]
+    assert all(set(trial.params) == {"optim.lr"} for trial in base)
+    assert all(set(trial.params) == {"optim.lr", "with.gating.per"} for trial in gated)
+    assert {trial.params["with.gating.per"] for trial in gated} == {"head", "elementwise"}
+    for trial in gated:
         recipe = (lab.store / "runs" / trial.runs[0] / "recipe.yaml").read_text()
         assert f"per: {trial.params['with.gating.per']}" in recipe
 
@@ -127,66 +127,52 @@ def test_an_edge_that_wins_is_widened_within_the_hard_bounds_and_then_called_ina
     """The rate at which this model stops improving lies far above; so every widening wins until the bound."""
     held, record = tuned
     base = [trial.params["optim.lr"] for trial in record.cells["base"]]
-    assert base[:4] == [1e-4, 1.587e-4, 2.52e-4, 4e-4]
-    assert (
-        base[4:] == sorted(base[4:])
-        and base[4] > 4e-4
-        and base[-1] == 1.2e-3
-        and 1 <= len(base) - 4 <= 3
-    )
-    assert any(
-        "base: INADMISSIBLE: lr=0.0012 won, but it is the edge of the hard bounds" in line
-        for line in held.watcher.said
-    )
+    even, widened = base[:4], base[4:]
+    assert even == [1e-4, 1.587e-4, 2.52e-4, 4e-4]
+    assert 1 <= len(widened) <= 3
+    assert widened == sorted(widened)
+    assert widened[0] > 4e-4
+    assert widened[-1] == 1.2e-3
+    wrong = "base: INADMISSIBLE: lr=0.0012 won, but it is the edge of the hard bounds"
+    assert any(wrong in line for line in held.watcher.said)
 
 
 def test_the_winners_are_confirmed_on_other_seeds_beside_the_shared_values(lab, tuned):
     held, record = tuned
-    shared, best = held.store.read_plan("study"), held.store.read_plan("study@tuned")
-    assert [(row.cell, row.seed, row.reference) for row in best.rows] == [
-        ("base", 0, None),
-        ("+ gating", 0, "base"),
-    ]
-    assert [(row.cell, row.seed) for row in shared.rows] == [("base", 0), ("+ gating", 0)]
-    for row in best.rows:
+    shared = held.store.read_plan("study").rows
+    best = held.store.read_plan("study@tuned").rows
+    for rows in (shared, best):
+        assert [(row.cell, row.seed) for row in rows] == [("base", 0), ("+ gating", 0)]
+        assert [row.reference for row in rows] == [None, "base"]
+        for row in rows:
+            assert held.store.run(row.run).result().status == FINISHED
+    for row in best:
         won = min(record.cells[row.cell], key=lambda trial: trial.value)
-        assert (
-            f"lr: {won.params['optim.lr']}"
-            in (lab.store / "runs" / row.run / "recipe.yaml").read_text()
-        )
-    assert all(
-        held.store.run(row.run).result().status == FINISHED
-        for row in (*shared.rows, *best.rows)
-    )
-    assert not {row.run for row in best.rows} & {
-        run for trial in record.trials for run in trial.runs
-    }
+        recipe = (lab.store / "runs" / row.run / "recipe.yaml").read_text()
+        assert f"lr: {won.params['optim.lr']}" in recipe
+    searched = {run for trial in record.trials for run in trial.runs}
+    assert not searched & {row.run for row in best}
 
 
 def test_a_second_call_trains_nothing_and_adds_nothing(lab, tuned, no_training):
     held, record = tuned
-    before = {name: stat for name, stat in lab.files().items() if name.startswith("runs/")}
+    before = files_of_runs(lab)
     again = study(lab)
     assert again.tune(1, (), False) == record
     assert content(again) == content(held)
-    assert {
-        name: stat for name, stat in lab.files().items() if name.startswith("runs/")
-    } == before
+    assert files_of_runs(lab) == before
+
+
+def files_of_runs(lab):
+    return {name: stat for name, stat in lab.files().items() if name.startswith("runs/")}
 
 
 def test_trials_whose_runs_exist_cost_nothing(lab, tuned, no_training):
-    held, _ = tuned
-    grid = [trial.params["optim.lr"] for trial in tuned[1].cells["base"][:4]]
-    other = study(
-        lab,
-        "other",
-        {"space": {"optim.lr": {"choices": grid}}, "sampler": "grid"},
-        **{"with": []},
-    )
-    record = other.tune(1, (), False)
-    assert [(trial.params["optim.lr"], trial.value) for trial in record.trials] == [
-        (t.params["optim.lr"], t.value) for t in tuned[1].cells["base"][:4]
-    ]
+    _, record = tuned
+    known = {trial.params["optim.lr"]: trial.value for trial in record.cells["base"][:4]}
+    block = {"space": {"optim.lr": {"choices": list(known)}}, "sampler": "grid"}
+    found = study(lab, "other", block, **{"with": []}).tune(1, (), False)
+    assert {trial.params["optim.lr"]: trial.value for trial in found.trials} == known
 
 
 @pytest.mark.slow
@@ -223,23 +209,21 @@ def test_two_seeds_make_one_trial_with_their_mean_and_a_diverged_one_is_stored_a
     }
     held = study(lab, "wild", block, **{"with": []})
     record = held.tune(1, (), False)
-    (fine, wild), results = (
-        held.arms[0].stored,
-        lambda trial: [
-            held.store.run(run).result() for run in trial.user_attrs["told"]["runs"]
-        ],
-    )
-    values = [result.metrics["val/loss"] for result in results(fine)]
-    assert (fine.state, fine.value, len(set(values))) == (COMPLETE, sum(values) / 2, 2)
-    assert (
-        fine.user_attrs["told"]["values"] == dict(zip(("100", "101"), values, strict=True))
-        and "error" not in fine.user_attrs["told"]
-    )
-    assert (wild.state, wild.value, wild.user_attrs["state"]) == (FAIL, None, "diverged")
-    assert [result.status for result in results(wild)] == [DIVERGED] * 2 and wild.user_attrs[
-        "told"
-    ]["error"] == results(wild)[0].error != ""
     assert [trial.state for trial in record.trials] == ["complete", "diverged"]
+    fine, wild = held.searches[0].stored
+
+    told = fine.user_attrs["told"]
+    values = [held.store.run(run).result().metrics["val/loss"] for run in told["runs"]]
+    assert len(set(values)) == 2
+    assert (fine.state, fine.value) == (COMPLETE, sum(values) / 2)
+    assert told["values"] == {"100": values[0], "101": values[1]}
+    assert "error" not in told
+
+    told = wild.user_attrs["told"]
+    results = [held.store.run(run).result() for run in told["runs"]]
+    assert [result.status for result in results] == [DIVERGED] * 2
+    assert (wild.state, wild.value, wild.user_attrs["state"]) == (FAIL, None, "diverged")
+    assert told["error"] == results[0].error != ""
 
 
 @pytest.mark.slow
@@ -252,44 +236,36 @@ def test_a_pruned_run_ends_early_and_a_grid_that_asks_for_it_finishes_it_to_the_
     paths = {"data.name": "long", "budget.tokens": 19_200}  # 300 steps
     sheet = {"with": [], "set": paths, "runtime": {"evaluations": 10, "log_every": 10}}
     rates = [0.004, 0.005, 0.006, 0.007, 1e-7]
-    held = study(
-        lab,
-        "cut",
-        {
-            "space": {"optim.lr": {"choices": rates}},
-            "sampler": "grid",
-            "pruner": "median",
-            "generation": 4,
-        },
-        **sheet,
-    )
+    block = {
+        "space": {"optim.lr": {"choices": rates}},
+        "sampler": "grid",
+        "pruner": "median",
+        "generation": 4,
+    }
+    held = study(lab, "cut", block, **sheet)
     *fine, bad = held.tune(1, (), False).trials
     assert [trial.state for trial in fine] == ["complete"] * 4
-    frozen, record = held.arms[0].stored[4], held.store.run(bad.runs[0])
+    frozen = held.searches[0].stored[4]
     assert (bad.state, frozen.state.name, frozen.value) == ("pruned", "PRUNED", None)
-    assert (
-        list(frozen.intermediate_values) == [30]
-        and frozen.user_attrs["told"]["error"] == "pruned at step 30"
-    )
+    assert list(frozen.intermediate_values) == [30]
+    assert frozen.user_attrs["told"]["error"] == "pruned at step 30"
+    record = held.store.run(bad.runs[0])
     result = record.result()
-    assert (
-        result.status == PRUNED
-        and 30 <= result.step < 300
-        and list((record.folder / "checkpoints").iterdir())
-    )
+    assert result.status == PRUNED
+    assert 30 <= result.step < 300
+    assert list((record.folder / "checkpoints").iterdir())
 
     grid = replace(
         held.experiment, name="grid", sheet=replace(held.experiment.sheet, study=None)
     )
     base = replace(grid.base, optim=replace(grid.base.optim, lr=1e-7))
     grid = replace(grid, base=base)
-    execute(grid, held.store, grid.runs([100]), watcher(), 1, mlflow=False)
-    (wanted,) = grid.runs([100])
-    assert (
-        wanted.id == bad.runs[0]
-        and record.result().status == FINISHED
-        and not (record.folder / "checkpoints").exists()
-    )
+    runs = grid.runs([100])
+    execute(grid, held.store, runs, watcher(), 1, mlflow=False)
+    (wanted,) = runs
+    assert wanted.id == bad.runs[0]
+    assert record.result().status == FINISHED
+    assert not (record.folder / "checkpoints").exists()
     whole = Record(lab.root / "whole")
     train(wanted.recipe, grid.sheet.runtime, data, whole, warn=lambda line: None)
     assert record.result().weights == whole.result().weights
@@ -298,36 +274,37 @@ def test_a_pruned_run_ends_early_and_a_grid_that_asks_for_it_finishes_it_to_the_
 
 # -- pruning -----------------------------------------------------------------------------------------------------------
 def past(count: int, pruner: str):
-    """An arm of `count` finished trials whose curves fall from 4 to their value; the Past that has lived through them."""
+    """The Past of a cell, and its `count` finished trials, whose curves fall from 4 to their value."""
     space = {"x": optuna.distributions.FloatDistribution(0, 1)}
     trials = []
     for i in range(count):
         value = 3 + (7 * i % 10) / 10
-        curve = {step: value + (20 - step) * 0.05 for step in (5, 10, 15, 20)}
-        trials.append(
-            optuna.trial.create_trial(
-                params={"x": 0.5}, distributions=space, value=value, intermediate_values=curve
-            )
+        curve = {step: value + (20 - step) * 0.05 for step in EVALUATIONS}
+        trial = optuna.trial.create_trial(
+            params={"x": 0.5}, distributions=space, value=value, intermediate_values=curve
         )
+        trials.append(trial)
     return Past(pruner, "minimize", steps=20, evaluations=4), trials
 
 
-BAD, GOOD = ({step: value for step in (5, 10, 15, 20)} for value in (9.0, 1.0))
+EVALUATIONS = (5, 10, 15, 20)
+BAD = dict.fromkeys(EVALUATIONS, 9.0)
+GOOD = dict.fromkeys(EVALUATIONS, 1.0)
 
 
 @pytest.mark.parametrize("pruner", ["median", "asha", "hyperband"])
 def test_a_curve_above_all_others_is_stopped_and_one_below_is_not(pruner):
     arm, trials = past(12, pruner)
-    verdicts = {number: arm.referee(trials, number).verdict(BAD) for number in range(12, 24)}
-    assert {
-        number: arm.referee(trials, number).verdict(GOOD) for number in range(12, 24)
-    } == dict.fromkeys(range(12, 24))
-    stopped = [step for step in verdicts.values() if step]
-    assert (
-        stopped
-        and set(stopped) <= {5, 10, 15}
-        and (pruner == "hyperband" or len(stopped) == 12)
-    )
+    numbers = range(12, 24)
+    stopped = []
+    for number in numbers:
+        assert arm.referee(trials, number).verdict(GOOD) is None
+        if step := arm.referee(trials, number).verdict(BAD):
+            stopped.append(step)
+    assert stopped
+    assert set(stopped) <= {5, 10, 15}
+    if pruner != "hyperband":
+        assert len(stopped) == len(numbers)
 
 
 @pytest.mark.parametrize("pruner", ["median", "asha", "hyperband"])
@@ -339,10 +316,9 @@ def test_a_verdict_is_the_same_from_a_fresh_replay_and_however_the_curve_arrives
         for count in (2, 7, 12):
             grown.of(trials[:count])
         referee = grown.referee(trials, number)
-        stepwise = [
-            referee.verdict(dict(list(middle.items())[:count])) for count in (1, 1, 2, 3, 4)
-        ]
-        assert stepwise[-1] == arm.referee(trials, number).verdict(middle)
+        for count in (1, 1, 2, 3, 4):
+            verdict = referee.verdict(dict(islice(middle.items(), count)))
+        assert verdict == arm.referee(trials, number).verdict(middle)
 
 
 def test_peers_of_a_generation_do_not_see_each_other():
@@ -350,7 +326,8 @@ def test_peers_of_a_generation_do_not_see_each_other():
     alone = arm.referee(trials, 13).verdict(BAD)
     peer = arm.referee(trials, 12)
     peer.verdict({step: 20.0 for step in (5, 10, 15)})
-    assert arm.referee(trials, 13).verdict(BAD) == alone and len(arm.of(trials)) == 12
+    assert arm.referee(trials, 13).verdict(BAD) == alone
+    assert len(arm.of(trials)) == 12
 
 
 def test_nothing_is_stopped_before_there_is_something_to_compare_with():
@@ -366,7 +343,7 @@ def test_a_finished_run_is_not_stopped_at_its_last_step():
 def test_an_arm_whose_curves_cross_late_is_never_pruned(lab):
     block = {"space": {"optim.lr": {"log": [0.001, 0.1]}}, "pruner": "median"}
     held = study(lab, "late", block, **{"with": ["cautious_wd", "qk_norm"]})
-    assert {arm.cell.name: arm.past is not None for arm in held.arms} == {
+    assert {search.cell.name: search.past is not None for search in held.searches} == {
         "base": True,
         "+ cautious_wd": False,
         "+ qk_norm": True,
@@ -374,6 +351,9 @@ def test_an_arm_whose_curves_cross_late_is_never_pruned(lab):
 
 
 # -- bad input, before anything runs -----------------------------------------------------------------------------------
+RATES = {"optim.lr": {"log": [0.1, 1]}}
+
+
 @pytest.mark.parametrize(
     ("block", "keys", "said"),
     [
@@ -440,32 +420,32 @@ def test_an_arm_whose_curves_cross_late_is_never_pruned(lab):
             r"width=\[32, 64\] lacks 16, the width at which arms are confirmed; add it, or",
         ),
         (
-            {"space": {"optim.lr": {"log": [0.1, 1]}}, "seeds": [0]},
+            {"space": RATES, "seeds": [0]},
             {},
             r"study.seeds and seeds share \[0\]",
         ),
         (
-            {"space": {"optim.lr": {"log": [0.1, 1]}}, "seeds": []},
+            {"space": RATES, "seeds": []},
             {},
             "must name at least one seed",
         ),
         (
-            {"space": {"optim.lr": {"log": [0.1, 1]}}, "seeds": [5, 6], "pruner": "median"},
+            {"space": RATES, "seeds": [5, 6], "pruner": "median"},
             {},
             "works with one selection seed, not 2",
         ),
         (
-            {"space": {"optim.lr": {"log": [0.1, 1]}}, "hard": {"optim.rl": [0.01, 2]}},
+            {"space": RATES, "hard": {"optim.rl": [0.01, 2]}},
             {},
             r"'optim.rl' is not searched. Did you mean 'optim.lr'\?",
         ),
         (
-            {"space": {"optim.lr": {"log": [0.1, 1]}}, "hard": {"optim.lr": [0.2, 2]}},
+            {"space": RATES, "hard": {"optim.lr": [0.2, 2]}},
             {},
             r"around the searched range \[0.1, 1.0\]",
         ),
         (
-            {"space": {"optim.lr": {"log": [0.1, 1]}}, "hard": {"optim.lr": [0.2]}},
+            {"space": RATES, "hard": {"optim.lr": [0.2]}},
             {},
             r"must be \[low, high\]",
         ),
@@ -482,7 +462,7 @@ def test_a_study_that_cannot_be_is_refused_in_one_line_and_leaves_nothing(
 
 
 def test_an_experiment_without_a_study_says_what_to_add(lab):
-    experiment = load(str(lab.root / lab.sheet("plain")), {}, lambda data: "00000000deadbeef")
+    experiment = asked(lab, "plain")
     with pytest.raises(
         UserError,
         match="has no study: block; add one with a space, or start it with: ablab run plain",
@@ -494,7 +474,7 @@ def test_the_report_of_a_study_that_confirms_nothing_is_the_studys(lab, ablab):
     study(
         lab,
         "unconfirmed",
-        {"space": {"optim.lr": {"log": [0.1, 1]}}, "trials_per_cell": 1},
+        {"space": RATES, "trials_per_cell": 1},
         seeds=[],
     ).tune(1, (), False)
     for name in ("unconfirmed", "unconfirmed.yaml"):
@@ -509,15 +489,15 @@ def test_the_report_of_a_study_that_confirms_nothing_is_the_studys(lab, ablab):
 def test_a_study_without_a_finished_trial_is_not_confirmed_and_not_reported(lab, no_training):
     from ablab.analysis.pages import study_report
 
-    held = study(lab, "none", {"space": {"optim.lr": {"log": [0.1, 1]}}, "hours": 0.0})
+    held = study(lab, "none", {"space": RATES, "hours": 0.0})
     record = held.tune(1, (), False)
-    for asked in (
-        lambda: held.confirm(record, 1, (), False),
-        lambda: study_report.read(held.store, "none"),
-    ):
-        with pytest.raises(
-            UserError,
-            match=r"study 'none' has zero finished trials \(none started\); continue it with: ablab study none",
-        ):
-            asked()
-    assert json.loads((lab.store / "studies" / "none.json").read_text())["trials"] == []
+    said = (
+        r"study 'none' has zero finished trials \(none started\); "
+        "continue it with: ablab study none"
+    )
+    with pytest.raises(UserError, match=said):
+        confirm(held.experiment, held.store, held.watcher, record, 1, (), False)
+    with pytest.raises(UserError, match=said):
+        study_report.read(held.store, "none")
+    left = json.loads((lab.store / "studies" / "none.json").read_text())
+    assert left["trials"] == []

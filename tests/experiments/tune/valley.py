@@ -24,7 +24,10 @@ data: {name: tiny, vocab: 64, context: 16, batch: 4, held_out: 320, digest: 0000
 schedule: {warmup_steps: 3}
 budget: {tokens: 1280}   # 20 steps of 64 tokens
 """
-SPACE = {"optim.lr": {"log": [1e-3, 1e-1]}, "model.width": {"choices": [16, 32, 64]}}
+SPACE = {
+    "optim.lr": {"log": [1e-3, 1e-1]},
+    "model.width": {"choices": [16, 32, 64]},
+}
 SHEET = {
     "question": "Which?",
     "base": ["base", "mini"],
@@ -35,29 +38,22 @@ SHEET = {
     "runtime": {"device": "cpu", "evaluations": 4, "log_every": 5},
 }
 TWO_CELLS = {"with": ["qk_norm"]}
-OPTIMUM, BEST = (
-    0.012,
-    3.0,
-)  # of width 16, and the loss there; every doubling of the width halves the one and lowers the other by 0.05
+# Of width 16, and the loss there; every doubling of the width halves the one and lowers the other by 0.05.
+OPTIMUM, BEST = 0.012, 3.0
 
 
 def valley(recipe) -> float:
     """The loss of a recipe: a parabola in log2 lr, 0.05 an octave^2; qk_norm doubles the best rate."""
     doublings = math.log2(recipe.model.width / 16)
-    return (
-        BEST
-        - 0.05 * doublings
-        + 0.05
-        * math.log2(
-            recipe.optim.lr
-            / (OPTIMUM * (1 + bool(recipe.model.attention.on_qk)) / 2**doublings)
-        )
-        ** 2
-    )
+    best = OPTIMUM / 2**doublings
+    if recipe.model.attention.on_qk:
+        best *= 2
+    octaves = math.log2(recipe.optim.lr / best)
+    return BEST - 0.05 * doublings + 0.05 * octaves**2
 
 
 def status_of(recipe) -> str:
-    """Above 0.09 it diverges, width 64 below 0.002 is out of memory, and some in between crash: as the recipe alone decides."""
+    """Above 0.09 it diverges, width 64 below 0.002 is out of memory, some between crash: the recipe alone decides."""
     if recipe.optim.lr > 0.09:
         return DIVERGED
     if recipe.model.width == 64 and recipe.optim.lr < 0.002:
@@ -71,30 +67,25 @@ class Formula:
     seconds, trained = 0.0, []
 
     def __init__(self, experiment, store, watcher, jobs=None, plugins=()):
-        self.experiment, self.store, self.watcher, self.jobs, self.trackers = (
-            experiment,
-            store,
-            watcher,
-            jobs or 1,
-            None,
-        )
+        self.experiment = experiment
+        self.store = store
+        self.watcher = watcher
+        self.jobs = jobs or 1
+        self.trackers = None
 
     def train(self, runs, stops=lambda run, step, scalars: False):
-        order = (
-            list(runs)
-            if self.jobs == 1
-            else random.Random(self.jobs).sample(list(runs), len(runs))
-        )
+        """In their order, or with more jobs in another."""
+        order = list(runs)
+        if self.jobs > 1:
+            order = random.Random(self.jobs).sample(order, len(order))
         for run in order:
             self._train(run, stops)
             self.trained.append(run.id)
 
     def _train(self, run, stops):
-        record, value, status = (
-            self.store.run(run.id),
-            valley(run.recipe),
-            status_of(run.recipe),
-        )
+        record = self.store.run(run.id)
+        value = valley(run.recipe)
+        status = status_of(run.recipe)
         record.folder.mkdir(parents=True, exist_ok=True)
         about = {"started": 1.76e9, "params": self.experiment.params(run)}
         (record.folder / "run.json").write_text(json.dumps(about))
@@ -107,17 +98,16 @@ class Formula:
             if stops(run, step, scalars):
                 status = PRUNED
                 break
-        record.finish(
-            result := Result(
-                run.id,
-                status,
-                step,
-                step * 64,
-                {"val/loss": value} if status == FINISHED else {},
-                1.0,
-                640.0,
-            )
+        result = Result(
+            run=run.id,
+            status=status,
+            step=step,
+            tokens=step * 64,
+            metrics={"val/loss": value} if status == FINISHED else {},
+            seconds=1.0,
+            tokens_per_second=640.0,
         )
+        record.finish(result)
         self.watcher.finished(run, result)
 
     def close(self): ...
@@ -144,10 +134,10 @@ def experiment(root: Path, block: dict, name: str = "valley", **keys) -> Experim
     """An experiment on mini.yaml in `root`, whose `study:` is SPACE and `block`."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "mini.yaml").write_text(CONFIG)
-    (root / f"{name}.yaml").write_text(
-        json.dumps(SHEET | {"study": {"space": SPACE} | block} | keys)
-    )  # JSON is YAML
-    return load(str(root / f"{name}.yaml"), {}, lambda data: "00000000deadbeef")
+    sheet = SHEET | {"study": {"space": SPACE} | block} | keys
+    path = root / f"{name}.yaml"
+    path.write_text(json.dumps(sheet))  # JSON is YAML
+    return load(str(path), {}, lambda data: "00000000deadbeef")
 
 
 def tune(
@@ -163,15 +153,14 @@ def tune(
     url: "" is a journal file, 1 s faster to make than the tables of the default, None.
     """
     real, study.Pool = study.Pool, Formula
-    Formula.seconds, Formula.trained = seconds, []
+    Formula.seconds = seconds
+    Formula.trained = []
+    if url == "":
+        url = f"journal:{root}/trials.journal"
     try:
         heard = watcher()
-        held = study.Study(
-            experiment(root, block, **keys),
-            Store(root / "store"),
-            heard,
-            f"journal:{root}/trials.journal" if url == "" else url,
-        )
+        asked = experiment(root, block, **keys)
+        held = study.Study(asked, Store(root / "store"), heard, url)
         return held, held.tune(jobs, (), False), heard.said
     finally:
         study.Pool = real
@@ -179,20 +168,21 @@ def tune(
 
 def content(held) -> list[dict]:
     """All that a study's storage says of its trials, in order; without the clock."""
-    return [
-        {
-            "arm": arm.name,
-            "number": one.number,
-            "state": one.state.name,
-            "params": one.params,
-            "value": one.value,
-            "curve": one.intermediate_values,
-            "attrs": {"state": one.user_attrs["state"]}
-            | {key: value for key, value in one.user_attrs["told"].items() if key != "seconds"},
-        }
-        for arm in held.arms
-        for one in arm.stored
-    ]
+    return [shown(search, one) for search in held.searches for one in search.stored]
+
+
+def shown(search, trial) -> dict:
+    told = dict(trial.user_attrs["told"])
+    del told["seconds"]
+    return {
+        "arm": search.name,
+        "number": trial.number,
+        "state": trial.state.name,
+        "params": trial.params,
+        "value": trial.value,
+        "curve": trial.intermediate_values,
+        "attrs": {"state": trial.user_attrs["state"], **told},
+    }
 
 
 def heard(method):
@@ -208,7 +198,8 @@ def heard(method):
 
 if __name__ == "__main__":
     discover()
-    Formula._train, study.Arm.tell = heard(Formula._train), heard(study.Arm.tell)
+    Formula._train = heard(Formula._train)
+    study.CellSearch.tell = heard(study.CellSearch.tell)
     held, record, _ = tune(
         Path(sys.argv[1]),
         json.loads(sys.argv[3]),

@@ -1,0 +1,127 @@
+"""Who a run is, and how MLflow keeps that: a card as tags and params, a result as final numbers.
+
+MLflow's limits: mlflow/utils/validation.py, 3.17.
+"""
+
+import re
+import time
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from ablab.core.store.planned import GridPlan, Planned
+from ablab.core.store.record import Record
+from ablab.core.store.result import Result
+from ablab.core.store.store import Store
+from ablab.experiments.track.mlflow_view import colour_of
+from ablab.experiments.track.tracker import Card
+
+CHARACTERS = 6000  # of a value; MLflow takes no more
+DIGEST_CHARACTERS = 36  # of the data's digest
+
+Identity = tuple[str | None, ...]  # of a planned run: two cells may share a recipe
+
+
+def card_of(store: Store, plan: GridPlan, planned: Planned) -> Card:
+    """The card of one planned run, for the live tracker and for `ablab sync` alike; params come from its run.json."""
+    record = store.run(planned.run)
+    about = record.about()
+    told = {
+        "ablab.design": plan.design,
+        "ablab.reference": planned.reference,
+        "ablab.note": planned.note,
+    }
+    tags = {key: value for key, value in told.items() if value}
+    tags["mlflow.runColor"] = colour_of(plan, planned.cell)
+    return Card(
+        run=planned.run,
+        experiment=plan.name,
+        cell=planned.cell,
+        pair=planned.pair,
+        seed=planned.seed,
+        folder=record.folder,
+        tags=tags | about.get("tags", {}) | planned.tags,
+        params=about.get("params", {}),
+    )
+
+
+def tags_of(card: Card) -> dict[str, str]:
+    tags = {
+        "ablab.experiment": card.experiment,
+        "ablab.cell": card.cell,
+        "ablab.pair": card.pair,
+        "ablab.seed": card.seed,
+        "ablab.run_id": card.run,
+        **card.tags,
+    }
+    return {key: str(value)[:CHARACTERS] for key, value in tags.items()}
+
+
+def params_of(card: Card) -> dict[str, str]:
+    params = {key_of(name): value for name, value in card.params.items()}
+    return {key: str(value)[:CHARACTERS] for key, value in params.items()}
+
+
+def identity(tags: Mapping[str, str]) -> Identity:
+    return tuple(tags.get(f"ablab.{key}") for key in ("run_id", "cell", "pair"))
+
+
+def changed(tags: Mapping[str, str], held: Mapping[str, str]) -> dict[str, str]:
+    """What MLflow should hold and does not.
+
+    Its own keys, such as a run's colour, are the user's once the run exists.
+    """
+    return {
+        key: value
+        for key, value in tags.items()
+        if held.get(key) != value and not key.startswith("mlflow.")
+    }
+
+
+def name_of(card: Card) -> str:
+    """What the UI calls the run."""
+    trial = card.tags.get("ablab.trial")
+    return f"{card.cell} · " + (f"trial {trial}" if trial else f"seed {card.seed}")
+
+
+def key_of(name: str) -> str:
+    """`name` in the characters that MLflow allows in a key: optim.chains[hidden] -> optim.chains.hidden."""
+    return re.sub(r"[^\w\-./: ]+", ".", name).strip("./")
+
+
+def summary_of(result: Result) -> dict[str, float]:
+    """What a finished run shows besides its curves: final metrics, tokens/second, peak device memory in GiB."""
+    pace = {
+        "tokens_per_second": result.tokens_per_second,
+        "peak_gib": result.peak_bytes / 2**30,
+    }
+    known = {key: value for key, value in pace.items() if value != 0}
+    return result.metrics | known
+
+
+# -- what a run folder says --------------------------------------------------------------------------------------------
+def started(folder: Path) -> float:
+    """When the run began, unix seconds: as run.json says, else the age of its recipe, else now."""
+    if said := Record(folder).about().get("started"):
+        return float(said)
+    recipe = folder / "recipe.yaml"
+    return recipe.stat().st_mtime if recipe.is_file() else time.time()
+
+
+def data_of(recipe: Path) -> tuple[str, str] | None:
+    """Name and digest of the data that a recipe.yaml names."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    content = yaml.load(recipe.read_text(), Loader=loader) or {}
+    data = content.get("data") or {}
+    name, digest = data.get("name"), data.get("digest")
+    if not (name and digest):
+        return None
+    return str(name), str(digest)[:DIGEST_CHARACTERS]
+
+
+def fingerprint(folder: Path) -> str:
+    """Of the result; empty while there is none."""
+    result = folder / "result.json"
+    return f"{zlib.crc32(result.read_bytes()):08x}" if result.is_file() else ""

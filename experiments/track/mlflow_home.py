@@ -1,0 +1,84 @@
+"""Where MLflow lives: the store's own database, or what MLFLOW_TRACKING_URI names; and what to do when it fails.
+
+Nothing here imports mlflow before it is used: that takes 1.7 s.
+"""
+
+import os
+from pathlib import Path
+from types import ModuleType
+
+DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")
+QUIET = {  # defaults of ours, which the user's own environment overrides
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # MLflow prints a traceback for each failure that we report in a line.
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # Background workers for evaluating language-model traces.
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    # MLflow's 7 would hold up the runner for 4 minutes when a server is gone.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+def database(root: Path) -> Path:
+    return root.absolute() / "mlflow.db"
+
+
+def artifacts(root: Path) -> Path:
+    return root.absolute() / "mlartifacts"
+
+
+def local_uri(root: Path) -> str:
+    return _sqlite(database(root))
+
+
+def _sqlite(path: Path) -> str:
+    return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
+
+
+def tracking_uri(root: Path) -> str:
+    """$MLFLOW_TRACKING_URI, else the store's own database."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or local_uri(root)
+
+
+def cure(uri: str, root: Path) -> str:
+    """What to do about an MLflow that fails."""
+    if uri == local_uri(root):
+        return f"it is only a view: delete {database(root)} and make it anew with `ablab sync`"
+    return "check MLFLOW_TRACKING_URI, or unset it to use the store's own database"
+
+
+def import_mlflow() -> ModuleType:
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    return mlflow
+
+
+def errors() -> tuple[type[Exception], ...]:
+    """What MLflow raises when its database or server does not do its part."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, OSError
+
+
+def create_database(root: Path) -> None:
+    """Make the store's database unless it exists.  It gets its name in one step: no one ever sees half a schema."""
+    path = database(root)
+    if path.exists():
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    partial = path.with_name(f"mlflow-{os.getpid()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        fresh = SqlAlchemyStore(_sqlite(partial), artifacts(root).as_uri())
+        fresh.engine.dispose()
+        if not path.exists():  # another process may have been quicker, and logged already
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,92 @@
+"""`ablab ui` as a user meets it: a server in a process of its own, and a browser that photographs its pages."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--window-size=1600,1000",
+    "--virtual-time-budget=60000",
+    "--dump-dom",
+)
+
+
+class Served:
+    """Up to the line that names the first experiment.  `link` is the address of its saved view."""
+
+    def __init__(self, root: Path, port: int):
+        self.port = port
+        self.address = f"http://127.0.0.1:{port}"
+        code = (
+            "from pathlib import Path; from ablab.experiments.track.ui import serve; "
+            f"serve(Path({str(root)!r}), port={port})"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.head = self.process.stdout.readline()
+        _, _, link = self.process.stdout.readline().partition(": ")
+        self.link = link.strip()
+
+    def stop(self) -> str:
+        """What it said since."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.communicate(timeout=20)[0]
+
+
+@pytest.fixture(scope="session")
+def free_port():
+    """A function that finds one."""
+
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return find
+
+
+@pytest.fixture
+def serve(free_port):
+    """A function from the root of a store to its server."""
+    return lambda root: Served(root, free_port())
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    """A function that keeps NAME.png of a page and returns the page's HTML.
+
+    Look at the pictures, in $ABLAB_PICTURES or in pytest's temporary folder: an empty page is told by its size alone.
+    """
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("needs chromium")
+
+    def look(name: str, page: str, least_bytes: int) -> str:
+        picture = Path(os.environ.get("ABLAB_PICTURES", tmp_path)) / f"{name}.png"
+        places = (f"--user-data-dir={tmp_path / 'chromium'}", f"--screenshot={picture}")
+        done = subprocess.run(
+            [chromium, *FLAGS, *places, page], capture_output=True, text=True, timeout=120
+        )
+        assert picture.stat().st_size > least_bytes
+        return done.stdout
+
+    return look
