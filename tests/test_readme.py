@@ -50,8 +50,9 @@ COMMANDS = {
     "ablab run quickstart --no-mlflow": "--dry-run",
     "ablab bench kernels --only 'attention*'": HELP,
     "ablab bench grid loo_70m": HELP,
-    "make demo": None,
-    "make test": None,  # CI runs it; `make demo` is the same set-up and `ablab run quickstart`
+    "make demo": None,  # the set-up of `make test` and `ablab run quickstart`
+    "make test": None,  # CI runs it
+    "make lint": None,  # likewise
 }
 
 
