@@ -1,6 +1,7 @@
 """Kernels compiled before their first launch, many at a time: one after another they hold up a cold start.
 
-Works on the launches of Triton 3.5 and later: `warmup` compiles without launching, `AsyncCompileMode` hands that to a pool.
+Works on the launches of Triton 3.5 and later: `warmup` compiles without launching, `AsyncCompileMode` hands that to
+a pool.
 """
 
 from collections.abc import Iterator
@@ -15,11 +16,13 @@ from triton.runtime.jit import JITFunction
 
 @contextmanager
 def compiling_only(threads: int) -> Iterator[None]:
-    """In here a launch by this thread compiles its kernel and writes nothing; on leaving, all of them are ready to launch.
+    """In here a launch by this thread compiles its kernel and writes nothing; on leaving, all are ready to launch.
 
-    A kernel that cannot be compiled is left to its first launch, which says why.  In Triton's interpreter kernels run as ever.
+    A kernel that cannot be compiled is left to its first launch, which says why.  In Triton's interpreter kernels
+    run as ever.
     """
-    launch, met = JITFunction.run, {}
+    launch = JITFunction.run
+    met: dict[int, Any] = {}
 
     def compile_only(self: JITFunction, *values: Any, warmup: bool, **named: Any) -> None:
         kernel = launch(self, *values, warmup=True, **named)

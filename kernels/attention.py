@@ -75,9 +75,9 @@ def reference(
     q, k = _turn(q, cos, sin), _turn(k, cos, sin)
     if first is not None:
         v = (weights[0] * v + weights[1] * first).to(v.dtype)
-    y = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=heads != kv_heads
-    )
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = heads != kv_heads
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     y = y.transpose(1, 2)
     return (y if gate is None else y * gate[..., None].to(y.dtype)).flatten(2)
 
@@ -258,7 +258,10 @@ def _attention_backward(
         gate,
         tiles,
     )
-    return tuple(qkv.new_empty(0) if x is None else x for x in grads)
+    dqkv, dq_gain, dk_gain, dfirst, dweights, dgate = (
+        qkv.new_empty(0) if x is None else x for x in grads
+    )
+    return dqkv, dq_gain, dk_gain, dfirst, dweights, dgate
 
 
 @_attention_backward.register_fake

@@ -2,7 +2,8 @@
 
     x = multiplier * raw                    z = x | cap tanh(x / cap) | cap x / sqrt(x^2 + cap^2)
     lse = log sum_j exp z_j                 nats = lse - z_target
-    loss = nats + z_weight lse^2            dloss/draw_j = (exp(z_j - lse) (1 + 2 z_weight lse) - [j = target]) dz_j/draw_j
+    loss = nats + z_weight lse^2
+    dloss/draw_j = (exp(z_j - lse) (1 + 2 z_weight lse) - [j = target]) dz_j/draw_j
 
 A program owns a row, so nothing is added across programs and the bits repeat.  It reads the row twice, block by block,
 first for the sums, then for the gradient; the second read of a row this recent comes from the L2 cache.  On an H100,
@@ -125,10 +126,10 @@ def cross_entropy_(
 ) -> tuple[Tensor, Tensor]:
     """Per-row cross-entropy and logsumexp of squash(multiplier * logits), fp32 [N] each, in nats.
 
-    logits: [N, V] with adjacent columns; if `gradient`, overwritten by scale * d(nats + z_weight lse^2)/d(logits) in their
-    dtype, else left alone.  targets: int64 [N] in [0, V), unchecked.  padded: the columns from V to the row stride are there
-    and may be overwritten; with a mask at an odd V, every logit is read and written on its own, 2 bytes at a time.
-    block: as BLOCK, for tuning; a power of two.
+    logits: [N, V] with adjacent columns; if `gradient`, overwritten by scale * d(nats + z_weight lse^2)/d(logits)
+    in their dtype, else left alone.  targets: int64 [N] in [0, V), unchecked.  padded: the columns from V to the
+    row stride are there and may be overwritten; with a mask at an odd V, every logit is read and written on its
+    own, 2 bytes at a time.  block: as BLOCK, for tuning; a power of two.
     """
     rows, vocab = logits.shape
     nats = torch.empty(rows, dtype=torch.float32, device=logits.device)

@@ -4,25 +4,29 @@
     y  = (q_x q_w^T) s_x s_w                               x and w in e4m3
     dx = (q_g q_w) s_g s_w,     dW = (q_g^T q_x) s_g s_x   g, the gradient of y, in e5m2 or e4m3
 
-Micikevicius et al., arXiv:2209.05433, with the scale taken from the tensor at hand instead of from its past.  Scales are
-0-D tensors: nothing waits for the device.  A GPU with matrix units for 8-bit floats multiplies with them (`torch._scaled_mm`);
-elsewhere, and where a side is no multiple of 16, the same 8-bit numbers are multiplied in fp32.
+Micikevicius et al., arXiv:2209.05433, with the scale taken from the tensor at hand instead of from its past.
+Scales are 0-D tensors: nothing waits for the device.  A GPU with matrix units for 8-bit floats multiplies with them
+(`torch._scaled_mm`); elsewhere, and where a side is no multiple of 16, the same 8-bit numbers are multiplied in
+fp32.
 
-Tolerance: two 8-bit numbers multiply exactly in fp32, so the two forms differ by the order of their sums, by the rounding
-of the result to the dtype of x, and in y by the short accumulators of fast accumulation (the backward pass does without).
+Tolerance: two 8-bit numbers multiply exactly in fp32, so the two forms differ by the order of their sums, by the
+rounding of the result to the dtype of x, and in y by the short accumulators of fast accumulation (the backward pass
+does without).
 """
 
 import torch
 from torch import Tensor
 
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-SMALLEST = 1e-30  # in place of a smaller maximum: the scale stays a normal fp32 number, and zeros stay 0 instead of 0 / 0
+# In place of a smaller maximum: the scale stays a normal fp32 number, and zeros stay 0 instead of 0 / 0.
+SMALLEST = 1e-30
 
 
 def quantise(x: Tensor, form: str) -> tuple[Tensor, Tensor]:
-    """x -> 8-bit numbers of the same shape and their scale, fp32 0-D, whose product is about x.  Not finite in, NaN out.
+    """x -> 8-bit numbers of the same shape and their scale, fp32 0-D, whose product is about x.
 
-    No clamp to the largest number: t / s_t exceeds it by a rounding of fp32 at most, which the cast takes back.
+    Not finite in, NaN out.  No clamp to the largest number: t / s_t exceeds it by a rounding of fp32 at most, which
+    the cast takes back.
     """
     dtype = DTYPES[form]
     scale = x.abs().amax().float().clamp(min=SMALLEST) / torch.finfo(dtype).max
@@ -56,35 +60,35 @@ def scaled(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, gradient, native):
-        (x8, x_scale), (w8, w_scale) = quantise(x, "e4m3"), quantise(weight, "e4m3")
+        x8, x_scale = quantise(x, "e4m3")
+        w8, w_scale = quantise(weight, "e4m3")
         ctx.save_for_backward(x8, x_scale, w8, w_scale)
-        ctx.gradient, ctx.product, ctx.dtypes = (
-            gradient,
-            scaled if native else emulated,
-            (x.dtype, weight.dtype),
-        )
+        ctx.gradient = gradient
+        ctx.product = scaled if native else emulated
+        ctx.dtypes = (x.dtype, weight.dtype)
         return ctx.product(x8, w8, x_scale, w_scale, x.dtype, True)
 
     @staticmethod
     def backward(ctx, g):
-        (x8, x_scale, w8, w_scale), (g8, g_scale) = ctx.saved_tensors, quantise(g, ctx.gradient)
-        dx = ctx.product(g8, w8.t(), g_scale, w_scale, ctx.dtypes[0], False)
-        return (
-            dx,
-            ctx.product(g8.t(), x8.t(), g_scale, x_scale, ctx.dtypes[1], False),
-            None,
-            None,
-        )
+        x8, x_scale, w8, w_scale = ctx.saved_tensors
+        g8, g_scale = quantise(g, ctx.gradient)
+        x_dtype, weight_dtype = ctx.dtypes
+        dx = ctx.product(g8, w8.t(), g_scale, w_scale, x_dtype, False)
+        dw = ctx.product(g8.t(), x8.t(), g_scale, x_scale, weight_dtype, False)
+        return dx, dw, None, None
 
 
 def fp8_linear(x: Tensor, weight: Tensor, gradient: str = "e5m2") -> Tensor:
-    """x W^T with all three products of a training step in 8-bit floats.  x: [..., k], weight: [n, k] -> [..., n] in the dtype of x.
+    """x W^T with all three products of a training step in 8-bit floats.
 
-    gradient: the format of y's gradient, e5m2 (range) or e4m3 (precision).  dW comes in the dtype of the weight, unrounded
-    where that is fp32.  One scale serves the whole of x, so a row of y depends a little on all other rows.
+    x: [..., k], weight: [n, k] -> [..., n] in the dtype of x.
+    gradient: the format of y's gradient, e5m2 (range) or e4m3 (precision).  dW comes in the dtype of the weight,
+    unrounded where that is fp32.  One scale serves the whole of x, so a row of y depends a little on all other
+    rows.
     """
     rows = x.reshape(-1, x.shape[-1])
-    native = all(side % 16 == 0 for side in (*rows.shape, len(weight))) and multiplies(x.device)
+    sides = (*rows.shape, len(weight))
+    native = all(side % 16 == 0 for side in sides) and multiplies(x.device)
     return _Linear.apply(rows, weight, gradient, native).view(*x.shape[:-1], -1)
 
 

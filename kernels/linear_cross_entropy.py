@@ -7,8 +7,8 @@ Some rows at a time, so that at most LOGITS of them exist, and dx and dW are rea
 pass multiplies them by the gradient that comes from above, where a compiler can fuse that with what follows.
 The rows of logits are padded to whole 128-byte lines, so that a vocabulary such as 50,257 is read in wide words.
 
-Tolerance: as the plain path, this rounds logits, g and the two results once each to the dtype of x, and nothing else; so
-errors must be no more than 1.1 times those of the plain path.
+Tolerance: as the plain path, this rounds logits, g and the two results once each to the dtype of x, and nothing
+else; so errors must be no more than 1.1 times those of the plain path.
 """
 
 import torch
@@ -18,9 +18,8 @@ from torch.nn import functional as F
 from ablab.kernels.cross_entropy import CAPS, cross_entropy_, squash
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LOGITS = (
-    1 << 29
-)  # bytes of logits in memory; halving it adds one read and write of dW for each further chunk
+# Bytes of logits in memory; halving it adds one read and write of dW for each further chunk.
+LOGITS = 1 << 29
 
 
 def serves(
@@ -33,11 +32,9 @@ def serves(
         return f"the kernel needs a CUDA GPU, not {device.type}"
     if cap_form not in CAPS:
         return f"no soft cap {cap_form!r}; the kernel knows {', '.join(CAPS)}"
-    return (
-        ""
-        if cap_form == "none" or cap > 0
-        else f"a {cap_form} soft cap needs cap > 0, not {cap}"
-    )
+    if cap_form != "none" and cap <= 0:
+        return f"a {cap_form} soft cap needs cap > 0, not {cap}"
+    return ""
 
 
 # ---- reference ----
@@ -53,13 +50,16 @@ def reference(
     z_weight: float = 0.0,
     chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain torch, with logits [N, V] in the dtype of x and fp32 (fp64 for fp64) after them; `chunk` is ignored."""
+    """The same in plain torch; `chunk` is ignored.
+
+    Logits [N, V] are in the dtype of x, all after them in fp32 (fp64 for fp64).
+    """
     logits = F.linear(x, weight)
-    z = squash(
-        multiplier * logits.to(torch.promote_types(logits.dtype, torch.float32)), cap, cap_form
-    )
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z = squash(multiplier * wide, cap, cap_form)
     nats = F.cross_entropy(z, targets, reduction="sum")
-    return nats + z_weight * z.logsumexp(-1).square().sum(), nats.detach()
+    penalty = z_weight * z.logsumexp(-1).square().sum()
+    return nats + penalty, nats.detach()
 
 
 # ---- pieces ----
@@ -84,9 +84,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
     if a.is_cuda and a.dtype != torch.float32:
         torch.addmm(out, a, b, beta=int(add), out_dtype=torch.float32, out=out)
     else:
-        out.addmm_(
-            a.float(), b.float(), beta=int(add)
-        )  # the CPU has no product wider than its factors
+        # The CPU has no product wider than its factors.
+        out.addmm_(a.float(), b.float(), beta=int(add))
 
 
 # ---- operators ----
@@ -105,7 +104,8 @@ def _value(
     """(nats, logsumexp) of each row, fp32 [N], without any gradient."""
     rows = x.shape[0]
     buffer = _padded(min(chunk, rows), weight.shape[0], x)
-    nats, lses = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+    nats = x.new_empty(rows, dtype=torch.float32)
+    lses = torch.empty_like(nats)
     for piece in _chunks(rows, chunk):
         logits = torch.mm(x[piece], weight.mT, out=buffer[: x[piece].shape[0]])
         nats[piece], lses[piece] = cross_entropy_(
@@ -116,9 +116,8 @@ def _value(
 
 @_value.register_fake
 def _(x, weight, targets, multiplier, cap, cap_form, chunk):
-    return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(
-        x.shape[0], dtype=torch.float32
-    )
+    nats = x.new_empty(x.shape[0], dtype=torch.float32)
+    return nats, torch.empty_like(nats)
 
 
 @torch.library.custom_op("ablab::linear_cross_entropy", mutates_args=())
@@ -136,10 +135,8 @@ def _with_gradients(
     rows = x.shape[0]
     buffer = _padded(min(chunk, rows), weight.shape[0], x)
     nats, lses = x.new_empty(2, rows, dtype=torch.float32)
-    dx, dw = (
-        x.new_empty(x.shape, dtype=torch.float32),
-        (x.new_empty if rows else x.new_zeros)(weight.shape, dtype=torch.float32),
-    )
+    dx = x.new_empty(x.shape, dtype=torch.float32)
+    dw = (x.new_empty if rows else x.new_zeros)(weight.shape, dtype=torch.float32)
     for piece in _chunks(rows, chunk):
         logits = torch.mm(x[piece], weight.mT, out=buffer[: x[piece].shape[0]])
         nats[piece], lses[piece] = cross_entropy_(
@@ -152,13 +149,11 @@ def _with_gradients(
 
 @_with_gradients.register_fake
 def _(x, weight, targets, multiplier, cap, cap_form, z_weight, chunk):
-    loss, nats = x.new_empty((), dtype=torch.float32), x.new_empty((), dtype=torch.float32)
-    return (
-        loss,
-        nats,
-        x.new_empty(x.shape, dtype=torch.float32),
-        x.new_empty(weight.shape, dtype=torch.float32),
-    )
+    loss = x.new_empty((), dtype=torch.float32)
+    nats = torch.empty_like(loss)
+    dx = x.new_empty(x.shape, dtype=torch.float32)
+    dw = x.new_empty(weight.shape, dtype=torch.float32)
+    return loss, nats, dx, dw
 
 
 def _keep(ctx, inputs, output):
@@ -191,27 +186,21 @@ def linear_cross_entropy(
     z_weight: float = 0.0,
     chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, nats): sums over rows of cross-entropy + z_weight * logsumexp^2 and of cross-entropy alone, fp32 0-D, in nats.
+    """(loss, nats): sums over rows, fp32 0-D, in nats.
 
-    x: activations [N, W]; weight: [V, W] of the same dtype; targets: int64 [N] in [0, V), unchecked.  Logits are multiplied
-    by `multiplier`, then capped: cap_form "none", "tanh" or "rational" (`squash`).  nats has no gradient.
-    chunk: rows of logits in memory at a time; 0: as few equal chunks as LOGITS allows.
+    Of cross-entropy + z_weight * logsumexp^2, and of cross-entropy alone.
+    x: activations [N, W]; weight: [V, W] of the same dtype; targets: int64 [N] in [0, V), unchecked.  Logits are
+    multiplied by `multiplier`, then capped: cap_form "none", "tanh" or "rational" (`squash`).  nats has no
+    gradient. chunk: rows of logits in memory at a time; 0: as few equal chunks as LOGITS allows.
     """
+    rows = chunk or _rows_within(x, weight)
     if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
-        return _sums(
-            *_value(
-                x,
-                weight,
-                targets,
-                float(multiplier),
-                float(cap),
-                cap_form,
-                chunk or _rows_within(x, weight),
-            ),
-            z_weight,
-        )
-    numbers = (float(multiplier), float(cap), cap_form, float(z_weight))
-    return _with_gradients(x, weight, targets, *numbers, chunk or _rows_within(x, weight))[:2]
+        nats, lses = _value(x, weight, targets, float(multiplier), float(cap), cap_form, rows)
+        return _sums(nats, lses, z_weight)
+    loss, nats, *_ = _with_gradients(
+        x, weight, targets, float(multiplier), float(cap), cap_form, float(z_weight), rows
+    )
+    return loss, nats
 
 
 def token_losses(
@@ -223,12 +212,16 @@ def token_losses(
     cap_form: str = "none",
 ) -> Tensor:
     """Cross-entropy of each row in nats, fp32 [N], without any gradient; arguments as above."""
-    return _value(
-        x, weight, targets, float(multiplier), float(cap), cap_form, _rows_within(x, weight)
-    )[0]
+    rows = _rows_within(x, weight)
+    nats, _ = _value(x, weight, targets, float(multiplier), float(cap), cap_form, rows)
+    return nats
 
 
 def _rows_within(x: Tensor, weight: Tensor) -> int:
     """Rows of logits in as few equal chunks as LOGITS allows."""
-    rows, row_bytes = x.shape[0], weight.shape[0] * x.element_size()
-    return max(-(-rows // -(-rows * row_bytes // LOGITS)), 1) if rows else 1
+    rows = x.shape[0]
+    if not rows:
+        return 1
+    row_bytes = weight.shape[0] * x.element_size()
+    chunks = -(-rows * row_bytes // LOGITS)
+    return max(-(-rows // chunks), 1)

@@ -18,9 +18,10 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-# Rows up to which a tile serves -> (rows of the square tile, depth of a step, warps, stages).  Powers of two, at least 16.
-# On an H100, batches of 768 rows take 0.91 to 1.10 of the time of cuBLAS's full products, and poly needs no pass for its
-# addends (`ablab bench kernels --only newton_schulz`).  With masked loads they took half as long again.
+# Rows up to which a tile serves -> (rows of the square tile, depth of a step, warps, stages).  Powers of two, at
+# least 16.  On an H100, batches of 768 rows take 0.91 to 1.10 of the time of cuBLAS's full products, and poly needs
+# no pass for its addends (`ablab bench kernels --only newton_schulz`).  With masked loads they took half as long
+# again.
 TILES = {64: (64, 64, 4, 4), 2**31: (128, 64, 4, 3)}
 
 
@@ -47,7 +48,8 @@ def plain_symmetric(
 def _tile_of(index, side):
     """The index-th of the side (side + 1) / 2 tiles on or below the diagonal: row, column.
 
-    The triangle is folded into a rectangle, long rows at the left, short ones at the right: whole-number arithmetic alone.
+    The triangle is folded into a rectangle, long rows at the left, short ones at the right: whole-number arithmetic
+    alone.
     """
     odd = side % 2
     width = side + 1 - odd
@@ -213,10 +215,11 @@ def symmetric(
     scale: Tensor | None = None,
     tiles: Tiles = TILES,
 ) -> Tensor:
-    """(alpha x x^T + beta y + diagonal I) scale in the dtype of x, summed in fp32, rounded once, symmetric to the bit.  No gradient.
+    """(alpha x x^T + beta y + diagonal I) scale in the dtype of x, summed in fp32, rounded once.
 
-    x: [N, r, c] of any strides, each matrix within 2^31 elements; y: symmetric [N, r, r] of the same dtype; scale: [N] in fp32.
-    tiles: as TILES, for tuning.
+    Symmetric to the bit, without a gradient.
+    x: [N, r, c] of any strides, each matrix within 2^31 elements; y: symmetric [N, r, r] of the same dtype; scale:
+    [N] in fp32.  tiles: as TILES, for tuning.
     """
     scale = x.new_ones(len(x), dtype=torch.float32) if scale is None else scale
     return _symmetric(
@@ -236,11 +239,13 @@ Triples = tuple[tuple[float, float, float], ...]
 def orthogonalise(
     matrices: Tensor, divisor: float, triples: Triples, dtype: torch.dtype, tiles: Tiles = TILES
 ) -> Tensor:
-    """An approximate polar factor U V^T of each matrix [N, r, c], in the dtype of `matrices`; products in `dtype`, the norm in fp32.
+    """An approximate polar factor U V^T of each matrix [N, r, c], in the dtype of `matrices`.
 
-    `divisor` and `triples` are one entry of the table of coefficients.  Matrices may be a view of any strides.
+    Products are in `dtype`, the norm is in fp32.  `divisor` and `triples` are one entry of the table of
+    coefficients.  Matrices may be a view of any strides.
     """
-    x = (matrices / (matrices.norm(dim=(-2, -1), keepdim=True) * divisor + 1e-7)).to(dtype)
+    norms = matrices.norm(dim=(-2, -1), keepdim=True)
+    x = (matrices / (norms * divisor + 1e-7)).to(dtype)
     return iterate(x, triples, tiles=tiles).to(matrices.dtype)
 
 
@@ -251,11 +256,12 @@ def iterate(
 
     scale: [N] in fp32, what x must be multiplied by before the first step; it enters the first products instead.
 
-    Not the Gram form, which iterates on [r, r] alone and multiplies by x at the end: on a 128 x 512 matrix with singular
-    values from 0.001 to 1, in bf16 with the seven steps of polar7, it gave NaN, and with a restart after two steps values
-    above 1e11, where this form takes them to [0.90, 1.09].
+    Not the Gram form, which iterates on [r, r] alone and multiplies by x at the end: on a 128 x 512 matrix with
+    singular values from 0.001 to 1, in bf16 with the seven steps of polar7, it gave NaN, and with a restart after
+    two steps values above 1e11, where this form takes them to [0.90, 1.09].
     """
-    tall, one = x.shape[-2] > x.shape[-1], x.new_ones(len(x), dtype=torch.float32)
+    tall = x.shape[-2] > x.shape[-1]
+    one = x.new_ones(len(x), dtype=torch.float32)
     scale, squared = (one, one) if scale is None else (scale, scale.square())
     for a, b, c in triples:
         gram = symmetric(x.mT if tall else x, scale=squared, tiles=tiles)

@@ -5,7 +5,8 @@ With g = clip * gradient, keep b, decay rate d and mask c (all ones, or 1[u w >=
     adam_step         m <- b1 m + (1-b1) g;  v <- b2 v + (1-b2) g^2;  u = (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)
                       w <- w - lr (u + d c w)
     momentum_step     m <- b m + (1-b) g;  u = (1-b) g + b m, or m;  and 1 / (divisor |u|_F) of each matrix
-    row_scales        e = shape^2 mean(o^2) of a row;  v <- b2 v + (1-b2) e;  s = shape / (sqrt(v) + eps), times a factor
+    row_scales        e = shape^2 mean(o^2) of a row;  v <- b2 v + (1-b2) e;
+                      s = shape / (sqrt(v) + eps), times a factor
                       that leaves each matrix its Frobenius norm
     apply_rows        w <- w - lr (s o + d c w)
 
@@ -247,7 +248,10 @@ def adam_step(
     mask: str,
     strength: Tensor | None,
 ) -> None:
-    """Adam and a decay.  weight, grad, mean, square: contiguous fp32 of one shape; mask: of MASKS; strength: of the decay, if there is one."""
+    """Adam and a decay.
+
+    weight, grad, mean, square: contiguous fp32 of one shape; mask: of MASKS; strength: of the decay, if there is one.
+    """
     _adam_kernel[(triton.cdiv(weight.numel(), CHUNK),)](
         weight,
         grad,
@@ -317,7 +321,10 @@ def _(grad, mean, clip, keep, nesterov, divisor, dtype):
 def row_scales(
     matrices: Tensor, square: Tensor, shape_factor: float, keep: float, eps: float
 ) -> Tensor:
-    """What NorMuon multiplies the rows of contiguous matrices [N,r,c] by, [N,r] in fp32; square: [N,r,1], its running mean."""
+    """What NorMuon multiplies the rows of contiguous matrices [N,r,c] by, [N,r] in fp32.
+
+    square: [N,r,1], its running mean.
+    """
     count, height, width = matrices.shape
     energy = matrices.new_empty(count, height, dtype=torch.float32)
     scales = torch.empty_like(energy)
@@ -355,7 +362,10 @@ def apply_rows(
     mask: str,
     strength: Tensor | None,
 ) -> None:
-    """Move weight [N,r,c], fp32, each matrix contiguous, by contiguous matrices [N,r,c] times scales [N,r], or times shape_factor; decay as in `adam_step`."""
+    """Move weight [N,r,c], fp32, each matrix contiguous, by contiguous matrices [N,r,c] times scales [N,r].
+
+    Without scales, times shape_factor; decay as in `adam_step`.
+    """
     count, height, width = weight.shape
     _apply_kernel[(triton.cdiv(width, COLUMNS), triton.cdiv(height, ROWS), count)](
         weight,

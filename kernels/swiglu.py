@@ -102,9 +102,14 @@ _swiglu.register_autograd(
 
 
 def swiglu(packed: Tensor) -> Tensor:
-    """packed: [..., 2F], the gate's channels and then up's -> silu(gate) * up [..., F].  Raises ValueError for an odd width or another dtype."""
+    """packed: [..., 2F], the gate's channels and then up's -> silu(gate) * up [..., F].
+
+    Raises ValueError for an odd width or another dtype.
+    """
     if packed.shape[-1] % 2 or packed.dtype not in DTYPES:
+        known = ", ".join(map(str, DTYPES))
         raise ValueError(
-            f"packed is {packed.dtype} {list(packed.shape)}; the SwiGLU kernel takes an even width in {', '.join(map(str, DTYPES))}"
+            f"packed is {packed.dtype} {list(packed.shape)};"
+            f" the SwiGLU kernel takes an even width in {known}"
         )
     return _swiglu(packed)

@@ -8,13 +8,11 @@ import os
 
 from ablab.core.runtime.runtime import visible_gpus
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch: the order of sums, and so the bits, depends on it
+# Before torch: the order of sums, and so the bits, depends on it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not visible_gpus():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # before triton: without a GPU its kernels run in the CPU interpreter
+    # Before triton: without a GPU its kernels run in the CPU interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
 import pytest
@@ -24,12 +22,9 @@ from ablab.ablations.registry import discover
 
 VOCAB, SPECIAL = 64, 0
 discover()
-settings.register_profile(
-    "fresh", deadline=None
-)  # --hypothesis-profile=fresh draws other examples in each run
-settings.register_profile(
-    "repeatable", derandomize=True, deadline=None
-)  # the same ones until a test changes
+# --hypothesis-profile=fresh draws other examples in each run, `repeatable` the same ones until a test changes.
+settings.register_profile("fresh", deadline=None)
+settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
@@ -55,7 +50,10 @@ def drive():
 
 @pytest.fixture(scope="session")
 def token_folder(tmp_path_factory):
-    """1,000 training tokens with nothing to learn but frequencies; id 0 is special and has no bytes.  Read-only by agreement."""
+    """1,000 training tokens with nothing to learn but frequencies; id 0 is special and has no bytes.
+
+    Read-only by agreement.
+    """
     return write_tokens(tmp_path_factory.mktemp("data") / "tiny")
 
 
@@ -119,13 +117,18 @@ def drive_parameters(recipe, start, gradients, device="cpu", **how):
         model.register_parameter(name, parameter(declared))
         getattr(model, name).data.copy_(value)
     optimizer = Optimizer(model.to(device), recipe, **how)
-    seen = [{name: value.detach().clone() for name, value in model.named_parameters()}]
+    seen = [weights_of(model)]
     for t, gradient in enumerate(gradients, 1):
         for name, value in model.named_parameters():
             value.grad.copy_(gradient[name])
         optimizer.step(t)
-        seen.append({name: value.detach().clone() for name, value in model.named_parameters()})
+        seen.append(weights_of(model))
     return seen, optimizer
+
+
+def weights_of(model):
+    """name -> a copy."""
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
 def make_batch(recipe, rows=None, seed=0):
@@ -133,20 +136,27 @@ def make_batch(recipe, rows=None, seed=0):
     import torch
 
     draw = torch.Generator().manual_seed(seed)
-    return torch.randint(
-        recipe.data.vocab, (rows or recipe.data.batch, recipe.data.context + 1), generator=draw
-    )
+    shape = (rows or recipe.data.batch, recipe.data.context + 1)
+    return torch.randint(recipe.data.vocab, shape, generator=draw)
 
 
 def write_tokens(
-    folder, train=1000, val=400, vocab=VOCAB, top=None, digest="00000000deadbeef", seed=0
+    folder,
+    train=1000,
+    val=400,
+    vocab=VOCAB,
+    top=None,
+    digest="00000000deadbeef",
+    seed=0,
 ):
     """A token folder as core/data/corpus.py leaves it: uint16 ids below `top`, drawn with falling frequency."""
-    draw, top = np.random.default_rng(seed), top or vocab
+    draw = np.random.default_rng(seed)
+    top = top or vocab
     odds = 1 / np.arange(1, top + 1)
     folder.mkdir(parents=True)
     for name, size in (("train", train), ("val", val)):
-        draw.choice(top, size, p=odds / odds.sum()).astype("<u2").tofile(folder / f"{name}.bin")
+        ids = draw.choice(top, size, p=odds / odds.sum())
+        ids.astype("<u2").tofile(folder / f"{name}.bin")
     token_bytes = draw.integers(1, 6, vocab).astype(np.int32)
     token_bytes[SPECIAL] = 0
     np.save(folder / "token_bytes.npy", token_bytes)

@@ -1,4 +1,4 @@
-"""The README's commands, run as written where that takes seconds, and made smaller by a suffix where it takes minutes."""
+"""The README's commands, run as written where that takes seconds; a suffix makes those smaller that take minutes."""
 
 import lzma
 import os
@@ -17,8 +17,10 @@ SMALL = (
     " 'study.space={optim.lr: {log: [0.004, 0.016], points: 2}}'"
 )
 WRITTEN = ""
-HELP = "--help"  # takes minutes at any size, or a GPU: what it does is tested in tests/experiments, here only that it exists
-COMMANDS = {  # in an order in which each finds what it needs -> what is added to it
+# Takes minutes at any size, or a GPU: what it does is tested in tests/experiments, here only that it exists.
+HELP = "--help"
+# In an order in which each finds what it needs -> what is added to it.
+COMMANDS = {
     "ablab list": WRITTEN,
     "ablab show loo_70m --diff base": WRITTEN,
     "ablab show": HELP,
@@ -48,25 +50,24 @@ COMMANDS = {  # in an order in which each finds what it needs -> what is added t
     "ablab run quickstart --no-mlflow": "--dry-run",
     "ablab bench kernels --only 'attention*'": HELP,
     "ablab bench grid loo_70m": HELP,
-    "make demo": None,
-    "make test": None,  # CI is `make test`; `make demo` is the same set-up and `ablab run quickstart`
+    "make demo": None,  # the set-up of `make test` and `ablab run quickstart`
+    "make test": None,  # CI runs it
+    "make lint": None,  # likewise
 }
+
+
+PROGRAMS = ("ablab ", "make ", "pytest ")
 
 
 def written() -> set[str]:
     """Every command in backticks or in a fenced block."""
     text = (ROOT / "README.md").read_text()
-    blocks = [
-        line.split("  #")[0].strip()
-        for block in re.findall(r"```\w*\n(.*?)```", text, flags=re.S)
-        for line in block.splitlines()
-    ]
-    prose = re.findall(
-        r"`(?:\.venv/bin/)?(\w+ [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.S)
-    )
-    return {
-        line for line in [*blocks, *prose] if line.split(" ")[0] in ("ablab", "make", "pytest")
-    }
+    fenced = re.findall(r"```\w*\n(.*?)```", text, flags=re.S)
+    lines = [line for block in fenced for line in block.splitlines()]
+    blocks = [line.split("  #")[0].strip() for line in lines]
+    rest = re.sub(r"```.*?```", "", text, flags=re.S)
+    prose = re.findall(r"`(?:\.venv/bin/)?(\w+ [^`]*)`", rest)
+    return {line for line in [*blocks, *prose] if line.startswith(PROGRAMS)}
 
 
 def test_every_command_of_the_readme_is_listed_here():
@@ -75,57 +76,54 @@ def test_every_command_of_the_readme_is_listed_here():
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_do_what_they_say(tmp_path):
-    (tmp_path / "text").mkdir()
-    lines = lzma.decompress(
-        (ROOT / "configs" / "data" / "embedded" / "train.jsonl.xz").read_bytes()
-    ).splitlines(keepends=True)
-    lines = [
-        line
-        for line, until in zip(lines, accumulate(map(len, lines)), strict=True)
-        if until < 2_200_000
-    ]  # enough for 32,000 ids and a held-out document
-    for half in (0, 1):
-        (tmp_path / "text" / f"{half}.jsonl").write_bytes(b"".join(lines[half::2]))
+    write_text(tmp_path / "text")
     said = {}
-    environment = os.environ | {"ABLAB_STORE": str(tmp_path / "store")}
-    runs = {
-        "ablab": f"{sys.executable} -m ablab.experiments.cli.main",
-        "pytest": f"{sys.executable} -m pytest -p no:cacheprovider",
-    }
     for command, suffix in COMMANDS.items():
-        if suffix is None:
-            continue
-        program, _, rest = command.partition(" ")
-        rest = rest.replace(
-            "tests/contracts", shlex.quote(str(ROOT / "tests" / "contracts"))
-        ).replace("--plugins plugins", f"--plugins {tmp_path / 'plugins'}")
-        done = subprocess.run(
-            f"{runs[program]} {rest} {suffix}",
-            shell=True,
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, (
-            f"{command} {suffix}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        )
-        said[command] = done.stdout
-    assert (
-        "my_idea" in said["ablab list --plugins plugins"]
-        and "my_idea" not in said["ablab list"]
-    )
-    assert (
-        "test_interventions.py" in said["pytest tests/contracts --plugins plugins -k my_idea"]
-    )
+        if suffix is not None:
+            said[command] = output(command, suffix, tmp_path)
+    assert "my_idea" in said["ablab list --plugins plugins"]
+    assert "my_idea" not in said["ablab list"]
+    collected = said["pytest tests/contracts --plugins plugins -k my_idea"]
+    assert "test_interventions.py" in collected
     assert "105.9 M parameters" in said["ablab show loo_70m --diff base"]
     assert "loo_70m: 36 runs, 36 missing" in said["ablab run loo_70m --dry-run"]
-    assert (
-        said["ablab run loo_70m optim.lr=0.01 --only '*gating*' --seeds 0-4"].count("gating")
-        >= 5
+    chosen = said["ablab run loo_70m optim.lr=0.01 --only '*gating*' --seeds 0-4"]
+    assert chosen.count("gating") >= 5
+    assert re.search(r"\+ mup +2 complete", said["ablab study lr_width_tiny"])
+
+
+def write_text(folder: Path) -> None:
+    """Two files of the embedded text: enough for 32,000 ids and a held-out document."""
+    embedded = ROOT / "configs" / "data" / "embedded" / "train.jsonl.xz"
+    lines = lzma.decompress(embedded.read_bytes()).splitlines(keepends=True)
+    sizes = accumulate(len(line) for line in lines)
+    few = [line for line, until in zip(lines, sizes, strict=True) if until < 2_200_000]
+    folder.mkdir()
+    for half in (0, 1):
+        (folder / f"{half}.jsonl").write_bytes(b"".join(few[half::2]))
+
+
+def output(command: str, suffix: str, folder: Path) -> str:
+    """What a command of the README prints, run in the folder with its suffix."""
+    program, _, rest = command.partition(" ")
+    rest = rest.replace("tests/contracts", shlex.quote(str(ROOT / "tests" / "contracts")))
+    rest = rest.replace("--plugins plugins", f"--plugins {folder / 'plugins'}")
+    line = f"{RUNS[program]} {rest} {suffix}"
+    done = subprocess.run(
+        line,
+        shell=True,
+        cwd=folder,
+        env=os.environ | {"ABLAB_STORE": str(folder / "store")},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
-    assert (
-        re.search(r"\+ mup +2 complete", said["ablab study lr_width_tiny"])
-        and "2 complete" in said["ablab study lr_width_tiny"]
-    )
+    end = f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert done.returncode == 0, f"{line}\n{end}"
+    return done.stdout
+
+
+RUNS = {
+    "ablab": f"{sys.executable} -m ablab.experiments.cli.main",
+    "pytest": f"{sys.executable} -m pytest -p no:cacheprovider",
+}

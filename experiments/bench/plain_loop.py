@@ -8,59 +8,71 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-WIDTH, LAYERS, HEADS, HIDDEN, VOCAB, CONTEXT, BATCH = 64, 4, 4, 192, 4096, 64, 8
-LR, WARMUP, DECAY, CLIP, LOG_EVERY = 7e-3, 20, 0.1, 1.0, 10
+WIDTH, LAYERS, HEADS, HIDDEN = 64, 4, 4, 192
+VOCAB, CONTEXT, BATCH = 4096, 64, 8
+LR, WARMUP, FLOOR = 7e-3, 20, 0.1  # peak; steps; share of the peak at the end
+DECAY, CLIP, LOG_EVERY = 0.1, 1.0, 10
+
+
+def norm() -> nn.RMSNorm:
+    return nn.RMSNorm(WIDTH, eps=1e-6)
+
+
+def linear(fan_in: int, fan_out: int) -> nn.Linear:
+    return nn.Linear(fan_in, fan_out, bias=False)
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.RMSNorm(WIDTH, eps=1e-6), nn.RMSNorm(WIDTH, eps=1e-6)
-        self.qkv, self.out = (
-            nn.Linear(WIDTH, 3 * WIDTH, bias=False),
-            nn.Linear(WIDTH, WIDTH, bias=False),
-        )
-        self.gate_up, self.down = (
-            nn.Linear(WIDTH, 2 * HIDDEN, bias=False),
-            nn.Linear(HIDDEN, WIDTH, bias=False),
-        )
+        self.norm1 = norm()
+        self.norm2 = norm()
+        self.qkv = linear(WIDTH, 3 * WIDTH)
+        self.out = linear(WIDTH, WIDTH)
+        self.gate_up = linear(WIDTH, 2 * HIDDEN)
+        self.down = linear(HIDDEN, WIDTH)
 
-    def forward(self, x, cos, sin):
-        q, k, v = (
-            self.qkv(self.norm1(x)).view(*x.shape[:2], 3, HEADS, -1).transpose(1, 3).unbind(2)
-        )
-        y = F.scaled_dot_product_attention(
-            turn(q, cos, sin), turn(k, cos, sin), v, is_causal=True
-        )
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: [B,T,W]; cos, sin: [T,D/2]."""
+        qkv = self.qkv(self.norm1(x))
+        qkv = qkv.unflatten(-1, (3, HEADS, -1))
+        q, k, v = qkv.transpose(1, 3).unbind(2)
+        q = turn(q, cos, sin)
+        k = turn(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(x.shape))
         gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
 
-def turn(x, cos, sin):
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    left = a * cos - b * sin
+    right = b * cos + a * sin
+    return torch.cat((left, right), -1)
 
 
 class Model(nn.Module):
-    def __init__(self, vocab: int):
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, vocab: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab, WIDTH)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.norm, self.readout = (
-            nn.RMSNorm(WIDTH, eps=1e-6),
-            nn.Linear(WIDTH, vocab, bias=False),
-        )
+        self.norm = norm()
+        self.readout = linear(WIDTH, vocab)
         half = WIDTH // HEADS // 2
-        angles = torch.arange(CONTEXT)[:, None] * 10_000.0 ** (-torch.arange(half) / half)
+        speeds = 10_000.0 ** (-torch.arange(half) / half)
+        angles = torch.arange(CONTEXT)[:, None] * speeds
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
 
-    def forward(self, tokens):
+    def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x, self.cos, self.sin)
@@ -68,53 +80,65 @@ class Model(nn.Module):
 
 
 class PlainLoop:
-    """`step()` is one optimizer step on the next rows of a token folder; `window`: mean loss of the steps between two logs."""
+    """`step()` is one optimizer step on the next rows of a token folder.
 
-    def __init__(self, folder: Path, steps: int, vocab: int = VOCAB):
+    window: mean loss of the steps between two logs.
+    """
+
+    def __init__(self, folder: Path, steps: int, vocab: int = VOCAB) -> None:
         torch.manual_seed(0)
-        self.model, self.steps, self.t, self.window, self.total = (
-            Model(vocab),
-            steps,
-            0,
-            0.0,
-            torch.zeros(()),
-        )
-        matrices = [
-            value for name, value in self.model.blocks.named_parameters() if value.ndim == 2
-        ]
-        held = {id(value) for value in matrices}
-        others = [value for value in self.model.parameters() if id(value) not in held]
-        groups = [
-            {"params": matrices, "weight_decay": DECAY},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-10)
+        self.model = Model(vocab)
+        self.optimizer = adamw(self.model)
         self.tokens = np.memmap(folder / "train.bin", dtype="<u2", mode="r")
-        self.order = np.random.default_rng(0).permutation(len(self.tokens) // CONTEXT - 1)
+        whole_rows = len(self.tokens) // CONTEXT - 1
+        self.order = np.random.default_rng(0).permutation(whole_rows)
+        self.steps = steps
+        self.t = 0
+        self.window = 0.0
+        self.total = torch.zeros(())
 
     def parameters(self) -> int:
         return sum(value.numel() for value in self.model.parameters())
 
     def step(self) -> None:
-        rows = (
-            self.order[np.arange(self.t * BATCH, (self.t + 1) * BATCH) % len(self.order)]
-            * CONTEXT
-        )
-        block = torch.from_numpy(
-            np.stack([self.tokens[row : row + CONTEXT + 1] for row in rows]).astype(np.int64)
-        )
-        loss = F.cross_entropy(self.model(block[:, :-1]).flatten(0, 1), block[:, 1:].flatten())
+        block = self.rows()
+        logits = self.model(block[:, :-1])
+        targets = block[:, 1:].flatten()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets)
         loss.backward()
         self.total += loss.detach()
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.t += 1
-        done = max(self.t - WARMUP, 0) / max(self.steps - WARMUP, 1)
         for group in self.optimizer.param_groups:
-            group["lr"] = (
-                LR * min(self.t / WARMUP, 1) * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
-            )
+            group["lr"] = self.lr()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.t % LOG_EVERY == 0:
             self.window = self.total.item() / LOG_EVERY
             self.total.zero_()
+
+    def rows(self) -> Tensor:
+        """The next int64 [BATCH, CONTEXT + 1]."""
+        numbers = self.t * BATCH + np.arange(BATCH)
+        starts = self.order[numbers % len(self.order)] * CONTEXT
+        rows = [self.tokens[start : start + CONTEXT + 1] for start in starts]
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def lr(self) -> float:
+        """Linear warm-up, then a cosine from the peak to FLOOR of it."""
+        warm = min(self.t / WARMUP, 1)
+        done = max(self.t - WARMUP, 0) / max(self.steps - WARMUP, 1)
+        cosine = (1 + math.cos(math.pi * done)) / 2
+        return LR * warm * (FLOOR + (1 - FLOOR) * cosine)
+
+
+def adamw(model: Model) -> torch.optim.AdamW:
+    """Decay on the matrices of the blocks alone."""
+    matrices = [value for value in model.blocks.parameters() if value.ndim == 2]
+    held = {id(value) for value in matrices}
+    others = [value for value in model.parameters() if id(value) not in held]
+    groups = [
+        {"params": matrices, "weight_decay": DECAY},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-10)

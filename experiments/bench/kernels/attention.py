@@ -1,13 +1,13 @@
-"""Attention beside its peers: each form reads the packed qkv and does QK-norm, rotary positions and the gate of each head too.
+"""Attention beside its peers: each form reads the packed qkv and does QK-norm, rotary positions and head gates too.
 
-Shapes: B rows, T tokens, H heads, KV key-value heads, D channels a head.  Useful work: 2 products of the scores forward, 4 backward.
+Useful work: 2 products of the scores forward, 4 backward.
 """
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ablab.ablations.interventions.qk_norm import normalise
 from ablab.core.parts.position import rotate
-from ablab.experiments.bench.kernels.cases import (
+from ablab.experiments.bench.kernels.case import (
+    OURS,
     Case,
     Form,
     activations,
@@ -27,136 +28,180 @@ from ablab.experiments.bench.kernels.cases import (
 )
 
 
+class Shape(NamedTuple):
+    """B rows, H heads, KV key-value heads, T tokens, D channels a head."""
+
+    rows: int
+    heads: int
+    kv_heads: int
+    tokens: int
+    dim: int
+
+    @property
+    def grouped(self) -> bool:
+        return self.heads != self.kv_heads
+
+
+SHAPES = {
+    "cuda": [
+        Shape(96, 12, 12, 384, 64),
+        Shape(48, 18, 6, 768, 64),
+        Shape(16, 12, 12, 2048, 64),
+    ],
+    "cpu": [Shape(2, 4, 2, 32, 32)],
+}
+BASE = 10_000.0  # of the rotary angles
+
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B,H,T,D], k, v [B,KV,T,D] -> y [B,H,T,D]
+
+
 def attention(device: torch.device, folder: Path) -> Iterable[Case]:
-    """Packed qkv [B,T,(H+2KV)*D], gains, gate [B,T,H] -> [B,T,H*D]."""
-    shapes = (
-        [(96, 12, 12, 384, 64), (48, 18, 6, 768, 64), (16, 12, 12, 2048, 64)]
-        if device.type == "cuda"
-        else [(2, 4, 2, 32, 32)]
-    )
-    dtype = activations(device)
-    for shape in shapes:
+    """Packed qkv [B,T,(H+2KV)*D], gains, gate [B,T,H] -> [B,T,H*D].
+
+    Least bytes: qkv read twice, its gradient written; y written and read, dy read.
+    """
+    for shape in SHAPES[device.type]:
         b, h, kv, t, d = shape
-        random = partial(torch.randn, device=device)
-        qkv, gate = (
-            random(b, t, (h + 2 * kv) * d, dtype=dtype),
-            2 * random(b, t, h, dtype=dtype).sigmoid(),
-        )
-        angles = torch.arange(t, device=device)[:, None] * 10_000.0 ** (
-            -torch.arange(d // 2, device=device) / (d / 2)
-        )
-        learned = [
-            x.requires_grad_() for x in (qkv, 1 + 0.1 * random(d), 1 + 0.1 * random(d), gate)
-        ]
-        size = (
-            4 * qkv.numel() + 3 * b * t * h * d
-        ) * qkv.element_size()  # qkv read twice, d qkv written; y written and read, dy read
-        forms = {
-            "torch, cuDNN SDPA": partial(_sdpa_form, shape, SDPBackend.CUDNN_ATTENTION, device),
-            "torch, flash SDPA": partial(_sdpa_form, shape, SDPBackend.FLASH_ATTENTION, device),
-            "torch, SDPA as it chooses": partial(_sdpa_form, shape, None, device),
-            **(
-                {
-                    "torch, cuDNN SDPA, KV repeated": partial(
-                        _sdpa_form, shape, SDPBackend.CUDNN_ATTENTION, device, True
-                    )
-                }
-                if h != kv
-                else {}
-            ),
-            "torch, FlexAttention": partial(_flex_form, shape, device),
-            "ablab": partial(_own_attention, shape, dtype, device),
-        }
-        reference = _attention(shape, partial(_with, [SDPBackend.MATH], _sdpa(shape)))
-        name = f"B {b}, H {h}, KV {kv}, T {t}, D {d}"
+        inputs = _inputs(shape, device)
+        qkv = inputs[0]
+        numbers = 4 * qkv.numel() + 3 * b * t * h * d
         yield Case(
-            "attention",
-            name,
-            (*learned, angles.cos(), angles.sin()),
-            forms,
-            reference,
-            6 * b * h * t * t * d,
-            size,
+            kernel="attention",
+            name=f"B {b}, H {h}, KV {kv}, T {t}, D {d}",
+            inputs=inputs,
+            forms=_forms(shape, device),
+            reference=By(SDPBackend.MATH, Formula(shape, Sdpa(shape))),
+            flops=6 * b * h * t * t * d,
+            bytes=numbers * qkv.element_size(),
         )
 
 
-def _attention(shape: tuple[int, ...], mix: Callable) -> Callable[..., Tensor]:
-    _, heads, kv_heads, _, dim = shape
+def _inputs(shape: Shape, device: torch.device) -> tuple[Tensor, ...]:
+    """qkv, gains of queries and keys, gate, cosines and sines [T,D/2]."""
+    b, h, kv, t, d = shape
+    dtype = activations(device)
+    random = partial(torch.randn, device=device)
+    qkv = random(b, t, (h + 2 * kv) * d, dtype=dtype)
+    gate = 2 * random(b, t, h, dtype=dtype).sigmoid()
+    gains = [1 + 0.1 * random(d) for _ in range(2)]
+    channels = torch.arange(d // 2, device=device) / (d / 2)
+    angles = torch.arange(t, device=device)[:, None] * BASE**-channels
+    learned = [value.requires_grad_() for value in (qkv, *gains, gate)]
+    return *learned, angles.cos(), angles.sin()
 
-    def form(qkv, q_gain, k_gain, gate, cos, sin):
-        q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, dim)).split(
-            (heads, kv_heads, kv_heads), dim=2
-        )
-        q, k = rotate(
-            *normalise(q, k, q_gain=q_gain, k_gain=k_gain, scale=1.0, eps=1e-6),
-            0,
-            cos=cos,
-            sin=sin,
-        )
-        y = mix(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+def _forms(shape: Shape, device: torch.device) -> dict[str, Callable[[], Form]]:
+    cudnn = SDPBackend.CUDNN_ATTENTION
+    sdpa = partial(_sdpa, shape, device)
+    forms: dict[str, Callable[[], Form]] = {
+        "torch, cuDNN SDPA": partial(sdpa, cudnn),
+        "torch, flash SDPA": partial(sdpa, SDPBackend.FLASH_ATTENTION),
+        "torch, SDPA as it chooses": partial(sdpa, None),
+    }
+    if shape.grouped:
+        forms["torch, cuDNN SDPA, KV repeated"] = partial(sdpa, cudnn, repeated=True)
+    forms["torch, FlexAttention"] = partial(_flex, shape, device)
+    forms[OURS] = partial(_own, shape, device)
+    return forms
+
+
+class Formula:
+    """QK-norm, rotary positions, `mix`, gate."""
+
+    def __init__(self, shape: Shape, mix: Mix) -> None:
+        self.shape = shape
+        self.mix = mix
+
+    def __call__(
+        self,
+        qkv: Tensor,
+        q_gain: Tensor,
+        k_gain: Tensor,
+        gate: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        _, h, kv, _, d = self.shape
+        packed = qkv.unflatten(-1, (h + 2 * kv, d))
+        q, k, v = packed.split((h, kv, kv), dim=2)
+        q, k = normalise(q, k, q_gain=q_gain, k_gain=k_gain, scale=1.0, eps=1e-6)
+        q, k = rotate(q, k, 0, cos=cos, sin=sin)
+        by_head = [x.transpose(1, 2) for x in (q, k, v)]
+        y = self.mix(*by_head).transpose(1, 2)
         return (y * gate[..., None]).flatten(2)
 
-    return form
+
+class Sdpa:
+    """torch's attention.
+
+    repeated: keys and values are copied to every query head, for a backend that knows no groups.
+    """
+
+    def __init__(self, shape: Shape, repeated: bool = False) -> None:
+        self.shape = shape
+        self.repeated = repeated
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.repeated:
+            group = self.shape.heads // self.shape.kv_heads
+            k = k.repeat_interleave(group, dim=1)
+            v = v.repeat_interleave(group, dim=1)
+        grouped = self.shape.grouped and not self.repeated
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
-def _sdpa(shape: tuple[int, ...], repeated: bool = False) -> Callable[..., Tensor]:
-    """repeated: keys and values are copied to every query head, for a backend that knows no groups."""
-    if repeated:
-        many = partial(torch.repeat_interleave, repeats=shape[1] // shape[2], dim=1)
-        return lambda q, k, v: F.scaled_dot_product_attention(
-            q, many(k), many(v), is_causal=True
-        )
-    return partial(
-        F.scaled_dot_product_attention, is_causal=True, enable_gqa=shape[1] != shape[2]
-    )
+class By:
+    """A call in which torch attends by one backend; None: as it chooses."""
+
+    def __init__(self, backend: SDPBackend | None, call: Callable[..., Tensor]) -> None:
+        self.backend = backend
+        self.call = call
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        with sdpa_kernel([self.backend]) if self.backend else nullcontext():
+            return self.call(*given)
 
 
-def _with(backends: list[SDPBackend] | None, call: Callable, *given: Any) -> Any:
-    with sdpa_kernel(backends) if backends else nullcontext():
-        return call(*given)
-
-
-def _sdpa_form(
-    shape: tuple[int, ...],
-    backend: SDPBackend | None,
+def _sdpa(
+    shape: Shape,
     device: torch.device,
+    backend: SDPBackend | None,
     repeated: bool = False,
 ) -> Form:
     if backend:
         needs_gpu(device)
-    return Form(
-        partial(
-            _with,
-            [backend] if backend else None,
-            compiled(_attention(shape, _sdpa(shape, repeated)), device),
-        )
-    )
+    formula = Formula(shape, Sdpa(shape, repeated))
+    return Form(By(backend, compiled(formula, device)))
 
 
-def _flex_form(shape: tuple[int, ...], device: torch.device) -> Form:
+def _flex(shape: Shape, device: torch.device) -> Form:
     needs_gpu(device)
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    _, heads, kv_heads, length, _ = shape
-    mask = create_block_mask(
-        lambda b, h, q, k: q >= k, None, None, length, length, device=device
-    )
-    return Form(
-        compiled(
-            _attention(
-                shape, partial(flex_attention, block_mask=mask, enable_gqa=heads != kv_heads)
-            ),
-            device,
-        )
-    )
+    t = shape.tokens
+    mask = create_block_mask(_causal, None, None, t, t, device=device)
+    mix = partial(flex_attention, block_mask=mask, enable_gqa=shape.grouped)
+    return Form(compiled(Formula(shape, mix), device))
 
 
-def _own_attention(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Form:
+def _causal(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
+
+
+def _own(shape: Shape, device: torch.device) -> Form:
     fused = ours(device, "attention", "attention")
-    _, heads, kv_heads, _, dim = shape
-    served(ours(device, "attention", "serves")(dim, dtype, heads, kv_heads))
-    return Form(
-        lambda qkv, q_gain, k_gain, gate, cos, sin: fused(
-            qkv, heads, kv_heads, cos, sin, q_gain, k_gain, gate=gate
-        )
-    )
+    serves = ours(device, "attention", "serves")
+    _, h, kv, _, d = shape
+    served(serves(d, activations(device), h, kv))
+
+    def call(
+        qkv: Tensor,
+        q_gain: Tensor,
+        k_gain: Tensor,
+        gate: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        return fused(qkv, h, kv, cos, sin, q_gain, k_gain, gate=gate)
+
+    return Form(call)
