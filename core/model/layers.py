@@ -1,6 +1,6 @@
 """Turning declarations into modules.  Nothing here knows which stage it runs."""
 
-from collections.abc import ItemsView, Iterator, ValuesView
+from collections.abc import ValuesView
 from typing import Any
 
 import torch
@@ -78,17 +78,5 @@ class StageModules(nn.Module):
     def values(self) -> ValuesView[Any]:
         return self._modules.values()
 
-    def items(self) -> ItemsView[str, Any]:
-        return self._modules.items()
-
     def __getitem__(self, name: str) -> Any:
         return self._modules[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._modules
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
-
-    def __len__(self) -> int:
-        return len(self._modules)
