@@ -177,10 +177,10 @@ def check_folder_name(where: str, name: str) -> None:
 def check(recipe: Recipe) -> Recipe:
     """Refuse names, shapes and budgets that cannot be built; returns the recipe.  Raises UserError."""
     check_folder_name("data.name=", recipe.data.name)
+    _check_slots(recipe)  # first: the others ask the parts
     _check_heads(recipe.model)
     _check_budget(recipe)
     _check_chains(recipe.optim)
-    _check_slots(recipe)
     return recipe
 
 
