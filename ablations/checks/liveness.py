@@ -18,6 +18,7 @@ from ablab.core.model.init import generator, initialise
 from ablab.core.model.objective import heads_of, of_rows
 from ablab.core.model.transformer import Transformer
 from ablab.core.recipe.recipe import Recipe
+from ablab.core.runtime.runtime import KernelPlace
 from ablab.core.train.banks import Optimizer
 from ablab.core.train.step import TrainingStep
 
@@ -26,7 +27,7 @@ ROWS = (
 )
 
 
-def trace(recipe: Recipe, device: str = "cpu", kernels: Collection[str] = ()) -> str:
+def trace(recipe: Recipe, device: str = "cpu", kernels: Collection[KernelPlace] = ()) -> str:
     """A digest of what the recipe computes in four steps; equal traces mean that nothing computed differs.
 
     kernels: the places that kernels serve in the run, as `served` of core/fusion/places.py says.
@@ -44,7 +45,7 @@ def trace(recipe: Recipe, device: str = "cpu", kernels: Collection[str] = ()) ->
 class Tracer:
     """A model that takes the four steps, and the digest of what it computes."""
 
-    def __init__(self, recipe: Recipe, device: str, kernels: Collection[str]):
+    def __init__(self, recipe: Recipe, device: str, kernels: Collection[KernelPlace]):
         self.recipe = recipe
         self.model = Transformer(recipe, plan=plan_with(kernels, recipe)).to(device)
         initialise(self.model, recipe)
