@@ -1,9 +1,10 @@
 """Is a toggle alive?  Two recipes take four optimizer steps on the same random tokens; an inert toggle leaves no trace.
 
 The four steps stand at the first, the middle, the last-but-one-tenth and the last step of the schedule, so that a
-schedule, a decay or a weight average shows as well as a layer.  They are computed by the kernels that will serve the run,
-so that a stage which a kernel dropped would show as dead.  The trace is every bit of the weights read out, of what the trunk
-leaves and of the nats, at the start and at the end.  A parameter that no gradient ever reaches is left out: nothing reads it.
+schedule, a decay or a weight average shows as well as a layer.  They are computed by the kernels that will serve the
+run, so that a stage which a kernel dropped would show as dead.  The trace is every bit of the weights read out, and of
+what the trunk leaves and the nats, at the start and at the end.  A parameter that no gradient ever reaches is left out:
+nothing reads it.
 """
 
 import hashlib

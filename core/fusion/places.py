@@ -54,7 +54,7 @@ FASTER: dict[Capability, dict[KernelPlace, Shapes]] = {
 
 @dataclass(frozen=True)
 class Place:
-    """`kernel`: whether ours serves it; `why`: in a few words, for people.  `flaw`: a shape or stage that it cannot serve."""
+    """kernel: whether ours serves it.  why: in a few words, for people.  flaw: it cannot, for a shape or a stage."""
 
     kernel: bool
     why: str

@@ -1,4 +1,4 @@
-"""A kernel takes what it computes, or steps aside: it cannot drop a stage, nor one in a slot that it has never heard of."""
+"""A kernel takes what it computes, or steps aside: it drops no stage, in no slot, known or new."""
 
 import functools
 import subprocess
