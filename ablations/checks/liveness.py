@@ -1,9 +1,10 @@
 """Is a toggle alive?  Two recipes take four optimizer steps on the same random tokens; an inert toggle leaves no trace.
 
 The four steps stand at the first, the middle, the last-but-one-tenth and the last step of the schedule, so that a
-schedule, a decay or a weight average shows as well as a layer.  They are computed by the kernels that will serve the run,
-so that a stage which a kernel dropped would show as dead.  The trace is every bit of the weights read out, of what the trunk
-leaves and of the nats, at the start and at the end.  A parameter that no gradient ever reaches is left out: nothing reads it.
+schedule, a decay or a weight average shows as well as a layer.  They are computed by the kernels that will serve the
+run, so that a stage which a kernel dropped would show as dead.  The trace is every bit of the weights read out, and of
+what the trunk leaves and the nats, at the start and at the end.  A parameter that no gradient ever reaches is left out:
+nothing reads it.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from ablab.core.model.init import generator, initialise
 from ablab.core.model.objective import heads_of, of_rows
 from ablab.core.model.transformer import Transformer
 from ablab.core.recipe.recipe import Recipe
+from ablab.core.runtime.runtime import KernelPlace
 from ablab.core.train.banks import Optimizer
 from ablab.core.train.step import TrainingStep
 
@@ -26,7 +28,7 @@ ROWS = (
 )
 
 
-def trace(recipe: Recipe, device: str = "cpu", kernels: Collection[str] = ()) -> str:
+def trace(recipe: Recipe, device: str = "cpu", kernels: Collection[KernelPlace] = ()) -> str:
     """A digest of what the recipe computes in four steps; equal traces mean that nothing computed differs.
 
     kernels: the places that kernels serve in the run, as `served` of core/fusion/places.py says.
@@ -44,7 +46,7 @@ def trace(recipe: Recipe, device: str = "cpu", kernels: Collection[str] = ()) ->
 class Tracer:
     """A model that takes the four steps, and the digest of what it computes."""
 
-    def __init__(self, recipe: Recipe, device: str, kernels: Collection[str]):
+    def __init__(self, recipe: Recipe, device: str, kernels: Collection[KernelPlace]):
         self.recipe = recipe
         self.model = Transformer(recipe, plan=plan_with(kernels, recipe)).to(device)
         initialise(self.model, recipe)

@@ -2,7 +2,7 @@
 
     QK-norm, rotary positions, value residual, causal softmax, a gate a head
 
-Decoding, and whoever asks for a built stage, still finds the stages as they stood: same parameters, same names, same init.
+Decoding, and whoever asks for a built stage, still finds the stages as they stood: same parameters, same names.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ablab.core.fusion.rewrite import Claimed, Region, StepsAside, bound
+from ablab.core.fusion.rewrite import Built, Claimed, Region, StepsAside
 from ablab.core.language.offers import (
     CausalMix,
     HeadFactors,
@@ -82,24 +82,27 @@ def _claims(plan: AttentionPlan, heads: int) -> Claims:
 
 
 class PackedAttention:
-    """normed x [B,T,W], carry -> the heads' outputs [B,T,H,D], carry.  attention: the built module of a claimed plan."""
+    """normed x [B,T,W], carry -> the heads' outputs [B,T,H,D], carry.
+
+    attention: the module that was built from a claimed plan.
+    """
 
     def __init__(self, claims: Claims, attention: Any):
         self.qkv = attention.qkv
         self.queries, self.keys, _ = attention.heads
-        self.tables = claims.turn.offer.tables
-        self.position = claims.turn.built(attention)
-        self.gains = Gains(claims.gains, attention) if claims.gains else no_gains
+        self.turn = claims.turn.of(attention)
+        self.gains = Gains(claims.gains.of(attention)) if claims.gains else no_gains
         self.values = _values(claims, attention)
-        self.strengths = Strengths(claims.factors, attention) if claims.factors else no_gate
+        self.strengths = Strengths(claims.factors.of(attention)) if claims.factors else no_gate
 
     def __call__(self, x: Any, carry: Carry) -> tuple[Any, Carry]:
         from ablab.kernels.attention import attention
 
         qkv = self.qkv(x)
         heads = qkv.unflatten(-1, (self.queries + 2 * self.keys, -1))
-        cos, sin = self.tables(**bound(self.position))
-        first, weights, carry = self.values(heads[:, :, self.queries + self.keys :], carry)
+        values = heads[:, :, self.queries + self.keys :]
+        cos, sin = self.turn.offer.tables(**self.turn.bound())
+        first, weights, carry = self.values(values, carry)
         y = attention(
             qkv,
             self.queries,
@@ -114,72 +117,85 @@ class PackedAttention:
         return y.unflatten(-1, (self.queries, -1)), carry
 
 
-def _values(claims: Claims, attention: Any) -> Callable:
-    """values [B,T,KV,D], carry -> the first layer's values or None, (own, first) weights [2] or None, carry."""
-    if claims.mixed:
-        return MixedValues(claims.mixed, attention)
-    return partial(remember, claims.remembered.offer) if claims.remembered else own_values
-
-
-def own_values(v: Any, carry: Carry) -> tuple[None, None, Carry]:
-    return None, None, carry
-
-
-def remember(offer: Remembered, v: Any, carry: Carry) -> tuple[None, None, Carry]:
-    return None, None, {**carry, offer.carried: v}
-
-
-class MixedValues:
-    def __init__(self, mixed: Claimed[Mixed], attention: Any):
-        self.offer = mixed.offer
-        self.stage = mixed.built(attention)
-
-    def __call__(self, v: Any, carry: Carry) -> tuple[Any, Any, Carry]:
-        import torch
-
-        own, first = self.offer.weights(**bound(self.stage))
-        one = torch.ones(1, device=v.device)
-        return carry[self.offer.carried], torch.cat((one * own, one * first)), carry
-
-
 def no_gains(channels: int, device: Any) -> dict[str, Any]:
+    """Queries and keys meet as projected."""
     return {}
 
 
 class Gains:
-    """A head's channels and the device -> gains [D] in fp32 and eps, as the kernel takes them."""
+    """A head's channels D and the device -> gains [D] in fp32 and eps, as the kernel takes them."""
 
-    def __init__(self, gains: Claimed[QKGains], attention: Any):
-        self.gains = gains.offer.gains
-        self.stage = gains.built(attention)
+    def __init__(self, stage: Built[QKGains]):
+        self.stage = stage
 
     def __call__(self, channels: int, device: Any) -> dict[str, Any]:
         import torch
 
-        q_gain, k_gain, eps = self.gains(**bound(self.stage))
+        q_gain, k_gain, eps = self.stage.offer.gains(**self.stage.bound())
         ones = torch.ones(channels, device=device)
         return {"q_gain": ones * q_gain, "k_gain": ones * k_gain, "eps": eps}
 
 
+def _values(claims: Claims, attention: Any) -> Callable:
+    """values [B,T,KV,D], carry -> the first layer's values or None, (own, first) weights [2] or None, carry."""
+    if claims.mixed:
+        return MixedValues(claims.mixed.of(attention))
+    if claims.remembered:
+        return RememberedValues(claims.remembered.offer)
+    return own_values
+
+
+def own_values(values: Any, carry: Carry) -> tuple[None, None, Carry]:
+    return None, None, carry
+
+
+class RememberedValues:
+    """The layer's own values, which go into the carry too."""
+
+    def __init__(self, offer: Remembered):
+        self.carried = offer.carried
+
+    def __call__(self, values: Any, carry: Carry) -> tuple[None, None, Carry]:
+        return None, None, {**carry, self.carried: values}
+
+
+class MixedValues:
+    """Values out of the carry, and the weights of the layer's own and of these."""
+
+    def __init__(self, stage: Built[Mixed]):
+        self.stage = stage
+
+    def __call__(self, values: Any, carry: Carry) -> tuple[Any, Any, Carry]:
+        import torch
+
+        offer = self.stage.offer
+        own, first = offer.weights(**self.stage.bound())
+        one = torch.ones(1, device=values.device)
+        weights = torch.cat((one * own, one * first))
+        return carry[offer.carried], weights, carry
+
+
 def no_gate(x: Any) -> None:
-    return None
+    """Heads' outputs leave as they are."""
 
 
 class Strengths:
     """normed x [B,T,W] -> what each head's output is multiplied by [B,T,H]."""
 
-    def __init__(self, factors: Claimed[HeadFactors], attention: Any):
-        self.strengths = factors.offer.strengths
-        self.stage = factors.built(attention)
+    def __init__(self, stage: Built[HeadFactors]):
+        self.stage = stage
 
     def __call__(self, x: Any) -> Any:
-        given = bound(self.stage)
-        maps = {name: Padded(one) for name, one in given.items() if hasattr(one, "product")}
-        return self.strengths(x, **given | maps)
+        bound = self.stage.bound()
+        maps = {name: Padded(one) for name, one in bound.items() if hasattr(one, "product")}
+        return self.stage.offer.strengths(x, **bound | maps)
 
 
 class Padded:
-    """A linear map whose rows are padded to a multiple of 8: cuBLAS multiplies by 12 rows at half the speed, its loads being narrow."""
+    """A linear map whose rows are padded to a multiple of 8.
+
+    cuBLAS multiplies by 12 rows at half the speed, its loads being narrow.
+    """
 
     def __init__(self, linear: Any):
         self.product = linear.product
@@ -189,4 +205,5 @@ class Padded:
         from torch.nn.functional import pad
 
         rows = self.weight.shape[0]
-        return self.product(x, pad(self.weight, (0, 0, 0, -rows % 8)))[..., :rows]
+        padded = pad(self.weight, (0, 0, 0, -rows % 8))
+        return self.product(x, padded)[..., :rows]

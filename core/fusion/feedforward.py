@@ -1,8 +1,6 @@
 """The feed-forward's claim: silu(gate) * up between the two projections (kernels/swiglu.py)."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from ablab.core.fusion.rewrite import Region, StepsAside
@@ -30,13 +28,18 @@ def _claimed(ffn: FeedForwardPlan, kind: str) -> FeedForwardPlan:
     if gated is None:
         raise StepsAside(f"the feed-forward is {kind}, which the kernel does not know")
     region.close()
-    fused = Stage(partial(_gated_silu, maps=gated.offer.maps), **ffn.inner.bound)
+    fused = Stage(FusedSilu(gated.offer), **ffn.inner.bound)
     return replace(ffn, inner=fused)
 
 
-def _gated_silu(x: Any, *, maps: Callable[..., tuple[Callable, Callable]], **bound: Any) -> Any:
-    """x: [B,T,W] -> [B,T,W]."""
-    from ablab.kernels.swiglu import swiglu
+class FusedSilu:
+    """x [B,T,W] -> [B,T,W]: a stage's function, with the bound values of the one that it replaces."""
 
-    gate_up, down = maps(**bound)
-    return down(swiglu(gate_up(x)))
+    def __init__(self, offer: GatedSilu):
+        self.offer = offer
+
+    def __call__(self, x: Any, **bound: Any) -> Any:
+        from ablab.kernels.swiglu import swiglu
+
+        gate_up, down = self.offer.maps(**bound)
+        return down(swiglu(gate_up(x)))

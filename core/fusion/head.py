@@ -1,4 +1,6 @@
-"""The head's claim: all from the final norm to the nats (kernels/linear_cross_entropy.py); most of the logits never exist.
+"""The head's claim: all from the final norm to the nats (kernels/linear_cross_entropy.py).
+
+Most of the logits never exist.
 
 readout, multipliers, one soft cap, cross-entropy, z-loss
 """
@@ -6,10 +8,9 @@ readout, multipliers, one soft cap, cross-entropy, z-loss
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from typing import Any
 
-from ablab.core.fusion.rewrite import Claimed, Region, StepsAside, bound
+from ablab.core.fusion.rewrite import Claimed, Region, StepsAside
 from ablab.core.language.offers import LogitCap, LogitFactor, SquaredNormaliser
 from ablab.core.model.plan import Plan
 from ablab.core.recipe.recipe import Recipe
@@ -54,16 +55,21 @@ def claim(plan: Plan, recipe: Recipe) -> Plan:
 
 def fused_heads(claims: Claims, model: Any) -> tuple[Callable, Callable]:
     """As `heads_of` of core/model/objective.py, of the built model."""
-    factors = [one.offer.factor(**bound(one.built(model))) for one in claims.factors]
-    how: dict[str, Any] = {"multiplier": prod(factors, start=1.0)}
-    if cap := claims.cap:
-        how |= {"cap": cap.offer.cap(**bound(cap.built(model))), "cap_form": cap.offer.form}
-    squares = [one.offer.weight(**bound(one.built(model))) for one in claims.squares]
-    return Descend(model, how, sum(squares)), Measure(model, how)
+    how: dict[str, Any] = {"multiplier": 1.0}
+    for factor in (claimed.of(model) for claimed in claims.factors):
+        how["multiplier"] *= factor.offer.factor(**factor.bound())
+    if claims.cap:
+        cap = claims.cap.of(model)
+        how["cap"] = cap.offer.cap(**cap.bound())
+        how["cap_form"] = cap.offer.form
+    z_weight = 0.0
+    for square in (claimed.of(model) for claimed in claims.squares):
+        z_weight += square.offer.weight(**square.bound())
+    return Descend(model, how, z_weight), Measure(model, how)
 
 
 class Rows:
-    """What the trunk leaves [B,T,W], targets int [B,T] -> what the kernel takes: [BT,W], the readout's [V,W], [BT]."""
+    """What the trunk leaves [B,T,W], targets int [B,T] -> as the kernel takes them: [BT,W], the readout [V,W], [BT]."""
 
     def __init__(self, model: Any):
         self.norm = model.norm
@@ -78,15 +84,15 @@ class Rows:
 class Descend:
     """What the trunk leaves [B,T,W], targets int [B,T] -> the loss to descend and the cross-entropy, sums in nats."""
 
-    def __init__(self, model: Any, how: dict[str, Any], squares: float):
+    def __init__(self, model: Any, how: dict[str, Any], z_weight: float):
         self.rows = Rows(model)
         self.how = how
-        self.squares = squares
+        self.z_weight = z_weight
 
     def __call__(self, x: Any, targets: Any) -> tuple[Any, Any]:
         from ablab.kernels.linear_cross_entropy import linear_cross_entropy
 
-        return linear_cross_entropy(*self.rows(x, targets), **self.how, z_weight=self.squares)
+        return linear_cross_entropy(*self.rows(x, targets), **self.how, z_weight=self.z_weight)
 
 
 class Measure:

@@ -19,7 +19,7 @@ from ablab.core.language.offers import (
     RunningMean,
     offer_of,
 )
-from ablab.core.language.part import Part
+from ablab.core.language.part import Asked
 from ablab.core.model.rates import uneven_roles
 from ablab.core.parts.transforms import COEFFICIENTS, SCALES, Now, split_blocks
 from ablab.core.recipe.recipe import Chain, Recipe
@@ -63,7 +63,7 @@ class PolarChain:
 class Steps:
     """The steps of a chain that are not yet claimed, in their order."""
 
-    def __init__(self, steps: tuple[Part, ...]):
+    def __init__(self, steps: tuple[Asked, ...]):
         self.left = list(steps)
 
     def take(self, offer: type[Offer]) -> Claimed | None:
@@ -177,13 +177,7 @@ class PolarMove:
         self.polar: PolarFactor = chain.polar.offer
         self.divisor, self.triples = COEFFICIENTS[self.polar.coefficients]
         self.decay = Decay(bank, chain.decay)
-        means = bank.state[chain.mean.kind]["mean"]
-        tensors = (bank.weight, bank.grad, means)
-        pieces = (split_blocks(tensor, bank.blocks) for tensor in tensors)
-        self.pieces = [
-            Piece(i, *one, SCALES[self.polar.scale](*one[0].shape[-2:]))
-            for i, one in enumerate(zip(*pieces, strict=True))
-        ]
+        self.pieces = _pieces(bank, bank.state[chain.mean.kind]["mean"], self.polar.scale)
         self.scales = Scales(bank, chain.rows) if chain.rows else unscaled
 
     def __call__(self, clip: Any, lr: Any, now: Now) -> None:
@@ -216,6 +210,16 @@ class Piece:
     grad: Any
     mean: Any
     factor: float  # of the matrices' shape
+
+
+def _pieces(bank: Any, mean: Any, scale: str) -> list[Piece]:
+    """The bank's fused matrices taken apart as its blocks say."""
+    factor = SCALES[scale]
+    parts = (split_blocks(tensor, bank.blocks) for tensor in (bank.weight, bank.grad, mean))
+    return [
+        Piece(index, weight, grad, mean, factor(*weight.shape[-2:]))
+        for index, (weight, grad, mean) in enumerate(zip(*parts, strict=True))
+    ]
 
 
 def unscaled(piece: Piece, polar: Any) -> None:

@@ -20,24 +20,26 @@ from ablab.core.fusion import attention, feedforward, head, optimizer
 from ablab.core.fusion.rewrite import StepsAside
 from ablab.core.model.plan import Plan, plan_of
 from ablab.core.recipe.recipe import Recipe
-from ablab.core.runtime.runtime import Settled
+from ablab.core.runtime.runtime import KernelPlace, Settled
 
-KERNELS = {  # place -> module of kernels/
+KERNELS: dict[KernelPlace, str] = {  # place -> module of kernels/
     "attention": "attention",
     "ffn": "swiglu",
     "loss": "linear_cross_entropy",
     "newton_schulz": "newton_schulz",
     "optimizer": "optimizer_step",
 }
-REWRITES: dict[str, Callable[[Plan, Recipe], Plan]] = {  # those of the model's plan
+REWRITES: dict[KernelPlace, Callable[[Plan, Recipe], Plan]] = {  # those of the model's plan
     "attention": attention.claim,
     "ffn": feedforward.claim,
     "loss": head.claim,
 }
+Asked = str | tuple[KernelPlace, ...]  # Runtime.kernels
+CHOSEN = ("auto", "same")  # ours where they measured faster, and no refusal elsewhere
 Shapes = Callable[[Recipe], bool]
 Capability = tuple[int, int]
 # Compute capability -> place -> the shapes at which `ablab bench kernels` found the kernel faster.
-FASTER: dict[Capability, dict[str, Shapes]] = {
+FASTER: dict[Capability, dict[KernelPlace, Shapes]] = {
     (9, 0): {  # measured on an H100; an H200 is the same chip beside more memory
         "attention": lambda recipe: (
             recipe.model.attention.head_dim == 64 and recipe.data.context <= 2048
@@ -52,7 +54,7 @@ FASTER: dict[Capability, dict[str, Shapes]] = {
 
 @dataclass(frozen=True)
 class Place:
-    """`kernel`: whether ours serves it; `why`: in a few words, for people.  `flaw`: a shape or stage that it cannot serve."""
+    """kernel: whether ours serves it.  why: in a few words, for people.  flaw: it cannot, for a shape or a stage."""
 
     kernel: bool
     why: str
@@ -66,38 +68,47 @@ class Card(NamedTuple):
     capability: Capability | None
 
 
-def places(recipe: Recipe, settled: Settled) -> dict[str, Place]:
+def places(recipe: Recipe, settled: Settled) -> dict[KernelPlace, Place]:
     """Place -> what serves it.  Raises UserError where a kernel is asked for by name and cannot be had."""
     asked = settled.kernels
     names = [place for place in KERNELS if place != "newton_schulz" or _orthogonalizes(recipe)]
     if asked == "torch":
         return dict.fromkeys(names, Place(False, "torch: runtime.kernels=torch"))
     if settled.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        if asked == "triton":
+        if asked not in CHOSEN and asked:
             raise UserError(
-                "runtime.kernels=triton needs a CUDA GPU, and there is none; use runtime.kernels=auto"
+                f"runtime.kernels={shown(asked)} needs a CUDA GPU, and there is none; "
+                "use runtime.kernels=auto"
             )
         return dict.fromkeys(names, Place(False, "torch: no GPU"))
-    if asked == "auto" and settled.dtype != "bf16":
+    if asked in CHOSEN and settled.dtype != "bf16":
         said = f"torch: the kernels are written for bf16, not {settled.dtype}"
         return dict.fromkeys(names, Place(False, said))
     return {place: _place(place, recipe, settled.dtype, asked) for place in names}
 
 
-def _place(place: str, recipe: Recipe, dtype: str, asked: str) -> Place:
-    if asked == "auto" and (slower := _slower(place, recipe)):
+def shown(asked: Asked) -> str:
+    """As one writes it: a word, or a list of places."""
+    return asked if isinstance(asked, str) else f"[{', '.join(asked)}]"
+
+
+def _place(place: KernelPlace, recipe: Recipe, dtype: str, asked: Asked) -> Place:
+    if not isinstance(asked, str) and place not in asked:
+        return Place(False, f"torch: runtime.kernels={shown(asked)}")
+    if asked in CHOSEN and (slower := _slower(place, recipe)):
         return Place(False, f"torch: the kernel is not known to be faster {slower}")
     said = flaw(place, recipe, dtype)
     if not said:
         return Place(True, "triton")
-    if asked == "triton":
+    if asked not in CHOSEN:
         raise UserError(
-            f"runtime.kernels=triton cannot serve the {place}: {said}; use runtime.kernels=auto"
+            f"runtime.kernels={shown(asked)} cannot serve the {place}: {said}; "
+            "use runtime.kernels=auto"
         )
     return Place(False, f"torch: {said}", flaw=True)
 
 
-def _slower(place: str, recipe: Recipe) -> str:
+def _slower(place: KernelPlace, recipe: Recipe) -> str:
     """Where the kernel was not measured to be faster; "" where it was."""
     card = _card()
     shapes = FASTER.get(card.capability, {}) if card.capability else {}
@@ -114,7 +125,7 @@ def _card() -> Card:
     return Card(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 
 
-def flaw(place: str, recipe: Recipe, dtype: str) -> str:
+def flaw(place: KernelPlace, recipe: Recipe, dtype: str) -> str:
     """Why the kernel of a place cannot compute what the recipe wants there; "" where it can."""
     try:
         import_module(f"ablab.kernels.{KERNELS[place]}")
@@ -131,12 +142,12 @@ def flaw(place: str, recipe: Recipe, dtype: str) -> str:
     return ""
 
 
-def served(recipe: Recipe, settled: Settled) -> frozenset[str]:
+def served(recipe: Recipe, settled: Settled) -> frozenset[KernelPlace]:
     """The places that kernels serve.  Raises UserError as `places` does."""
     return frozenset(name for name, place in places(recipe, settled).items() if place.kernel)
 
 
-def plan_with(kernels: Collection[str], recipe: Recipe) -> Plan:
+def plan_with(kernels: Collection[KernelPlace], recipe: Recipe) -> Plan:
     """The recipe's plan, rewritten by the kernels of these places.  Raises StepsAside where one cannot be had."""
     plan = plan_of(recipe)
     for place, rewrite in REWRITES.items():

@@ -1,8 +1,8 @@
 """What a kernel may claim: everything between its two ends, or nothing.
 
-A kernel is a rewrite of the frozen plan, before any module exists.  Its *region* is every field of a plan but those that it
-names as outside, so fields and slots that it has never heard of are in it.  From the region it takes the stages whose offers
-(core/language/offers.py) it computes; whatever is left makes it step aside.  Nothing can be dropped in silence.
+A kernel is a rewrite of the frozen plan, before any module exists.  Its *region* is every field of a plan but those
+that it names as outside, so fields and slots that it has never heard of are in it.  From the region it takes the stages
+whose offers (core/language/offers.py) it computes; whatever is left makes it step aside: nothing is lost in silence.
 """
 
 from collections.abc import Collection, Mapping
@@ -27,14 +27,30 @@ class Claimed(Generic[Offered]):
     name: str  # in the slot; "" where the field is the stage itself
     offer: Offered
 
-    def built(self, module: Any) -> Any:
-        """The stage's module: in training it is not called, but its parameters and tables are read."""
+    def of(self, module: Any) -> "Built[Offered]":
+        """The stage in the module that was built from the plan."""
         place = getattr(module, self.field)
-        return place[self.name] if self.name else place
+        return Built(self.offer, place[self.name] if self.name else place)
+
+
+class Built(Generic[Offered]):
+    """A claimed stage of a built model: in training it is not called, but its parameters, maps and tables are read."""
+
+    def __init__(self, offer: Offered, stage: Any):
+        self.offer = offer
+        self.stage = stage
+
+    def bound(self) -> dict[str, Any]:
+        """Name -> parameter, map, table or number, as they are now: tables move with the model."""
+        stage = self.stage
+        return {**stage._parameters, **stage._modules, **stage._buffers, **stage.numbers}
 
 
 class Region:
-    """What stands between the ends of a kernel and is not yet claimed: field -> name -> stage, each slot in its order."""
+    """What stands between the ends of a kernel and is not yet claimed.
+
+    left: field -> name -> stage, each slot in its order.
+    """
 
     def __init__(self, plan: Any, outside: Collection[str]):
         inside = [field.name for field in fields(plan) if field.name not in outside]
@@ -97,8 +113,3 @@ def _told(field: str, stages: Mapping[str, Any]) -> str:
         return f"{field} holds {', '.join(names)}"
     (value,) = stages.values()
     return f"{field} is {value.function.__name__ if isinstance(value, Stage) else value}"
-
-
-def bound(stage: Any) -> dict[str, Any]:
-    """Bound name -> parameter, map, table or number of a built stage."""
-    return {**stage._parameters, **stage._modules, **stage._buffers, **stage.numbers}

@@ -1,8 +1,10 @@
 """What a stage or an optimizer step offers to kernels: the arithmetic that one may do in its place.
 
-An offer is given where the stage is built, beside its formula, and its function is the one that the formula computes with:
-a dose is read once, for both.  It is called with all that the stage has bound, by name, so a bound value that the function
-does not know is a TypeError, never ignored.  What offers nothing is computed as it is written.  Who takes which: core/fusion.
+An offer is given where the stage is built, beside its formula, and its function is the one that the formula computes
+with: a dose is read once, for both.  It is called with all that the stage has bound, by name, so a bound value that the
+function does not know is a TypeError, never ignored.  What offers nothing is computed as it is written.
+
+Which kernel takes which offer: core/fusion.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ class Offer:
 
 
 class Fixed(Offer):
-    """Base of what has no function: it stands for a stage that has bound nothing (core/fusion/rewrite.py sees to it)."""
+    """Base of what has no function: it is taken of a stage that has bound nothing (core/fusion/rewrite.py)."""
 
 
 @cache  # equal blocks hold the same function, and share a compiled graph
@@ -150,7 +152,7 @@ class RunningMean(Offer):
 
 @dataclass(frozen=True)
 class PolarFactor(Offer):
-    """Each matrix's polar factor, by Newton-Schulz with these coefficients, times a factor of its shape (transforms.SCALES)."""
+    """Each matrix's polar factor, by Newton-Schulz with these coefficients, times transforms.SCALES of its shape."""
 
     coefficients: str
     scale: str
@@ -170,7 +172,7 @@ class RowScale(Offer):
 
 @dataclass(frozen=True)
 class Decays(Offer):
-    """u <- u + strength w where the mask is on.  strength: bank, now -> 0-D; mask: kernels/optimizer_step.py's words."""
+    """u <- u + strength w where the mask is on.  strength: bank, now -> 0-D; mask: kernels/optimizer_step.py's word."""
 
     mask: Literal["plain", "cautious", "strictly cautious"]
     strength: Callable[[Any, Any], Tensor]

@@ -165,7 +165,7 @@ def _wanted(hint: Any) -> str:
         return f"one of {', '.join(map(str, options))}"
     if origin in (Union, UnionType):
         return " or ".join(_wanted(option) for option in options)
-    if origin is list:
+    if origin in (list, tuple):
         named = options[0] in WORDS or get_origin(options[0])
         return f"a list, each {_wanted(options[0])}" if named else "a list"
     if origin is dict and options[1] is not Any:

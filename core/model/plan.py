@@ -16,7 +16,7 @@ from ablab.core.recipe.slots import Slot, slot_at
 
 Stages = dict[str, Stage]
 # The built module -> what runs in the place of the stages that a kernel has claimed (core/fusion/rewrite.py).
-Kernel = Callable[[Any], Callable[..., Any]]
+Kernel = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)

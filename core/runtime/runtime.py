@@ -8,6 +8,8 @@ from typing import Any, Literal
 from ablab.core.errors import UserError
 from ablab.core.language.numbers import Natural, NonNegative, Whole
 
+KernelPlace = Literal["attention", "ffn", "loss", "newton_schulz", "optimizer"]
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -16,8 +18,10 @@ class Runtime:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # of activations; weights and optimizer state are always fp32
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    # auto: ours where they measured faster (see `ablab show`); triton: ours in every place, or a refusal
-    kernels: Literal["auto", "triton", "torch"] = "auto"
+    # auto: ours where they measured faster (see `ablab show`); triton: ours in every place, or a refusal;
+    # same: as auto, at the places where all cells of an experiment can have them;
+    # a list: ours at these places, or a refusal, and at no other
+    kernels: Literal["auto", "triton", "torch", "same"] | tuple[KernelPlace, ...] = "auto"
     # true: one graph of the model; blocks: equal blocks share one; null: blocks on CUDA, false elsewhere
     compile: bool | Literal["blocks"] | None = None
     # record a step as CUDA graphs and replay them; null: on CUDA only

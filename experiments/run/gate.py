@@ -25,7 +25,7 @@ class Gate:
     """The gate of some runs of an experiment.
 
     told: called once, when all traces are there, with cell -> reference for every cell that computes the bits of its
-    reference.
+    reference.  runtime: how the runs will be executed; traces are taken on the same path.
     """
 
     def __init__(
@@ -34,11 +34,11 @@ class Gate:
         store: Store,
         runs: list[PlannedRun],
         told: Callable[[dict[str, str]], None],
+        runtime: Runtime,
     ):
         self.runs = runs
         self.told = told
-        served = path_of(experiment.sheet.runtime)
-        self.traces = Traces(store, code_fingerprint(), served)
+        self.traces = Traces(store, code_fingerprint(), path_of(runtime))
         self.reference_of = {cell.name: cell.reference for cell in experiment.cells}
         self.traced = self._runs_to_trace(experiment)
         # run id -> run, for those whose trace nobody knows

@@ -33,6 +33,7 @@ from ablab.experiments.run.messages import (
 )
 from ablab.experiments.run.processes import local_processes
 from ablab.experiments.run.progress import Watcher
+from ablab.experiments.run.service import settle_service
 from ablab.experiments.track.trackers import Trackers
 
 Stops = Callable[[PlannedRun, int, dict[str, float]], bool]
@@ -70,12 +71,13 @@ class Pool:
         self.experiment = experiment
         self.store = store
         self.watcher = watcher
-        self.runtime = experiment.sheet.runtime
+        asked = experiment.sheet.runtime
         self.asked = time.time_ns()
-        self.jobs = jobs or default_jobs(self.runtime)
-        self.gpus = gpus_for(self.runtime)
-        if self.runtime.device == "cuda" and not self.gpus:
+        self.jobs = jobs or default_jobs(asked)
+        self.gpus = gpus_for(asked)
+        if asked.device == "cuda" and not self.gpus:
             raise UserError(NO_GPU)  # a worker would say so too, after seconds
+        self.runtime = settle_service(asked, experiment.recipes.values(), plugins)
         self.data = data_folder(experiment.base, store, watcher.note)
         self.executor: Executor = local_processes(self.runtime, self.jobs, plugins)
         self.trackers: Trackers | None = None

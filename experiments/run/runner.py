@@ -46,7 +46,7 @@ def execute(
         pool.trackers = trackers_for(store, plan, watcher.say) if mlflow else None
         gate = None
         if missing and not run_inert:
-            gate = Gate(experiment, store, missing, desired.judged)
+            gate = Gate(experiment, store, missing, desired.judged, pool.runtime)
         outcome = pool.train(missing, gate=gate)
     if pool.trackers:
         pool.trackers.finish(watcher.note)

@@ -261,6 +261,7 @@ def test_a_run_by_kernels_follows_the_run_by_torch_and_says_what_served_it(
         assert result.status == "finished" and record.about()["kernels"]["attention"] == {
             "torch": "torch: runtime.kernels=torch"
         }.get(kernels, kernels)
+        assert result.kernels == record.about()["kernels"] == record.result().kernels
         trainer = Trainer(recipe, Runtime(device="cpu", kernels=kernels), token_folder)
         assert isinstance(trainer.optimizer.move, FusedMove) is (kernels == "triton")
         weights.add(result.weights)

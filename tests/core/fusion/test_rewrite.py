@@ -1,4 +1,4 @@
-"""A kernel takes what it computes, or steps aside: it cannot drop a stage, nor one in a slot that it has never heard of."""
+"""A kernel takes what it computes, or steps aside: it drops no stage, in no slot, known or new."""
 
 import functools
 import subprocess
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from ablab.ablations.checks.liveness import trace
 from ablab.core.fusion.optimizer import claimed_chain
@@ -22,7 +23,7 @@ from ablab.core.model.layers import StageModules
 from ablab.core.model.objective import heads_of, of_rows
 from ablab.core.model.plan import AttentionPlan, plan_of
 from ablab.core.model.transformer import Attention, Transformer
-from ablab.core.parts.transforms import Adam, Decay, Momentum
+from ablab.core.parts.transforms import Adam, Decay, Momentum, Orthogonalize
 from ablab.core.recipe.edit import append, edit
 from ablab.core.recipe.recipe import Chain
 
@@ -245,10 +246,12 @@ class Rising(Momentum):
         return now.progress
 
 
-@pytest.mark.parametrize("step", [Reversed(), Rising()], ids=lambda one: type(one).__name__)
-def test_a_step_that_changes_what_it_inherits_offers_nothing(step):
+@pytest.mark.parametrize(
+    "steps", [(Reversed(),), (Rising(), Orthogonalize())], ids=["update", "what it calls"]
+)
+def test_a_step_that_changes_what_it_inherits_offers_nothing(steps):
     with pytest.raises(StepsAside, match="which the kernel does not know"):
-        claimed_chain("hidden", Chain((step,)))
+        claimed_chain("hidden", Chain(steps))
 
 
 @pytest.mark.parametrize(
@@ -281,6 +284,23 @@ def test_a_model_of_a_rewritten_plan_has_the_same_parameters_and_decodes_alike(t
         expected, _ = plain.extend(tokens, None)
         found, _ = ours.extend(tokens, None)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@cpu
+def test_equal_blocks_with_kernels_share_one_compiled_graph(tiny):
+    """As they do without kernels: the first layer remembers its values, the other two mix them in."""
+    recipe = tiny(["qk_norm", "gating", "value_residual"], **SHAPE, model__layers=3)
+    counts = []
+    for kernels in (frozenset(), served(recipe)):
+        torch._dynamo.reset()
+        model = Transformer(recipe, plan=plan_with(kernels, recipe))
+        initialise(model, recipe)
+        counter = CompileCounter()
+        for block in model.blocks:
+            block.compile(fullgraph=True, backend=counter)
+        model.trunk(torch.arange(16)[None])
+        counts.append(counter.frame_count)
+    assert counts == [2, 2]
 
 
 def test_claims_are_made_without_torch():

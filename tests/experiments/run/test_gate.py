@@ -17,7 +17,7 @@ def gate(tmp_path):
         experiment = load("quickstart", paths)
         runs = [run for run in experiment.runs() if not cells or run.cell in cells]
         said: list[dict[str, str]] = []
-        made = Gate(experiment, Store(tmp_path), runs, said.append)
+        made = Gate(experiment, Store(tmp_path), runs, said.append, experiment.sheet.runtime)
         made.said = said
         return made
 
