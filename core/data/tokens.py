@@ -68,7 +68,8 @@ class Tokens:
         block = np.stack(rows).astype(np.int64)
         if (top := int(block.max())) >= self.vocab:
             raise UserError(
-                f"{self.folder} holds token {top}, beyond data.vocab={self.vocab}; tokenize again with the recipe's tokenizer"
+                f"{self.folder} holds token {top}, beyond data.vocab={self.vocab}; "
+                "tokenize again with the recipe's tokenizer"
             )
         return torch.from_numpy(block)
 
