@@ -8,19 +8,20 @@ Under a maximal update parametrization every slope is near 0.  Under the standar
 cannot fail there shows nothing.  Flat slopes are necessary, not sufficient, for a learning rate that transfers.
 Yang & Hu, arXiv:2011.14522; Yang et al., arXiv:2203.03466, app. D.1.
 
-The readout decides whether the rule shows at small widths.  A random one starts with logits of size m^-1/2, and features
-that move at all replace them by others of that size: a change that shrinks although nothing is wrong.  Widths 64-512, lr
-0.02: slope of the logits -0.07 under AdamW at a quarter of the smallest width as base, -0.23 under Muon, whose features
-move further; from a zero readout +0.01 and -0.02.  Seeds differ by 0.01 to 0.02.
+The readout decides whether the rule shows at small widths.  A random one starts with logits of size m^-1/2, and
+features that move at all replace them by others of that size: a change that shrinks although nothing is wrong.
+Widths 64-512, lr 0.02: slope of the logits -0.07 under AdamW at a quarter of the smallest width as base, -0.23 under
+Muon, whose features move further; from a zero readout +0.01 and -0.02.  Seeds differ by 0.01 to 0.02.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ablab.core.errors import UserError
 from ablab.core.model.init import generator, initialise
@@ -32,18 +33,12 @@ from ablab.core.recipe.recipe import Budget, Recipe, check
 from ablab.core.train.banks import Optimizer
 from ablab.core.train.step import TrainingStep
 
-CHANGES = (
-    "attention out",
-    "feed-forward up",
-    "feed-forward out",
-    "residual",
-    "logits",
-)  # each must be flat
+# each must be flat
+CHANGES = ("attention out", "feed-forward up", "feed-forward out", "residual", "logits")
 FLAT = 0.15  # |slope| that still passes
-START, PEAK = (
-    "logits at init",
-    "max attention logit",
-)  # their own size, not a change; reported, not judged
+# Their own size, not a change; reported, not judged.
+START = "logits at init"
+PEAK = "max attention logit"
 FEWEST = {"widths": 4, "seeds": 3, "steps": 5}
 
 
@@ -76,7 +71,8 @@ def coordinates(
     for name, least in FEWEST.items():
         if given[name] < least:
             raise UserError(
-                f"the coordinate check needs at least {least} {name}, not {given[name]}; fewer cannot tell a slope from noise"
+                f"the coordinate check needs at least {least} {name}, not {given[name]}; "
+                "fewer cannot tell a slope from noise"
             )
     steady = replace(
         recipe,
@@ -101,9 +97,10 @@ def tokens(recipe: Recipe, seed: int = 0) -> Tensor:
     """A batch of random tokens whose frequencies fall as 1/rank, as those of words do: int64 [B, T+1]."""
     odds = 1 / torch.arange(1, recipe.data.vocab + 1, dtype=torch.float64)
     count = recipe.data.batch * (recipe.data.context + 1)
-    return torch.multinomial(
+    drawn = torch.multinomial(
         odds, count, replacement=True, generator=generator(seed, "coords")
-    ).view(recipe.data.batch, -1)
+    )
+    return drawn.view(recipe.data.batch, -1)
 
 
 def _train(recipe: Recipe, steps: int, block: Tensor) -> Iterator[Row]:
@@ -111,12 +108,12 @@ def _train(recipe: Recipe, steps: int, block: Tensor) -> Iterator[Row]:
     model = Transformer(recipe)
     initialise(model, recipe)
     model.to(block.device)
-    seen = _listen(model)
+    listener = Listener(model)
 
     def loss(rows: Tensor) -> tuple[Tensor, Tensor]:
         features = model.features(rows[:, :-1])
         logits = model.logits(features)
-        seen["logits"] = [logits.detach()]
+        listener.keep("logits", logits)
         return losses(features, logits, rows[:, 1:], model.logits, model.objective.values())
 
     training = TrainingStep(
@@ -131,7 +128,7 @@ def _train(recipe: Recipe, steps: int, block: Tensor) -> Iterator[Row]:
             training.take(taken + 1, [block])
         else:
             loss(block)
-        now = {name: torch.stack(seen.pop(name)).float() for name in list(seen)}
+        now = listener.take()
         start = start or now
         sizes = {START: _rms(now["logits"])}
         if taken:
@@ -145,33 +142,43 @@ def _rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
-def _listen(model: Transformer) -> dict[str, list[Tensor]]:
-    """Hook the model: each forward pass leaves the activations of all layers in the dict that is returned."""
-    seen: dict[str, list[Tensor]] = {}
+class Listener:
+    """What a model's forward passes show: after each, `seen` holds the activations of all layers by name."""
 
-    def keep(name: str, value: Tensor) -> None:
-        seen.setdefault(name, []).append(value.detach())
+    def __init__(self, model: Transformer):
+        self.seen: dict[str, list[Tensor]] = {}
+        for block in model.blocks:
+            attention, ffn = block.get_submodule("attention"), block.get_submodule("ffn")
+            self._out_of(attention.get_submodule("position"), PEAK, _peak)
+            self._out_of(attention, "attention out", lambda output: output[0])
+            maps = [
+                one
+                for one in ffn.get_submodule("inner").modules()
+                if isinstance(one, LinearMap)
+            ]
+            self._into(maps[-1], "feed-forward up")
+            self._out_of(ffn, "feed-forward out")
+        self._into(model.norm, "residual")
 
-    def into(module: torch.nn.Module, name: str) -> None:
-        module.register_forward_pre_hook(lambda _, inputs: keep(name, inputs[0]))
+    def keep(self, name: str, value: Tensor) -> None:
+        self.seen.setdefault(name, []).append(value.detach())
 
-    def out_of(
-        module: torch.nn.Module, name: str, read: Callable = lambda output: output
+    def take(self) -> dict[str, Tensor]:
+        """Name -> the activations of the last pass, all layers stacked, in fp32; the next pass starts afresh."""
+        taken = {name: torch.stack(values).float() for name, values in self.seen.items()}
+        self.seen.clear()
+        return taken
+
+    def _into(self, module: nn.Module, name: str) -> None:
+        module.register_forward_pre_hook(lambda _, inputs: self.keep(name, inputs[0]))
+
+    def _out_of(
+        self,
+        module: nn.Module,
+        name: str,
+        read: Callable[[Any], Tensor] = lambda output: output,
     ) -> None:
-        module.register_forward_hook(lambda _, inputs, output: keep(name, read(output)))
-
-    for block in model.blocks:
-        out_of(block.attention.position, PEAK, _peak)
-        out_of(block.attention, "attention out", lambda output: output[0])
-        into(
-            [module for module in block.ffn.inner.modules() if isinstance(module, LinearMap)][
-                -1
-            ],
-            "feed-forward up",
-        )
-        out_of(block.ffn, "feed-forward out")
-    into(model.norm, "residual")
-    return seen
+        module.register_forward_hook(lambda _, inputs, output: self.keep(name, read(output)))
 
 
 def _peak(qk: tuple[Tensor, Tensor]) -> Tensor:

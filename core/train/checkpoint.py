@@ -18,13 +18,12 @@ KEEP = 2  # the newest, and one to fall back to when it is damaged
 
 
 def write(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> Path:
-    content = save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    )
+    """Write one file, and keep as many as KEEP says."""
+    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = save(on_host)
     path = folder / f"step-{step:08d}-{zlib.crc32(content):08x}.safetensors"
-    for litter in folder.glob(
-        ".*.partial"
-    ):  # of a process that was killed in here: whole checkpoints, in size
+    # Of a process that was killed in here: each as large as a checkpoint.
+    for litter in folder.glob(".*.partial"):
         litter.unlink(missing_ok=True)
     write_atomically(path, content)
     for old in listed(folder)[:-KEEP]:
@@ -34,9 +33,15 @@ def write(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> Path:
 
 def listed(folder: Path) -> list[Path]:
     """Checkpoint files, oldest step first (by step, not by time)."""
-    return sorted(
-        folder.glob("step-*-*.safetensors"), key=lambda path: int(path.name.split("-")[1])
-    )
+    return sorted(folder.glob("step-*-*.safetensors"), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+def _checksum_of(path: Path) -> str:
+    return path.stem.split("-")[2]
 
 
 def clear(folder: Path) -> None:
@@ -51,8 +56,8 @@ def newest(
     for path in reversed(listed(folder)):
         try:
             content = path.read_bytes()
-            if f"{zlib.crc32(content):08x}" == path.stem.split("-")[2]:
-                return int(path.stem.split("-")[1]), load(content)
+            if f"{zlib.crc32(content):08x}" == _checksum_of(path):
+                return _step_of(path), load(content)
             flaw = "its checksum differs"
         except (OSError, SafetensorError) as error:
             flaw = str(error)

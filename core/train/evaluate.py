@@ -1,22 +1,26 @@
 """Held-out loss: the same tokens for every run of a data set, in file order."""
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ablab.core.data.tokens import Tokens
 
 
 @torch.no_grad()
-def held_out_loss(nats_of, tokens: Tokens, rows: int, device: torch.device) -> dict[str, float]:
-    """nats_of: tokens, int [rows,T+1] -> cross-entropy of each from those before it, [rows,T].  Returns loss (nats/token over all tokens) and bits_per_byte.
+def held_out_loss(
+    nats_of: Callable[[Tensor], Tensor], tokens: Tokens, rows: int, device: torch.device
+) -> dict[str, float]:
+    """loss, in nats a token over all tokens, and bits_per_byte.
 
+    nats_of: tokens, int [rows,T+1] -> cross-entropy of each from those before it, [rows,T].
     Every batch has `rows` rows, the last one padded by repetition and cut after the forward: one compiled shape.
     """
-    table, total = tokens.token_bytes.to(device), tokens.held_out_rows()
-    nats, counted, size = (
-        torch.zeros((), dtype=torch.float64, device=device) for _ in range(3)
-    )
+    table = tokens.token_bytes.to(device)
+    total = tokens.held_out_rows()
+    nats, counted, size = torch.zeros(3, dtype=torch.float64, device=device).unbind()
     for first in range(0, total, rows):
         count = min(rows, total - first)
         block = tokens.held_out_batch(first, count)

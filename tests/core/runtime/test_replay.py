@@ -250,7 +250,7 @@ SCALARS = {
         lambda tiny: decaying(tiny(), "lr"), half_the_multiplier_at_twice_the_rate
     ),
     "cautious decay": Scalar(
-        lambda tiny: tiny(["muon", "cautious_wd"], schedule="constant", **SMALL),
+        lambda tiny: tiny(["cautious_wd"], schedule="constant", **SMALL),
         other_decay_factors,
     ),
     "momentum warm-up": Scalar(
@@ -260,7 +260,9 @@ SCALARS = {
     ),
     "momentum warm-up of muon": Scalar(
         lambda tiny: tiny(
-            [{"muon": {"warmup_from": 0.2, "warmup_steps": 40}}], schedule="constant", **SMALL
+            [{"muon": {"ns": "kj5", "warmup_from": 0.2, "warmup_steps": 40}}],
+            schedule="constant",
+            **SMALL,
         ),
         steps=(25, 39),
     ),

@@ -254,7 +254,7 @@ def test_kernels_that_take_one_rate_a_bank_step_aside(tiny):
     claim(tiny())
     claim(replace(tiny(), parametrization=ByName()))
     with pytest.raises(
-        StepsAside, match="hidden parameters of one shape differ in learning rate"
+        StepsAside, match="^hidden parameters of one shape differ in learning rate"
     ):
         claim(uneven(tiny(), 0.5))
 

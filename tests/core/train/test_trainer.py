@@ -268,10 +268,12 @@ def test_a_warm_trainer_gives_the_bits_of_a_fresh_one(
     matrices, warm = ["muon", "normuon", "cautious_wd", "value_residual"], Warm()
     if before == "broken":  # in step 3, between the backward pass and the update
 
-        def broken(self, t, step=Optimizer.step):
+        step = Optimizer.step
+
+        def broken(self, t, fraction):
             if t == 3:
                 raise RuntimeError("the cable came loose")
-            return step(self, t)
+            return step(self, t, fraction)
 
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="cable"):
             patch.setattr(Optimizer, "step", broken)
