@@ -267,7 +267,6 @@ def test_a_warm_trainer_gives_the_bits_of_a_fresh_one(
     """Whatever the run before it left behind: momenta, gradients, averages, a window of NaN."""
     matrices, warm = ["muon", "normuon", "cautious_wd", "value_residual"], Warm()
     if before == "broken":  # in step 3, between the backward pass and the update
-
         step = Optimizer.step
 
         def broken(self, t, fraction):
