@@ -52,7 +52,7 @@ def run(
     """
     settled = settle(runtime, recipe.batches.largest_micro_batch)
     service = places(recipe, settled)
-    kernels = {place: one.why for place, one in service.items()}
+    kernels: dict[str, str] = {place: one.why for place, one in service.items()}
     how = {"runtime": asdict(settled), "kernels": kernels, "environment": environment()}
     record.begin(dump(plain(recipe)), {**about, **how})
     for place, one in service.items():
