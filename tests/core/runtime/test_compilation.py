@@ -54,7 +54,7 @@ def test_a_compiled_run_is_the_eager_run(tiny, token_folder, graphs, treatment, 
 
 
 def test_equal_blocks_share_a_graph_though_their_numbers_differ(tiny, token_folder, graphs):
-    """LayerNorm scaling has another factor in each layer; value residual mixes the first layer's values in the others."""
+    """LayerNorm scaling has another factor in each layer; value residual mixes the first values into the others."""
     counts = []
     for layers in (4, 9):
         torch.compiler.reset()
