@@ -38,16 +38,30 @@ def heads_of(model: Any) -> tuple[Head, Head]:
     """What may follow the trunk: the objective, and the cross-entropy of each token, in nats [B,T] fp32."""
     if model.head_kernel:
         return model.head_kernel(model)
+    return Descend(model), Measure(model)
 
-    def descend(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+
+class Descend:
+    """What the trunk leaves [B,T,W], targets int [B,T] -> the loss to descend and the cross-entropy, sums in nats."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def __call__(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.model
         features = model.norm(x)
         logits = model.logits(features)
         return losses(features, logits, targets, model.logits, model.objective.values())
 
-    def measure(x: Tensor, targets: Tensor) -> Tensor:
-        return token_losses(model.logits(model.norm(x)), targets)
 
-    return descend, measure
+class Measure:
+    """What the trunk leaves [B,T,W], targets int [B,T] -> the cross-entropy of each token, nats [B,T]."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def __call__(self, x: Tensor, targets: Tensor) -> Tensor:
+        return token_losses(self.model.logits(self.model.norm(x)), targets)
 
 
 def of_rows(model: Any, head: Head) -> Callable[[Tensor], Any]:

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("core", "kernels", "ablations")
@@ -33,7 +34,7 @@ def _words(node: ast.AST) -> Iterator[str]:
     """The tree in order, each node closed by `)`.  Empty fields are left out: newer Pythons have more of them."""
     yield type(node).__name__
     for name in node._fields:
-        value = getattr(node, name, None)
+        value: Any = getattr(node, name, None)
         if name == "body" and _begins_with_a_docstring(node):
             value = value[1:]
         if isinstance(value, ast.AST):

@@ -104,7 +104,7 @@ def repeat_bits(asked: bool) -> None:
     if torch.are_deterministic_algorithms_enabled() != asked:
         torch.use_deterministic_algorithms(asked)
     # Nothing here reads what was not written: tests/kernels look for it.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def visible_gpus() -> list[str]:

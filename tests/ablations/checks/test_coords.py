@@ -104,7 +104,7 @@ def test_a_slope_of_either_sign_fails_beyond_the_limit_the_steepest_first():
 
 
 def by_hand(model, block) -> dict[str, torch.Tensor]:
-    """The activations of a pre-norm SwiGLU transformer, from its parts; the largest attention logit under its own name."""
+    """The activations of a pre-norm SwiGLU transformer, from its parts; the largest attention logit apart."""
     x, seen = model.embedding(block), {name: [] for name in (*CHANGES, PEAK)}
     for layer in model.blocks:
         q, k, _, _ = layer.attention.project(layer.attention.normed(x), {}, 0)

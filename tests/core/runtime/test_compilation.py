@@ -1,4 +1,7 @@
-"""How `Runtime.compile` divides a model into graphs, and that dividing changes nothing.  Compiled by a backend that only counts."""
+"""How `Runtime.compile` divides a model into graphs, and that dividing changes nothing.
+
+Compiled by a backend that only counts.
+"""
 
 import pytest
 import torch
@@ -51,7 +54,7 @@ def test_a_compiled_run_is_the_eager_run(tiny, token_folder, graphs, treatment, 
 
 
 def test_equal_blocks_share_a_graph_though_their_numbers_differ(tiny, token_folder, graphs):
-    """LayerNorm scaling has another factor in each layer; value residual keeps the first layer's values and mixes them in the others."""
+    """LayerNorm scaling has another factor in each layer; value residual mixes the first values into the others."""
     counts = []
     for layers in (4, 9):
         torch.compiler.reset()

@@ -215,7 +215,7 @@ def global_norm(tensors) -> float:
 
 
 def test_clipping_scales_the_global_norm_of_many_parameters_to_the_limit(tiny, drive):
-    """Forty parameters of three roles and shapes: a norm taken of one bank, or of an exhausted generator, is another number."""
+    """Forty parameters of three roles and shapes: a norm taken of one bank is another number."""
     start = {f"h{i}": (Param((5, 4), "hidden"), torch.zeros(5, 4)) for i in range(20)}
     start |= {f"v{i}": (Param((7,), "vector"), torch.zeros(7)) for i in range(19)} | {
         "e": (Param((9, 4), "embedding"), torch.zeros(9, 4))

@@ -66,7 +66,7 @@ def never(said: str):
 
 
 def test_training_equals_a_plain_torch_loop(tiny, build, token_folder, tmp_path):
-    """Everything at once: batches, mean loss, clipping, schedule, decay on hidden matrices alone, bias-corrected AdamW."""
+    """Everything at once: batches, mean loss, clip, schedule, decay of hidden matrices alone, bias-corrected AdamW."""
     recipe = tiny(optim__lr=0.01, optim__clip=0.5)
     result, record = train(recipe, token_folder, tmp_path, how(keep_weights=True))
     model, tokens = build(recipe), Tokens(recipe, token_folder)
