@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ablab.core.model.objective import Head, of_rows
 from ablab.core.model.transformer import Transformer
-from ablab.core.parts.transforms import Now
-from ablab.core.train.banks import Optimizer
 
 How = bool | Literal["blocks"]  # as `Runtime.compile`
 OfRows = Callable[[Tensor], Any]  # rows of tokens, int [B,T+1] -> numbers
@@ -47,23 +45,24 @@ def _static(function: Callable[..., Any]) -> Callable[..., Any]:
 def compile_kernels(
     model: Transformer,
     heads: tuple[Head, Head],
-    optimizer: Optimizer,
+    move: Callable[[], Any],
     kernels: Collection[str],
     context: int,
     how: How,
 ) -> None:
     """Compile what kernels of ours a step and an evaluation launch, many at a time.
 
-    Meanwhile PyTorch's compiler is imported, if `how` asks for it.
+    move: one step of the optimizer.  Meanwhile PyTorch's compiler is imported, if `how` asks for it.
     Gradients and state hold anything afterwards, weights are as they were.
     """
-    if not kernels or optimizer.device.type != "cuda":
+    device = next(model.parameters()).device
+    if not kernels or device.type != "cuda":
         return
     from ablab.kernels.ahead import compiling_only
 
     # So the tokens are a multiple of 16, as in most micro-batches: Triton compiles for that, and for 1, apart.
     count = max(2, 16 // math.gcd(16, context))
-    rows = torch.zeros(count, context + 1, dtype=torch.int64, device=optimizer.device)
+    rows = torch.zeros(count, context + 1, dtype=torch.int64, device=device)
     descend, measure = (of_rows(model, head) for head in heads)
     with compiling_only(os.cpu_count() or 1), torch.autograd.set_multithreading_enabled(False):
         loss, _ = descend(rows)
@@ -71,7 +70,6 @@ def compile_kernels(
         with torch.no_grad():
             measure(rows)
             if "optimizer" in kernels:
-                zero = torch.zeros((), device=optimizer.device)
-                optimizer.move(zero, zero, Now(zero, zero, zero))
+                move()
         if how:
             import_module("torch._inductor.compile_fx")  # `compiled` needs it next

@@ -85,9 +85,8 @@ class Optimizer:
         transforms = [part for bank in self.banks for part in bank.transforms]
         recordable = all(part.recordable for part in transforms)
         recordable = recordable and all(part.recordable for part in self.scaling.parts)
-        self.launch = on_device(
-            Numbered(self.move), self.device, recorder if recordable else None
-        )
+        self.numbered = Numbered(self.move)
+        self.launch = on_device(self.numbered, self.device, recorder if recordable else None)
 
     def _bank(self, members: Sequence[tuple[str, nn.Parameter]], recipe: Recipe) -> Bank:
         names = [name for name, _ in members]
@@ -158,6 +157,14 @@ class Optimizer:
             if (t - 1) % part.refresh_every == 0:
                 part.refresh(bank.state[part.kind], bank, t)
         return norm
+
+    @torch.no_grad()
+    def rehearse(self) -> None:
+        """Call what a step calls, its numbers views of one tensor as there: kernels are compiled for their alignment.
+
+        Only where kernels are compiled and not launched (core/runtime/compilation.py): the numbers mean nothing.
+        """
+        self.numbered(torch.zeros(len(Now._fields) + 2, device=self.device))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every state tensor by name: what a checkpoint must hold besides the parameters."""

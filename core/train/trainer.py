@@ -53,7 +53,9 @@ class Trainer:
         how = self.runtime.compile
         self.optimizer = Optimizer(self.model, recipe, bool(how), kernels, recorder)
         heads = heads_of(self.model)
-        compile_kernels(self.model, heads, self.optimizer, kernels, recipe.data.context, how)
+        compile_kernels(
+            self.model, heads, self.optimizer.rehearse, kernels, recipe.data.context, how
+        )
         loss, self.nats = compiled(self.model, heads, how)
         self.training_step = TrainingStep(
             loss, self.optimizer, recipe, recipe.tokens_per_step, recorder

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ablab.core.errors import UserError
-from ablab.core.language.numbers import Natural
+from ablab.core.language.numbers import Natural, NonNegative, Whole
 from ablab.core.language.parse import near, parse
 from ablab.core.recipe.load import read_yaml
 from ablab.core.runtime.runtime import Runtime
-from ablab.experiments.tune.space import StudySheet
 
 CATALOG = Path(str(files("ablab.experiments"))) / "catalog"
 
@@ -19,6 +18,26 @@ CATALOG = Path(str(files("ablab.experiments"))) / "catalog"
 class Metric:
     name: Literal["val/bits_per_byte", "val/loss", "train/loss"] = "val/bits_per_byte"
     better: Literal["lower", "higher"] = "lower"
+
+
+@dataclass(frozen=True)
+class StudySheet:
+    """The `study:` block of an experiment file."""
+
+    # path -> {log: [a, b]} | {uniform: [a, b]} | {int: [a, b]} | {choices: [...]}; `points` for a grid
+    space: dict[str, Any]
+    trials_per_cell: Whole = 8  # for a grid: all of its points, whatever this says
+    # Selection seeds; a trial's value is the mean over them.
+    seeds: list[Natural] = field(default_factory=lambda: [100])
+    sampler: Literal["gp", "tpe", "qmc", "random", "grid"] = "gp"
+    sampler_seed: int = 0
+    # Trials proposed at once for each cell; fixes the proposals, whatever --jobs is.
+    generation: Whole = 4
+    pruner: Literal["none", "median", "asha", "hyperband"] = "none"
+    # path -> bounds within which an edge optimum widens the range
+    hard: dict[str, list[float]] = field(default_factory=dict)
+    widenings: Natural = 4  # extra trials a cell may spend on that
+    hours: NonNegative | None = None  # no new generation is started after so long
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from ablab.core.store.result import Result
 from ablab.core.store.store import Store
 from ablab.core.store.study_record import COMPLETE, RUNNING, Trial
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
+from ablab.experiments.plan.sheets import StudySheet
 from ablab.experiments.tune import storage
 from ablab.experiments.tune.proposals import LAID_OUT, Proposer, spread_of
 from ablab.experiments.tune.pruning import Past, Referee
-from ablab.experiments.tune.space import Axis, Point, StudySheet, tidy, total_trials
+from ablab.experiments.tune.space import Axis, Point, tidy, total_trials
 from ablab.experiments.tune.storage import direction
 from ablab.experiments.tune.trials import Candidate, ending_of, frozen, recorded
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ablab.core.store.result import FAILED
+from ablab.experiments.plan.sheets import StudySheet
 from ablab.experiments.tune.space import (
     Axis,
     Point,
-    StudySheet,
     grid_points,
     size_of,
     total_trials,

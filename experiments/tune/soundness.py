@@ -9,8 +9,9 @@ from ablab.core.language.parse import fields_of, near
 from ablab.core.recipe.load import assign
 from ablab.core.store.study_record import WIDTH
 from ablab.experiments.plan.experiment import Experiment
+from ablab.experiments.plan.sheets import StudySheet
 from ablab.experiments.tune.cell_search import CellSearch
-from ablab.experiments.tune.space import Axis, Point, StudySheet, corners
+from ablab.experiments.tune.space import Axis, Point, corners
 
 ONE_FOLDER = (
     "all trials of a study read one token folder; start one study for each, with data.name=..."

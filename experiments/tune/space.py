@@ -1,13 +1,13 @@
-"""What a study searches: the `study:` block of an experiment file, its axes, and the points that they span."""
+"""What a study searches: the axes of its space, and the points that they span."""
 
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ablab.core.errors import UserError
-from ablab.core.language.numbers import Natural, NonNegative, Whole
+from ablab.experiments.plan.sheets import StudySheet
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -17,26 +17,6 @@ Point = dict[str, Any]  # searched path -> value
 KINDS = ("log", "uniform", "int", "choices")
 GRID_POINTS = 5  # of an axis that names no number of its own
 MOST_CORNERS = 4096  # built before anything runs; a space with more is trusted beyond them
-
-
-@dataclass(frozen=True)
-class StudySheet:
-    """The `study:` block of an experiment file."""
-
-    # path -> {log: [a, b]} | {uniform: [a, b]} | {int: [a, b]} | {choices: [...]}; `points` for a grid
-    space: dict[str, Any]
-    trials_per_cell: Whole = 8  # for a grid: all of its points, whatever this says
-    # Selection seeds; a trial's value is the mean over them.
-    seeds: list[Natural] = field(default_factory=lambda: [100])
-    sampler: Literal["gp", "tpe", "qmc", "random", "grid"] = "gp"
-    sampler_seed: int = 0
-    # Trials proposed at once for each cell; fixes the proposals, whatever --jobs is.
-    generation: Whole = 4
-    pruner: Literal["none", "median", "asha", "hyperband"] = "none"
-    # path -> bounds within which an edge optimum widens the range
-    hard: dict[str, list[float]] = field(default_factory=dict)
-    widenings: Natural = 4  # extra trials a cell may spend on that
-    hours: NonNegative | None = None  # no new generation is started after so long
 
 
 @dataclass(frozen=True)
