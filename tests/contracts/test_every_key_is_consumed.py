@@ -266,7 +266,7 @@ def kinds_in(value: Any):
 
 
 # No shipped part stands there: tests/core/model/test_slots.py and tests/core/train/test_optimizer.py bring their own.
-UNTENANTED = {"model.on_block[]", "model.on_features[]", "optim.on_gradient[]"}
+UNTENANTED = {"model.on_features[]", "optim.on_gradient[]"}
 
 
 def test_every_part_and_every_slot_stands_in_a_rich_recipe():
