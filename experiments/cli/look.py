@@ -26,13 +26,14 @@ def list_(plugins: Plugins = None, as_json: Json = False) -> None:
     if as_json:
         found = {"interventions": interventions, "experiments": experiments}
         return typer.echo(json.dumps(found, indent=1))
+    column = max(len(one["name"]) for one in [*interventions, *experiments])
     typer.echo("Interventions")
     for one in interventions:
-        typer.echo(f"  {one['name']:<15} {one['summary']}")
-        typer.echo(f"  {'':<15} off: {one['off']}")
+        typer.echo(f"  {one['name']:<{column}} {one['summary']}")
+        typer.echo(f"  {'':<{column}} off: {one['off']}")
     typer.echo("\nExperiments")
     for one in experiments:
-        typer.echo(f"  {one['name']:<15} {one['question']}")
+        typer.echo(f"  {one['name']:<{column}} {one['question']}")
 
 
 def show(
