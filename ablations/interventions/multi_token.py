@@ -12,6 +12,8 @@ Reported losses stay plain next-token cross-entropy; evaluation and decoding nev
 readout, in FLOPs and in the memory of its logits [B,T-k,V].
 """
 
+from typing import Any
+
 from ablab.core.errors import UserError
 from ablab.core.language.declare import Stage, Where, linear
 from ablab.core.language.numbers import NonNegative, Whole
@@ -44,8 +46,9 @@ class MultiToken(Part):
                 f"multi_token.ahead={self.ahead} has no target in a row of {where.context} tokens; "
                 f"use at most {where.context - 1}"
             )
-        projections = {
-            f"project_{k}": linear(where.width, where.width) for k in range(1, self.ahead + 1)
+        width = where.width
+        projections: dict[str, Any] = {
+            f"project_{k}": linear(width, width) for k in range(1, self.ahead + 1)
         }
         return Stage(further, weight=self.weight / self.ahead, **projections)
 
@@ -57,8 +60,8 @@ def further(features, logits, targets, read, *, weight, **projections):
     """features: [B,T,W], targets: int [B,T]; projections: of k = 1, 2, ... in their order -> nats, 0-D fp32."""
     from ablab.core.model.objective import token_losses
 
-    nats = 0.0
+    nats = []
     for k, project in enumerate(projections.values(), 1):
-        ahead = read(project(features[:, :-k]))
-        nats = nats + token_losses(ahead, targets[:, k:]).sum()
-    return weight * nats
+        logits_ahead = read(project(features[:, :-k]))
+        nats.append(token_losses(logits_ahead, targets[:, k:]).sum())
+    return weight * sum(nats)
