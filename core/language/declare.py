@@ -16,6 +16,8 @@ class Where:
     """The place a stage is built for.  `layer` counts from 0; outside the blocks it is 0.
 
     Sizes in channels, heads, tokens.
+    branch: the parametrization's factor on each residual branch; it is in what the branches return, and a block that
+    normalises this must apply it again.
     """
 
     layer: int
@@ -27,6 +29,7 @@ class Where:
     context: int
     vocab: int
     eps: float
+    branch: float = 1.0
 
 
 @dataclass(frozen=True)

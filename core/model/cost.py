@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from ablab.core.language.declare import params
 from ablab.core.model.plan import plan_for
-from ablab.core.recipe.asks import MayBuild, Parametrizes
+from ablab.core.recipe.asks import CountsReadouts, MayBuild, Parametrizes
 from ablab.core.recipe.recipe import Model, Recipe
 
 
@@ -21,7 +21,8 @@ class Cost:
 def cost_of(recipe: Recipe) -> Cost:
     """FLOPs/token = 6 * matmul parameters + 6 * layers * context * width.
 
-    The last term: causal scores and mixing, T/2 keys seen on average.
+    The last term: causal scores and mixing, T/2 keys seen on average.  The readout counts once more for each time that
+    an objective reads (CountsReadouts).
     """
     return _cost(
         recipe.model,
@@ -45,9 +46,11 @@ def _cost(
     matmul = sum(one.size for one in declared if one.role in ("hidden", "readout", "gate"))
     if model.tied:
         matmul += vocab * model.width
+    again = sum(part.readouts() for part in objective if isinstance(part, CountsReadouts))
+    multiplied = matmul + again * vocab * model.width
     attended = model.layers * context * model.heads * model.attention.head_dim
     return Cost(
         parameters=sum(one.size for one in declared),
         matmul_parameters=matmul,
-        flops_per_token=6 * matmul + 6 * attended,
+        flops_per_token=6 * multiplied + 6 * attended,
     )

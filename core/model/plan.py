@@ -1,7 +1,7 @@
 """The plan of a model: every stage and parameter it will have, before any tensor exists.  No torch here."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -87,13 +87,13 @@ def plan_for(
     scale = parametrization.multipliers(model)
     slots = {"model": model, "objective": objective}
     places = [_where(model, layer, vocab, context) for layer in range(model.layers)]
-    sites = [Site(slots, where) for where in places]
+    sites = [Site(slots, replace(where, branch=scale.branch)) for where in places]
     outside = sites[0]
     plan = Plan(
         embedding=Stage(embed, table=Param((vocab, model.width), "embedding")),
         on_table=_factor(scale.embedding),
         on_embedding=outside.stages("model.on_embedding"),
-        blocks=tuple(_block(model, site, scale.branch) for site in sites),
+        blocks=tuple(_block(model, site) for site in sites),
         on_features=outside.stages("model.on_features"),
         norm=_norm(model),
         readout=None if model.tied else linear(model.width, vocab, role="readout"),
@@ -103,7 +103,7 @@ def plan_for(
     return multiplied(plan, partial(_product, model.products)) if model.products else plan
 
 
-def _block(model: Model, site: "Site", branch: float) -> BlockPlan:
+def _block(model: Model, site: "Site") -> BlockPlan:
     width, dim = model.width, model.attention.head_dim
     rows = (model.heads * dim, model.kv_heads * dim, model.kv_heads * dim)
     attention = AttentionPlan(
@@ -116,13 +116,13 @@ def _block(model: Model, site: "Site", branch: float) -> BlockPlan:
         mix=site.stage("model.attention.mix"),
         on_heads=site.stages("model.attention.on_heads"),
         out=linear(rows[0], width),
-        on_branch=_factor(branch),
+        on_branch=_factor(site.where.branch),
     )
     ffn = FeedForwardPlan(
         norm=_norm(model),
         on_norm=site.stages("model.on_norm"),
         inner=site.stage("model.ffn"),
-        on_branch=_factor(branch),
+        on_branch=_factor(site.where.branch),
     )
     return BlockPlan(
         on_block=site.stages("model.on_block"),

@@ -36,6 +36,15 @@ class MayBuild(Asked, Protocol):
 
 
 @runtime_checkable
+class CountsReadouts(Protocol):
+    """An objective that calls `read`, and says so to core/model/cost.py."""
+
+    def readouts(self) -> int:
+        """How often it multiplies the features of a row by the readout's matrix."""
+        ...
+
+
+@runtime_checkable
 class Multiplies(Asked, Protocol):
     """How linear maps multiply."""
 
