@@ -14,6 +14,7 @@ import pytest
 from ablab.core.errors import UserError
 from ablab.core.language.parse import fields_of, parse
 from ablab.core.language.part import Part
+from ablab.core.model.plan import plan_of
 from ablab.core.parts.schedule import Cosine
 from ablab.core.recipe.intervention import REGISTRY, resolve, treatment_of
 from ablab.core.recipe.load import assign
@@ -225,6 +226,7 @@ def others(other_values):
         for value in TELLING.get(name) or other_values(leaf.hint, leaf.value, name):
             try:
                 recipe = changed(RECIPES[leaf.rich], leaf.path, value)
+                plan_of(recipe)  # a part may refuse sizes only where it is built
             except UserError:
                 continue  # it does not fit the rest of the recipe
             if recipe != RECIPES[leaf.rich]:
@@ -268,7 +270,6 @@ def kinds_in(value: Any):
 
 # No shipped part stands there: tests/core/model/test_slots.py and tests/core/train/test_optimizer.py bring their own.
 UNTENANTED = {
-    "model.on_embedding[]",
     "model.on_block[]",
     "model.on_features[]",
     "optim.on_gradient[]",
