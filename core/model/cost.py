@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ablab.core.language.declare import params
-from ablab.core.model.plan import plan_for
-from ablab.core.recipe.asks import MayBuild, Parametrizes
+from ablab.core.language.declare import Where, params
+from ablab.core.model.plan import plan_for, wheres
+from ablab.core.recipe.asks import Builds, CountsKeys, MayBuild, Parametrizes
 from ablab.core.recipe.recipe import Model, Recipe
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model weighs.  FLOPs count a multiply-add as two, and attention causally."""
+    """What a model weighs.  FLOPs count a multiply-add as two, and of attention only the keys that a query sees."""
 
     parameters: int
     matmul_parameters: int
@@ -19,9 +19,9 @@ class Cost:
 
 
 def cost_of(recipe: Recipe) -> Cost:
-    """FLOPs/token = 6 * matmul parameters + 6 * layers * context * width.
+    """FLOPs/token = 6 * matmul parameters + 12 * width * keys that a query sees on average, summed over the layers.
 
-    The last term: causal scores and mixing, T/2 keys seen on average.
+    The last term: scores and mixing.  Causal attention sees T/2 keys; a mix that sees fewer says so (CountsKeys).
     """
     return _cost(
         recipe.model,
@@ -45,9 +45,16 @@ def _cost(
     matmul = sum(one.size for one in declared if one.role in ("hidden", "readout", "gate"))
     if model.tied:
         matmul += vocab * model.width
-    attended = model.layers * context * model.heads * model.attention.head_dim
+    mix = model.attention.mix
+    keys = sum(keys_seen(mix, where) for where in wheres(model, vocab, context))
+    channels = model.heads * model.attention.head_dim
     return Cost(
         parameters=sum(one.size for one in declared),
         matmul_parameters=matmul,
-        flops_per_token=6 * matmul + 6 * attended,
+        flops_per_token=6 * matmul + round(12 * channels * keys),
     )
+
+
+def keys_seen(mix: Builds, where: Where) -> float:
+    """By a query of one layer, on average over a row; a mix that does not say is counted as causal."""
+    return mix.keys_seen(where) if isinstance(mix, CountsKeys) else where.context / 2

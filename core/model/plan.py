@@ -1,7 +1,7 @@
 """The plan of a model: every stage and parameter it will have, before any tensor exists.  No torch here."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -86,8 +86,7 @@ def plan_for(
     """Raises UserError for a part whose stage is made for another slot."""
     scale = parametrization.multipliers(model)
     slots = {"model": model, "objective": objective}
-    places = [_where(model, layer, vocab, context) for layer in range(model.layers)]
-    sites = [Site(slots, where) for where in places]
+    sites = [Site(slots, where) for where in wheres(model, vocab, context)]
     outside = sites[0]
     plan = Plan(
         embedding=Stage(embed, table=Param((vocab, model.width), "embedding")),
@@ -166,9 +165,10 @@ def build_stages(slot: Slot, parts: tuple[MayBuild, ...], where: Where) -> Stage
     return stages
 
 
-def _where(model: Model, layer: int, vocab: int, context: int) -> Where:
-    return Where(
-        layer=layer,
+def wheres(model: Model, vocab: int, context: int) -> list[Where]:
+    """Each layer's place, in their order."""
+    first = Where(
+        layer=0,
         layers=model.layers,
         width=model.width,
         heads=model.heads,
@@ -178,6 +178,7 @@ def _where(model: Model, layer: int, vocab: int, context: int) -> Where:
         vocab=vocab,
         eps=model.norm_eps,
     )
+    return [replace(first, layer=layer) for layer in range(model.layers)]
 
 
 def _norm(model: Model) -> Stage:

@@ -36,6 +36,15 @@ class MayBuild(Asked, Protocol):
 
 
 @runtime_checkable
+class CountsKeys(Protocol):
+    """A mix whose queries see fewer keys than all up to their own position, and which says so to core/model/cost.py."""
+
+    def keys_seen(self, where: Where) -> float:
+        """By a query, on average over a row of the context; half of its own key, as of causal attention's T/2."""
+        ...
+
+
+@runtime_checkable
 class Multiplies(Asked, Protocol):
     """How linear maps multiply."""
 

@@ -53,6 +53,7 @@ PRECONDITIONS = {
     ),
     "muon.warmup_from": Given("a rise of one step has no beginning", {"warmup_steps": 8}),
     "muon.warmup_steps": Given("a rise from 0.95 to 0.95 has no length", {"warmup_from": 0.5}),
+    "sliding_window.pattern": Given("letters, not a number", value="SLLL"),
     "wsd.power": Given("the exponent of one shape", {"shape": "power"}),
 }
 FIELDS = [f"{name}.{dose}" for name, cls in sorted(REGISTRY.items()) for dose in fields_of(cls)]
