@@ -46,13 +46,11 @@ class PartialRope(Part):
         pairs = self._pairs(where.head_dim)
         channels = 2 * pairs if self.form == "leading" else where.head_dim
         size = (where.context, channels, self.base or Rope.base, pairs)
-        tables = {
-            "cos": Table(lambda: moving_angles(*size).cos()),
-            "sin": Table(lambda: moving_angles(*size).sin()),
-        }
+        cos = Table(lambda: moving_angles(*size).cos())
+        sin = Table(lambda: moving_angles(*size).sin())
         if channels == where.head_dim:
-            return Stage(rotate, offer=Turn(only("cos", "sin")), **tables)
-        return Stage(rotate_leading, **tables)
+            return Stage(rotate, offer=Turn(only("cos", "sin")), cos=cos, sin=sin)
+        return Stage(rotate_leading, cos=cos, sin=sin)
 
     def _pairs(self, head_dim: int) -> int:
         """Pairs of channels that turn."""
