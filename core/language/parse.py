@@ -160,7 +160,8 @@ def _wanted(hint: Any) -> str:
     """What a leaf may be, in words: `a whole number >= 1`, `one of auto, cpu, cuda`, `a number > 0 or null`."""
     origin, options = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return f"{_wanted(options[0])} {_limits(options[1])}".rstrip()
+        limited = f"{_wanted(options[0])} {_limits(options[1])}".rstrip()
+        return options[1].description or limited
     if origin is Literal:
         return f"one of {', '.join(map(str, options))}"
     if origin in (Union, UnionType):

@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ablab.core.language.declare import params
-from ablab.core.model.plan import plan_for
-from ablab.core.recipe.asks import CountsReadouts, MayBuild, Parametrizes
+from ablab.core.language.declare import Where, params
+from ablab.core.model.plan import plan_for, wheres
+from ablab.core.recipe.asks import Builds, CountsKeys, CountsReadouts, MayBuild, Parametrizes
 from ablab.core.recipe.recipe import Model, Recipe
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model weighs.  FLOPs count a multiply-add as two, and attention causally."""
+    """What a model weighs.  FLOPs count a multiply-add as two, and of attention only the keys that a query sees."""
 
     parameters: int
     matmul_parameters: int
@@ -19,10 +19,10 @@ class Cost:
 
 
 def cost_of(recipe: Recipe) -> Cost:
-    """FLOPs/token = 6 * matmul parameters + 6 * layers * context * width.
+    """FLOPs/token = 6 * matmul parameters + 12 * width * keys that a query sees on average, summed over the layers.
 
-    The last term: causal scores and mixing, T/2 keys seen on average.  The readout counts once more for each time that
-    an objective reads (CountsReadouts).
+    The last term: scores and mixing.  Causal attention sees T/2 keys; a mix that sees fewer says so (CountsKeys).
+    The readout counts once more for each time that an objective reads (CountsReadouts).
     """
     return _cost(
         recipe.model,
@@ -48,9 +48,16 @@ def _cost(
         matmul += vocab * model.width
     again = sum(part.readouts() for part in objective if isinstance(part, CountsReadouts))
     multiplied = matmul + again * vocab * model.width
-    attended = model.layers * context * model.heads * model.attention.head_dim
+    mix = model.attention.mix
+    keys = sum(keys_seen(mix, where) for where in wheres(model, vocab, context))
+    channels = model.heads * model.attention.head_dim
     return Cost(
         parameters=sum(one.size for one in declared),
         matmul_parameters=matmul,
-        flops_per_token=6 * multiplied + 6 * attended,
+        flops_per_token=6 * multiplied + round(12 * channels * keys),
     )
+
+
+def keys_seen(mix: Builds, where: Where) -> float:
+    """By a query of one layer, on average over a row; a mix that does not say is counted as causal."""
+    return mix.keys_seen(where) if isinstance(mix, CountsKeys) else where.context / 2

@@ -86,7 +86,7 @@ def plan_for(
     """Raises UserError for a part whose stage is made for another slot."""
     scale = parametrization.multipliers(model)
     slots = {"model": model, "objective": objective}
-    places = [_where(model, layer, vocab, context) for layer in range(model.layers)]
+    places = wheres(model, vocab, context)
     sites = [Site(slots, replace(where, branch=scale.branch)) for where in places]
     outside = sites[0]
     plan = Plan(
@@ -166,9 +166,10 @@ def build_stages(slot: Slot, parts: tuple[MayBuild, ...], where: Where) -> Stage
     return stages
 
 
-def _where(model: Model, layer: int, vocab: int, context: int) -> Where:
-    return Where(
-        layer=layer,
+def wheres(model: Model, vocab: int, context: int) -> list[Where]:
+    """Each layer's place, in their order."""
+    first = Where(
+        layer=0,
         layers=model.layers,
         width=model.width,
         heads=model.heads,
@@ -178,6 +179,7 @@ def _where(model: Model, layer: int, vocab: int, context: int) -> Where:
         vocab=vocab,
         eps=model.norm_eps,
     )
+    return [replace(first, layer=layer) for layer in range(model.layers)]
 
 
 def _norm(model: Model) -> Stage:

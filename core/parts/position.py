@@ -16,18 +16,18 @@ class Rope(Part):
         return Stage(
             rotate,
             offer=Turn(only("cos", "sin")),
-            cos=Table(lambda: _angles(where, self.base).cos()),
-            sin=Table(lambda: _angles(where, self.base).sin()),
+            cos=Table(lambda: angles(where.context, where.head_dim, self.base).cos()),
+            sin=Table(lambda: angles(where.context, where.head_dim, self.base).sin()),
         )
 
 
-def _angles(where: Where, base: float):
-    """[context, D/2] angles position * base^(-2i/D), computed in fp64 (fp32 loses 1e-4 rad at position 1e3)."""
+def angles(context: int, channels: int, base: float):
+    """[context, C/2] angles position * base^(-2i/C), computed in fp64 (fp32 loses 1e-4 rad at position 1e3)."""
     import torch
 
-    channel = torch.arange(where.head_dim // 2, dtype=torch.float64)
-    position = torch.arange(where.context, dtype=torch.float64)
-    return position[:, None] * base ** (-2 * channel / where.head_dim)
+    channel = torch.arange(channels // 2, dtype=torch.float64)
+    position = torch.arange(context, dtype=torch.float64)
+    return position[:, None] * base ** (-2 * channel / channels)
 
 
 def rotate(q, k, start, *, cos, sin):

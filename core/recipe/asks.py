@@ -41,6 +41,13 @@ class CountsReadouts(Protocol):
 
     def readouts(self) -> int:
         """How often it multiplies the features of a row by the readout's matrix."""
+
+
+class CountsKeys(Protocol):
+    """A mix whose queries see fewer keys than all up to their own position, and which says so to core/model/cost.py."""
+
+    def keys_seen(self, where: Where) -> float:
+        """By a query, on average over a row of the context; half of its own key, as of causal attention's T/2."""
         ...
 
 

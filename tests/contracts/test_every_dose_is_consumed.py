@@ -3,6 +3,7 @@
 Torch and kernels read it alike.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from ablab.core.errors import UserError
 from ablab.core.language.parse import fields_of
+from ablab.core.model.plan import plan_of
 from ablab.core.recipe.intervention import REGISTRY
 from ablab.core.recipe.recipe import run_id
 
@@ -51,6 +53,7 @@ PRECONDITIONS = {
     ),
     "muon.warmup_from": Given("a rise of one step has no beginning", {"warmup_steps": 8}),
     "muon.warmup_steps": Given("a rise from 0.95 to 0.95 has no length", {"warmup_from": 0.5}),
+    "sliding_window.pattern": Given("letters, not a number", value="SLLL"),
     "wsd.power": Given("the exponent of one shape", {"shape": "power"}),
 }
 FIELDS = [f"{name}.{dose}" for name, cls in sorted(REGISTRY.items()) for dose in fields_of(cls)]
@@ -77,6 +80,7 @@ def consumed(tiny, needs, shows, other_values):
         for value in values:
             try:
                 other = arm(**{dose: value})
+                plan_of(other)  # a part may refuse sizes only where it is built
             except UserError:
                 continue  # out of range beside the rest of the dose
             if other != now:  # null may stand for the very value that it is compared with
@@ -129,11 +133,26 @@ def doses(tiny, needs, other_values):
         hint = fields_of(REGISTRY[name])[dose]
         others = [given.value] if given.value else other_values(hint, start, path)
         words = [value for value in others if isinstance(value, (str, bool))]
-        for value in [start, *(words or others[:1])]:
+
+        def arm(value):
             treatment = [*needs(name), *given.beside, {name: given.dose | {dose: value}}]
-            yield tiny(treatment, **SERVED, **given.base)
+            recipe = tiny(treatment, **SERVED, **given.base)
+            plan_of(recipe)
+            return recipe
+
+        yield from map(arm, [start, *words])
+        if not words:
+            yield first_that_fits(arm, others)
 
     return of
+
+
+def first_that_fits(arm, values):
+    """The recipe of the first value that the rest of it does not refuse."""
+    for value in values:
+        with suppress(UserError):
+            return arm(value)
+    raise AssertionError(f"each of {values} is refused")
 
 
 @cpu

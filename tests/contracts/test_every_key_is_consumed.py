@@ -14,6 +14,7 @@ import pytest
 from ablab.core.errors import UserError
 from ablab.core.language.parse import fields_of, parse
 from ablab.core.language.part import Part
+from ablab.core.model.plan import plan_of
 from ablab.core.parts.schedule import Cosine
 from ablab.core.recipe.intervention import REGISTRY, resolve, treatment_of
 from ablab.core.recipe.load import assign
@@ -45,7 +46,12 @@ INERT_BY_NATURE = {
     "data.digest": "names the tokens: a wrong one is refused (below), null takes what is there",
 }
 # Values that must show, where a number near or far would be refused or would not show.
-TELLING = {"data.vocab": [72], "data.digest": [None], "optim.clip": [0.05, None]}
+TELLING = {
+    "data.vocab": [72],
+    "data.digest": [None],
+    "optim.clip": [0.05, None],
+    "model.attention.mix.sliding_window.pattern": ["SLLL"],
+}
 # Doses that interventions need so that each of their keys matters, and the base paths beneath them.
 RICH = {
     "adamw": (
@@ -109,6 +115,8 @@ RICH = {
         {"data.batch": 1, "data.context": 4, "budget.tokens": 32},
         ["relu2", "cautious_wd"],
     ),
+    # Of two layers the last sees all, and a pattern has one letter to say.
+    "windows": ({"model.layers": 3}, ["sliding_window"]),
 }
 LISTED = {name for _, listed in RICH.values() for name in treatment_of(listed)}
 RICH |= {
@@ -224,6 +232,7 @@ def others(other_values):
         for value in TELLING.get(name) or other_values(leaf.hint, leaf.value, name):
             try:
                 recipe = changed(RECIPES[leaf.rich], leaf.path, value)
+                plan_of(recipe)  # a part may refuse sizes only where it is built
             except UserError:
                 continue  # it does not fit the rest of the recipe
             if recipe != RECIPES[leaf.rich]:

@@ -45,6 +45,13 @@ def test_a_slot_takes_any_registered_kind_by_name_by_mapping_or_as_it_is():
     assert parse(Outer, {"count": 2, "perhaps": "rope"}, "").perhaps == Rope()
 
 
+def test_a_word_of_a_certain_form_is_asked_for_by_its_description():
+    spelt = Annotated[str, Meta(pattern="^[ab]+$", description="letters a and b")]
+    assert parse(spelt, "abba", "at") == "abba"
+    with pytest.raises(UserError, match="^at='abc' must be letters a and b$"):
+        parse(spelt, "abc", "at")
+
+
 def test_what_is_not_given_has_its_default():
     assert parse(Outer, {"count": 2}, "") == Outer(2)
     assert parse(Outer, {"count": 2, "named": {"a": {"word": "far"}}}, "").named == {
