@@ -41,8 +41,10 @@ class CountsReadouts(Protocol):
 
     def readouts(self) -> int:
         """How often it multiplies the features of a row by the readout's matrix."""
+        ...
 
 
+@runtime_checkable
 class CountsKeys(Protocol):
     """A mix whose queries see fewer keys than all up to their own position, and which says so to core/model/cost.py."""
 
