@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ablab.core.errors import UserError
-from ablab.core.language.parse import near, parse, paths_of
+from ablab.core.language.parse import fields_of, near, parse, paths_of
 from ablab.core.language.part import Cls, part, refuse_namesake
 from ablab.core.recipe.edit import at
 from ablab.core.recipe.recipe import Recipe, check
@@ -145,11 +145,19 @@ def resolve(base: Recipe, treatment: Treatment) -> Recipe:
         _refuse_company(one.about, treatment)
         new = one.apply(recipe)
         for slot in CHOICES:
-            if at(new, slot) != at(recipe, slot):
+            found, chosen = at(recipe, slot), at(new, slot)
+            if chosen == found:
+                continue
+            if not _holds(chosen, found):
                 _refuse_clash(slot, chosen_by.get(slot), one.about)
-                chosen_by[slot] = one.about.name
+            chosen_by[slot] = one.about.name
         recipe = new
     return check(recipe)
+
+
+def _holds(chosen: Any, found: Any) -> bool:
+    """Whether a choice has the one that it found as one of its fields: then both are in force, as mup and its base."""
+    return any(getattr(chosen, name) == found for name in fields_of(type(chosen)))
 
 
 def _refuse_company(about: About, treatment: Treatment) -> None:
@@ -165,7 +173,7 @@ def _refuse_company(about: About, treatment: Treatment) -> None:
 
 
 def _refuse_clash(slot: str, other: str | None, about: About) -> None:
-    """A choice may be chosen again by one that builds on who chose it first."""
+    """A choice may be chosen again by one that builds on who chose it first, or that holds it (`_holds`)."""
     if other and other not in about.requires:
         raise UserError(
             f"{other} and {about.name} both choose {slot}; "

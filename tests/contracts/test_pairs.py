@@ -2,15 +2,17 @@
 
 import itertools
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
 from ablab.core.errors import UserError
+from ablab.core.language.parse import fields_of
 from ablab.core.model.objective import heads_of, of_rows
 from ablab.core.recipe.intervention import REGISTRY, at, dependents
 from ablab.core.recipe.recipe import run_id
-from ablab.core.recipe.slots import CHOICES
+from ablab.core.recipe.slots import CHOICES, slot_at
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.train.trainer import Trainer
 
@@ -48,9 +50,18 @@ def clash(names) -> str:
         return "exclude each other"
     for one, other in itertools.combinations(abouts, 2):
         related = one.name in other.requires or other.name in one.requires
-        if not related and any(slot in one.slots and slot in other.slots for slot in CHOICES):
+        later = max(one, other, key=lambda about: (about.order, about.name))
+        shared = [slot for slot in CHOICES if slot in one.slots and slot in other.slots]
+        if not related and not all(holds(later.name, slot) for slot in shared):
             return "both choose"
     return ""
+
+
+def holds(name: str, slot: str) -> bool:
+    """Whether the intervention has a field for a part of that slot: the one that it finds there."""
+    asked = slot_at(slot).asks
+    hints = fields_of(REGISTRY[name]).values()
+    return any(asked in (hint, *get_args(hint)) for hint in hints)
 
 
 @pytest.mark.parametrize(

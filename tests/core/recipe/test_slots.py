@@ -192,6 +192,43 @@ def test_two_interventions_that_choose_one_of_the_later_slots_clash(tiny, slot):
         resolve(tiny(), {"one": one, "other": other})
 
 
+@dataclass(frozen=True)
+class Wrapping(Part):
+    """Holds another choice, of its slot or of another."""
+
+    base: Any
+    kind: str = field(default="wrapping", init=False)
+
+    def build(self, where):
+        return Stage(lambda q, k, v, carry, start: q)
+
+
+def wrapping(name: str, slot: str, holds: str):
+    """An intervention whose choice for `slot` holds what stands in the slot `holds`."""
+    one = choosing(name, slot, Sized())
+    one.apply = lambda old: edit(old, slot, put(Wrapping(at(old, holds))))
+    return one
+
+
+@pytest.mark.parametrize("slot", ["model.block", "model.attention.mix"])
+def test_a_choice_that_holds_the_choice_that_it_found_is_no_clash(tiny, slot):
+    inner = choosing("inner", slot, Sized(3))
+    outer = wrapping("outer", slot, holds=slot)
+    outermost = wrapping("outermost", slot, holds=slot)
+    both = resolve(tiny(), {"inner": inner, "outer": outer, "outermost": outermost})
+    assert at(both, slot) == Wrapping(Wrapping(Sized(3)))
+    after = choosing("then", slot, Sized(4))
+    with pytest.raises(UserError, match=f"outer and then both choose {slot}; drop one"):
+        resolve(tiny(), {"inner": inner, "outer": outer, "then": after})
+
+
+def test_a_choice_that_holds_something_else_is_a_clash(tiny):
+    inner = choosing("inner", "model.block", Sized(3))
+    other = wrapping("other", "model.block", holds="model.ffn")
+    with pytest.raises(UserError, match="inner and other both choose model.block; drop one"):
+        resolve(tiny(), {"inner": inner, "other": other})
+
+
 # ---- the plan follows ----
 
 
