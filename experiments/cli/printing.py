@@ -64,8 +64,14 @@ def _head(experiment: str, run: "PlannedRun") -> None:
     typer.echo(
         f"# {count(cost.parameters)} parameters, {count(cost.matmul_parameters)} in matrix products, "
         f"{cost.flops_per_token / 1e6:.1f} MFLOP a token, "
-        f"{recipe.steps:,} steps of {recipe.tokens_per_step:,} tokens"
+        f"{recipe.steps:,} steps of {_tokens_a_step(recipe)} tokens"
     )
+
+
+def _tokens_a_step(recipe: "Recipe") -> str:
+    sizes = {span.windows * recipe.data.context for span in recipe.batches.spans if span.steps}
+    least, most = min(sizes), max(sizes)
+    return f"{most:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _kernels(runtime: "Runtime", recipe: "Recipe") -> None:

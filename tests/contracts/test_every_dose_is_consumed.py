@@ -31,6 +31,7 @@ class Given:
 
 
 PRECONDITIONS = {
+    "batch_ramp.stages": Given("a list, not a number", value=[0.5, 1.0]),
     "cautious_wd.ties": Given(
         "a tie is an update of exactly 0: rows of unseen tokens, if the embedding decays",
         base=DECAYED,
@@ -110,7 +111,7 @@ def test_a_precondition_is_needed(consumed, path):
 # ---- by torch and by kernels ----
 
 SERVED = {"model__width": 32, "model__attention__head_dim": 32, "optim__lr": 0.02}
-ON_THE_HOST = {"after_step", "schedule"}  # slots that no kernel computes
+ON_THE_HOST = {"after_step", "data.shape", "schedule"}  # slots that no kernel computes
 BY_KERNELS = [
     path for path in FIELDS if not set(REGISTRY[path.split(".")[0]].about.slots) <= ON_THE_HOST
 ]

@@ -49,6 +49,7 @@ INERT_BY_NATURE = {
 TELLING = {
     "data.vocab": [72],
     "data.digest": [None],
+    "data.shape.batch_ramp.stages": [0.75],
     "optim.clip": [0.05, None],
     "model.attention.mix.sliding_window.pattern": ["SLLL"],
 }
