@@ -28,7 +28,8 @@ from ablab.core.recipe.recipe import Recipe
     neutral_at_init=True,
     slots=("data.shape",),
     off="data.batch rows in every step, over the same tokens in the same order",
-    source="Smith et al., arXiv:1711.00489; modded-nanogpt record 46 (8, 16, 24 of 24 sequences in equal thirds)",
+    source="Smith et al., arXiv:1711.00489; modded-nanogpt record 46, train_gpt.py: "
+    "8, 16, 24 times 16,384 tokens over equal thirds of the steps",
 )
 class BatchRamp(Part):
     """Raise the rows of an optimizer step as training goes on."""

@@ -56,6 +56,9 @@ PRECONDITIONS = {
     "muon.warmup_steps": Given("a rise from 0.95 to 0.95 has no length", {"warmup_from": 0.5}),
     "sliding_window.pattern": Given("letters, not a number", value="SLLL"),
     "wsd.power": Given("the exponent of one shape", {"shape": "power"}),
+    "zero_init_projections.base": Given(
+        "a parametrization, not a number", value={"kind": "standard", "gain": 0.5}
+    ),
 }
 FIELDS = [f"{name}.{dose}" for name, cls in sorted(REGISTRY.items()) for dose in fields_of(cls)]
 
