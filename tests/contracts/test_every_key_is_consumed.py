@@ -111,6 +111,8 @@ RICH = {
         },
         [{"gating": {"per": "elementwise"}}, "ema"],
     ),
+    # Bases are renewed twice behind the first.
+    "soap": ({}, [{"soap": {"frequency": 3}}]),
     # Four tokens a step leave some ReLUs dead, and so some updates of hidden weights exactly 0: a tie.
     "few": (
         {"data.batch": 1, "data.context": 4, "budget.tokens": 32},
