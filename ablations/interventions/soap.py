@@ -14,16 +14,16 @@ Fused matrices (q, k, v; gate, up) are taken apart.  A step costs 3 r c (r + c) 
 2 r c + 2 r^2 + 2 c^2 numbers where Adam's is 2 r c.
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ablab.core.language.numbers import Memory, Positive, Whole
-from ablab.core.parts.transforms import Adam, Transform, join_blocks, split_blocks
+from ablab.core.parts.transforms import Adam, Now, Transform, join_blocks, split_blocks
 from ablab.core.recipe.edit import edit, swap
 from ablab.core.recipe.intervention import register
 from ablab.core.recipe.recipe import Recipe
 
-Tensors = dict[str, Any]  # of one piece, by the names in STATE
-STATE = ("mean", "square", "left", "right", "left_basis", "right_basis")
+State = dict[str, Any]  # name -> tensor
 
 
 @register(
@@ -54,115 +54,144 @@ class Soap(Transform):
     def apply(self, recipe: Recipe) -> Recipe:
         return edit(recipe, "optim.chains.hidden.steps", swap(Adam, self))
 
-    def state(self, weight: Any, bank: Any) -> Tensors:
-        return numbered([blank(piece) for piece in split_blocks(weight, bank.blocks)])
+    def state(self, weight: Any, bank: Any) -> State:
+        state: State = {}
+        for i, piece in enumerate(split_blocks(weight, bank.blocks)):
+            state |= blank(piece, i)
+        return state
 
     def update(
-        self, update: Any, weight: Any, state: Tensors, bank: Any, now: Any
-    ) -> tuple[Any, Tensors]:
-        gradients = split_blocks(update, bank.blocks)
-        taken = [
-            self._move(gradient, piece, now)
-            for gradient, piece in zip(gradients, pieces_of(state), strict=True)
-        ]
-        directions = [direction for direction, _ in taken]
-        changed = numbered([changes for _, changes in taken])
+        self, update: Any, weight: Any, state: State, bank: Any, now: Now
+    ) -> tuple[Any, State]:
+        directions = []
+        changed: State = {}
+        for i, gradient in enumerate(split_blocks(update, bank.blocks)):
+            direction, changes = self._move(gradient, Piece.of(state, i), now)
+            directions.append(direction)
+            changed |= {f"{name}{i}": value for name, value in changes.items()}
         return join_blocks(directions, update, bank.blocks), changed
 
-    def _move(self, gradient: Any, piece: Tensors, now: Any) -> tuple[Any, Tensors]:
-        """gradient [N,r,c] -> the direction, and what changes of its state."""
-        turned = turn(gradient, piece)
-        mean = piece["mean"].lerp(turned, 1 - self.beta1)
-        square = piece["square"].lerp(turned.square(), 1 - self.beta2)
-        count = (now.step - 1).clamp(min=1)  # of steps that moved
-        unbias = (1 - self.beta2**count).sqrt() / (1 - self.beta1**count)
-        direction = turn_back(mean / (square.sqrt() + self.eps), piece) * unbias
+    def _move(self, gradient: Any, piece: "Piece", now: Now) -> tuple[Any, State]:
+        """gradient [N,r,c] -> the direction, and what changes of the piece's state."""
+        turned = piece.turn(gradient)
+        mean = piece.mean.lerp(turned, 1 - self.beta1)
+        square = piece.square.lerp(turned.square(), 1 - self.beta2)
+        scaled = mean / (square.sqrt() + self.eps)
+        direction = piece.turn_back(scaled) * self._unbias(now)
+        rows_gram = gradient @ gradient.mT
+        columns_gram = gradient.mT @ gradient
+        fresh = 1 - self.shampoo_beta
         changes = {
             "mean": mean,
             "square": square,
-            "left": piece["left"].lerp(gradient @ gradient.mT, 1 - self.shampoo_beta),
-            "right": piece["right"].lerp(gradient.mT @ gradient, 1 - self.shampoo_beta),
+            "left": piece.left.preconditioner.lerp(rows_gram, fresh),
+            "right": piece.right.preconditioner.lerp(columns_gram, fresh),
         }
         return direction, changes
 
-    def refresh(self, state: Tensors, bank: Any, t: int) -> None:
-        follow = begin if t == 1 else renew
-        for piece in pieces_of(state):
-            follow(piece)
+    def _unbias(self, now: Now) -> Any:
+        """sqrt(1 - b2^t) / (1 - b1^t), t counted without the first step, which does not move."""
+        moves = (now.step - 1).clamp(min=1)
+        mean_share = 1 - self.beta1**moves
+        square_share = 1 - self.beta2**moves
+        return square_share.sqrt() / mean_share
+
+    def refresh(self, state: State, bank: Any, t: int) -> None:
+        for i in range(len(state) // len(PIECE)):
+            piece = Piece.of(state, i)
+            if t == 1:
+                piece.begin()
+            else:
+                piece.renew()
 
 
-def blank(piece: Any) -> Tensors:
-    """piece: matrices [N,r,c] -> their state before the first step."""
-    count, rows, columns = piece.shape
+# The tensors of a piece, by name and axes.
+PIECE = {
+    "mean": "rc",
+    "square": "rc",
+    "left": "rr",
+    "right": "cc",
+    "left_basis": "rr",
+    "right_basis": "cc",
+}
+
+
+def blank(matrices: Any, i: int) -> State:
+    """The state of piece i, matrices [N,r,c], before the first step."""
+    count, rows, columns = matrices.shape
+    length = {"r": rows, "c": columns}
     return {
-        "mean": piece.new_zeros(piece.shape),
-        "square": piece.new_zeros(piece.shape),
-        "left": piece.new_zeros(count, rows, rows),
-        "right": piece.new_zeros(count, columns, columns),
-        "left_basis": piece.new_zeros(count, rows, rows),
-        "right_basis": piece.new_zeros(count, columns, columns),
+        f"{name}{i}": matrices.new_zeros(count, length[one], length[other])
+        for name, (one, other) in PIECE.items()
     }
 
 
-def numbered(pieces: list[Tensors]) -> Tensors:
-    """The pieces' tensors in one dict: mean0, mean1, ..."""
-    return {
-        f"{name}{i}": value for i, piece in enumerate(pieces) for name, value in piece.items()
-    }
+@dataclass(frozen=True)
+class Side:
+    """One side of equal matrices: a symmetric preconditioner and a basis of columns, [N,d,d] each."""
+
+    preconditioner: Any
+    basis: Any
+
+    def eigenvectors(self) -> Any:
+        """In falling order; in fp64, for a first gradient has many eigenvalues near 0."""
+        from torch.linalg import eigh
+
+        _, rising = eigh(self.preconditioner.double())
+        return rising.flip(-1)
+
+    def falling(self) -> Any:
+        """The order [N,d] of the columns by their estimated eigenvalues, largest first."""
+        eigenvalues = (self.basis * (self.preconditioner @ self.basis)).sum(-2)
+        return eigenvalues.argsort(dim=-1, descending=True, stable=True)
+
+    def iterated(self, order: Any) -> Any:
+        """The basis after one power iteration of its columns in that order."""
+        from torch.linalg import qr
+
+        columns = self.basis.take_along_dim(order.unsqueeze(-2), -1)
+        orthogonal, _ = qr(self.preconditioner @ columns)
+        return orthogonal
 
 
-def pieces_of(state: Tensors) -> list[Tensors]:
-    """Undo `numbered`."""
-    count = len(state) // len(STATE)
-    return [{name: state[f"{name}{i}"] for name in STATE} for i in range(count)]
+@dataclass(frozen=True)
+class Piece:
+    """The state of equal matrices [N,r,c]: the moments in the bases, [N,r,c], and both sides."""
 
+    mean: Any
+    square: Any
+    left: Side
+    right: Side
 
-def turn(matrices: Any, piece: Tensors) -> Any:
-    """Into the bases."""
-    return piece["left_basis"].mT @ matrices @ piece["right_basis"]
+    @classmethod
+    def of(cls, state: State, i: int) -> "Piece":
+        return cls(
+            mean=state[f"mean{i}"],
+            square=state[f"square{i}"],
+            left=Side(state[f"left{i}"], state[f"left_basis{i}"]),
+            right=Side(state[f"right{i}"], state[f"right_basis{i}"]),
+        )
 
+    def turn(self, matrices: Any) -> Any:
+        """Into the bases."""
+        return self.left.basis.mT @ matrices @ self.right.basis
 
-def turn_back(matrices: Any, piece: Tensors) -> Any:
-    return piece["left_basis"] @ matrices @ piece["right_basis"].mT
+    def turn_back(self, matrices: Any) -> Any:
+        return self.left.basis @ matrices @ self.right.basis.mT
 
+    def begin(self) -> None:
+        """Eigenvectors of what the first gradient left."""
+        for side in (self.left, self.right):
+            side.basis.copy_(side.eigenvectors())
 
-def begin(piece: Tensors) -> None:
-    """The bases become the eigenvectors of the preconditioners, in falling order."""
-    piece["left_basis"].copy_(eigenvectors(piece["left"]))
-    piece["right_basis"].copy_(eigenvectors(piece["right"]))
-
-
-def eigenvectors(matrices: Any) -> Any:
-    """Symmetric [N,d,d] -> columns; in fp64, for a first gradient has many eigenvalues near 0."""
-    from torch.linalg import eigh
-
-    _, rising = eigh(matrices.double())
-    return rising.flip(-1)
-
-
-def renew(piece: Tensors) -> None:
-    """One power iteration of both bases, and both moments follow."""
-    mean = turn_back(piece["mean"], piece)
-    square = piece["square"]
-    left_order = falling(piece["left"], piece["left_basis"])
-    right_order = falling(piece["right"], piece["right_basis"])
-    square = square.take_along_dim(left_order.unsqueeze(-1), -2)
-    square = square.take_along_dim(right_order.unsqueeze(-2), -1)
-    piece["square"].copy_(square)
-    piece["left_basis"].copy_(iterated(piece["left"], piece["left_basis"], left_order))
-    piece["right_basis"].copy_(iterated(piece["right"], piece["right_basis"], right_order))
-    piece["mean"].copy_(turn(mean, piece))
-
-
-def falling(preconditioner: Any, basis: Any) -> Any:
-    """The order [N,d] of a basis' columns by their estimated eigenvalues, largest first."""
-    eigenvalues = (basis * (preconditioner @ basis)).sum(-2)
-    return eigenvalues.argsort(dim=-1, descending=True, stable=True)
-
-
-def iterated(preconditioner: Any, basis: Any, order: Any) -> Any:
-    from torch.linalg import qr
-
-    ordered = basis.take_along_dim(order.unsqueeze(-2), -1)
-    orthogonal, _ = qr(preconditioner @ ordered)
-    return orthogonal
+    def renew(self) -> None:
+        """Both bases follow their preconditioners, and both moments the bases."""
+        mean = self.turn_back(self.mean)
+        rows = self.left.falling()
+        columns = self.right.falling()
+        square = self.square.take_along_dim(rows.unsqueeze(-1), -2)
+        square = square.take_along_dim(columns.unsqueeze(-2), -1)
+        self.left.basis.copy_(self.left.iterated(rows))
+        self.right.basis.copy_(self.right.iterated(columns))
+        self.mean.copy_(self.turn(mean))
+        self.square.copy_(square)
