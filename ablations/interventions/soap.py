@@ -121,8 +121,8 @@ def blank(matrices: Any, i: int) -> State:
     count, rows, columns = matrices.shape
     length = {"r": rows, "c": columns}
     return {
-        f"{name}{i}": matrices.new_zeros(count, length[one], length[other])
-        for name, (one, other) in PIECE.items()
+        f"{name}{i}": matrices.new_zeros(count, *(length[axis] for axis in axes))
+        for name, axes in PIECE.items()
     }
 
 
