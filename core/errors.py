@@ -6,7 +6,7 @@ class UserError(Exception):
 
 
 class Pruned(Exception):
-    """Raised by a tracker to end a run early: the study has seen enough.  A result, and one that can be taken up again."""
+    """Raised by a log to end a run early: the study has seen enough.  A result, and one that can be taken up again."""
 
 
 class Diverged(Exception):

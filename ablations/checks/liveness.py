@@ -54,9 +54,8 @@ class Tracer:
         descend, measure = heads_of(self.model)
         self.measure = of_rows(self.model, measure)
         shape = (ROWS, recipe.data.context + 1)
-        self.rows = torch.randint(
-            recipe.data.vocab, shape, generator=generator(0, "liveness")
-        ).to(device)
+        drawn = generator(0, "liveness")
+        self.rows = torch.randint(recipe.data.vocab, shape, generator=drawn)  # on the host
         tokens = ROWS * recipe.data.context
         self.step = TrainingStep(of_rows(self.model, descend), optimizer, recipe, tokens)
         self.banks = optimizer.banks
@@ -85,8 +84,9 @@ class Tracer:
     @torch.no_grad()
     def read(self) -> None:
         """What the trunk leaves, and the nats of each token."""
-        self.digest.update(_bits(self.model.trunk(self.rows[:, :-1])))
-        self.digest.update(_bits(self.measure(self.rows)))
+        rows = self.rows.to(self.step.weights[0].device)
+        self.digest.update(_bits(self.model.trunk(rows[:, :-1])))
+        self.digest.update(_bits(self.measure(rows)))
 
     def note_reached(self) -> None:
         for bank in self.banks:
