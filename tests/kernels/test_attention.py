@@ -1,4 +1,4 @@
-"""The attention kernel against fp64: output, every gradient, every flag, ragged and strided shapes, and its life as a torch op.
+"""The attention kernel against fp64: output, every gradient, every flag, ragged and strided shapes, its life as an op.
 
 The tolerances are those of kernels/attention.py.  Without a GPU the kernels run in Triton's interpreter, in fp32 and
 fp16 only, for it multiplies bf16 wrongly.
@@ -13,20 +13,21 @@ from hypothesis import strategies as st
 
 from ablab.kernels import attention as kernel
 from ablab.kernels.attention import attention, flops, reference, serves
+from ablab.kernels.attention_forward import Tile, matrix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERYTHING = ("norm", "mix", "gate")
 SMALL = {
-    "prepare": (16, 4, 1),
-    "forward": (32, 16, 4, 1, 0),
-    "queries": (16, 32, 4, 1, 0),
-    "keys": (32, 16, 4, 1, 0),
+    "prepare": Tile(16, 0, 4, 1),
+    "forward": Tile(32, 16, 4, 1),
+    "queries": Tile(16, 32, 4, 1),
+    "keys": Tile(32, 16, 4, 1),
 }
 TALL = {
-    "prepare": (32, 4, 1),
-    "forward": (16, 32, 4, 1, 0),
-    "queries": (32, 16, 4, 1, 0),
-    "keys": (16, 32, 4, 1, 0),
+    "prepare": Tile(32, 0, 4, 1),
+    "forward": Tile(16, 32, 4, 1),
+    "queries": Tile(32, 16, 4, 1),
+    "keys": Tile(16, 32, 4, 1),
 }
 SUMS = {
     "q_gain",
@@ -37,7 +38,7 @@ SUMS = {
 
 
 def inputs(B, T, H, KV, D, parts=EVERYTHING, dtype=torch.float32, seed=0, device=DEVICE):
-    """Random arguments of `attention`, differentiable where it is; the first gate is 0; the tables are longer than T."""
+    """Random arguments of `attention`, differentiable where it is; the first gate is 0; tables are longer than T."""
     draw = torch.Generator(device).manual_seed(seed)
     normal = lambda *shape: torch.randn(shape, generator=draw, device=device)  # noqa: E731
     angle = normal(T + 3, D // 2)
@@ -171,6 +172,40 @@ def test_a_gate_of_zero_gets_its_gradient():
     assert want[0, 4:].abs().min() > 1e-3 and error(got[0, 4:], want[0, 4:]) < 2e-6
 
 
+def test_gates_that_are_negative_or_almost_shut_get_their_gradient():
+    made = inputs(1, 20, 2, 1, 32)
+    with torch.no_grad():
+        made["gate"][0, 3:7] = torch.tensor([-1.5, 1e-6])
+        made["gate"][0, 17:] = torch.tensor([-1e-6, 0.0])
+    got = run(attention, made, 2, 1, tiles=SMALL)
+    for name, want in exact(made, 2, 1).items():
+        assert error(got[name], want) < (2e-5 if name in SUMS else 2e-6), name
+
+
+@pytest.mark.parametrize("parts", [(), EVERYTHING], ids=["plain", "everything"])
+def test_tiles_copied_by_descriptors_give_the_bits_of_loaded_ones(parts):
+    made = inputs(2, 32, 4, 2, 32, parts)
+    copied = {kernel: tile._replace(described=True) for kernel, tile in SMALL.items()}
+    one = run(attention, made, 4, 2, tiles=SMALL)
+    other = run(attention, made, 4, 2, tiles=copied)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_only_whole_even_and_aligned_tiles_are_described():
+    tile = Tile(32, 16, 4, 1, described=True)
+    x = torch.zeros(2, 32, 3, 64, dtype=torch.float16)
+    seen = matrix(x[:, :, 1:], tile)
+    assert seen is not None
+    assert list(seen.shape) == [64, 128]
+    assert (list(seen.strides), seen.block_shape) == ([192, 1], [16, 64])
+    assert matrix(x, tile._replace(described=False)) is None
+    assert matrix(x[:, :24], tile) is None  # a tile would run into the next row of the batch
+    assert matrix(x.transpose(0, 1), tile) is None
+    assert matrix(x[..., 4:36], tile) is None
+    shifted = torch.zeros(2 * 32 * 64 + 4, dtype=torch.float16)[4:].view(2, 32, 1, 64)
+    assert matrix(shifted, tile) is None
+
+
 def test_strided_views_give_the_bits_of_contiguous_tensors():
     B, T, H, KV, D = 2, 19, 2, 1, 32
     made = inputs(B, T, H, KV, D)
@@ -233,7 +268,7 @@ def test_a_later_token_changes_no_earlier_output():
 def test_the_op_keeps_its_contract_with_torch(parts):
     made = inputs(1, 5, 2, 1, 32, parts)
     absent = dict.fromkeys(("q_gain", "k_gain", "first", "weights", "gate"))
-    flat = [number for tile in SMALL.values() for number in tile]
+    flat = [int(number) for tile in SMALL.values() for number in tile]
     named = absent | made | {"heads": 2, "kv_heads": 1, "eps": 1e-6, "tiles": flat}
     order = (
         "qkv",
@@ -340,7 +375,17 @@ def test_flops_are_those_of_mfu():
 )
 @pytest.mark.parametrize(
     "shape",
-    [(96, 384, 12, 12, 64), (24, 768, 18, 6, 64), (3, 1000, 4, 2, 128), (5, 77, 4, 4, 32)],
+    [
+        (96, 384, 12, 12, 64),
+        (24, 768, 18, 6, 64),
+        (8, 1152, 18, 6, 64),
+        (4, 2048, 12, 12, 64),
+        (16, 384, 6, 6, 128),
+        (2, 2048, 6, 6, 128),
+        (3, 1000, 4, 2, 128),
+        (3, 1000, 4, 2, 64),
+        (5, 77, 4, 4, 32),
+    ],
     ids=str,
 )
 def test_bf16_errs_at_most_a_tenth_more_than_the_torch_path(shape, parts):
