@@ -333,20 +333,17 @@ def _differentiate(ctx, dy, *_):
         ctx.tiles,
     )
     dqkv, q_gain_sums, k_gain_sums, dfirst, weight_sums, shares = grads
-    return Inputs(
-        qkv=dqkv,
-        heads=None,
-        kv_heads=None,
-        cos=None,
-        sin=None,
-        q_gain=None if q_gain is None else q_gain_sums.sum(0),
-        k_gain=None if k_gain is None else k_gain_sums.sum(0),
-        eps=None,
-        first=None if first is None else dfirst,
-        weights=None if weights is None else weight_sums.sum(0),
-        gate=None if gate is None else shares.mT.to(gate.dtype),
-        tiles=None,
-    )
+    wanted: dict[str, Tensor | None] = dict.fromkeys(Inputs._fields)
+    wanted["qkv"] = dqkv
+    if q_gain is not None:
+        wanted["q_gain"] = q_gain_sums.sum(0)
+        wanted["k_gain"] = k_gain_sums.sum(0)
+    if first is not None:
+        wanted["first"] = dfirst
+        wanted["weights"] = weight_sums.sum(0)
+    if gate is not None:
+        wanted["gate"] = shares.mT.to(gate.dtype)
+    return tuple(wanted.values())
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)

@@ -27,6 +27,7 @@ from ablab.kernels.attention_forward import (
     Tile,
     at,
     described,
+    head_of,
     inverse_rms,
     load_halves,
     load_met,
@@ -34,6 +35,7 @@ from ablab.kernels.attention_forward import (
     store_tile,
     strides,
     turned_tile,
+    vector_of,
 )
 
 SHUT = tl.constexpr(
@@ -64,8 +66,8 @@ def store_raw_gradient(
 
     This program's part of the gain's gradient goes to sums [programs, D].
     """
-    pair = tl.permute(tl.reshape(grad, (ROWS, 2, HALF)), (0, 2, 1))
-    a_turned, b_turned = tl.split(pair)
+    pair = tl.reshape(grad, (ROWS, 2, HALF))
+    a_turned, b_turned = tl.split(tl.permute(pair, (0, 2, 1)))
     c = load_tile(cos, start, HALF, T, ROWS, HALF, RAGGED)
     s = load_tile(sin, start, HALF, T, ROWS, HALF, RAGGED)
     da = a_turned * c + b_turned * s
@@ -81,7 +83,8 @@ def store_raw_gradient(
         tl.store(sums + HALF, tl.sum(db * b, 0))
         da = da * tl.load(gain + channel)[None, :]
         db = db * tl.load(gain + HALF + channel)[None, :]
-        mean = (tl.sum(da * a, 1) + tl.sum(db * b, 1)) / (2 * HALF)
+        products = tl.sum(da * a, 1) + tl.sum(db * b, 1)
+        mean = products / (2 * HALF)
         da = r[:, None] * (da - a * mean[:, None])
         db = r[:, None] * (db - b * mean[:, None])
     store_tile(dx, da, start, dx_t, T, ROWS, HALF)
@@ -110,7 +113,8 @@ def _added_share(
         keys = start + tl.arange(0, 16)
         key = load_tile(k, start, k_t, T, 16, D)
         value = load_tile(v, start, v_t, T, 16, D)
-        p = tl.exp2(tl.dot(query, tl.trans(key), input_precision=PRECISION) - bits[:, None])
+        score = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        p = tl.exp2(score - bits[:, None])
         p = tl.where(rows[:, None] >= keys[None, :], p, 0.0)
         dp = tl.dot(dy, tl.trans(value), input_precision=PRECISION)
         share += tl.sum(p * dp, 1)
@@ -147,8 +151,9 @@ def _sweep_keys(
     """Keys low..high-1 against one block of queries: dq without its scale."""
     rows = first_row + tl.arange(0, M)
     for start in tl.range(low, high, N):
-        key = load_met(k, row, column, start, k_t, T, N, D, DIAGONAL and RAGGED, DESCRIBED)
-        value = load_met(v, row, column, start, v_t, T, N, D, DIAGONAL and RAGGED, DESCRIBED)
+        cut: tl.constexpr = DIAGONAL and RAGGED
+        key = load_met(k, row, column, start, k_t, T, N, D, cut, DESCRIBED)
+        value = load_met(v, row, column, start, v_t, T, N, D, cut, DESCRIBED)
         # Both before either is used: the second product runs while the first becomes p.
         score = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         dp = tl.dot(dy, tl.trans(value), input_precision=PRECISION)
@@ -219,7 +224,7 @@ def _queries(
     b = tl.program_id(0) // blocks // H
     h = tl.program_id(0) // blocks % H
     rows = first_row + tl.arange(0, M)
-    q = at(q, b, 0, q_b, q_t) + h * D
+    q = head_of(q, b, h, q_b, D)
     query = turned_tile(
         q,
         q_gain,
@@ -235,22 +240,23 @@ def _queries(
         D // 2,
         RAGGED,
     )
-    store_tile(at(turned, b, h, H * T * D, T * D), query, first_row, D, T, M, D)
-    dy_tile = load_tile(at(dy, b, 0, dy_b, dy_t) + h * D, first_row, dy_t, T, M, D, RAGGED)
-    y = at(y, b, 0, T * H * D, H * D) + h * D
-    y_tile = load_tile(y, first_row, H * D, T, M, D, RAGGED)
-    delta = tl.sum(dy_tile.to(tl.float32) * y_tile.to(tl.float32), 1)
-    top = tl.load(at(bits, b, h, H * T, T) + rows, mask=rows < T, other=0.0)
+    store_tile(vector_of(turned, b, h, H, T * D), query, first_row, D, T, M, D)
+    dy = head_of(dy, b, h, dy_b, D)
+    y = head_of(y, b, h, T * H * D, D)
+    dy_tile = load_tile(dy, first_row, dy_t, T, M, D, RAGGED)
+    y_tile = load_tile(y, first_row, H * D, T, M, D, RAGGED).to(tl.float32)
+    delta = tl.sum(dy_tile.to(tl.float32) * y_tile, 1)
+    top = tl.load(vector_of(bits, b, h, H, T) + rows, mask=rows < T, other=0.0)
     column = h // GROUP * D
-    k = at(k, b, 0, k_b, k_t) + column
-    v = at(v, b, 0, v_b, v_t) + column
+    k = head_of(k, b, h // GROUP, k_b, D)
+    v = head_of(v, b, h // GROUP, v_b, D)
     strength = delta
     share = delta
     if GATED:
         gate = at(gate, b, first_row, gate_b, gate_t) + h * gate_h
         strength = tl.load(gate + tl.arange(0, M) * gate_t, mask=rows < T, other=1.0)
         strength = strength.to(tl.float32)
-        tl.store(at(strengths, b, h, H * T, T) + rows, strength, mask=rows < T)
+        tl.store(vector_of(strengths, b, h, H, T) + rows, strength, mask=rows < T)
         shut = tl.abs(strength) < SHUT
         share = delta / tl.where(shut, 1.0, strength)
         if tl.max(shut.to(tl.int32), 0) > 0:
@@ -258,7 +264,7 @@ def _queries(
                 query, dy_tile, top, k, v, first_row, k_t, v_t, T, M, D, PRECISION
             )
             share = tl.where(shut, added, share)
-    tl.store(at(shares, b, h, H * T, T) + rows, share, mask=rows < T)
+    tl.store(vector_of(shares, b, h, H, T) + rows, share, mask=rows < T)
     if not DESCRIBED:
         k_met = k
         v_met = v
@@ -319,7 +325,7 @@ def _queries(
     store_raw_gradient(
         grad * scale,
         q,
-        at(dq, b, 0, dq_b, dq_t) + h * D,
+        head_of(dq, b, h, dq_b, D),
         q_gain,
         sums,
         cos,
@@ -455,8 +461,8 @@ def _keys(
     first_key = program % blocks * N  # the longest columns first
     b = program // blocks // KV
     h = program // blocks % KV
-    key = load_tile(at(k, b, 0, k_b, k_t) + h * D, first_key, k_t, T, N, D, RAGGED)
-    value = load_tile(at(v, b, 0, v_b, v_t) + h * D, first_key, v_t, T, N, D, RAGGED)
+    key = load_tile(head_of(k, b, h, k_b, D), first_key, k_t, T, N, D, RAGGED)
+    value = load_tile(head_of(v, b, h, v_b, D), first_key, v_t, T, N, D, RAGGED)
     k_grad = tl.zeros([N, D], tl.float32)
     v_grad = tl.zeros([N, D], tl.float32)
     first_row = first_key // M * M
@@ -467,13 +473,13 @@ def _keys(
             queries = q
             out = dy
         else:
-            queries = at(q, b, head, H * T * D, T * D)
-            out = at(dy, b, 0, dy_b, dy_t) + head * D
-        top = at(bits, b, head, H * T, T)
-        share = at(shares, b, head, H * T, T)
+            queries = vector_of(q, b, head, H, T * D)
+            out = head_of(dy, b, head, dy_b, D)
+        top = vector_of(bits, b, head, H, T)
+        share = vector_of(shares, b, head, H, T)
         strength = share
         if GATED:
-            strength = at(strengths, b, head, H * T, T)
+            strength = vector_of(strengths, b, head, H, T)
         k_grad, v_grad = _sweep_queries(
             k_grad,
             v_grad,
@@ -529,21 +535,23 @@ def _keys(
             PRECISION,
         )
     if MIX:
-        v_raw = at(v_raw, b, 0, raw_b, raw_t) + h * D
+        v_raw = head_of(v_raw, b, h, raw_b, D)
         first = at(first, b, 0, first_b, first_t) + h * first_h
-        dfirst = at(dfirst, b, 0, T * KV * D, KV * D) + h * D
-        own = load_tile(v_raw, first_key, raw_t, T, N, D, RAGGED).to(tl.float32)
-        old = load_tile(first, first_key, first_t, T, N, D, RAGGED).to(tl.float32)
-        tl.store(weight_sums + program * 2, tl.sum(tl.sum(v_grad * own, 1), 0))
-        tl.store(weight_sums + program * 2 + 1, tl.sum(tl.sum(v_grad * old, 1), 0))
+        dfirst = head_of(dfirst, b, h, T * KV * D, D)
+        own = load_tile(v_raw, first_key, raw_t, T, N, D, RAGGED)
+        old = load_tile(first, first_key, first_t, T, N, D, RAGGED)
+        own_sums = tl.sum(v_grad * own.to(tl.float32), 1)
+        old_sums = tl.sum(v_grad * old.to(tl.float32), 1)
+        tl.store(weight_sums + program * 2, tl.sum(own_sums, 0))
+        tl.store(weight_sums + program * 2 + 1, tl.sum(old_sums, 0))
         old_grad = v_grad * tl.load(weights + 1)
         store_tile(dfirst, old_grad, first_key, KV * D, T, N, D)
         v_grad = v_grad * tl.load(weights)
-    store_tile(at(dv, b, 0, dk_b, dk_t) + h * D, v_grad, first_key, dk_t, T, N, D)
+    store_tile(head_of(dv, b, h, dk_b, D), v_grad, first_key, dk_t, T, N, D)
     store_raw_gradient(
         k_grad * scale,
-        at(k_raw, b, 0, raw_b, raw_t) + h * D,
-        at(dk, b, 0, dk_b, dk_t) + h * D,
+        head_of(k_raw, b, h, raw_b, D),
+        head_of(dk, b, h, dk_b, D),
         k_gain,
         gain_sums,
         cos,

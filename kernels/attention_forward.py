@@ -63,7 +63,7 @@ class Inputs(NamedTuple):
     def tile(self, kernel: str) -> Tile:
         fields = len(Tile._fields)
         place = KERNELS.index(kernel) * fields
-        return Tile(*self.tiles[place : place + fields])
+        return Tile._make(self.tiles[place : place + fields])
 
     def split(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views of rows packed as qkv is: q [B,T,H,D], k and v [B,T,KV,D]."""
@@ -72,11 +72,14 @@ class Inputs(NamedTuple):
     def ready_shape(self) -> tuple[int, ...]:
         """Of turned keys and, when mixing, mixed values: [B,T,KV or 2 KV,D]."""
         b, t, _ = self.qkv.shape
-        return b, t, self.kv_heads * (1 + (self.first is not None)), self.head_dim
+        heads = self.kv_heads if self.first is None else 2 * self.kv_heads
+        return b, t, heads, self.head_dim
 
     def met(self, ready: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values as they are multiplied, [B,T,KV,D] each."""
-        values = self.split(self.qkv)[2] if self.first is None else ready[:, :, self.kv_heads :]
+        _, _, values = self.split(self.qkv)
+        if self.first is not None:
+            values = ready[:, :, self.kv_heads :]
         return ready[:, :, : self.kv_heads], values
 
     def constants(self) -> dict[str, int | bool | str]:
@@ -97,6 +100,18 @@ def at(base, b, token, stride_b, stride_t):
 
 
 @triton.jit
+def head_of(base, b, h, stride_b, D: tl.constexpr):
+    """The first token of head h of row b: heads lie D apart in a token."""
+    return base + tl.cast(b, tl.int64) * stride_b + h * D
+
+
+@triton.jit
+def vector_of(base, b, h, H, T):
+    """The numbers of head h of row b in [B,H,T]."""
+    return base + (tl.cast(b, tl.int64) * H + h) * T
+
+
+@triton.jit
 def load_tile(
     base, start, stride_t, T, ROWS: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr = True
 ):
@@ -112,7 +127,8 @@ def load_tile(
         + tl.arange(0, D)[None, :]
     )
     if RAGGED:
-        tile = tl.load(address, mask=(start + rows < T)[:, None], other=0.0)
+        seen = start + rows < T
+        tile = tl.load(address, mask=seen[:, None], other=0.0)
     else:
         tile = tl.load(address)
     return tile
@@ -152,8 +168,9 @@ def load_halves(
 @triton.jit
 def inverse_rms(a, b, start, T, eps, ROWS: tl.constexpr, HALF: tl.constexpr):
     """1 / rms of each row, [ROWS]; 0 from token T on, where eps = 0 would give inf * 0."""
-    square = (tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF)
-    return tl.where(start + tl.arange(0, ROWS) < T, tl.rsqrt(square + eps), 0.0)
+    squares = tl.sum(a * a, 1) + tl.sum(b * b, 1)
+    r = tl.rsqrt(squares / (2 * HALF) + eps)
+    return tl.where(start + tl.arange(0, ROWS) < T, r, 0.0)
 
 
 @triton.jit
@@ -177,15 +194,18 @@ def turned_tile(
     if NORM:
         channel = tl.arange(0, HALF)
         r = inverse_rms(a, b, start, T, eps, ROWS, HALF)
-        a = a * r[:, None] * tl.load(gain + channel)[None, :]
-        b = b * r[:, None] * tl.load(gain + HALF + channel)[None, :]
+        a_gain = tl.load(gain + channel)
+        b_gain = tl.load(gain + HALF + channel)
+        a = a * r[:, None] * a_gain[None, :]
+        b = b * r[:, None] * b_gain[None, :]
     c = load_tile(cos, start, HALF, T, ROWS, HALF, RAGGED)
     s = load_tile(sin, start, HALF, T, ROWS, HALF, RAGGED)
     # Rounded before they are joined: half as many bytes change threads.
     low = ((a * c - b * s) * scale).to(base.dtype.element_ty)
     high = ((b * c + a * s) * scale).to(base.dtype.element_ty)
     pair = tl.join(low, high)  # [ROWS, D/2, 2]
-    return tl.reshape(tl.permute(pair, (0, 2, 1)), (ROWS, 2 * HALF))
+    pair = tl.permute(pair, (0, 2, 1))
+    return tl.reshape(pair, (ROWS, 2 * HALF))
 
 
 @triton.jit
@@ -198,7 +218,8 @@ def store_tile(base, tile, start, stride_t, T, ROWS: tl.constexpr, D: tl.constex
         + rows[:, None] * stride_t
         + tl.arange(0, D)[None, :]
     )
-    tl.store(address, tile.to(base.dtype.element_ty), mask=(start + rows < T)[:, None])
+    seen = start + rows < T
+    tl.store(address, tile.to(base.dtype.element_ty), mask=seen[:, None])
 
 
 @triton.jit
@@ -233,7 +254,7 @@ def _prepare(
     b = tl.program_id(0) // blocks // KV
     h = tl.program_id(0) // blocks % KV
     tile = turned_tile(
-        at(k, b, 0, in_b, in_t) + h * D,
+        head_of(k, b, h, in_b, D),
         k_gain,
         cos,
         sin,
@@ -246,14 +267,15 @@ def _prepare(
         ROWS,
         D // 2,
     )
-    store_tile(at(k_out, b, 0, out_b, out_t) + h * D, tile, start, out_t, T, ROWS, D)
+    k_out = head_of(k_out, b, h, out_b, D)
+    store_tile(k_out, tile, start, out_t, T, ROWS, D)
     if MIX:
         first = at(first, b, 0, first_b, first_t) + h * first_h
-        own = load_tile(at(v, b, 0, in_b, in_t) + h * D, start, in_t, T, ROWS, D)
+        own = load_tile(head_of(v, b, h, in_b, D), start, in_t, T, ROWS, D)
         old = load_tile(first, start, first_t, T, ROWS, D)
         own_part = tl.load(weights) * own.to(tl.float32)
         old_part = tl.load(weights + 1) * old.to(tl.float32)
-        v_out = at(v_out, b, 0, out_b, out_t) + h * D
+        v_out = head_of(v_out, b, h, out_b, D)
         store_tile(v_out, own_part + old_part, start, out_t, T, ROWS, D)
 
 
@@ -287,7 +309,8 @@ def _sweep(
         score = tl.dot(q, tl.trans(key), input_precision=PRECISION)
         if DIAGONAL:  # also hides keys from T on: they come after every query
             keys = start + tl.arange(0, N)
-            score = tl.where(rows[:, None] >= keys[None, :], score, float("-inf"))
+            seen = rows[:, None] >= keys[None, :]
+            score = tl.where(seen, score, float("-inf"))
         # Finite: every row sees key 0, which is in the first tile.
         higher = tl.maximum(top, tl.max(score, 1))
         p = tl.exp2(score - higher[:, None])
@@ -342,7 +365,7 @@ def _forward(
     b = tl.program_id(0) // blocks // H
     h = tl.program_id(0) // blocks % H
     query = turned_tile(
-        at(q, b, 0, q_b, q_t) + h * D,
+        head_of(q, b, h, q_b, D),
         q_gain,
         cos,
         sin,
@@ -357,8 +380,8 @@ def _forward(
     )
     column = h // GROUP * D
     if not DESCRIBED:
-        k = at(k, b, 0, k_b, k_t) + column
-        v = at(v, b, 0, v_b, v_t) + column
+        k = head_of(k, b, h // GROUP, k_b, D)
+        v = head_of(v, b, h // GROUP, v_b, D)
     out = tl.zeros([M, D], tl.float32)
     total = tl.zeros([M], tl.float32)
     top = tl.full([M], float("-inf"), tl.float32)
@@ -414,8 +437,9 @@ def _forward(
         gate = at(gate, b, first_row, gate_b, gate_t) + h * gate_h
         strength = tl.load(gate + tl.arange(0, M) * gate_t, mask=rows < T, other=0.0)
         out = out * strength.to(tl.float32)[:, None]
-    store_tile(at(y, b, 0, T * H * D, H * D) + h * D, out, first_row, H * D, T, M, D)
-    tl.store(at(bits, b, h, H * T, T) + rows, top + tl.log2(total), mask=rows < T)
+    store_tile(head_of(y, b, h, T * H * D, D), out, first_row, H * D, T, M, D)
+    top += tl.log2(total)
+    tl.store(vector_of(bits, b, h, H, T) + rows, top, mask=rows < T)
 
 
 def split(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
