@@ -3,8 +3,8 @@
 `_prepare` writes the keys once, normed and turned (and the values mixed), so that `_forward` is left with the loop of
 FlashAttention-2 (Dao, arXiv:2307.08691): its loads of K and V go straight to shared memory while products run, with no
 arithmetic in between.  The backward pass needs the same, so they are kept.  Queries are needed once, so they are normed
-and turned in `_forward` and never stored.  One program for a whole head, keys made inside it, took 0.29 ms where the
-two kernels take 0.23 (96 rows of 384 tokens, 12 heads of 64, H100).
+and turned in `_forward` and never stored.  One program for a whole head, its keys made inside, took 0.24 ms (kept in
+shared memory) or 0.29 (read back) where the two kernels take 0.23 (96 rows of 384 tokens, 12 heads of 64, H100).
 
 Offsets: a tensor's base moves by int64 (row of the batch, then token); inside a tile they are int32.  Heads lie D
 apart.
