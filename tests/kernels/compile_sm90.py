@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ablab.kernels import (
     attention,
@@ -72,6 +73,8 @@ def is_aligned(value):
 def type_of(value):
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype].removeprefix('*')}{value.block_shape}>"
     return "fp32" if isinstance(value, float) else "i32"
 
 
@@ -101,26 +104,28 @@ def main(*asked):
     """asked: B T H KV D and replacements of TILES, as text; what is left out is the 70M model's."""
     numbers = [*map(int, asked[:5]), *SHAPE[len(asked) :]]
     B, T, H, KV, D = numbers
-    tiles = ast.literal_eval(asked[5]) if len(asked) > 5 else {}
+    replaced = ast.literal_eval(asked[5]) if len(asked) > 5 else {}
+    tiles = {kernel: attention_forward.Tile(*numbers) for kernel, numbers in replaced.items()}
     packed = empty(B, T, (H + 2 * KV) * D)
     table = empty(T, D // 2, dtype=torch.float32)
     gain = empty(D, dtype=torch.float32)
     first = attention_forward.split(packed, H, KV)[2]
-    parts = (
-        H,
-        KV,
-        table,
-        table,
-        gain,
-        gain,
-        1e-6,
-        first,
-        gain[:2],
-        empty(B, T, H),
-        attention.flat_tiles(D, packed.dtype, tiles),
+    given = attention_forward.Inputs(
+        qkv=packed,
+        heads=H,
+        kv_heads=KV,
+        cos=table,
+        sin=table,
+        q_gain=gain,
+        k_gain=gain,
+        eps=1e-6,
+        first=first,
+        weights=gain[:2],
+        gate=empty(B, T, H),
+        tiles=attention.flat_tiles(D, packed.dtype, T, tiles),
     )
-    kept = attention_forward.forward(packed, *parts)
-    attention_backward.backward(kept[0], packed, *kept, *parts)
+    kept = attention_forward.forward(given)
+    attention_backward.backward(kept[0], *kept, given)
     gram = newton_schulz.symmetric(empty(16, 768, 2048))
     newton_schulz.symmetric(gram, 1.5, 0.5, gram, 2.0)
     optimizer(*(torch.empty(2, 768, 2048) for _ in range(4)))

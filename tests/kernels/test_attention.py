@@ -1,4 +1,4 @@
-"""The attention kernel against fp64: output, every gradient, every flag, ragged and strided shapes, and its life as a torch op.
+"""The attention kernel against fp64: output, every gradient, every flag, ragged and strided shapes, its life as an op.
 
 The tolerances are those of kernels/attention.py.  Without a GPU the kernels run in Triton's interpreter, in fp32 and
 fp16 only, for it multiplies bf16 wrongly.
@@ -13,33 +13,33 @@ from hypothesis import strategies as st
 
 from ablab.kernels import attention as kernel
 from ablab.kernels.attention import attention, flops, reference, serves
+from ablab.kernels.attention_forward import Tile, matrix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERYTHING = ("norm", "mix", "gate")
 SMALL = {
-    "prepare": (16, 4, 1),
-    "forward": (32, 16, 4, 1, 0),
-    "queries": (16, 32, 4, 1, 0),
-    "keys": (32, 16, 4, 1, 0),
+    "prepare": Tile(16, 0, 4, 1),
+    "forward": Tile(32, 16, 4, 1),
+    "queries": Tile(16, 32, 4, 1),
+    "keys": Tile(32, 16, 4, 1),
 }
 TALL = {
-    "prepare": (32, 4, 1),
-    "forward": (16, 32, 4, 1, 0),
-    "queries": (32, 16, 4, 1, 0),
-    "keys": (16, 32, 4, 1, 0),
+    "prepare": Tile(32, 0, 4, 1),
+    "forward": Tile(16, 32, 4, 1),
+    "queries": Tile(32, 16, 4, 1),
+    "keys": Tile(16, 32, 4, 1),
 }
-SUMS = {
-    "q_gain",
-    "k_gain",
-    "weights",
-    "gate",
-}  # sums of terms of both signs: relative to the sum the error is larger
+# Sums of terms of both signs: relative to the sum the error is larger.
+SUMS = {"q_gain", "k_gain", "weights", "gate"}
 
 
 def inputs(B, T, H, KV, D, parts=EVERYTHING, dtype=torch.float32, seed=0, device=DEVICE):
-    """Random arguments of `attention`, differentiable where it is; the first gate is 0; the tables are longer than T."""
+    """Random arguments of `attention`, differentiable where it is; the first gate is 0; tables are longer than T."""
     draw = torch.Generator(device).manual_seed(seed)
-    normal = lambda *shape: torch.randn(shape, generator=draw, device=device)  # noqa: E731
+
+    def normal(*shape):
+        return torch.randn(shape, generator=draw, device=device)
+
     angle = normal(T + 3, D // 2)
     made = {
         "qkv": normal(B, T, (H + 2 * KV) * D).to(dtype),
@@ -47,12 +47,15 @@ def inputs(B, T, H, KV, D, parts=EVERYTHING, dtype=torch.float32, seed=0, device
         "sin": angle.sin(),
     }
     if "norm" in parts:
-        made |= {"q_gain": 1 + 0.3 * normal(D), "k_gain": 1 + 0.3 * normal(D)}
+        made["q_gain"] = 1 + 0.3 * normal(D)
+        made["k_gain"] = 1 + 0.3 * normal(D)
     if "mix" in parts:
-        made |= {"first": normal(B, T, KV, D).to(dtype), "weights": normal(2)}
+        made["first"] = normal(B, T, KV, D).to(dtype)
+        made["weights"] = normal(2)
     if "gate" in parts:
-        made["gate"] = (2 * normal(B, T, H).sigmoid()).to(dtype)
-        made["gate"][0, 0, 0] = 0
+        gate = 2 * normal(B, T, H).sigmoid()
+        gate[0, 0, 0] = 0
+        made["gate"] = gate.to(dtype)
     for name in made.keys() - {"cos", "sin"}:
         made[name].requires_grad_()
     return made
@@ -62,56 +65,71 @@ def run(function, made, H, KV, **more):
     """Output and gradients by name, for a random dy rounded to the dtype of qkv (of `low` for the formula in fp64)."""
     low = more.pop("low", made["qkv"].dtype)
     y = function(heads=H, kv_heads=KV, **made, **more)
-    dy = torch.randn(
-        y.shape, generator=torch.Generator(y.device).manual_seed(1), device=y.device
-    ).to(low)
-    wanted = {name: x for name, x in made.items() if x.requires_grad}
-    return {"y": y.detach()} | dict(
-        zip(wanted, torch.autograd.grad(y, tuple(wanted.values()), dy.to(y.dtype)), strict=True)
-    )
+    draw = torch.Generator(y.device).manual_seed(1)
+    dy = torch.randn(y.shape, generator=draw, device=y.device).to(low)
+    wanted = [name for name, x in made.items() if x.requires_grad]
+    learned = [made[name] for name in wanted]
+    grads = torch.autograd.grad(y, learned, dy.to(y.dtype))
+    return {"y": y.detach()} | dict(zip(wanted, grads, strict=True))
 
 
 def exact(made, H, KV):
-    wide = {
-        name: x.detach().double().requires_grad_(x.requires_grad) for name, x in made.items()
-    }
+    wide = {name: x.detach().double() for name, x in made.items()}
+    for name, x in made.items():
+        wide[name].requires_grad_(x.requires_grad)
     return run(reference, wide, H, KV, low=made["qkv"].dtype)
+
+
+def equal(one, other):
+    """Whether all outcomes of two runs have the same bits."""
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def assert_exact(made, H, KV, **more):
+    got = run(attention, made, H, KV, **more)
+    for name, want in exact(made, H, KV).items():
+        limit = 2e-5 if name in SUMS else 2e-6
+        assert error(got[name], want) < limit, name
 
 
 def error(got, want):
     """Relative Frobenius error; absolute below a norm of 1: a lone token's gain has a gradient of exactly 0."""
-    return ((got.double() - want).norm() / want.norm().clamp_min(1)).item()
+    size = want.norm().clamp_min(1)
+    return ((got.double() - want).norm() / size).item()
 
 
 # ---- the formula ----
 
 
 def test_the_reference_is_the_formula_written_token_by_token():
-    B, T, H, KV, D = 1, 5, 4, 2, 32
-    made = {
-        name: x.detach().double() for name, x in inputs(B, T, H, KV, D, device="cpu").items()
-    }
+    B, T, H, KV, D = (1, 5, 4, 2, 32)
+    drawn = inputs(B, T, H, KV, D, device="cpu")
+    made = {name: x.detach().double() for name, x in drawn.items()}
     rows = made["qkv"][0].view(T, H + 2 * KV, D)
     turn = torch.complex(made["cos"], made["sin"])
+    own, first = made["weights"]
 
     def placed(x, t, gain):
-        x = x / ((x * x).sum() / D + 1e-6).sqrt() * gain
-        return torch.complex(x[: D // 2], x[D // 2 :]) * turn[t]
+        mean_square = (x * x).sum() / D
+        x = x / (mean_square + 1e-6).sqrt() * gain
+        low, high = x.chunk(2)
+        return torch.complex(low, high) * turn[t]
+
+    def score(q, s, kv):
+        k = placed(rows[s, H + kv], s, made["k_gain"])
+        return (q.conj() * k).sum().real / D**0.5
 
     for t in range(T):
         for h in range(H):
+            kv = h // 2
             q = placed(rows[t, h], t, made["q_gain"])
-            scores = [
-                (q.conj() * placed(rows[s, H + h // 2], s, made["k_gain"])).sum().real / D**0.5
-                for s in range(t + 1)
-            ]
-            odds = torch.stack(scores).exp() / torch.stack(scores).exp().sum()
-            own, first = made["weights"]
-            values = (
-                own * rows[: t + 1, H + KV + h // 2] + first * made["first"][0, : t + 1, h // 2]
-            )
-            want = made["gate"][0, t, h] * (odds[:, None] * values).sum(0)
-            got = reference(heads=H, kv_heads=KV, **made)[0, t, h * D : (h + 1) * D]
+            weight = torch.stack([score(q, s, kv) for s in range(t + 1)]).exp()
+            odds = weight / weight.sum()
+            seen = rows[: t + 1, H + KV + kv]
+            values = own * seen + first * made["first"][0, : t + 1, kv]
+            want = made["gate"][0, t, h] * (odds @ values)
+            y = reference(heads=H, kv_heads=KV, **made)
+            got = y.unflatten(-1, (H, D))[0, t, h]
             assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -130,89 +148,123 @@ def test_the_reference_is_the_formula_written_token_by_token():
 )
 def test_output_and_every_gradient_equal_fp64(B, T, shape, D, parts, tiles, seed):
     made = inputs(B, T, *shape, D, parts, seed=seed)
-    got = run(attention, made, *shape, tiles=tiles)
-    for name, want in exact(made, *shape).items():
-        assert error(got[name], want) < (2e-5 if name in SUMS else 2e-6), name
+    assert_exact(made, *shape, tiles=tiles)
 
 
-@pytest.mark.parametrize(
-    ("T", "D", "tiles"), [(1, 64, None), (16, 128, None), (33, 32, SMALL), (50, 32, TALL)]
-)
+LENGTHS = [
+    (1, 64, None),
+    (16, 128, None),
+    (33, 32, SMALL),
+    (50, 32, TALL),
+]
+
+
+@pytest.mark.parametrize(("T", "D", "tiles"), LENGTHS)
 def test_one_token_a_full_block_and_one_token_more_equal_fp64(T, D, tiles):
-    made = inputs(1, T, 2, 1, D)
-    got = run(attention, made, 2, 1, tiles=tiles)
-    for name, want in exact(made, 2, 1).items():
-        assert error(got[name], want) < (2e-5 if name in SUMS else 2e-6), name
+    assert_exact(inputs(1, T, 2, 1, D), 2, 1, tiles=tiles)
 
 
 def test_16_bit_tiles_are_right_where_the_block_is_larger_than_the_text():
     """The tiles of TILES, in fp16: their shapes, not their speed."""
     made = inputs(1, 70, 1, 1, 64, dtype=torch.float16)
-    got, want = run(attention, made, 1, 1), exact(made, 1, 1)
+    got = run(attention, made, 1, 1)
+    want = exact(made, 1, 1)
     assert all(error(got[name], want[name]) < 2e-3 for name in want)
 
 
 def test_fp16_errs_at_most_a_tenth_more_than_the_torch_path():
     made = inputs(1, 37, 4, 2, 32, dtype=torch.float16)
-    want = exact(made, 4, 2)
-    got, plain = run(attention, made, 4, 2, tiles=SMALL), run(reference, made, 4, 2)
-    assert {
-        name: (error(got[name], x), error(plain[name], x))
-        for name, x in want.items()
-        if error(got[name], x) > 1.1 * error(plain[name], x)
-    } == {}
+    got = run(attention, made, 4, 2, tiles=SMALL)
+    plain = run(reference, made, 4, 2)
+    for name, want in exact(made, 4, 2).items():
+        assert error(got[name], want) <= 1.1 * error(plain[name], want), name
 
 
 def test_a_gate_of_zero_gets_its_gradient():
     made = inputs(1, 9, 2, 1, 32)
     with torch.no_grad():
         made["gate"][0, 4:] = 0
-    got, want = run(attention, made, 2, 1)["gate"], exact(made, 2, 1)["gate"]
-    assert want[0, 4:].abs().min() > 1e-3 and error(got[0, 4:], want[0, 4:]) < 2e-6
+    got = run(attention, made, 2, 1)["gate"][0, 4:]
+    want = exact(made, 2, 1)["gate"][0, 4:]
+    assert want.abs().min() > 1e-3
+    assert error(got, want) < 2e-6
+
+
+def test_gates_that_are_negative_or_almost_shut_get_their_gradient():
+    made = inputs(1, 20, 2, 1, 32)
+    with torch.no_grad():
+        made["gate"][0, 3:7] = torch.tensor([-1.5, 1e-6])
+        made["gate"][0, 17:] = torch.tensor([-1e-6, 0.0])
+    assert_exact(made, 2, 1, tiles=SMALL)
+
+
+@pytest.mark.parametrize("parts", [(), EVERYTHING], ids=["plain", "everything"])
+def test_tiles_copied_by_descriptors_give_the_bits_of_loaded_ones(parts):
+    made = inputs(2, 32, 4, 2, 32, parts)
+    copied = {kernel: tile._replace(described=True) for kernel, tile in SMALL.items()}
+    one = run(attention, made, 4, 2, tiles=SMALL)
+    other = run(attention, made, 4, 2, tiles=copied)
+    assert equal(one, other)
+
+
+def test_only_whole_even_and_aligned_tiles_are_described():
+    tile = Tile(32, 16, 4, 1, described=True)
+    x = torch.zeros(2, 32, 3, 64, dtype=torch.float16)
+    seen = matrix(x[:, :, 1:], tile)
+    assert seen is not None
+    assert list(seen.shape) == [64, 128]
+    assert list(seen.strides) == [192, 1]
+    assert seen.block_shape == [16, 64]
+    assert matrix(x, tile._replace(described=False)) is None
+    assert matrix(x[:, :24], tile) is None  # a tile would run into the next row of the batch
+    assert matrix(x.transpose(0, 1), tile) is None
+    assert matrix(x[..., 4:36], tile) is None
+    numbers = torch.zeros(4100, dtype=torch.float16)
+    shifted = numbers[4:].view(2, 32, 1, 64)
+    assert matrix(shifted, tile) is None
 
 
 def test_strided_views_give_the_bits_of_contiguous_tensors():
-    B, T, H, KV, D = 2, 19, 2, 1, 32
+    B, T, H, KV, D = (2, 19, 2, 1, 32)
     made = inputs(B, T, H, KV, D)
-    wide = torch.full((T, B, (H + 2 * KV) * D + 32), float("nan"), device=DEVICE)
-    packed = torch.full((B, T, H + 2 * KV, D), float("nan"), device=DEVICE)
-    gates = torch.full((H, B, T), float("nan"), device=DEVICE)
-    views = {
-        "qkv": wide.transpose(0, 1)[..., : (H + 2 * KV) * D],
-        "first": packed[:, :, H + KV :],
-        "gate": gates.permute(1, 2, 0),
+    width = (H + 2 * KV) * D
+
+    def unset(*shape):
+        return torch.full(shape, float("nan"), device=DEVICE)
+
+    strided = {
+        "qkv": unset(T, B, width + 32).transpose(0, 1)[..., :width],
+        "first": unset(B, T, H + 2 * KV, D)[:, :, H + KV :],
+        "gate": unset(H, B, T).permute(1, 2, 0),
     }
-    for name, view in views.items():
+    for name, view in strided.items():
         view.copy_(made[name].detach())
-    views = made | {name: view.detach().requires_grad_() for name, view in views.items()}
-    one, other = (
-        run(attention, made, H, KV, tiles=SMALL),
-        run(attention, views, H, KV, tiles=SMALL),
-    )
-    assert all(torch.equal(one[name], other[name]) for name in one)
+        view.requires_grad_()
+    one = run(attention, made, H, KV, tiles=SMALL)
+    other = run(attention, made | strided, H, KV, tiles=SMALL)
+    assert equal(one, other)
 
 
 def test_an_incoming_gradient_of_any_strides_is_read():
     made = inputs(2, 9, 2, 1, 32, ())
     y = attention(heads=2, kv_heads=1, **made)
-    dy = torch.randn(64, 9, 2, device=DEVICE).permute(2, 1, 0)
-    for strided in (dy, torch.ones((), device=DEVICE).expand(y.shape)):
-        assert torch.equal(
-            *(
-                torch.autograd.grad(y, made["qkv"], each, retain_graph=True)[0]
-                for each in (strided, strided.contiguous())
-            )
-        )
+
+    def gradient(dy):
+        return torch.autograd.grad(y, made["qkv"], dy, retain_graph=True)[0]
+
+    permuted = torch.randn(64, 9, 2, device=DEVICE).permute(2, 1, 0)
+    alike = torch.ones((), device=DEVICE).expand(y.shape)
+    for strided in (permuted, alike):
+        assert torch.equal(gradient(strided), gradient(strided.contiguous()))
 
 
 def test_runs_repeat_bitwise_and_do_not_read_what_they_did_not_write(monkeypatch):
     made = inputs(1, 37, 4, 2, 32)
     one = run(attention, made, 4, 2, tiles=SMALL)
-    monkeypatch.setattr(
-        torch.utils.deterministic, "fill_uninitialized_memory", False
-    )  # other rubbish than NaN
+    # Other rubbish than NaN:
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     other = run(attention, made, 4, 2, tiles=SMALL)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert equal(one, other)
 
 
 def test_a_later_token_changes_no_earlier_output():
@@ -221,9 +273,8 @@ def test_a_later_token_changes_no_earlier_output():
     with torch.no_grad():
         made["qkv"][0, 13:] += 1
     changed = attention(heads=1, kv_heads=1, **made, tiles=SMALL)
-    assert torch.equal(y[:, :13], changed[:, :13]) and not torch.equal(
-        y[:, 13:], changed[:, 13:]
-    )
+    assert torch.equal(y[:, :13], changed[:, :13])
+    assert not torch.equal(y[:, 13:], changed[:, 13:])
 
 
 # ---- the op ----
@@ -233,7 +284,7 @@ def test_a_later_token_changes_no_earlier_output():
 def test_the_op_keeps_its_contract_with_torch(parts):
     made = inputs(1, 5, 2, 1, 32, parts)
     absent = dict.fromkeys(("q_gain", "k_gain", "first", "weights", "gate"))
-    flat = [number for tile in SMALL.values() for number in tile]
+    flat = [int(number) for tile in SMALL.values() for number in tile]
     named = absent | made | {"heads": 2, "kv_heads": 1, "eps": 1e-6, "tiles": flat}
     order = (
         "qkv",
@@ -255,35 +306,38 @@ def test_the_op_keeps_its_contract_with_torch(parts):
 def test_compile_keeps_it_one_op_forward_and_one_backward():
     from torch._dynamo.testing import AotEagerAndRecordGraphs
 
-    made, backend = inputs(1, 9, 2, 1, 32), AotEagerAndRecordGraphs()
+    made = inputs(1, 9, 2, 1, 32)
+    backend = AotEagerAndRecordGraphs()
     compiled = torch.compile(attention, fullgraph=True, backend=backend)
-    one, other = run(attention, made, 2, 1), run(compiled, made, 2, 1)
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    called = [
-        [str(node.target) for node in graph.graph.nodes if "ablab" in str(node.target)]
-        for graph in backend.fw_graphs + backend.bw_graphs
+    assert equal(run(attention, made, 2, 1), run(compiled, made, 2, 1))
+
+    def own_ops(graph):
+        targets = [str(node.target) for node in graph.graph.nodes]
+        return [target for target in targets if "ablab" in target]
+
+    assert [own_ops(graph) for graph in backend.fw_graphs] == [["ablab.attention.default"]]
+    assert [own_ops(graph) for graph in backend.bw_graphs] == [
+        ["ablab.attention_backward.default"]
     ]
-    assert called == [["ablab.attention.default"], ["ablab.attention_backward.default"]]
 
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_an_h100_onto_its_matrix_units(for_an_h100):
     rows = for_an_h100("compile_sm90.py")
-    products, passes = (
-        ["_prepare", "_forward", "_queries", "_keys", "_symmetric_kernel", "_symmetric_kernel"],
-        [
-            *(
-                f"_{name}_kernel"
-                for name in ("adam", "momentum", "inverse_norm", "energy", "scale", "apply")
-            ),
-            "_forward",
-            "_backward",
-            *["_row"] * 3,
-        ],
-    )
+    attention_kernels = ["_prepare", "_forward", "_queries", "_keys"]
+    optimizer_kernels = ["adam", "momentum", "inverse_norm", "energy", "scale", "apply"]
+    products = [*attention_kernels, "_symmetric_kernel", "_symmetric_kernel"]
+    passes = [
+        *(f"_{name}_kernel" for name in optimizer_kernels),
+        "_forward",
+        "_backward",
+        *["_row"] * 3,
+    ]
     assert [row[0] for row in rows] == products + passes
-    assert all(int(row[-1]) > 0 for row in rows[: len(products)] if row[0] != "_prepare"), rows
-    assert all(row[-3] == "0" for row in rows[len(products) :]), f"registers spilled: {rows}"
+    on_matrix_units = {row[0]: int(row[-1]) > 0 for row in rows[: len(products)]}
+    assert on_matrix_units == {name: name != "_prepare" for name in products}
+    spilled = [row for row in rows[len(products) :] if row[-3] != "0"]
+    assert not spilled
 
 
 # ---- what it refuses, and what it costs ----
@@ -333,48 +387,53 @@ def test_flops_are_those_of_mfu():
 # ---- on a GPU ----
 
 
+SHAPES = [  # B, T, H, KV, D
+    (96, 384, 12, 12, 64),
+    (24, 768, 18, 6, 64),
+    (8, 1152, 18, 6, 64),
+    (4, 2048, 12, 12, 64),
+    (3, 1000, 4, 2, 64),
+    (16, 384, 6, 6, 128),
+    (2, 2048, 6, 6, 128),
+    (3, 1000, 4, 2, 128),
+    (5, 77, 4, 4, 32),
+]
+
+
+def size_of_weight_terms(made, dfirst, H, KV, D):
+    """Of what the gradients of the two weights add up: v_grad times own and first values.  dfirst: exact."""
+    v_grad = dfirst / made["weights"][1].double()
+    own = made["qkv"].detach().unflatten(-1, (H + 2 * KV, D))[:, :, H + KV :]
+    norms = [(v_grad * values.double()).norm() for values in (own, made["first"].detach())]
+    return torch.stack(norms).norm()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 @pytest.mark.parametrize(
     "parts", [(), ("norm",), EVERYTHING], ids=["plain", "norm", "everything"]
 )
-@pytest.mark.parametrize(
-    "shape",
-    [(96, 384, 12, 12, 64), (24, 768, 18, 6, 64), (3, 1000, 4, 2, 128), (5, 77, 4, 4, 32)],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bf16_errs_at_most_a_tenth_more_than_the_torch_path(shape, parts):
     B, T, H, KV, D = shape
-    made = inputs(
-        B, T, H, KV, D, parts, torch.bfloat16, seed=int.from_bytes(os.urandom(4), "little")
-    )
+    seed = int.from_bytes(os.urandom(4), "little")
+    made = inputs(B, T, H, KV, D, parts, torch.bfloat16, seed)
     got = run(attention, made, H, KV)
-    plain, want = run(reference, made, H, KV), exact(made, H, KV)
-    if (
-        "mix" in parts
-    ):  # two sums of terms of both signs: each error is one draw, of the size of the terms and not of what they leave
-        dv, values = (
-            want["first"] / made["weights"][1],
-            made["qkv"].detach().unflatten(-1, (H + 2 * KV, D))[:, :, H + KV :],
-        )
-        terms = torch.stack(
-            [(dv * v.double()).norm() for v in (values, made["first"].detach())]
-        ).norm()
-        assert (
-            got["weights"] - want.pop("weights")
-        ).norm() < 0.015 * terms  # the torch path: 0.005 in the median, 99 % below 0.013
-    seen = {name: (error(got[name], x), error(plain[name], x)) for name, x in want.items()}
-    bad = {
-        name: pair
-        for name, pair in seen.items()
-        if not (pair[0] <= 1.1 * pair[1] and pair[0] <= (5e-3 if name == "y" else 1e-2))
-    }
-    assert not bad, seen
+    plain = run(reference, made, H, KV)
+    want = exact(made, H, KV)
+    if "mix" in parts:
+        # Two sums of terms of both signs: each error is one draw, of the size of the terms and not of what they
+        # leave.  The torch path: 0.005 in the median, 99 % below 0.013.
+        missed = got["weights"] - want.pop("weights")
+        assert missed.norm() < 0.015 * size_of_weight_terms(made, want["first"], H, KV, D)
+    errors = {name: error(got[name], x) for name, x in want.items()}
+    for name, x in want.items():
+        limit = 5e-3 if name == "y" else 1e-2
+        assert errors[name] <= min(1.1 * error(plain[name], x), limit), (name, seed, errors)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 def test_bf16_repeats_bitwise_at_the_shape_of_430m():
     made = inputs(48, 768, 18, 6, 64, dtype=torch.bfloat16)
-    one, other = run(attention, made, 18, 6), run(attention, made, 18, 6)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert equal(run(attention, made, 18, 6), run(attention, made, 18, 6))
