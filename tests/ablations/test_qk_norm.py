@@ -133,8 +133,8 @@ def test_only_a_per_channel_gain_cares_whether_it_comes_before_the_positions(gai
     k = randn(2, 16, 2, 8, seed=1)
     before = rope(*norm(q, k), 0)
     behind = norm(*rope(q, k, 0))
-    apart = max(apart(a, b).item() for a, b in zip(before, behind, strict=True))
-    assert apart < 1e-5 if commutes else apart > 0.1
+    far = max(apart(a, b).item() for a, b in zip(before, behind, strict=True))
+    assert far < 1e-5 if commutes else far > 0.1
 
 
 def test_the_norm_stands_before_the_positions(tiny, build, batch):
