@@ -21,7 +21,7 @@ from typing import BinaryIO, Literal
 import msgspec
 
 from ablab.core.data.codec import Codec, train_tokenizer
-from ablab.core.data.documents import documents, expand
+from ablab.core.data.documents import documents, expand, identity
 from ablab.core.errors import UserError
 from ablab.core.recipe.recipe import Recipe
 from ablab.core.store.files import writing
@@ -168,12 +168,12 @@ def tokenize(
 
 
 def _check_apart(train_paths: Paths, val_paths: Paths) -> None:
-    train = {file.resolve() for file in expand(train_paths)}
-    val = {file.resolve() for file in expand(val_paths)}
-    if both := train & val:
-        raise UserError(
-            f"{min(both)} was named as training and as validation text; drop it from one"
-        )
+    train = {identity(file) for file in expand(train_paths)}
+    for file in expand(val_paths):
+        if identity(file) in train:
+            raise UserError(
+                f"{file} was named as training and as validation text; drop it from one"
+            )
 
 
 def ensure_embedded(store: Path, progress: Progress | None = None) -> Path:

@@ -59,6 +59,15 @@ def test_tokenize_then_list_reports_what_meta_holds(text, tokenizer, tmp_path):
         assert word in line
 
 
+def test_files_of_no_known_format_are_passed_over_aloud(text, tokenizer, tmp_path):
+    (text.parent / "more.csv").write_text("a, b")
+    options = ("--tokenizer", tokenizer, "--field", "body", "--name", "x", "--store", tmp_path)
+    words = [str(word) for word in ("tokenize", text.parent, *options)]
+    said = CliRunner().invoke(data_cli.app, words)
+    assert said.exit_code == 0
+    assert "files of no known format, passed over: 1 (more.csv)" in said.output
+
+
 def test_named_validation_text_is_held_out(text, tokenizer, tmp_path):
     val = tmp_path / "val.jsonl"
     val.write_text('{"body": "seven"}\n')
