@@ -127,8 +127,52 @@ def test_a_tokenizer_that_changes_the_text_is_refused(tokenizer, tmp_path, spoil
         changed["model"].update(vocab={"a": 1, END: 0}, merges=[])
         text = "ab"
     (tmp_path / "changed.json").write_text(json.dumps(changed))
-    with pytest.raises(UserError, match=r"changes the text: \d bytes became \d"):
+    with pytest.raises(UserError, match=r"changes the text at byte \d .*: \d bytes became \d"):
         Codec(tmp_path / "changed.json").encode([text])
+
+
+KEEP_LENGTH = {
+    "lower case": ({"type": "Lowercase"}, "A log", "0 b'A log' to b'a log'"),
+    "digits": (
+        {"type": "Replace", "pattern": {"Regex": "[0-9]"}, "content": "0"},
+        "the year 1900",
+        "9 b'1900' to b'0000'",
+    ),
+    "composed": ({"type": "Replace", "pattern": {"String": "ä"}, "content": "ö"}, "ä", "1"),
+}
+
+
+@pytest.mark.parametrize("normalizer, text, change", KEEP_LENGTH.values(), ids=KEEP_LENGTH)
+def test_a_tokenizer_that_changes_the_text_but_keeps_its_length_is_refused(
+    tokenizer, tmp_path, normalizer, text, change
+):
+    changed = json.loads(tokenizer.read_text()) | {"normalizer": normalizer}
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    codec = Codec(tmp_path / "changed.json")
+    with pytest.raises(UserError, match=rf"changes the text at byte {change}") as error:
+        codec.encode(["same", text])
+    assert len(str(error.value)) - len(str(tmp_path)) < 300
+
+
+def test_two_changes_that_cancel_in_a_batch_are_still_refused(tokenizer, tmp_path):
+    """A tokenizer that drops one byte here and adds one there has the right sum."""
+    changed = json.loads(tokenizer.read_text())
+    shorter = {"type": "Replace", "pattern": {"String": "xx"}, "content": "x"}
+    longer = {"type": "Replace", "pattern": {"String": "y"}, "content": "yy"}
+    changed["normalizer"] = {"type": "Sequence", "normalizers": [shorter, longer]}
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    for texts in (["xx", "y"], ["xxy"]):
+        with pytest.raises(UserError, match="changes the text"):
+            Codec(tmp_path / "changed.json").encode(texts)
+
+
+def test_an_end_of_text_that_is_not_special_is_refused(tokenizer, tmp_path):
+    """It would count thirteen bytes a document, and end one wherever it is quoted."""
+    changed = json.loads(tokenizer.read_text())
+    changed["added_tokens"][0]["special"] = False
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"no token <\|endoftext\|> that is special"):
+        Codec(tmp_path / "changed.json")
 
 
 def test_a_tokenizer_must_exist_be_byte_level_and_know_the_end_of_text(tokenizer, tmp_path):
