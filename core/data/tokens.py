@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ablab.core.data.corpus import check_meta, load_meta
+from ablab.core.data.corpus import check_meta, load_verified
 from ablab.core.errors import UserError
 from ablab.core.recipe.recipe import Recipe
 
@@ -16,12 +16,13 @@ from ablab.core.recipe.recipe import Recipe
 class Tokens:
     """The training and held-out tokens of a recipe, memory-mapped.
 
-    Raises UserError when the folder is not the one that the recipe's digest names, or too short for one row.
+    Raises UserError when the folder is not the one that the recipe's digest names, was changed, or is too short
+    for one row.
     """
 
     def __init__(self, recipe: Recipe, folder: Path):
         data, self.folder = recipe.data, folder
-        self.meta = check_meta(recipe, load_meta(folder), folder)
+        self.meta = check_meta(recipe, load_verified(folder), folder)
         self.batches = recipe.batches
         self.context = data.context
         self.vocab = data.vocab

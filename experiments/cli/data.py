@@ -1,4 +1,4 @@
-"""`ablab data`: train a tokenizer, fill a token folder, list what is there."""
+"""`ablab data`: train a tokenizer, fill a token folder, list and verify what is there."""
 
 import json
 import sys
@@ -108,6 +108,23 @@ def list_folders(
         typer.echo(f"no token folders in {store / 'data'}; fill one with `ablab data tokenize`")
     for row in rows:
         typer.echo(_line(row))
+
+
+@app.command()
+def verify(
+    name: Annotated[str, typer.Argument(help="the folder's name in STORE/data")],
+    store: Store = STORE,
+) -> None:
+    """Hash a token folder again and compare: about a second a gigabyte.  A run does so when a file has changed."""
+    from ablab.core.data import corpus
+
+    check_folder_name("NAME ", name)
+    folder = store / "data" / name
+    with _clock() as clock:
+        meta = corpus.verify(folder)
+    typer.echo(
+        f"{folder}: the contents have the digest that meta.json says, {meta.digest}, in {clock()}"
+    )
 
 
 def _describe(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ablab.core.data.contents import digest_of
 from ablab.core.data.tokens import Tokens
 from ablab.core.errors import UserError
 
@@ -18,7 +19,15 @@ def counting_folder(write_token_folder, tmp_path_factory):
     folder = write_token_folder(
         tmp_path_factory.mktemp("data") / "counting", train=1003, vocab=1003
     )
-    np.arange(1003, dtype="<u2").tofile(folder / "train.bin")
+    return with_ids(folder, np.arange(1003, dtype="<u2"))
+
+
+def with_ids(folder, ids):
+    """The folder with other training tokens, and a digest that says so."""
+    ids.tofile(folder / "train.bin")
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["digest"] = digest_of(folder, "uint16")
+    (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
 
@@ -150,16 +159,31 @@ def test_another_vocabulary_is_refused_with_the_override_that_fits(tiny, token_f
 
 
 def test_a_token_beyond_the_vocabulary_is_refused_by_number(tiny, write_token_folder, tmp_path):
-    folder = write_token_folder(tmp_path / "high")
-    np.full(1000, 64, "<u2").tofile(folder / "train.bin")
+    folder = with_ids(write_token_folder(tmp_path / "high"), np.full(1000, 64, "<u2"))
     assert "holds token 64, beyond data.vocab=64" in refused(tiny, folder)
 
 
 def test_other_text_than_the_recipe_names_is_refused_with_both_digests(tiny, token_folder):
+    digest = digest_of(token_folder, "uint16")
     said = refused(tiny, token_folder, data__digest="feedfeedfeedfeed")
-    assert "00000000deadbeef" in said
+    assert digest in said
     assert "feedfeedfeedfeed" in said
-    Tokens(tiny(data__digest="00000000deadbeef"), token_folder)
+    Tokens(tiny(data__digest=digest), token_folder)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "token_bytes.npy"])
+def test_a_file_overwritten_at_equal_size_is_refused_with_both_digests(
+    tiny, write_token_folder, tmp_path, name
+):
+    folder = write_token_folder(tmp_path / "changed")
+    digest = digest_of(folder, "uint16")
+    Tokens(tiny(), folder)
+    content = bytearray((folder / name).read_bytes())
+    content[-2] ^= 1
+    (folder / name).write_bytes(content)
+    said = refused(tiny, folder)
+    assert f"meta.json says {digest}" in said
+    assert f"have digest {digest_of(folder, 'uint16')}" in said
 
 
 def test_a_missing_and_a_truncated_folder_are_refused(tiny, write_token_folder, tmp_path):

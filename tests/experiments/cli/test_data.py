@@ -94,6 +94,24 @@ def test_a_name_that_is_no_plain_folder_name_is_refused(text, tokenizer, tmp_pat
         call("tokenize", text, "--tokenizer", tokenizer, "--name", name, "--store", tmp_path)
 
 
+def test_verify_hashes_the_contents_and_names_both_digests_of_a_changed_folder(
+    write_token_folder, tmp_path
+):
+    folder = write_token_folder(tmp_path / "data" / "x")
+    digest = corpus.load_meta(folder).digest
+    said = call("verify", "x", "--store", tmp_path)
+    assert f"the contents have the digest that meta.json says, {digest}" in said
+    (folder / "val.bin").write_bytes(bytes((folder / "val.bin").stat().st_size))
+    with pytest.raises(
+        UserError, match=f"meta.json says {digest}: a file was changed; restore"
+    ):
+        call("verify", "x", "--store", tmp_path)
+    with pytest.raises(UserError, match="no token folder"):
+        call("verify", "y", "--store", tmp_path)
+    with pytest.raises(UserError, match="plain folder name"):
+        call("verify", "../x", "--store", tmp_path)
+
+
 def test_a_damaged_folder_is_listed_with_what_is_wrong(tmp_path):
     (tmp_path / "data" / "broken").mkdir(parents=True)
     (tmp_path / "data" / ".x.partial").mkdir()
