@@ -122,8 +122,8 @@ class Codec:
                     "train one with `ablab data train-tokenizer`"
                 )
             spelling[number] = bytes(byte[character] for character in token)
-        for number, token in added.items():
-            spelling[number] = b"" if token.special else token.content.encode()
+        for number, addition in added.items():
+            spelling[number] = b"" if addition.special else addition.content.encode()
         return spelling
 
     def encode(self, texts: list[str]) -> "tuple[ndarray, int]":
