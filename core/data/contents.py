@@ -60,6 +60,8 @@ def fresh_digest(folder: Path, dtype: str) -> str:
     started = time.time()
     files = _marks(folder)
     digest = digest_of(folder, dtype)
+    if _marks(folder) != files:
+        raise UserError(f"{folder} is being written; wait for it, then run the command again")
     newest = max(mark["changed"] for mark in files.values()) / 1e9
     if newest < started - CLOCK_TICK:
         found = {"dtype": dtype, "files": files, "digest": digest}

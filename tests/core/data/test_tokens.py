@@ -1,6 +1,7 @@
 """Batches: pure in (seed, step, row), every window once an epoch, and bad token folders named in one line."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -191,3 +192,35 @@ def test_a_missing_and_a_truncated_folder_are_refused(tiny, write_token_folder, 
     folder = write_token_folder(tmp_path / "cut")
     (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-1])
     assert "has 1,999 bytes, but meta.json says 2,000" in refused(tiny, folder)
+
+
+def test_tokens_written_over_while_a_run_reads_them_are_refused(
+    tiny, write_token_folder, tmp_path
+):
+    for name in ("train.bin", "val.bin"):
+        folder = write_token_folder(tmp_path / name)
+        tokens = Tokens(tiny(), folder)
+        tokens.rows(0, 0, 4)
+        tokens.held_out_batch(0, 4)
+        with open(folder / name, "r+b") as file:
+            file.write(b"\x01")
+        os.utime(
+            folder / name, ns=(0, 0)
+        )  # not the time of its making, whatever the clock's tick
+        with pytest.raises(UserError, match=f"{name} was written over while it was read"):
+            for step in range(2):
+                tokens.rows(step, 0, 4)
+                tokens.held_out_batch(step, 4)
+
+
+def test_tokens_replaced_or_deleted_meanwhile_are_read_to_the_end(
+    tiny, write_token_folder, tmp_path
+):
+    folder = write_token_folder(tmp_path / "gone")
+    tokens = Tokens(tiny(), folder)
+    first = tokens.rows(0, 0, 4), tokens.held_out_batch(0, 4)
+    other = write_token_folder(tmp_path / "other", seed=1)
+    os.replace(other / "train.bin", folder / "train.bin")
+    os.unlink(folder / "val.bin")
+    assert torch.equal(tokens.rows(0, 0, 4), first[0])
+    assert torch.equal(tokens.held_out_batch(0, 4), first[1])
