@@ -19,6 +19,7 @@ import pytest
 from hypothesis import settings
 
 from ablab.ablations.registry import discover
+from ablab.core.data.contents import digest_of
 
 VOCAB, SPECIAL = 64, 0
 discover()
@@ -146,7 +147,6 @@ def write_tokens(
     val=400,
     vocab=VOCAB,
     top=None,
-    digest="00000000deadbeef",
     seed=0,
 ):
     """A token folder as core/data/corpus.py leaves it: uint16 ids below `top`, drawn with falling frequency."""
@@ -170,7 +170,7 @@ def write_tokens(
         "val_tokens": val,
         "train_bytes": 3 * train,
         "val_bytes": 3 * val,
-        "digest": digest,
+        "digest": digest_of(folder, "uint16"),
     }
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder

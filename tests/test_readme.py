@@ -29,6 +29,7 @@ COMMANDS = {
     "pytest tests/contracts --plugins plugins -k my_idea": "--collect-only",
     "ablab data train-tokenizer text/*.jsonl --vocab 32000 --out tokenizer.json": WRITTEN,
     "ablab data tokenize text/*.jsonl --tokenizer tokenizer.json --name docs": WRITTEN,
+    "ablab data verify docs": WRITTEN,
     "ablab data tokenize": HELP,
     "ablab data train-tokenizer": HELP,
     "ablab run loo_70m --dry-run": WRITTEN,

@@ -1,10 +1,12 @@
 """Byte-level tokenizers: training one, and encoding with every byte accounted for.
 
 A byte-level token is spelt in an alphabet of 256 characters, one a byte, so any text can be encoded and the
-bytes of a token are its characters.  A character of three bytes may be split between tokens; the sum still holds.
+bytes of a token are its characters.  A character of three bytes may be split between tokens: what is compared with
+the text is the bytes of its tokens joined.
 """
 
 from collections.abc import Iterable, Iterator
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -90,55 +92,77 @@ class Codec:
                 f"cannot read the tokenizer {path}: {flaw}; train one with `ablab data train-tokenizer`"
             ) from None
         end = self.tokenizer.token_to_id(END)
-        if end is None:
+        self.spelling = self._spelling()
+        if end is None or self.spelling[end]:
             raise UserError(
-                f"{path} has no token {END}, which must end each document; add it as a special token"
+                f"{path} has no token {END} that is special, to end each document; add it as a special token"
             )
         self.end: int = end
         # "<|endoftext|>" inside a document is text, not an end.
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.token_bytes = self._token_bytes()
+        self.token_bytes = numpy.array([len(token) for token in self.spelling], "<i4")
         self.vocab = len(self.token_bytes)
         self.dtype: Literal["uint16", "uint32"] = "uint16" if self.vocab <= 65_536 else "uint32"
         self.file_dtype = numpy.dtype(self.dtype).newbyteorder("<")
 
-    def _token_bytes(self) -> "ndarray":
-        """int32 [vocab].  One character of a byte-level token is one byte; an added token is plain text."""
-        import numpy
-        from tokenizers import pre_tokenizers
-
+    def _spelling(self) -> list[bytes]:
+        """The bytes of each id, none for special ones.  An added token is plain text, any other byte-level."""
         vocab = self.tokenizer.get_vocab()
         added = self.tokenizer.get_added_tokens_decoder()
-        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-        lengths = numpy.zeros(max(vocab.values()) + 1, "<i4")
-        for spelling, number in vocab.items():
-            if number not in added and not alphabet.issuperset(spelling):
+        byte = alphabet()
+        spelling = [b""] * (max(vocab.values(), default=-1) + 1)
+        for token, number in vocab.items():
+            if number in added:
+                continue
+            if not byte.keys() >= set(token):
                 raise UserError(
-                    f"{self.path} is not byte-level: token {spelling!r}; "
+                    f"{self.path} is not byte-level: token {token!r:.40}; "
                     "train one with `ablab data train-tokenizer`"
                 )
-            lengths[number] = len(spelling)
-        for number, token in added.items():
-            lengths[number] = 0 if token.special else len(token.content.encode())
-        return lengths
+            spelling[number] = bytes(byte[character] for character in token)
+        for number, addition in added.items():
+            spelling[number] = b"" if addition.special else addition.content.encode()
+        return spelling
 
     def encode(self, texts: list[str]) -> "tuple[ndarray, int]":
         """Ids of the texts in a row, each closed by the end of text, [tokens]; and the bytes of text.
 
-        Raises UserError if the ids do not stand for exactly those bytes (a normalizer, a prefix space, an unknown).
+        Raises UserError if the ids of a text do not spell exactly its bytes (a normalizer, a prefix space, an unknown).
         """
         import numpy
 
         encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        rows = [[*row.ids, self.end] for row in encoded]
-        ids = numpy.concatenate([numpy.array(row, self.file_dtype) for row in rows])
-        size = sum(len(text.encode()) for text in texts)
-        spelt = int(self.token_bytes[ids].sum(dtype="int64"))
-        if spelt != size:
+        rows = []
+        size = 0
+        for text, found in zip(texts, encoded, strict=True):
+            ids = found.ids
+            size += self._check_spelt(text.encode(), ids)
+            rows.append(numpy.array([*ids, self.end], self.file_dtype))
+        return numpy.concatenate(rows), size
+
+    def _check_spelt(self, text: bytes, ids: list[int]) -> int:
+        """The bytes of the text, which the ids spell."""
+        spelt = b"".join(map(self.spelling.__getitem__, ids))
+        if spelt != text:
+            first = len(commonprefix([text, spelt]))
+            was = text[first : first + 10]
+            became = spelt[first : first + 10]
             raise UserError(
-                f"{self.path} changes the text: {size} bytes became {spelt}; "
+                f"{self.path} changes the text at byte {first} {was!r} to {became!r}: "
+                f"{len(text)} bytes became {len(spelt)}; "
                 "use byte-level BPE without normalizer, prefix space or unknown token"
             )
-        return ids, size
+        return len(text)
+
+
+def alphabet() -> dict[str, int]:
+    """Character -> the byte that it stands for: printable Latin-1 is itself, the other bytes count up from 256.
+
+    GPT-2's, github.com/openai/gpt-2, src/encoder.py:bytes_to_unicode.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelt = {chr(byte): byte for byte in printable}
+    return spelt | {chr(256 + place): byte for place, byte in enumerate(others)}

@@ -4,6 +4,7 @@
                     token_bytes.npy     int32 [vocab]: the UTF-8 bytes an id stands for, 0 for special ids
                     tokenizer.json      the tokenizer that made them
                     meta.json           `Meta`; its digest names the exact files in a recipe
+                    .verified.json      which files were found to have that digest (`contents.py`); may be deleted
 
 Nats per token cannot be compared between tokenizers, bits per byte can: hence the exact byte counts.
 """
@@ -21,7 +22,8 @@ from typing import BinaryIO, Literal
 import msgspec
 
 from ablab.core.data.codec import Codec, train_tokenizer
-from ablab.core.data.documents import documents, expand
+from ablab.core.data.contents import digest_of, fresh_digest, known_digest
+from ablab.core.data.documents import documents, expand, identity
 from ablab.core.errors import UserError
 from ablab.core.recipe.recipe import Recipe
 from ablab.core.store.files import writing
@@ -32,8 +34,10 @@ __all__ = [
     "documents",
     "ensure_embedded",
     "load_meta",
+    "load_verified",
     "tokenize",
     "train_tokenizer",
+    "verify",
 ]
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
@@ -97,6 +101,30 @@ def load_meta(folder: Path) -> Meta:
             raise UserError(
                 f"{file} has {size:,} bytes, but meta.json says {expected:,}; {cure}"
             )
+    return meta
+
+
+def load_verified(folder: Path) -> Meta:
+    """`load_meta` of a folder whose contents are those that its digest names; hashed anew only if a file has changed.
+
+    Raises UserError: what `load_meta` refuses, other contents.
+    """
+    meta = load_meta(folder)
+    return _check_contents(folder, meta, known_digest(folder, meta.dtype))
+
+
+def verify(folder: Path) -> Meta:
+    """`load_verified`, from the bytes themselves, whatever was found before."""
+    meta = load_meta(folder)
+    return _check_contents(folder, meta, fresh_digest(folder, meta.dtype))
+
+
+def _check_contents(folder: Path, meta: Meta, digest: str) -> Meta:
+    if digest != meta.digest:
+        raise UserError(
+            f"the contents of {folder} have digest {digest}, but meta.json says {meta.digest}: "
+            "a file was changed; restore it, or delete the folder and fill it again"
+        )
     return meta
 
 
@@ -168,12 +196,12 @@ def tokenize(
 
 
 def _check_apart(train_paths: Paths, val_paths: Paths) -> None:
-    train = {file.resolve() for file in expand(train_paths)}
-    val = {file.resolve() for file in expand(val_paths)}
-    if both := train & val:
-        raise UserError(
-            f"{min(both)} was named as training and as validation text; drop it from one"
-        )
+    train = {identity(file) for file in expand(train_paths)}
+    for file in expand(val_paths):
+        if identity(file) in train:
+            raise UserError(
+                f"{file} was named as training and as validation text; drop it from one"
+            )
 
 
 def ensure_embedded(store: Path, progress: Progress | None = None) -> Path:
@@ -267,14 +295,14 @@ def _fill(
     partial.mkdir()
     try:
         train, val = _write_bins(partial, labelled, codec, progress)
-        digest = _digest(partial, codec)
+        numpy.save(partial / "token_bytes.npy", codec.token_bytes)
+        digest = digest_of(partial, codec.dtype)
         if pinned not in (None, digest):
             raise UserError(
                 f"the embedded text gave digest {digest}, not {pinned} as pinned in embedded.yaml: "
                 f"tokenizers {version('tokenizers')} splits text differently; "
                 "install the version in the constraints file"
             )
-        numpy.save(partial / "token_bytes.npy", codec.token_bytes)
         shutil.copyfile(codec.path, partial / "tokenizer.json")
         meta = Meta(
             schema=1,
@@ -320,15 +348,3 @@ def _write_bins(
                     "give more text, change --val-fraction, or name --val files"
                 )
     return train, val
-
-
-def _digest(folder: Path, codec: Codec) -> str:
-    """First 16 hex digits of sha256 over dtype, train.bin, val.bin and token bytes, each file led by its length."""
-    digest = hashlib.sha256(codec.dtype.encode())
-    for path in (folder / "train.bin", folder / "val.bin"):
-        with open(path, "rb") as file:
-            digest.update(path.stat().st_size.to_bytes(8, "little"))
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    digest.update(codec.token_bytes.tobytes())
-    return digest.hexdigest()[:16]

@@ -1,6 +1,7 @@
 """Tokens on disk -> batches.  A batch is a pure function of (seed, step, row), so resuming needs one integer."""
 
 import hashlib
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ablab.core.data.corpus import check_meta, load_meta
+from ablab.core.data.corpus import check_meta, load_verified
 from ablab.core.errors import UserError
 from ablab.core.recipe.recipe import Recipe
 
@@ -16,20 +17,20 @@ from ablab.core.recipe.recipe import Recipe
 class Tokens:
     """The training and held-out tokens of a recipe, memory-mapped.
 
-    Raises UserError when the folder is not the one that the recipe's digest names, or too short for one row.
+    Raises UserError when the folder is not the one that the recipe's digest names, was changed, or is too short
+    for one row.
     """
 
     def __init__(self, recipe: Recipe, folder: Path):
         data, self.folder = recipe.data, folder
-        self.meta = check_meta(recipe, load_meta(folder), folder)
+        self.meta = check_meta(recipe, load_verified(folder), folder)
         self.batches = recipe.batches
         self.context = data.context
         self.vocab = data.vocab
         self.seed = recipe.seed
-        self.train = np.memmap(folder / "train.bin", dtype=self.meta.dtype, mode="r")
-        self.held_out = np.memmap(folder / "val.bin", dtype=self.meta.dtype, mode="r")[
-            : data.held_out + 1
-        ]
+        self.train = Mapped(folder / "train.bin", self.meta.dtype, self.meta.train_tokens)
+        held_out = min(self.meta.val_tokens, data.held_out + 1)
+        self.held_out = Mapped(folder / "val.bin", self.meta.dtype, held_out)
         self.token_bytes = torch.from_numpy(
             np.load(folder / "token_bytes.npy").astype(np.int64)
         )
@@ -63,15 +64,46 @@ class Tokens:
         starts = [row * self.context for row in range(first, first + count)]
         return self._take(self.held_out, starts, self.context)
 
-    def _take(self, tokens: np.ndarray, starts: list[int], context: int) -> Tensor:
-        rows = [tokens[start : start + context + 1] for start in starts]
-        block = np.stack(rows).astype(np.int64)
+    def _take(self, tokens: "Mapped", starts: list[int], context: int) -> Tensor:
+        block = tokens.take(starts, context + 1).astype(np.int64)
         if (top := int(block.max())) >= self.vocab:
             raise UserError(
                 f"{self.folder} holds token {top}, beyond data.vocab={self.vocab}; "
                 "tokenize again with the recipe's tokenizer"
             )
         return torch.from_numpy(block)
+
+
+class Mapped:
+    """A file of ids in memory as far as it is read: what it gave is what stood there when it was opened.
+
+    A file that is replaced or deleted meanwhile is read to the end; one that is written over is refused.
+    """
+
+    def __init__(self, path: Path, dtype: str, length: int):
+        self.path = path
+        self.length = length
+        self.file = open(path, "rb")  # noqa: SIM115  closed with the last reference
+        self.ids = np.memmap(self.file, dtype=dtype, mode="r")
+        self.opened = self._written()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def take(self, starts: list[int], count: int) -> np.ndarray:
+        """ids [starts, count], copied.  Raises UserError if the file was written over since it was opened."""
+        block = np.stack([self.ids[start : start + count] for start in starts])
+        if self._written() != self.opened:
+            raise UserError(
+                f"{self.path} was written over while it was read; "
+                "restore it, or delete the folder and fill it again"
+            )
+        return block
+
+    def _written(self) -> tuple[int, int]:
+        """Size and time of the last write.  Under a microsecond, where a step takes milliseconds."""
+        status = os.fstat(self.file.fileno())
+        return status.st_size, status.st_mtime_ns
 
 
 @lru_cache(maxsize=4)  # a batch may straddle two epochs

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from ablab.core.data.contents import digest_of
 from ablab.core.data.corpus import Meta
 from ablab.core.errors import UserError
 from ablab.core.language.parse import near
@@ -16,7 +17,6 @@ from ablab.experiments.plan.sheets import catalog
 
 NAME = "random"
 TRAIN = 4_000_000  # tokens, or 20 steps if that is more; epochs differ in order
-DIGEST = "00000000" + "4a11d0f5"  # a label: these tokens are never compared with others
 OWN = ("data.name", "data.digest")  # recipe paths that no override may choose
 
 
@@ -36,9 +36,10 @@ def experiment_on_random_tokens(
             )
     is_experiment = name in catalog() or name.endswith((".yaml", ".yml"))
     sheet = name if is_experiment else str(_sized(name, root))
-    experiment = load(sheet, {**overrides, "data.name": NAME}, lambda data: DIGEST)
-    fill(root / "data" / NAME, experiment.base.data)
-    return experiment
+    paths = {**overrides, "data.name": NAME}
+    asked = load(sheet, paths, lambda data: None).base.data
+    digest = fill(root / "data" / NAME, asked)
+    return load(sheet, paths, lambda data: digest)
 
 
 def _sized(name: str, root: Path) -> Path:
@@ -64,8 +65,11 @@ def _sized(name: str, root: Path) -> Path:
     return path
 
 
-def fill(folder: Path, data: Data) -> None:
-    """A token folder of uniformly random ids below data.vocab, as core/data/corpus.py lays one out."""
+def fill(folder: Path, data: Data) -> str:
+    """Write a token folder of uniformly random ids below data.vocab, as core/data/corpus.py lays one out.
+
+    Returns its digest.
+    """
     import numpy
 
     dtype: Literal["uint16", "uint32"] = "uint16" if data.vocab <= 1 << 16 else "uint32"
@@ -76,6 +80,7 @@ def fill(folder: Path, data: Data) -> None:
     for side, size in {"train": train, "val": val}.items():
         draw.integers(data.vocab, size=size, dtype=dtype).tofile(folder / f"{side}.bin")
     numpy.save(folder / "token_bytes.npy", numpy.ones(data.vocab, "int32"))
+    digest = digest_of(folder, dtype)
     meta = Meta(
         schema=1,
         name=NAME,
@@ -86,6 +91,7 @@ def fill(folder: Path, data: Data) -> None:
         val_tokens=val,
         train_bytes=train,
         val_bytes=val,
-        digest=DIGEST,
+        digest=digest,
     )
     (folder / "meta.json").write_text(json.dumps(asdict(meta)))
+    return digest

@@ -1,4 +1,4 @@
-"""`ablab data`: train a tokenizer, fill a token folder, list what is there."""
+"""`ablab data`: train a tokenizer, fill a token folder, list and verify what is there."""
 
 import json
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from time import perf_counter
 from typing import Annotated, Any
 
@@ -18,7 +19,9 @@ app = typer.Typer(no_args_is_help=True, help="Turn text into token folders (STOR
 
 Text = Annotated[
     list[str],
-    typer.Argument(help="files, folders or quoted globs: .jsonl .txt .parquet, also .gz .xz"),
+    typer.Argument(
+        help="files, folders or quoted globs: .jsonl .ndjson .txt .parquet, also .gz .xz"
+    ),
 ]
 Field = Annotated[str, typer.Option(help="JSON key or Parquet column that holds the text")]
 Store = Annotated[
@@ -42,6 +45,7 @@ def train_tokenizer(
     """Train a byte-level BPE.  150 MB of text and 32,000 ids take about 40 s and 0.7 GB on two cores."""
     from ablab.core.data import corpus
 
+    _say_passed_over(text)
     with _clock() as clock:
         read = corpus.train_tokenizer(text, out, vocab, max_bytes, field)
     typer.echo(f"{out}: {vocab:,} ids from {read:,} bytes in {clock()}")
@@ -68,6 +72,7 @@ def tokenize(
 
     check_folder_name("--name ", name)
     folder = store / "data" / name
+    _say_passed_over([*text, *(val or [])])
     with _clock() as clock, _progress() as progress:
         meta = corpus.tokenize(
             text, val or [], tokenizer, folder, val_fraction, field, progress
@@ -76,6 +81,15 @@ def tokenize(
         f"{folder}: {meta.train_tokens:,} training and {meta.val_tokens:,} validation tokens, "
         f"{meta.bytes_per_token:.3f} bytes/token, vocab {meta.vocab:,}, digest {meta.digest}, in {clock()}"
     )
+
+
+def _say_passed_over(text: list[str]) -> None:
+    """Text that is left out is left out aloud: on stderr, so that programs read the rest."""
+    from ablab.core.data.documents import passed_over
+
+    if others := passed_over(text):
+        names = shorten(", ".join(file.name for file in others), 100, placeholder=" ...")
+        typer.echo(f"files of no known format, passed over: {len(others)} ({names})", err=True)
 
 
 @app.command("list")
@@ -94,6 +108,23 @@ def list_folders(
         typer.echo(f"no token folders in {store / 'data'}; fill one with `ablab data tokenize`")
     for row in rows:
         typer.echo(_line(row))
+
+
+@app.command()
+def verify(
+    name: Annotated[str, typer.Argument(help="the folder's name in STORE/data")],
+    store: Store = STORE,
+) -> None:
+    """Hash a token folder again and compare: about a second a gigabyte.  A run does so when a file has changed."""
+    from ablab.core.data import corpus
+
+    check_folder_name("NAME ", name)
+    folder = store / "data" / name
+    with _clock() as clock:
+        meta = corpus.verify(folder)
+    typer.echo(
+        f"{folder}: the contents have the digest that meta.json says, {meta.digest}, in {clock()}"
+    )
 
 
 def _describe(folder: Path) -> dict[str, Any]:

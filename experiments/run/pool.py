@@ -230,12 +230,12 @@ def _named(run: PlannedRun) -> str:
 
 def data_folder(recipe: Recipe, store: Store, note: Callable[[str], None]) -> Path:
     """The token folder of a recipe; the shipped text is tokenized on first use.  Raises UserError where none fits."""
-    from ablab.core.data.corpus import check_meta, ensure_embedded, load_meta
+    from ablab.core.data.corpus import check_meta, ensure_embedded, load_verified
 
     folder = store.root / "data" / recipe.data.name
     if recipe.data.name == "embedded":
         if not folder.exists():
             note(f"tokenizing the shipped text into {folder} (once, about 15 s) ...")
         ensure_embedded(store.root)
-    check_meta(recipe, load_meta(folder), folder)
+    check_meta(recipe, load_verified(folder), folder)
     return folder

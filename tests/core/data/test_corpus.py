@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from ablab.core.data import corpus
 from ablab.core.data.codec import END, Codec
+from ablab.core.data.documents import passed_over
 from ablab.core.errors import UserError
 
 TEXTS = [
@@ -126,8 +127,52 @@ def test_a_tokenizer_that_changes_the_text_is_refused(tokenizer, tmp_path, spoil
         changed["model"].update(vocab={"a": 1, END: 0}, merges=[])
         text = "ab"
     (tmp_path / "changed.json").write_text(json.dumps(changed))
-    with pytest.raises(UserError, match=r"changes the text: \d bytes became \d"):
+    with pytest.raises(UserError, match=r"changes the text at byte \d .*: \d bytes became \d"):
         Codec(tmp_path / "changed.json").encode([text])
+
+
+KEEP_LENGTH = {
+    "lower case": ({"type": "Lowercase"}, "A log", "0 b'A log' to b'a log'"),
+    "digits": (
+        {"type": "Replace", "pattern": {"Regex": "[0-9]"}, "content": "0"},
+        "the year 1900",
+        "9 b'1900' to b'0000'",
+    ),
+    "composed": ({"type": "Replace", "pattern": {"String": "ä"}, "content": "ö"}, "ä", "1"),
+}
+
+
+@pytest.mark.parametrize("normalizer, text, change", KEEP_LENGTH.values(), ids=KEEP_LENGTH)
+def test_a_tokenizer_that_changes_the_text_but_keeps_its_length_is_refused(
+    tokenizer, tmp_path, normalizer, text, change
+):
+    changed = json.loads(tokenizer.read_text()) | {"normalizer": normalizer}
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    codec = Codec(tmp_path / "changed.json")
+    with pytest.raises(UserError, match=rf"changes the text at byte {change}") as error:
+        codec.encode(["same", text])
+    assert len(str(error.value)) - len(str(tmp_path)) < 300
+
+
+def test_two_changes_that_cancel_in_a_batch_are_still_refused(tokenizer, tmp_path):
+    """A tokenizer that drops one byte here and adds one there has the right sum."""
+    changed = json.loads(tokenizer.read_text())
+    shorter = {"type": "Replace", "pattern": {"String": "xx"}, "content": "x"}
+    longer = {"type": "Replace", "pattern": {"String": "y"}, "content": "yy"}
+    changed["normalizer"] = {"type": "Sequence", "normalizers": [shorter, longer]}
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    for texts in (["xx", "y"], ["xxy"]):
+        with pytest.raises(UserError, match="changes the text"):
+            Codec(tmp_path / "changed.json").encode(texts)
+
+
+def test_an_end_of_text_that_is_not_special_is_refused(tokenizer, tmp_path):
+    """It would count thirteen bytes a document, and end one wherever it is quoted."""
+    changed = json.loads(tokenizer.read_text())
+    changed["added_tokens"][0]["special"] = False
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"no token <\|endoftext\|> that is special"):
+        Codec(tmp_path / "changed.json")
 
 
 def test_a_tokenizer_must_exist_be_byte_level_and_know_the_end_of_text(tokenizer, tmp_path):
@@ -163,6 +208,13 @@ def table(texts: list, field: str = "text") -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def twice(texts: list) -> bytes:
+    """A table with two columns `text`."""
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table([texts, texts], ["text", "text"]), sink)
+    return sink.getvalue().to_pybytes()
+
+
 @pytest.mark.parametrize("packed", ["", ".gz", ".xz"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".txt"])
 def test_every_format_gives_back_the_texts_in_order(tmp_path, suffix, packed):
@@ -190,6 +242,70 @@ def test_folders_and_globs_stand_for_their_files_sorted_and_each_once(tmp_path):
     ]
 
 
+def test_linked_folders_are_read_and_a_link_to_a_folder_above_ends(tmp_path):
+    write(tmp_path / "elsewhere" / "b.jsonl", ["behind a link"])
+    write(tmp_path / "text" / "a.jsonl", ["plain"])
+    (tmp_path / "text" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "text" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "text")
+    assert list(corpus.documents([tmp_path / "text"])) == ["plain", "behind a link"]
+
+
+def test_one_file_counts_once_under_every_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = write(tmp_path / "text" / "a.jsonl", ["once"])
+    (tmp_path / "text" / "linked.jsonl").symlink_to(file)
+    (tmp_path / "hard.jsonl").hardlink_to(file)
+    spellings = ["text", "text/a.jsonl", "./text/../text/a.jsonl", file, "hard.jsonl", "t*/*"]
+    assert list(corpus.documents(spellings)) == ["once"]
+
+
+def test_a_file_of_the_training_text_is_no_validation_text_under_another_name(
+    tokenizer, tmp_path
+):
+    file = write(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "b.jsonl").hardlink_to(file)
+    with pytest.raises(UserError, match=r"b\.jsonl was named as training and as validation"):
+        corpus.tokenize([file], [tmp_path / "b.jsonl"], tokenizer, tmp_path / "x")
+
+
+def test_a_text_both_packed_and_plain_is_refused_as_doubled(tmp_path):
+    plain = write(tmp_path / "a.jsonl", ["x"])
+    pack(tmp_path / "a.jsonl.gz", plain.read_bytes())
+    with pytest.raises(UserError, match=r"a\.jsonl and a\.jsonl\.gz are one text"):
+        corpus.documents([tmp_path])
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.Json", "a.jsonl.GZ", "a.NDJSON.xz"])
+def test_suffixes_are_known_in_any_case_and_spelling(tmp_path, name):
+    packing = {"GZ": gzip.compress, "xz": lzma.compress}.get(name.split(".")[-1], bytes)
+    (tmp_path / name).write_bytes(packing(b'{"text": "read"}'))
+    assert list(corpus.documents([tmp_path])) == ["read"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfplain\xef\xbb\xbf")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "line"}')
+    assert list(corpus.documents([tmp_path])) == ["plain\ufeff", "line"]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(UserError, match=r"a\.txt is empty"):
+        list(corpus.documents([tmp_path]))
+
+
+def test_a_link_to_nothing_is_no_text_that_may_be_missed(tmp_path):
+    write(tmp_path / "a.jsonl", ["x"])
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"cannot read .*b\.jsonl: No such file"):
+        corpus.documents([tmp_path])
+
+
+def test_what_is_passed_over_in_a_folder_can_be_asked(tmp_path):
+    write(tmp_path / "a.jsonl", ["x"])
+    for name in ("b.csv", "c.jsonl.bz2", ".hidden.csv"):
+        (tmp_path / name).touch()
+    assert [file.name for file in passed_over([tmp_path])] == ["b.csv", "c.jsonl.bz2"]
+
+
 def test_documents_of_no_characters_are_skipped(tmp_path):
     assert list(corpus.documents([write(tmp_path / "a.jsonl", ["", "x", ""])])) == ["x"]
 
@@ -212,6 +328,13 @@ def test_documents_of_no_characters_are_skipped(tmp_path):
         ("a.jsonl", b"[1]", r"a\.jsonl:1 has no key 'text', only: a list"),
         ("a.jsonl", b'{"text": 7}', r"a\.jsonl:1: 'text' must be text, not 7"),
         ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl:1 is not UTF-8"),
+        (
+            "a.jsonl",
+            b'{"text": "x", "text": "y"}',
+            r"a\.jsonl:1 is not JSON \(two values under the key 'text'\)",
+        ),
+        ("a.jsonl", b"[" * 30_000, r"a\.jsonl:1 is not JSON"),
+        ("a.parquet", twice(["x"]), r"a\.parquet has 2 columns 'text', and one must hold"),
         ("a.jsonl.gz", b'{"text": "x"}', r"cannot read .*a\.jsonl\.gz"),
         (
             "a.jsonl.xz",
@@ -234,6 +357,7 @@ def test_a_bad_file_is_named_with_its_line_and_its_cure(tmp_path, name, content,
     with pytest.raises(UserError, match=message) as error:
         list(corpus.documents([tmp_path / name]))
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) - len(str(tmp_path)) < 300
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="this Python reads .zst")

@@ -1,6 +1,7 @@
 """Batches: pure in (seed, step, row), every window once an epoch, and bad token folders named in one line."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ablab.core.data.contents import digest_of
 from ablab.core.data.tokens import Tokens
 from ablab.core.errors import UserError
 
@@ -18,7 +20,15 @@ def counting_folder(write_token_folder, tmp_path_factory):
     folder = write_token_folder(
         tmp_path_factory.mktemp("data") / "counting", train=1003, vocab=1003
     )
-    np.arange(1003, dtype="<u2").tofile(folder / "train.bin")
+    return with_ids(folder, np.arange(1003, dtype="<u2"))
+
+
+def with_ids(folder, ids):
+    """The folder with other training tokens, and a digest that says so."""
+    ids.tofile(folder / "train.bin")
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["digest"] = digest_of(folder, "uint16")
+    (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
 
@@ -150,16 +160,31 @@ def test_another_vocabulary_is_refused_with_the_override_that_fits(tiny, token_f
 
 
 def test_a_token_beyond_the_vocabulary_is_refused_by_number(tiny, write_token_folder, tmp_path):
-    folder = write_token_folder(tmp_path / "high")
-    np.full(1000, 64, "<u2").tofile(folder / "train.bin")
+    folder = with_ids(write_token_folder(tmp_path / "high"), np.full(1000, 64, "<u2"))
     assert "holds token 64, beyond data.vocab=64" in refused(tiny, folder)
 
 
 def test_other_text_than_the_recipe_names_is_refused_with_both_digests(tiny, token_folder):
+    digest = digest_of(token_folder, "uint16")
     said = refused(tiny, token_folder, data__digest="feedfeedfeedfeed")
-    assert "00000000deadbeef" in said
+    assert digest in said
     assert "feedfeedfeedfeed" in said
-    Tokens(tiny(data__digest="00000000deadbeef"), token_folder)
+    Tokens(tiny(data__digest=digest), token_folder)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "token_bytes.npy"])
+def test_a_file_overwritten_at_equal_size_is_refused_with_both_digests(
+    tiny, write_token_folder, tmp_path, name
+):
+    folder = write_token_folder(tmp_path / "changed")
+    digest = digest_of(folder, "uint16")
+    Tokens(tiny(), folder)
+    content = bytearray((folder / name).read_bytes())
+    content[-2] ^= 1
+    (folder / name).write_bytes(content)
+    said = refused(tiny, folder)
+    assert f"meta.json says {digest}" in said
+    assert f"have digest {digest_of(folder, 'uint16')}" in said
 
 
 def test_a_missing_and_a_truncated_folder_are_refused(tiny, write_token_folder, tmp_path):
@@ -167,3 +192,35 @@ def test_a_missing_and_a_truncated_folder_are_refused(tiny, write_token_folder, 
     folder = write_token_folder(tmp_path / "cut")
     (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-1])
     assert "has 1,999 bytes, but meta.json says 2,000" in refused(tiny, folder)
+
+
+def test_tokens_written_over_while_a_run_reads_them_are_refused(
+    tiny, write_token_folder, tmp_path
+):
+    for name in ("train.bin", "val.bin"):
+        folder = write_token_folder(tmp_path / name)
+        tokens = Tokens(tiny(), folder)
+        tokens.rows(0, 0, 4)
+        tokens.held_out_batch(0, 4)
+        with open(folder / name, "r+b") as file:
+            file.write(b"\x01")
+        os.utime(
+            folder / name, ns=(0, 0)
+        )  # not the time of its making, whatever the clock's tick
+        with pytest.raises(UserError, match=f"{name} was written over while it was read"):
+            for step in range(2):
+                tokens.rows(step, 0, 4)
+                tokens.held_out_batch(step, 4)
+
+
+def test_tokens_replaced_or_deleted_meanwhile_are_read_to_the_end(
+    tiny, write_token_folder, tmp_path
+):
+    folder = write_token_folder(tmp_path / "gone")
+    tokens = Tokens(tiny(), folder)
+    first = tokens.rows(0, 0, 4), tokens.held_out_batch(0, 4)
+    other = write_token_folder(tmp_path / "other", seed=1)
+    os.replace(other / "train.bin", folder / "train.bin")
+    os.unlink(folder / "val.bin")
+    assert torch.equal(tokens.rows(0, 0, 4), first[0])
+    assert torch.equal(tokens.held_out_batch(0, 4), first[1])

@@ -301,6 +301,24 @@ def test_a_token_beyond_the_vocabulary_is_refused_by_number(new_lab, write_token
     assert ended.err.count("\n") == 1
 
 
+def test_tokens_overwritten_at_equal_size_between_two_calls_are_refused(
+    new_lab, write_token_folder
+):
+    """Both calls would stand in one verdict, under one digest."""
+    lab = new_lab()
+    (lab.root / "good.yaml").write_text(sheet(design="replicate"))
+    words = ("run", "good.yaml", "--no-mlflow", "--jobs", "1", "--quiet", "--run-inert")
+    assert lab.run(*words, "--seeds", "0").code == 0
+    other = write_token_folder(lab.root / "other", train=4000, seed=1)
+    shutil.copyfile(other / "train.bin", lab.store / "data" / "tiny" / "train.bin")
+    before = lab.files()
+    ended = lab.run(*words, "--seeds", "0-1")
+    assert ended.code == 2
+    assert "a file was changed; restore it" in ended.err
+    assert ended.err.count("\n") == 1
+    assert lab.files() == before
+
+
 # -- disks -------------------------------------------------------------------------------------------------------------
 def test_a_store_that_cannot_be_written_is_named(lab, ablab, tmp_path):
     (lab.root / "good.yaml").write_text(sheet())

@@ -59,6 +59,15 @@ def test_tokenize_then_list_reports_what_meta_holds(text, tokenizer, tmp_path):
         assert word in line
 
 
+def test_files_of_no_known_format_are_passed_over_aloud(text, tokenizer, tmp_path):
+    (text.parent / "more.csv").write_text("a, b")
+    options = ("--tokenizer", tokenizer, "--field", "body", "--name", "x", "--store", tmp_path)
+    words = [str(word) for word in ("tokenize", text.parent, *options)]
+    said = CliRunner().invoke(data_cli.app, words)
+    assert said.exit_code == 0
+    assert "files of no known format, passed over: 1 (more.csv)" in said.output
+
+
 def test_named_validation_text_is_held_out(text, tokenizer, tmp_path):
     val = tmp_path / "val.jsonl"
     val.write_text('{"body": "seven"}\n')
@@ -83,6 +92,24 @@ def test_named_validation_text_is_held_out(text, tokenizer, tmp_path):
 def test_a_name_that_is_no_plain_folder_name_is_refused(text, tokenizer, tmp_path, name):
     with pytest.raises(UserError, match="must be a plain folder name"):
         call("tokenize", text, "--tokenizer", tokenizer, "--name", name, "--store", tmp_path)
+
+
+def test_verify_hashes_the_contents_and_names_both_digests_of_a_changed_folder(
+    write_token_folder, tmp_path
+):
+    folder = write_token_folder(tmp_path / "data" / "x")
+    digest = corpus.load_meta(folder).digest
+    said = call("verify", "x", "--store", tmp_path)
+    assert f"the contents have the digest that meta.json says, {digest}" in said
+    (folder / "val.bin").write_bytes(bytes((folder / "val.bin").stat().st_size))
+    with pytest.raises(
+        UserError, match=f"meta.json says {digest}: a file was changed; restore"
+    ):
+        call("verify", "x", "--store", tmp_path)
+    with pytest.raises(UserError, match="no token folder"):
+        call("verify", "y", "--store", tmp_path)
+    with pytest.raises(UserError, match="plain folder name"):
+        call("verify", "../x", "--store", tmp_path)
 
 
 def test_a_damaged_folder_is_listed_with_what_is_wrong(tmp_path):
