@@ -77,7 +77,9 @@ class Miniature:
         self.recipe = recipe
         optimizer = Optimizer(Handful(declared).to(device), recipe, kernels=frozenset(kernels))
         self.banks = optimizer.banks
-        self.gradients = [[_drawn(i, bank.grad) for bank in self.banks] for i in range(len(SIZES))]
+        self.gradients = [
+            [_drawn(i, bank.grad) for bank in self.banks] for i in range(len(SIZES))
+        ]
         self.step = TrainingStep(_not_asked, optimizer, recipe, recipe.tokens_per_step)
 
     @torch.no_grad()

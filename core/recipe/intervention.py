@@ -32,6 +32,7 @@ class About:
     requires: tuple[str, ...]
     excludes: tuple[str, ...]
     crosses_late: bool  # True: its loss curve crosses the control's late, so it must never be pruned early
+    acts_late: bool  # True: a few steps on random tokens may not show it, so it is never called inert for these
     summary: str  # first line of the docstring
 
 
@@ -56,6 +57,7 @@ def register(
     requires: tuple[str, ...] = (),
     excludes: tuple[str, ...] = (),
     crosses_late: bool = False,
+    acts_late: bool = False,
 ) -> Callable[[Cls], Cls]:
     """Make a class an intervention: a part of that kind, whose fields are its dose, with what is said of it.
 
@@ -79,6 +81,7 @@ def register(
             requires=requires,
             excludes=excludes,
             crosses_late=crosses_late,
+            acts_late=acts_late,
             summary=said.splitlines()[0],
         )
         REGISTRY[name] = made

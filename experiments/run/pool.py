@@ -48,7 +48,7 @@ class Outcome:
     reused: list[str] = field(default_factory=list)
     # crashed or out of memory: the next call tries again
     failed: list[str] = field(default_factory=list)
-    # cell -> the reference whose bits it computes
+    # cell -> the reference from which the liveness check tells it by nothing
     inert: dict[str, str] = field(default_factory=dict)
 
 

@@ -88,7 +88,11 @@ class PulledBack(Window):
 class Narrowed(Window):
     def phases(self, batch: int, context: int) -> tuple[Phase, ...]:
         inside = round(batch * self.strength)
-        return Phase(0.25, batch, context), Phase(0.4, inside, context), Phase(1.0, batch, context)
+        return (
+            Phase(0.25, batch, context),
+            Phase(0.4, inside, context),
+            Phase(1.0, batch, context),
+        )
 
 
 def hidden_step(part: Transform) -> Recipe:
@@ -130,7 +134,9 @@ def test_what_acts_nowhere_is_inert_whatever_its_name(base, slot):
 
 def test_what_acts_on_rare_large_gradients_shows(base):
     """The norm of the four steps lies below either limit."""
-    assert trace(edit(BASE, "optim.clip", put(50.0))) != trace(edit(BASE, "optim.clip", put(80.0)))
+    assert trace(edit(BASE, "optim.clip", put(50.0))) != trace(
+        edit(BASE, "optim.clip", put(80.0))
+    )
 
 
 def test_another_length_of_run_or_other_tokens_are_no_inert_toggle(base):
