@@ -7,11 +7,12 @@
 A registered class is a frozen dataclass whose fields are its *dose*; it may also be the part that it puts into a slot.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ablab.core.errors import UserError
+from ablab.core.errors import UserError, place_in, told
 from ablab.core.language.parse import fields_of, near, parse, paths_of
 from ablab.core.language.part import Cls, part, refuse_namesake
 from ablab.core.recipe.edit import at
@@ -146,7 +147,7 @@ def resolve(base: Recipe, treatment: Treatment) -> Recipe:
     chosen_by: dict[str, str] = {}
     for one in ordered(treatment):
         _refuse_company(one.about, treatment)
-        new = one.apply(recipe)
+        new = _applied(one, recipe)
         for slot in CHOICES:
             found, chosen = at(recipe, slot), at(new, slot)
             if chosen == found:
@@ -161,6 +162,20 @@ def resolve(base: Recipe, treatment: Treatment) -> Recipe:
 def _holds(chosen: Any, found: Any) -> bool:
     """Whether a choice has the one that it found as one of its fields: then both are in force, as mup and its base."""
     return any(getattr(chosen, name) == found for name in fields_of(type(chosen)))
+
+
+def _applied(one: Intervention, recipe: Recipe) -> Recipe:
+    """Raises UserError where the intervention's own code breaks."""
+    try:
+        return one.apply(recipe)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as flaw:
+        file = getattr(sys.modules.get(type(one).__module__), "__file__", "")
+        place = place_in(flaw, {file}) or file
+        raise UserError(
+            f"{one.about.name} cannot be applied, at {place}: {told(flaw)}"
+        ) from flaw
 
 
 def _refuse_company(about: About, treatment: Treatment) -> None:
