@@ -210,7 +210,7 @@ class Comparison:
 
     @cached_property
     def inert(self) -> bool:
-        """Nobody trained it because the liveness check saw no difference, or it lists the same runs, or the same bits came out."""
+        """The liveness check saw no difference, or it lists the same runs, or the same bits came out."""
         never_trained = bool((self.rows.status == INERT).all())
         same_runs = len(self.both) > 0 and bool(
             (self.both.run == self.both["run/reference"]).all()
