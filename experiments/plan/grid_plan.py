@@ -70,7 +70,7 @@ def _still_wanted(
 
 
 def _note(reference: str) -> str:
-    return f"inert: no difference to {reference} in the liveness check" if reference else ""
+    return f"inert: no difference from {reference} in the liveness check" if reference else ""
 
 
 def _row(experiment: Experiment, run: PlannedRun) -> Planned:

@@ -26,7 +26,7 @@ def path_of(runtime: Runtime) -> str:
 class Gate:
     """The gate of some runs of an experiment.
 
-    told: called once, when all traces are there, with cell -> reference for every cell that shows no difference to its
+    told: called once, when all traces are there, with cell -> reference for every cell that shows no difference from its
     reference.  runtime: how the runs will be executed; traces are taken on the same path.
     """
 

@@ -75,7 +75,7 @@ class DesiredState:
         self.inert |= inert
         for cell, reference in self.inert.items():
             self.say(
-                f"INERT: {cell} shows no difference to {reference}, in {CHECKED}; not run "
+                f"INERT: {cell} shows no difference from {reference}, in {CHECKED}; not run "
                 "(--run-inert runs it all the same; acts_late=True in its @register is for what shows later)"
             )
         self._write({run.cell: self.inert.get(run.cell, "") for run in self.missing})

@@ -248,7 +248,7 @@ def test_an_intervention_from_a_plugin_folder_trains_in_a_worker(own):
 
 def test_an_arm_that_computes_its_references_bits_is_named_and_not_trained(own):
     lab, ended = own
-    assert "INERT: + nothing shows no difference to base, in the schedule," in ended.err
+    assert "INERT: + nothing shows no difference from base, in the schedule," in ended.err
     inert = ended.json["outcome"]["inert"]
     assert inert == {"+ nothing": "base"}
     assert ("+ nothing", 0) not in lab.results("own")
