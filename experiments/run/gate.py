@@ -26,8 +26,8 @@ def path_of(runtime: Runtime) -> str:
 class Gate:
     """The gate of some runs of an experiment.
 
-    told: called once, when all traces are there, with cell -> reference for every cell that shows no difference from its
-    reference.  runtime: how the runs will be executed; traces are taken on the same path.
+    told: called once, when all traces are there, with cell -> reference for every cell that shows no difference from
+    its reference.  runtime: how the runs will be executed; traces are taken on the same path.
     """
 
     def __init__(
