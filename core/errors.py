@@ -1,4 +1,9 @@
-"""The exceptions that ablab raises on purpose."""
+"""The exceptions that ablab raises on purpose, and how those of others are told in a line."""
+
+import traceback
+from collections.abc import Collection
+
+LONGEST = 300  # characters of a line that quotes what others wrote
 
 
 class UserError(Exception):
@@ -17,3 +22,33 @@ class Diverged(Exception):
             f"the loss was not finite at step {step}; the last good loss was {last_good:.4f} nats/token"
         )
         self.step, self.last_good = step, last_good
+
+
+def told(flaw: BaseException) -> str:
+    """`ValueError: what it says`, in one line; also of one that fails to say anything."""
+    said = said_by(flaw)
+    name = type(flaw).__name__
+    return in_a_line(f"{name}: {said}" if said else name)
+
+
+def said_by(flaw: BaseException) -> str:
+    """Its text.  An exception may be anybody's class, and its text anybody's code."""
+    try:
+        return str(flaw)
+    except Exception as worse:
+        return f"it cannot be shown, for that raises {type(worse).__name__}"
+
+
+def in_a_line(text: str) -> str:
+    """One line of at most LONGEST characters, that any terminal and any file can hold."""
+    encodable = text.encode("utf-8", "backslashreplace").decode()
+    shown = "".join(letter if letter.isprintable() else " " for letter in encodable)
+    line = " ".join(shown.split())
+    return line if len(line) <= LONGEST else line[: LONGEST - 4] + " ..."
+
+
+def place_in(flaw: BaseException, files: Collection[str]) -> str:
+    """`FILE:LINE`, the innermost line of the trace that stands in one of the files; '' if none does."""
+    frames = traceback.extract_tb(flaw.__traceback__)
+    places = [f"{frame.filename}:{frame.lineno}" for frame in frames if frame.filename in files]
+    return places[-1] if places else ""

@@ -38,6 +38,7 @@ READ_ONLY_CORE = {  # all that analysis may use of core
 TORCH = {  # the files that work on tensors; everything else can be imported, listed and hashed without torch
     "ablations/checks/coords.py",
     "ablations/checks/liveness.py",
+    "ablations/checks/timeline.py",
     "core/data/tokens.py",
     "core/model/decode.py",
     "core/model/init.py",

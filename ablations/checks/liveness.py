@@ -1,10 +1,13 @@
-"""Is a toggle alive?  Two recipes take four optimizer steps on the same random tokens; an inert toggle leaves no trace.
+"""Is a toggle alive?  Two recipes take the same steps on the same random numbers; an inert toggle leaves no trace.
 
-The four steps stand at the first, the middle, the last-but-one-tenth and the last step of the schedule, so that a
-schedule, a decay or a weight average shows as well as a layer.  They are computed by the kernels that will serve the
-run, so that a stage which a kernel dropped would show as dead.  The trace is every bit of the weights read out, and of
-what the trunk leaves and the nats, at the start and at the end.  A parameter that no gradient ever reaches is left out:
-nothing reads it.
+The model takes four steps: the first, the middle, the last-but-one-tenth and the last of its schedule.  What depends on
+the step is compared at every one (timeline.py).  All are computed by the kernels that will serve the run, so that a
+stage which a kernel dropped would show as dead.  The trace is every bit of the weights read out, and of what the trunk
+leaves and the nats, at the start and at the end.  A parameter that no gradient ever reaches is left out: nothing reads
+it.
+
+Of the model, four steps stay a sample.  What acts beyond a threshold that random tokens never reach is not seen; its
+intervention is registered with `acts_late=True`, and then nobody calls it inert.
 """
 
 import hashlib
@@ -14,8 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ablab.ablations.checks.timeline import timeline
 from ablab.core.fusion.places import plan_with
+from ablab.core.language.declare import Param
 from ablab.core.model.init import generator, initialise
+from ablab.core.model.layers import declaration
 from ablab.core.model.objective import heads_of, of_rows
 from ablab.core.model.transformer import Transformer
 from ablab.core.recipe.recipe import Recipe
@@ -29,8 +35,9 @@ ROWS = (
 
 
 def trace(recipe: Recipe, device: str = "cpu", kernels: Collection[KernelPlace] = ()) -> str:
-    """A digest of what the recipe computes in four steps; equal traces mean that nothing computed differs.
+    """A digest of what the recipe computes in four steps, and of what moves with the step at every one.
 
+    Equal traces: nothing of that differs.
     kernels: the places that kernels serve in the run, as `served` of core/fusion/places.py says.
     In fp32 and, on a GPU too, in a fixed order of sums: else noise would pass for life.
     """
@@ -48,6 +55,8 @@ class Tracer:
 
     def __init__(self, recipe: Recipe, device: str, kernels: Collection[KernelPlace]):
         self.recipe = recipe
+        self.device = device
+        self.kernels = kernels
         self.model = Transformer(recipe, plan=plan_with(kernels, recipe)).to(device)
         initialise(self.model, recipe)
         optimizer = Optimizer(self.model, recipe, kernels=kernels)
@@ -72,6 +81,7 @@ class Tracer:
         self.average()
         self.read_weights()
         self.read()
+        self.digest.update(timeline(self.recipe, self.declared(), self.device, self.kernels))
         return self.digest.hexdigest()
 
     def block(self, t: int) -> Tensor:
@@ -92,6 +102,14 @@ class Tracer:
         for bank in self.banks:
             grads = zip(bank.names, bank.grad, strict=True)
             self.reached |= {name for name, grad in grads if grad.any()}
+
+    def declared(self) -> dict[str, Param]:
+        """The parameters that a gradient reached."""
+        return {
+            name: declaration(value)
+            for name, value in self.model.named_parameters()
+            if name in self.reached
+        }
 
     def average(self) -> None:
         """The weights become those that are read out, as in an evaluation."""

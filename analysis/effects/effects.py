@@ -210,7 +210,7 @@ class Comparison:
 
     @cached_property
     def inert(self) -> bool:
-        """Nobody trained it because it computes the same bits, or it lists the same runs, or the same bits came out."""
+        """The liveness check saw no difference, or it lists the same runs, or the same bits came out."""
         never_trained = bool((self.rows.status == INERT).all())
         same_runs = len(self.both) > 0 and bool(
             (self.both.run == self.both["run/reference"]).all()
@@ -277,7 +277,7 @@ class Comparison:
     def _same(self) -> str:
         """How an inert cell and its reference are the same."""
         if INERT in self.statuses:
-            return "compute the same bits, so it was not trained"
+            return "showed no difference in the liveness check, so it was not trained"
         return "end in the same bits" if len(self.x) else "are the same runs"
 
     def note(self) -> str:

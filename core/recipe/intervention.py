@@ -7,11 +7,12 @@
 A registered class is a frozen dataclass whose fields are its *dose*; it may also be the part that it puts into a slot.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ablab.core.errors import UserError
+from ablab.core.errors import UserError, place_in, told
 from ablab.core.language.parse import fields_of, near, parse, paths_of
 from ablab.core.language.part import Cls, part, refuse_namesake
 from ablab.core.recipe.edit import at
@@ -32,6 +33,7 @@ class About:
     requires: tuple[str, ...]
     excludes: tuple[str, ...]
     crosses_late: bool  # True: its loss curve crosses the control's late, so it must never be pruned early
+    acts_late: bool  # True: a few steps on random tokens may not show it, so it is never called inert for these
     summary: str  # first line of the docstring
 
 
@@ -56,6 +58,7 @@ def register(
     requires: tuple[str, ...] = (),
     excludes: tuple[str, ...] = (),
     crosses_late: bool = False,
+    acts_late: bool = False,
 ) -> Callable[[Cls], Cls]:
     """Make a class an intervention: a part of that kind, whose fields are its dose, with what is said of it.
 
@@ -79,6 +82,7 @@ def register(
             requires=requires,
             excludes=excludes,
             crosses_late=crosses_late,
+            acts_late=acts_late,
             summary=said.splitlines()[0],
         )
         REGISTRY[name] = made
@@ -143,7 +147,7 @@ def resolve(base: Recipe, treatment: Treatment) -> Recipe:
     chosen_by: dict[str, str] = {}
     for one in ordered(treatment):
         _refuse_company(one.about, treatment)
-        new = one.apply(recipe)
+        new = _applied(one, recipe)
         for slot in CHOICES:
             found, chosen = at(recipe, slot), at(new, slot)
             if chosen == found:
@@ -158,6 +162,20 @@ def resolve(base: Recipe, treatment: Treatment) -> Recipe:
 def _holds(chosen: Any, found: Any) -> bool:
     """Whether a choice has the one that it found as one of its fields: then both are in force, as mup and its base."""
     return any(getattr(chosen, name) == found for name in fields_of(type(chosen)))
+
+
+def _applied(one: Intervention, recipe: Recipe) -> Recipe:
+    """Raises UserError where the intervention's own code breaks."""
+    try:
+        return one.apply(recipe)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as flaw:
+        file = getattr(sys.modules.get(type(one).__module__), "__file__", "")
+        place = place_in(flaw, {file}) or file
+        raise UserError(
+            f"{one.about.name} cannot be applied, at {place}: {told(flaw)}"
+        ) from flaw
 
 
 def _refuse_company(about: About, treatment: Treatment) -> None:

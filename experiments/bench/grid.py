@@ -160,7 +160,7 @@ def bench_grid(
         times = watcher.times(store, jobs)
     if len(times) < 2:
         raise UserError(
-            f"only {len(times)} of {count} cells trained, for the others compute the same bits;"
+            f"only {len(times)} of {count} cells trained, for the liveness check sees no difference in the others;"
             " name an experiment with more live cells"
         )
     training = sum(one.training for one in times)

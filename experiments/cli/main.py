@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from ablab.core.errors import UserError
+from ablab.core.errors import UserError, told
 from ablab.experiments.cli import bench, check, data, look, new, view, work
 
 INTERRUPTED = 130
@@ -49,6 +49,10 @@ def main() -> None:
         code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
+    except (
+        SystemExit
+    ) as end:  # of click, with a number; or of somebody's plugin, and then it is no success
+        code = end.code if isinstance(end.code, int) and end.code else _explained(end)
     except Exception as fault:
         if debug:
             raise
@@ -58,17 +62,17 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _explained(fault: Exception) -> int:
+def _explained(fault: BaseException) -> int:
     """One line on stderr, and the exit code."""
     code, line = 2, _of_the_request(fault)
     if line is None:
-        code, line = 1, f"{type(fault).__name__}: {fault} (--debug shows where)"
+        code, line = 1, f"{told(fault)} (--debug shows where)"
     if line:
         print(f"error: {line}", file=sys.stderr)
     return code
 
 
-def _of_the_request(fault: Exception) -> str | None:
+def _of_the_request(fault: BaseException) -> str | None:
     """What is wrong with what was asked; None where the fault is ours."""
     if isinstance(fault, UserError):
         return str(fault)

@@ -45,7 +45,7 @@ def run(
     run_inert: Annotated[
         bool,
         typer.Option(
-            "--run-inert", help="also train arms that compute the same bits as their reference"
+            "--run-inert", help="also train arms in which the liveness check sees no difference"
         ),
     ] = False,
     quiet: Quiet = False,

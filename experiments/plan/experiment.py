@@ -71,7 +71,7 @@ class Experiment:
         except UserError as flaw:
             raise UserError(
                 f"cell {cell.name!r} of {self.name} cannot be built: {flaw}"
-            ) from None
+            ) from flaw
 
     def params(self, run: PlannedRun) -> dict[str, Any]:
         """What a tracker shows of a run: each leaf that differs from the base, the common dials, each toggle."""

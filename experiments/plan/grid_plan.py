@@ -37,8 +37,8 @@ def merged_plan(
 ) -> GridPlan:
     """The plan of these runs, and of earlier seeds of the same cells whose recipes are still the same.
 
-    inert: for each cell just looked at, the reference whose bits it computes, or "" where it is alive; any other cell
-    keeps what was noted of it.
+    inert: for each cell just looked at, the reference from which it showed no difference, or "" where it is alive; any
+    other cell keeps what was noted of it.
     """
     plan = grid_plan_of(experiment, runs)
     before = old.rows if old else []
@@ -70,7 +70,7 @@ def _still_wanted(
 
 
 def _note(reference: str) -> str:
-    return f"inert: same bits as {reference}" if reference else ""
+    return f"inert: no difference from {reference} in the liveness check" if reference else ""
 
 
 def _row(experiment: Experiment, run: PlannedRun) -> Planned:

@@ -30,8 +30,8 @@ class Executor(Protocol):
         """Execute each task, and those that `heard` returns, until each has been answered.
 
         `heard` is called in this thread, with every message of a job in the order in which it was said.  A Busy job is
-        given out again after a while.  A run whose worker dies is Done with a failed result.
-        Raises UserError where nothing can be executed, and where a worker dies over a trace.
+        given out again after a while.  A run whose worker dies is Done with a failed result, a trace is Untraced.
+        Raises UserError where nothing can be executed.
         """
 
     def stop(self, run: str) -> None:

@@ -1,12 +1,14 @@
-"""What holds an arm back until it is known to be alive: to compute other bits than its reference does.
+"""What holds an arm back until it is known to be alive: to differ from its reference in what it computes.
 
 The liveness check (ablations/checks/liveness.py) turns a recipe into a trace.  The gate says which traces are wanted,
 compares them, and lets the runs through: references at once, the other arms when the last trace is there, and an inert
-arm never.
+arm never.  An arm that no trace can judge is let through: one that acts late by its own word, and one whose trace, or
+whose reference's, could not be taken.
 """
 
 from collections.abc import Callable
 
+from ablab.ablations.design import Cell
 from ablab.core.runtime.fingerprint import code_fingerprint
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.store import Store
@@ -24,8 +26,8 @@ def path_of(runtime: Runtime) -> str:
 class Gate:
     """The gate of some runs of an experiment.
 
-    told: called once, when all traces are there, with cell -> reference for every cell that computes the bits of its
-    reference.  runtime: how the runs will be executed; traces are taken on the same path.
+    told: called once, when all traces are there, with cell -> reference for every cell that shows no difference from
+    its reference.  runtime: how the runs will be executed; traces are taken on the same path.
     """
 
     def __init__(
@@ -39,7 +41,12 @@ class Gate:
         self.runs = runs
         self.told = told
         self.traces = Traces(store, code_fingerprint(), path_of(runtime))
-        self.reference_of = {cell.name: cell.reference for cell in experiment.cells}
+        # of the cells that are judged
+        self.reference_of = {
+            cell.name: cell.reference
+            for cell in experiment.cells
+            if cell.reference and not _acts_late(cell, experiment.cell_named[cell.reference])
+        }
         self.traced = self._runs_to_trace(experiment)
         # run id -> run, for those whose trace nobody knows
         self.missing = {
@@ -49,26 +56,27 @@ class Gate:
     def passing(self) -> list[PlannedRun]:
         """The runs that wait for no trace: all that are alive, or those of references while a trace is missing."""
         if self.missing:
-            return [run for run in self.runs if not self.reference_of[run.cell]]
+            return [run for run in self.runs if run.cell not in self.reference_of]
         inert = self._judge()
         return [run for run in self.runs if run.cell not in inert]
 
-    def traced_as(self, run: str, trace: str) -> list[PlannedRun]:
-        """Note one of the missing traces.  Returns the runs that waited for it."""
-        self.traces.put(run, trace)
+    def traced_as(self, run: str, trace: str | None) -> list[PlannedRun]:
+        """Note one of the missing traces; None: it cannot be taken.  Returns the runs that waited for it."""
+        if trace is not None:
+            self.traces.put(run, trace)
         del self.missing[run]
         if self.missing:
             return []
         self.traces.save()
         inert = self._judge()
-        arms = (run for run in self.runs if self.reference_of[run.cell])
+        arms = (run for run in self.runs if run.cell in self.reference_of)
         return [run for run in arms if run.cell not in inert]
 
     def _runs_to_trace(self, experiment: Experiment) -> dict[str, PlannedRun]:
         """Cell -> its run of the first seed, for every arm that waits here and for its reference."""
         wanted = set()
         for run in self.runs:
-            if reference := self.reference_of[run.cell]:
+            if reference := self.reference_of.get(run.cell):
                 wanted |= {run.cell, reference}
         seeds = experiment.sheet.seeds[:1] or [run.pair for run in self.runs[:1]]
         return {run.cell: run for run in experiment.runs(seeds) if run.cell in wanted}
@@ -76,10 +84,17 @@ class Gate:
     def _judge(self) -> dict[str, str]:
         """Cell -> reference of the arms whose traces are equal."""
         trace = {cell: self.traces.get(run.id) for cell, run in self.traced.items()}
-        inert = {}
-        for cell in self.traced:
-            reference = self.reference_of[cell]
-            if reference and trace[cell] == trace[reference]:
-                inert[cell] = reference
+        inert = {
+            cell: reference
+            for cell, reference in self.reference_of.items()
+            if trace.get(cell) is not None and trace[cell] == trace[reference]
+        }
         self.told(inert)
         return inert
+
+
+def _acts_late(cell: Cell, reference: Cell) -> bool:
+    """Whether they differ in an intervention that a few steps may not show."""
+    ours, theirs = cell.treatment, reference.treatment
+    differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    return any((ours.get(name) or theirs[name]).about.acts_late for name in differing)

@@ -5,7 +5,7 @@ the runner says        TrainJob, TraceJob             a job, to whoever is Ready
 a worker says          Ready                          it may be given a job
     of a TrainJob      Began, Logged, Warned          and it goes on
                        Done, Found, Busy, Refused     the answer
-    of a TraceJob      Traced, Refused                the answer
+    of a TraceJob      Traced, Untraced, Refused      the answer
 """
 
 from dataclasses import dataclass, field
@@ -98,6 +98,13 @@ class Traced:
 
 
 @dataclass(frozen=True)
+class Untraced:
+    """Taking the trace failed: nobody knows whether the recipe is alive."""
+
+    why: str
+
+
+@dataclass(frozen=True)
 class Refused:
     """This process cannot compute what was asked for."""
 
@@ -105,5 +112,5 @@ class Refused:
 
 
 OnTheWay = Began | Logged | Warned
-Answer = Done | Found | Busy | Traced | Refused
+Answer = Done | Found | Busy | Traced | Untraced | Refused
 Message = OnTheWay | Answer

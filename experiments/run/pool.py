@@ -29,6 +29,7 @@ from ablab.experiments.run.messages import (
     Traced,
     TraceJob,
     TrainJob,
+    Untraced,
     Warned,
 )
 from ablab.experiments.run.processes import local_processes
@@ -48,7 +49,7 @@ class Outcome:
     reused: list[str] = field(default_factory=list)
     # crashed or out of memory: the next call tries again
     failed: list[str] = field(default_factory=list)
-    # cell -> the reference whose bits it computes
+    # cell -> the reference from which the liveness check tells it by nothing
     inert: dict[str, str] = field(default_factory=dict)
 
 
@@ -162,13 +163,17 @@ class Reception:
         match message:
             case Traced(digest):
                 return self._let_through(job.run, digest)
+            case Untraced(why):
+                unchecked = f"the liveness check failed, so it trains unchecked: {why}"
+                self.pool.watcher.say(f"{self._title(job)}: {unchecked}")
+                return self._let_through(job.run, None)
             case Refused(why):
                 raise UserError(f"{self._title(job)}: {why}")
             case _:
                 self._follow(self.runs[job.run], message)
                 return ()
 
-    def _let_through(self, run: str, trace: str) -> list[Task]:
+    def _let_through(self, run: str, trace: str | None) -> list[Task]:
         assert self.gate, "only a gate asks for traces"
         return [self.pool.training(freed) for freed in self.gate.traced_as(run, trace)]
 

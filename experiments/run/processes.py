@@ -32,9 +32,10 @@ from ablab.experiments.run.messages import (
     Stop,
     TraceJob,
     TrainJob,
+    Untraced,
     Warned,
 )
-from ablab.experiments.run.worker import serve
+from ablab.experiments.run.worker import ends_itself, serve
 
 PATIENCE = 1.0  # seconds before a run that another process holds is asked for again
 SECONDS_TO_TIDY = 3.0  # that an idle worker has between the end of its pipe and its own
@@ -143,10 +144,10 @@ class LocalProcesses:
             waiting.postpone(job, worker.affinity)
         waiting.tasks.extend(heard(job, said))
 
-    def _bury(self, worker: "WorkerProcess") -> Done | None:
-        """A worker died: what it trained is a failure, and another will take its place.
+    def _bury(self, worker: "WorkerProcess") -> Done | Untraced | None:
+        """A worker died: what it had in hand is a failure, and another will take its place.
 
-        Raises UserError where it died before it was ready, or over a trace.
+        Raises UserError where it died before it was ready.
         """
         self.workers.remove(worker)
         worker.pipe.close()
@@ -157,14 +158,14 @@ class LocalProcesses:
                 f"a worker ended with exit code {code} before it was ready; what it said stands above"
             )
         cause = (
-            f"the worker died with exit code {code} (-9: killed, often for lack of host memory); "
-            "run again to resume from its last checkpoint"
+            f"the worker died with exit code {code} (-9: killed, often for lack of host memory)"
         )
         match worker.job:
-            case TraceJob() as job:
-                raise UserError(f"run {job.run}, liveness check: {cause}")
+            case TraceJob():
+                return Untraced(cause)
             case TrainJob() as job:
-                return Done(_lost(job, cause))
+                cure = "run again to resume from its last checkpoint"
+                return Done(_lost(job, f"{cause}; {cure}"))
             case None:  # it died idle, as one does after a crash that may have poisoned it
                 return None
 
@@ -212,8 +213,7 @@ class WorkerProcess:
         if not isinstance(said, Began | Logged | Warned):
             self.was_ready = True
             self.job = None
-            # a crash may poison its process, as CUDA errors do: it ends itself
-            self.is_free = not (isinstance(said, Done) and said.result.status == FAILED)
+            self.is_free = not ends_itself(said)
         return said
 
 

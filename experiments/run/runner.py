@@ -20,6 +20,8 @@ from ablab.experiments.run.pool import Outcome, Pool
 from ablab.experiments.run.progress import Watcher
 from ablab.experiments.track.trackers import trackers_for
 
+CHECKED = "the schedule, batches and optimizer of every step and four steps of the model"
+
 
 def execute(
     experiment: Experiment,
@@ -73,8 +75,8 @@ class DesiredState:
         self.inert |= inert
         for cell, reference in self.inert.items():
             self.say(
-                f"INERT: {cell} computes the same bits as {reference}; not run "
-                "(--run-inert runs it all the same)"
+                f"INERT: {cell} shows no difference from {reference}, in {CHECKED}; not run "
+                "(--run-inert runs it all the same; acts_late=True in its @register is for what shows later)"
             )
         self._write({run.cell: self.inert.get(run.cell, "") for run in self.missing})
 

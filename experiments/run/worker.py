@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import sys
 import threading
 import traceback
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ablab.core.errors import Pruned, UserError
+from ablab.core.errors import Pruned, UserError, in_a_line, said_by, told
 from ablab.core.language.parse import parse
 from ablab.core.recipe.recipe import Recipe, run_id
 from ablab.core.runtime.runtime import Runtime, settle
@@ -28,12 +29,14 @@ from ablab.experiments.run.messages import (
     Found,
     Job,
     Logged,
+    Message,
     Ready,
     Refused,
     Stop,
     Traced,
     TraceJob,
     TrainJob,
+    Untraced,
     Warned,
 )
 
@@ -61,7 +64,10 @@ def serve(
     from ablab.ablations.registry import discover
     from ablab.core.train.trainer import Warm
 
-    discover(plugins)
+    try:
+        discover(plugins)
+    except UserError as refusal:
+        sys.exit(str(refusal))  # it is said on stderr, above what the runner says of our end
     worker = Worker(
         pipe,
         warm=Warm(rehearse=turn is not None),
@@ -74,8 +80,18 @@ def serve(
                 continue
             answer = worker.answer(order)
             pipe.send(answer)
-            if isinstance(answer, Done) and answer.result.status == FAILED:
-                return  # nobody knows what the crash left behind; processes.py starts another
+            if ends_itself(answer):
+                return  # processes.py starts another
+
+
+def ends_itself(last: Ready | Message) -> bool:
+    """Whether a worker ends after these words: a crash may poison its process, as CUDA errors do."""
+    match last:
+        case Done(result):
+            return result.status == FAILED
+        case Untraced():
+            return True
+    return False
 
 
 def keep_freed_memory() -> None:
@@ -111,7 +127,7 @@ class Worker:
                 case TrainJob():
                     return self._train(job)
                 case TraceJob():
-                    return Traced(_trace(job))
+                    return _trace(job)
         except UserError as refusal:
             return Refused(str(refusal))
 
@@ -154,7 +170,7 @@ class Worker:
             )
         except (UserError, *GONE):
             raise
-        except Exception as fault:
+        except (Exception, SystemExit) as fault:
             result = _crash(job.run, fault, record.folder / "error.txt")
             record.finish(result)
             return result
@@ -172,7 +188,7 @@ def _read(job: Job) -> tuple[Recipe, Runtime]:
     return recipe, runtime
 
 
-def _trace(job: TraceJob) -> str:
+def _trace(job: TraceJob) -> Traced | Untraced:
     import torch
 
     from ablab.ablations.checks.liveness import trace
@@ -181,7 +197,12 @@ def _trace(job: TraceJob) -> str:
     recipe, runtime = _read(job)
     torch.set_num_threads(runtime.threads)
     settled = settle(runtime, recipe.batches.largest_micro_batch)
-    return trace(recipe, settled.device, served(recipe, settled))
+    try:
+        return Traced(trace(recipe, settled.device, served(recipe, settled)))
+    except UserError:
+        raise
+    except (Exception, SystemExit) as fault:
+        return Untraced(told(fault) + _origin(fault, " (raised at {})"))
 
 
 def _standing(record: Record, asked: int) -> Result | None:
@@ -192,22 +213,31 @@ def _standing(record: Record, asked: int) -> Result | None:
     return found
 
 
-def _crash(run: str, fault: Exception, path: Path) -> Result:
+def _crash(run: str, fault: BaseException, path: Path) -> Result:
     """The result of a run that raised; its traceback goes to `path`."""
-    write_atomically(path, traceback.format_exc().encode())
-    error = f"{type(fault).__name__}: {_in_short(fault)} (see {path})"
+    write_atomically(path, traceback.format_exc().encode("utf-8", "backslashreplace"))
+    see = f"(see {path}{_origin(fault, '; raised at {}')})"
+    error = f"{type(fault).__name__}: {_in_short(fault)} {see}"
     return Result(run, FAILED, step=0, tokens=0, error=error)
 
 
-def _in_short(fault: Exception) -> str:
+def _in_short(fault: BaseException) -> str:
     """What was raised; of an operation that cannot repeat its bits, with the cure."""
-    said = str(fault)
+    said = said_by(fault)
     refused, advice, _ = said.partition(
         ", but you set 'torch.use_deterministic_algorithms(True)'"
     )
     if not advice:
-        return said
-    return f"{refused}; run it with runtime.deterministic=false, which need not repeat its bits"
+        return in_a_line(said)
+    return f"{in_a_line(refused)}; run it with runtime.deterministic=false, which need not repeat its bits"
+
+
+def _origin(fault: BaseException, words: str) -> str:
+    """`words` with the line of the user's own code that raised it; '' where none did."""
+    from ablab.ablations.registry import raised_at
+
+    place = raised_at(fault)
+    return words.format(place) if place else ""
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,7 @@ def choosing(name: str, slot: str, part: Part):
         requires=(),
         excludes=(),
         crosses_late=False,
+        acts_late=False,
         summary="Choose.",
     )
     return SimpleNamespace(about=about, kind=name, apply=lambda old: edit(old, slot, put(part)))

@@ -350,3 +350,10 @@ def test_the_coordinate_check_takes_an_intervention_of_ones_own(lab, ablab):
     assert ablab("new", "intervention", "my_check").code == 0
     arms = ablab(*words, "--plugins", "plugins").json["arms"]
     assert [arm["name"] for arm in arms] == ["standard", "my_check"]
+
+
+def test_an_exit_that_somebody_elses_code_asks_for_is_no_success(ablab, monkeypatch):
+    monkeypatch.setattr("ablab.experiments.cli.main.app", lambda standalone_mode: sys.exit())
+    ended = ablab("list")
+    assert ended.code == 1
+    assert "error: SystemExit (--debug shows where)" in ended.err

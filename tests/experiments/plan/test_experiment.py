@@ -234,7 +234,7 @@ def test_a_plan_keeps_earlier_seeds_of_the_cells_that_it_still_has(read):
 def test_a_plan_remembers_what_was_found_inert_until_it_is_asked_again(read):
     experiment = read()
     first = merged(experiment, [0], None, {"- qk_norm": "full"})
-    assert noted(first) == {"- qk_norm": "inert: same bits as full"}
+    assert noted(first) == {"- qk_norm": "inert: no difference from full in the liveness check"}
     again = merged(experiment, [0], first, {"base": "full"})
     assert set(noted(again)) == {"- qk_norm", "base"}
     alive = merged(experiment, [0], again, {"- qk_norm": ""})

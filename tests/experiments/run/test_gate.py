@@ -1,7 +1,10 @@
 """The gate: references need not wait at it, every other arm does, and what is known is not asked again."""
 
+from dataclasses import replace
+
 import pytest
 
+from ablab.core.recipe.intervention import REGISTRY
 from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import load
 from ablab.experiments.run import gate as gates
@@ -84,3 +87,21 @@ def test_only_the_arms_that_will_run_and_their_reference_are_asked(gate):
     assert cells_of(asked.missing.values()) == {"full", "- mup", "- wsd"}
     assert asked.passing() == []
     assert not gate("full").missing
+
+
+@pytest.mark.parametrize("cell", ["- mup", "full"])
+def test_an_arm_that_cannot_be_compared_is_let_through_and_asked_again(gate, cell):
+    """None and None are no equal traces."""
+    asked = gate("- mup")
+    *_, last = answered(asked, {"full": "same", "- mup": "same", cell: None})
+    assert cells_of(last) == {"- mup"}
+    assert asked.said == [{}]
+    assert cells_of(gate("- mup").missing.values()) == {cell}
+
+
+def test_an_arm_that_acts_late_by_its_own_word_is_not_held_back(gate, monkeypatch):
+    late = replace(REGISTRY["wsd"].about, acts_late=True)
+    monkeypatch.setattr(REGISTRY["wsd"], "about", late)
+    asked = gate("- mup", "- wsd")
+    assert cells_of(asked.passing()) == {"- wsd"}
+    assert cells_of(asked.missing.values()) == {"full", "- mup"}

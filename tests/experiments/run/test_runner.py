@@ -248,7 +248,7 @@ def test_an_intervention_from_a_plugin_folder_trains_in_a_worker(own):
 
 def test_an_arm_that_computes_its_references_bits_is_named_and_not_trained(own):
     lab, ended = own
-    assert "INERT: + nothing computes the same bits as base" in ended.err
+    assert "INERT: + nothing shows no difference from base, in the schedule," in ended.err
     inert = ended.json["outcome"]["inert"]
     assert inert == {"+ nothing": "base"}
     assert ("+ nothing", 0) not in lab.results("own")
@@ -380,6 +380,131 @@ def test_when_no_run_finishes_there_is_no_verdict_and_no_crash(new_lab):
     assert again.code == 0
     assert again.json["effects"] == []
     assert "nothing to train" not in again.out
+
+
+# -- what breaks before it trains --------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def unchecked(new_lab):
+    """Three arms whose code breaks at the first forward pass, in the liveness check; one of them takes its process."""
+    lab = new_lab()
+    plugin(lab, "raises", 'raise ValueError("half a letter: \\udc80")')
+    plugin(lab, "exits", "import sys; sys.exit()")
+    plugin(lab, "dies", "import os; os._exit(7)")
+    arms = ["raises", "exits", "dies", "qk_norm"]
+    lab.sheet("unchecked", arms=arms, design="add_one", seeds=[0])
+    return lab, lab.run("run", "unchecked.yaml", *OWN, "--json")
+
+
+def test_an_arm_whose_liveness_check_breaks_stops_no_other(unchecked):
+    lab, ended = unchecked
+    statuses = {
+        cell: result["status"] for (cell, _), result in lab.results("unchecked").items()
+    }
+    lost = dict.fromkeys(["+ raises", "+ exits", "+ dies"], FAILED)
+    assert statuses == {"base": FINISHED, "+ qk_norm": FINISHED} | lost
+    assert ended.code == 1
+    assert "Traceback" not in ended.err
+    assert len(ended.failed) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("raises", "ValueError: half a letter: \\udc80"),
+        ("exits", "SystemExit"),
+        ("dies", "the worker died with exit code 7"),
+    ],
+)
+def test_a_broken_liveness_check_names_the_cell_the_plugin_and_the_line(unchecked, name, said):
+    lab, ended = unchecked
+    [line] = [line for line in ended.err.splitlines() if line.startswith(f"+ {name}: ")]
+    source = lab.root / "plugins" / f"{name}.py"
+    last = len(source.read_text().rstrip().splitlines())
+    assert "the liveness check failed, so it trains unchecked" in line
+    assert said in line
+    if name != "dies":
+        assert line.endswith(f"(raised at {source.resolve()}:{last})")
+        error = lab.result("unchecked", f"+ {name}")["error"]
+        assert said in error
+        assert f"raised at {source.resolve()}:{last}" in error
+
+
+def test_a_plugin_that_exits_at_its_top_is_an_error_of_the_request(new_lab):
+    lab = new_lab()
+    lab.sheet("one", arms=[], **A_AND_B)
+    (lab.root / "plugins").mkdir()
+    (lab.root / "plugins" / "leaves.py").write_text("import sys\nsys.exit()\n")
+    ended = lab.run("run", "one.yaml", *OWN)
+    assert ended.code == 2
+    assert "plugins/leaves.py:2 cannot be imported: SystemExit" in ended.err
+
+
+@pytest.mark.parametrize("flaw", ["import sys; sys.exit()", "return recipe.modle"])
+def test_an_intervention_that_breaks_where_it_is_applied_is_named(new_lab, flaw):
+    lab = new_lab()
+    plugin(lab, "odd", "return y")
+    path = lab.root / "plugins" / "odd.py"
+    apply = 'return edit(recipe, "model.attention.on_heads", append(self))'
+    path.write_text(path.read_text().replace(apply, flaw))
+    lab.sheet("odd", arms=["odd"], design="add_one", seeds=[0])
+    ended = lab.run("run", "odd.yaml", *OWN)
+    line = path.read_text().splitlines().index(f"        {flaw}") + 1
+    assert ended.code == 2
+    assert (
+        f"cell '+ odd' of odd cannot be built: odd cannot be applied, at {path.resolve()}:{line}"
+        in ended.err
+    )
+
+
+def test_an_edited_helper_of_a_plugin_is_another_run(new_lab):
+    lab = new_lab()
+    plugin(lab, "helped", "from plugins._helper import factor; return y * factor")
+    helper = lab.root / "plugins" / "_helper.py"
+    helper.write_text("factor = 0.9")
+    lab.sheet("helped", arms=["helped"], design="add_one", seeds=[0])
+    words = ("run", "helped.yaml", *OWN, "--json")
+    first = lab.run(*words)
+    helper.write_text("factor = 0.8")
+    second = lab.run(*words)
+    assert len(first.trained) == 2, first.err
+    assert len(second.trained) == 1
+    assert len(second.reused) == 1
+
+
+HALVED = '''
+"""Half the learning rate, from 20 to 45 % of the run."""
+from ablab.core.recipe.edit import edit, put
+from ablab.core.recipe.intervention import register
+from ablab.core.language.part import Part
+
+
+@register("halved", slots=("schedule",), off="the base schedule", source="a test")
+class Halved(Part):
+    """A test."""
+
+    warmup_steps: int = 3
+
+    def apply(self, recipe):
+        return edit(recipe, "schedule", put(self))
+
+    def multiplier(self, t: int, steps: int) -> float:
+        from ablab.core.parts.schedule import Cosine
+
+        inside = 0.2 * steps < t < 0.45 * steps
+        return Cosine(self.warmup_steps).multiplier(t, steps) * (0.5 if inside else 1.0)
+'''
+
+
+def test_an_arm_that_halves_the_learning_rate_for_a_while_is_trained(new_lab):
+    lab = new_lab()
+    (lab.root / "plugins").mkdir()
+    (lab.root / "plugins" / "halved.py").write_text(HALVED)
+    lab.sheet("halved", arms=["halved"], design="add_one", seeds=[0])
+    ended = lab.run("run", "halved.yaml", *OWN, "--json")
+    assert len(ended.trained) == 2, ended.err
+    assert (
+        lab.result("halved", "+ halved")["weights"] != lab.result("halved", "base")["weights"]
+    )
 
 
 # -- two at once -------------------------------------------------------------------------------------------------------
