@@ -7,8 +7,6 @@ that another process holds is waited for, a killed run resumes, a crash is a rec
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from ablab.core.errors import UserError
-from ablab.core.store.files import set_aside
 from ablab.core.store.planned import GridPlan
 from ablab.core.store.record import Record
 from ablab.core.store.result import RETRY, Result
@@ -91,10 +89,5 @@ def result_of(record: Record, say: Callable[[str], None]) -> Result | None:
 
     A damaged one is named, set aside, and counts as none.
     """
-    try:
-        result = record.result()
-    except UserError as damage:
-        say(str(damage))
-        set_aside(record.result_path)
-        return None
+    result = record.sound_result(say)
     return None if result and result.status in RETRY else result
