@@ -186,6 +186,7 @@ def _result(
         tokens_per_second=trainer.watch.rate,
         peak_bytes=trainer.peak_memory(),
         weights=trainer.digest() if status == FINISHED else "",
+        evaluated=_evaluated(trainer) if status == FINISHED else "",
     )
 
 
@@ -216,11 +217,27 @@ def _memory_in_use() -> str:
     )
 
 
+def _evaluated(trainer: Trainer) -> str:
+    """Digest of the weights that were evaluated; empty where these are the trained ones."""
+    if not trainer.averages:
+        return ""
+    with trainer.as_evaluated():
+        return trainer.digest()
+
+
 def _keep_weights(trainer: Trainer, folder: Path) -> None:
+    """weights.safetensors holds what was evaluated; where that is an average, the trained weights stand beside it."""
+    if trainer.averages:
+        _write_weights(trainer, folder / "weights.raw.safetensors")
+    with trainer.as_evaluated():
+        _write_weights(trainer, folder / "weights.safetensors")
+
+
+def _write_weights(trainer: Trainer, path: Path) -> None:
     from safetensors.torch import save
 
     weights = {
         name: value.detach().cpu().contiguous()
         for name, value in trainer.model.named_parameters()
     }
-    write_atomically(folder / "weights.safetensors", save(weights))
+    write_atomically(path, save(weights, metadata={"digest": trainer.digest()}))

@@ -147,6 +147,21 @@ class Trainer:
     def _held_out_loss(self) -> dict[str, float]:
         return held_out_loss(self.nats, self.tokens, self.runtime.micro_batch, self.device)
 
+    @property
+    def averages(self) -> bool:
+        """Whether other weights are evaluated than those that are trained."""
+        return bool(self.training_step.after)
+
+    @contextmanager
+    def as_evaluated(self) -> Iterator[None]:
+        """Inside, the model has the weights whose metrics `evaluate` calls val: the last readout's, or its own."""
+        if not self.averages:
+            yield
+            return
+        part, state = self.training_step.after[-1]
+        with self._weights_of(part.readout(state, self.training_step.weights)):
+            yield
+
     @contextmanager
     def _weights_of(self, readout: Sequence[Tensor]) -> Iterator[None]:
         weights = self.training_step.weights

@@ -655,6 +655,28 @@ def test_ema_reports_its_average_as_val_and_the_raw_weights_as_raw_val(
         assert abs(averaged.metrics[name] - plain.metrics[name]) > 1e-3
 
 
+def test_kept_weights_are_those_that_were_evaluated_and_the_trained_ones_stand_beside(
+    tiny, token_folder, tmp_path
+):
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    recipe = tiny([{"ema": {"horizon": 5}}], optim__lr=0.02)
+    result, _ = train(recipe, token_folder, tmp_path, how(keep_weights=True))
+    trainer = Trainer(recipe, CPU, token_folder)
+    names = {"weights": ("evaluated", "val/loss"), "weights.raw": ("weights", "raw/val/loss")}
+    for file, (digest, loss) in names.items():
+        path = tmp_path / f"{file}.safetensors"
+        kept = load_file(path)
+        with torch.no_grad():
+            for name, value in trainer.model.named_parameters():
+                value.copy_(kept[name])
+        assert trainer._held_out()["loss"] == result.metrics[loss]
+        assert trainer.digest() == getattr(result, digest)
+        assert safe_open(path, "pt").metadata() == {"digest": getattr(result, digest)}
+    assert result.evaluated != result.weights
+
+
 def test_the_mean_loss_of_a_window_is_over_all_its_tokens(tiny, token_folder, tmp_path):
     each, windows = (
         [
