@@ -59,7 +59,7 @@ class Trainer:
         repeat_bits(self.runtime.deterministic)
         use_recordable_stream(self.device)
         kernels = served(recipe, self.runtime)
-        self.kernels = sorted(kernels)
+        self.kernels: list[str] = sorted(kernels)
         recorder = CudaGraphs() if self._records() else None
 
         dtype, plan = DTYPES[self.runtime.dtype], plan_with(kernels, recipe)
