@@ -30,6 +30,10 @@ Say = Callable[[str], None]
 Scalars = dict[str, int | float]
 
 
+class Damaged(UserError):
+    """What is there is not what a run leaves.  A file that cannot be read (rights, a lost disk) is not damaged."""
+
+
 class Record:
     """One run folder.  run: whose it must be, where the caller knows; a record of another is refused."""
 
@@ -51,16 +55,18 @@ class Record:
             result = msgspec.json.decode(self.result_path.read_bytes(), type=Result)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, *FLAWS) as flaw:
-            raise self._damaged(str(flaw)) from None
+        except (IsADirectoryError, *FLAWS) as flaw:
+            raise self._damaged(getattr(flaw, "strerror", None) or str(flaw)) from None
+        except OSError as refusal:
+            raise _unreadable(self.result_path, refusal) from None
         if self.run and result.run != self.run:
             raise self._damaged(f"it is of run {result.run[:80]!r}")
         if result.status not in STATUSES:
             raise self._damaged(f"there is no status {result.status[:40]!r}")
         return result
 
-    def _damaged(self, flaw: str) -> UserError:
-        return UserError(
+    def _damaged(self, flaw: str) -> Damaged:
+        return Damaged(
             f"{self.result_path} is damaged ({flaw}); "
             "`ablab run` sets it aside and trains the run again"
         )
@@ -69,9 +75,9 @@ class Record:
         """As `result`; a damaged one, or one whose log lost lines, is named, set aside, and counts as none."""
         try:
             result = self.result()
-            if result and (hole := self.hole(result)):
-                raise UserError(f"{hole}; set aside, and the run is trained again")
-        except UserError as damage:
+            if result:
+                self._check_log(result)
+        except Damaged as damage:
             say(str(damage))
             set_aside(self.result_path)
             return None
@@ -79,16 +85,22 @@ class Record:
 
     def hole(self, result: Result | None) -> str:
         """Where metrics.jsonl is not what the run left, or not what a run can leave; empty where it is."""
-        if result and result.log:
-            if result.log == digest_of(self.logged()):
-                return ""
-            return f"{self.metrics_path} is not what the run left: lines are lost or changed"
         try:
-            for _ in self.metrics():
-                pass
+            self._check_log(result)
         except UserError as damage:
             return str(damage)
         return ""
+
+    def _check_log(self, result: Result | None) -> None:
+        """Raises Damaged."""
+        if not (result and result.log):
+            for _ in self.metrics():
+                pass
+        elif result.log != digest_of(self.logged()):
+            raise Damaged(
+                f"{self.metrics_path} is not what the run left: lines are lost or changed; "
+                "`ablab run` trains the run again"
+            )
 
     def stamp(self) -> int:
         """Tells one result from the next: its time in nanoseconds, 0 while there is none."""
@@ -210,8 +222,17 @@ def digest_of(logged: bytes) -> str:
 def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return b""
+    except OSError as refusal:
+        raise _unreadable(path, refusal) from None
+
+
+def _unreadable(path: Path, refusal: OSError) -> UserError:
+    why = refusal.strerror or refusal
+    return UserError(
+        f"cannot read {path}: {why}; mend its rights or its disk, or choose another store"
+    )
 
 
 def _line(values: Mapping[str, float]) -> bytes:
@@ -242,9 +263,9 @@ def _scalars(line: bytes) -> Scalars:
 
 
 def _lines(path: Path) -> Iterator[Scalars]:
-    """Each whole JSON line; stops at a last line that a kill has torn.  Raises UserError for any other that is none."""
+    """Each whole JSON line; stops at a last line that a kill has torn.  Raises Damaged for any other that is none."""
     if path.is_dir():
-        raise UserError(
+        raise Damaged(
             f"{path} is damaged (it is a folder); delete {path.parent} to train that run again"
         )
     last = -1
@@ -256,7 +277,7 @@ def _lines(path: Path) -> Iterator[Scalars]:
         except FLAWS as flaw:
             if not line.endswith(b"\n"):
                 return
-            raise UserError(
+            raise Damaged(
                 f"{path}:{number} is damaged ({flaw}); delete {path.parent} to train that run again"
             ) from None
         last = int(values["step"])

@@ -1,5 +1,7 @@
 """Records: what is damaged, another's or impossible is never taken for a run's own."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,6 +81,20 @@ def test_a_log_holds_an_extent_exactly_if_it_begins_with_those_bytes(cut, times)
     assert holds(whole[:cut], extent(whole)) == (cut >= 200)
     assert holds(whole * times, extent(whole))
     assert not holds(whole[::-1], extent(whole[:50]))
+
+
+def test_a_file_that_cannot_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    """A disk that answers late must not cost a run."""
+    record = logged(tmp_path)
+    record.finish(Result("mine", FINISHED, 3, 192, log=digest_of(record.logged())))
+
+    def lost(path):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot read .*result"):
+        patch.setattr(Path, "read_bytes", lost)
+        record.sound_result(pytest.fail)
+    assert record.sound_result(pytest.fail)
 
 
 def test_rewinding_keeps_the_very_bytes_up_to_the_step(tmp_path):
