@@ -73,7 +73,7 @@ class Store:
             raise UserError(
                 f"experiment {experiment!r} has no runs in {self.root}; start it with: {again}"
             ) from None
-        except (OSError, *FLAWS) as flaw:
+        except (IsADirectoryError, *FLAWS) as flaw:
             raise UserError(f"{path} is damaged ({flaw}); `{again}` writes it again") from None
 
     def experiments(self) -> list[str]:

@@ -105,7 +105,7 @@ def read(store: Store, name: str) -> StudyRecord:
         raise UserError(
             f"study {name!r} has no trials in {store.root}; start it with: {again}"
         ) from None
-    except (OSError, *FLAWS) as flaw:
+    except (IsADirectoryError, *FLAWS) as flaw:
         raise UserError(f"{path} is damaged ({flaw}); write it again with: {again}") from None
     for trial in record.trials:
         if absent := _absent(trial, record):

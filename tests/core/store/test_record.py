@@ -11,6 +11,8 @@ from ablab.core.store.files import set_aside
 from ablab.core.store.record import Record, digest_of, extent, holds
 from ablab.core.store.result import FINISHED, STATUSES, Result
 from ablab.core.store.store import Store
+from ablab.core.store.study_record import read as read_study
+from ablab.core.store.study_record import study_path
 
 PACE = {"seconds": 1.0, "tokens_per_second": 2.0}
 
@@ -124,3 +126,19 @@ def test_a_folder_where_a_file_should_be_goes_aside_and_replaces_nothing(tmp_pat
         set_aside(wrong)
     found = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
     assert found == ["first", "second"] and not (tmp_path / "run.json").exists()
+
+
+@pytest.mark.parametrize("content", [b'{"name": "\xff"}', b"[]", b"[" * 100_000, None])
+def test_a_damaged_plan_or_study_is_one_line_with_its_cure(tmp_path, content):
+    store = Store(tmp_path)
+    for path, read in (
+        (store.plan_path("grid"), store.read_plan),
+        (study_path(store, "grid"), lambda name: read_study(store, name)),
+    ):
+        path.parent.mkdir(parents=True)
+        path.mkdir() if content is None else path.write_bytes(content)
+        with pytest.raises(
+            UserError, match=r"grid\.json is damaged .*ablab (run|study) grid"
+        ) as said:
+            read("grid")
+        assert "\n" not in str(said.value)
