@@ -2,7 +2,8 @@
 
 A run that ended has the status in its result (`finished`, `diverged`, ...).  A run without a result is `missing` when
 it has no folder, `interrupted` when it has one (killed, or still running), and `inert` when the plan notes that its arm
-computes the bits of its reference, which is why nobody trained it.  Columns are named as the runs log them
+computes the bits of its reference, which is why nobody trained it.  The result of a `damaged`
+run cannot be read: it says why, and costs no other run anything.  Columns are named as the runs log them
 (`val/loss`), what described the machine is `runtime/dtype`, `runtime/device`, ..., and what served a place of the model
 `kernels/attention`, ...
 """
@@ -15,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from ablab.analysis.effects.service import COLUMN as KERNELS
+from ablab.core.errors import UserError
 from ablab.core.store.planned import GridPlan, Planned
 from ablab.core.store.record import Record
 from ablab.core.store.result import Result
@@ -23,6 +25,7 @@ from ablab.core.store.store import Store
 MISSING = "missing"
 INTERRUPTED = "interrupted"
 INERT = "inert"
+DAMAGED = "damaged"
 UNITS = {"loss": "nats/token", "bits_per_byte": "bits/byte"}
 # Of an experiment without logs.
 CURVE_COLUMNS = [
@@ -45,7 +48,8 @@ def load(store: Store, experiment: str) -> pd.DataFrame:
     """One row per planned run, in the plan's order.
 
     Columns: cell, pair, seed, run, reference, note (from the plan); status, step, tokens, seconds, tokens_per_second,
-    peak_bytes, error, code (from the result; zero or empty without one); one column per final metric, per runtime
+    peak_bytes, error, code (from the result; zero or empty without one); hole (where its log is not what the run left,
+    empty where it is); one column per final metric, per runtime
     setting and per place that a kernel may serve, NaN where a run lacks it.
     """
     plan = store.read_plan(experiment)
@@ -58,9 +62,12 @@ def curves(store: Store, experiment: str) -> pd.DataFrame:
     """One row per logged line of every run: cell, reference, pair, run, status, step, tokens and the logged metrics.
 
     Losses in nats/token.  A metric that a line does not carry is NaN.  Empty when nothing was logged yet.
+    A log with holes is left out.
     """
     lines = []
     for row, record, result in _runs(store, store.read_plan(experiment)):
+        if record.hole(result):  # `load` says which
+            continue
         run = {
             "cell": row.cell,
             "reference": row.reference,
@@ -77,7 +84,15 @@ def curves(store: Store, experiment: str) -> pd.DataFrame:
 def _runs(store: Store, plan: GridPlan) -> Iterator[tuple[Planned, Record, Result | None]]:
     for row in plan.rows:
         record = store.run(row.run)
-        yield row, record, record.result()
+        yield row, record, _result(record)
+
+
+def _result(record: Record) -> Result | None:
+    """A damaged one becomes a result that says so."""
+    try:
+        return record.result()
+    except UserError as damage:
+        return Result(record.folder.name, DAMAGED, step=0, tokens=0, error=str(damage))
 
 
 def _status(record: Record, result: Result | None) -> str:
@@ -89,6 +104,8 @@ def _status(record: Record, result: Result | None) -> str:
 def _row(row: Planned, record: Record, result: Result | None) -> dict[str, Any]:
     status = INERT if row.note.startswith(INERT) else _status(record, result)
     ended = asdict(result or Result(row.run, status, step=0, tokens=0))
+    del ended["log"]
+    ended["hole"] = record.hole(result)
     metrics = ended.pop("metrics")
     runtime = ended.pop("runtime")
     kernels = ended.pop("kernels")

@@ -159,6 +159,7 @@ def _warnings(plan: GridPlan, runs: pd.DataFrame, effects: list[Effect]) -> Iter
     """Sentences for the top of the page, the gravest kind first."""
     yield from _mixtures(finished(runs))
     yield from _other_services(effects)
+    yield from _damages(runs)
     yield from _losses(runs)
     yield from _absences(plan, runs)
     yield from _few_seeds(effects)
@@ -188,6 +189,14 @@ def _other_services(effects: list[Effect]) -> Iterator[str]:
                 f"{in_words(effect.service)}; their tokens/s ({SERVED_OTHERWISE}) compare the kernels too; "
                 "for one service run both with runtime.kernels=same"
             )
+
+
+def _damages(runs: pd.DataFrame) -> Iterator[str]:
+    """Results that cannot be read, and logs that are not what their runs left."""
+    for run in runs[runs.status == frame.DAMAGED].itertuples():
+        yield f"`{run.cell}`, seed {run.seed}: {run.error}; it is left out"
+    for run in runs[runs.hole != ""].itertuples():
+        yield f"`{run.cell}`, seed {run.seed}: {run.hole}; its curve is left out, its final numbers stand"
 
 
 def _losses(runs: pd.DataFrame) -> Iterator[str]:

@@ -2,9 +2,15 @@
 
 import os
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
+import msgspec
+
 from ablab.core.errors import UserError
+
+# What decoding a damaged file raises.  One byte that is not UTF-8 is no MsgspecError.
+FLAWS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 @contextmanager
@@ -35,8 +41,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file to NAME.damaged, where nobody reads it; another process may have done so already."""
+    """Rename a damaged file to NAME.damaged, where nobody reads it; another process may have done so already.
+
+    A folder that stands where a file should be finds a number behind that name: it replaces nothing.
+    """
     aside = path.with_name(f"{path.name}.damaged")
-    with suppress(FileNotFoundError):
+    if path.is_dir() or aside.is_dir():
+        numbered = (path.with_name(f"{path.name}.damaged.{n}") for n in count(1))
+        aside = next(name for name in numbered if not name.exists())
+    with writing(path), suppress(FileNotFoundError):
         path.replace(aside)
     return aside

@@ -6,41 +6,101 @@
                   pace.jsonl      {"step", "seconds", "tokens_per_second"}: what depends on the clock
                   result.json     status and final numbers; written once, in one step, at the end
 
-Every file is whole at every instant, or a log whose last line may be torn: a reader may look at any time.
+Every file is whole at every instant, or a log whose last line may be torn: a reader may look at any time.  A log that
+lost a line is known: by a checkpoint of its run, by the writer when it saves and ends, by its digest in the result.
 """
 
+import hashlib
+import os
+import sys
 import time
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from ablab.core.errors import UserError
-from ablab.core.store.files import write_atomically, writing
-from ablab.core.store.result import Result
+from ablab.core.store.files import FLAWS, set_aside, write_atomically, writing
+from ablab.core.store.result import STATUSES, Result
+
+Say = Callable[[str], None]
+Scalars = dict[str, int | float]
+
+
+class Damaged(UserError):
+    """What is there is not what a run leaves.  A file that cannot be read (rights, a lost disk) is not damaged."""
 
 
 class Record:
-    """One run folder."""
+    """One run folder.  run: whose it must be, where the caller knows; a record of another is refused."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, run: str | None = None):
         self.folder = folder
+        self.run = run
         self.metrics_path = folder / "metrics.jsonl"
         self.pace_path = folder / "pace.jsonl"
         self.result_path = folder / "result.json"
+        self.about_path = folder / "run.json"
+        self.recipe_path = folder / "recipe.yaml"
+        # Path -> what this object wrote there: a file that something else cut or removed is written again.
+        self.written: dict[Path, bytearray] = {}
 
+    # -- how the run ended -----------------------------------------------------------------------------------------
     def result(self) -> Result | None:
-        """The final result; None while there is none.  A damaged one is named and refused."""
+        """The final result; None while there is none.  UserError names a damaged, foreign or impossible one."""
         try:
-            return msgspec.json.decode(self.result_path.read_bytes(), type=Result)
+            result = msgspec.json.decode(self.result_path.read_bytes(), type=Result)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except msgspec.MsgspecError as flaw:
-            raise UserError(
-                f"{self.result_path} is damaged ({flaw}); "
-                "`ablab run` sets it aside and trains the run again"
-            ) from None
+        except (IsADirectoryError, *FLAWS) as flaw:
+            raise self._damaged(getattr(flaw, "strerror", None) or str(flaw)) from None
+        except OSError as refusal:
+            raise _unreadable(self.result_path, refusal) from None
+        if self.run and result.run != self.run:
+            raise self._damaged(f"it is of run {result.run[:80]!r}")
+        if result.status not in STATUSES:
+            raise self._damaged(f"there is no status {result.status[:40]!r}")
+        return result
+
+    def _damaged(self, flaw: str) -> Damaged:
+        return Damaged(
+            f"{self.result_path} is damaged ({flaw}); "
+            "`ablab run` sets it aside and trains the run again"
+        )
+
+    def sound_result(self, say: Say) -> Result | None:
+        """As `result`; a damaged one, or one whose log lost lines, is named, set aside, and counts as none."""
+        try:
+            result = self.result()
+            if result:
+                self._check_log(result)
+        except Damaged as damage:
+            say(str(damage))
+            set_aside(self.result_path)
+            return None
+        return result
+
+    def hole(self, result: Result | None) -> str:
+        """Where metrics.jsonl is not what the run left, or not what a run can leave; empty where it is."""
+        try:
+            self._check_log(result)
+        except UserError as damage:
+            return str(damage)
+        return ""
+
+    def _check_log(self, result: Result | None) -> None:
+        """Raises Damaged."""
+        if not (result and result.log):
+            for _ in self.metrics():
+                pass
+        elif result.log != digest_of(self.logged()):
+            raise Damaged(
+                f"{self.metrics_path} is not what the run left: lines are lost or changed; "
+                "`ablab run` trains the run again"
+            )
 
     def stamp(self) -> int:
         """Tells one result from the next: its time in nanoseconds, 0 while there is none."""
@@ -49,68 +109,176 @@ class Record:
         except (FileNotFoundError, NotADirectoryError):
             return 0
 
-    def begin(self, recipe: str, about: Mapping[str, Any]) -> None:
-        """Open the folder for a new or resumed run: recipe.yaml, and run.json with the unix seconds of the first start.
-
-        Only the process that holds the run's lock may call this: what an earlier attempt left behind goes.
-        """
-        first_start = self.about().get("started", time.time())
-        partial = self.folder.glob(".*.partial")
-        for old in (self.result_path, self.folder / "error.txt", *partial):
-            old.unlink(missing_ok=True)
-        write_atomically(self.folder / "recipe.yaml", recipe.encode())
-        encoded = msgspec.json.encode({**about, "started": first_start})
-        write_atomically(self.folder / "run.json", msgspec.json.format(encoded, indent=1))
-
-    def about(self) -> dict[str, Any]:
-        """What run.json says; empty while there is none."""
-        try:
-            return msgspec.json.decode((self.folder / "run.json").read_bytes())
-        except (OSError, msgspec.MsgspecError):
-            return {}
-
     def finish(self, result: Result) -> None:
         encoded = msgspec.json.encode(result)
         write_atomically(self.result_path, msgspec.json.format(encoded, indent=1))
 
+    # -- how it began ----------------------------------------------------------------------------------------------
+    def begin(self, recipe: str, about: Mapping[str, Any], say: Say = print) -> None:
+        """Open the folder for a new or resumed run: recipe.yaml, and run.json with the unix seconds of the first start.
+
+        Only the process that holds the run's lock may call this: what an earlier attempt left behind goes.
+        """
+        first_start = self.about().get("started")
+        if not isinstance(first_start, int | float):
+            first_start = time.time()
+        error = self.folder / "error.txt"
+        self._clear_the_places_of_files(error, say)
+        for old in (self.result_path, error, *self.folder.glob(".*.partial")):
+            old.unlink(missing_ok=True)
+        told = {**about, "started": first_start}
+        if self.run:
+            told["run"] = self.run
+        encoded = msgspec.json.encode(told)
+        self._write(self.recipe_path, recipe.encode())
+        self._write(self.about_path, msgspec.json.format(encoded, indent=1))
+
+    def _clear_the_places_of_files(self, error: Path, say: Say) -> None:
+        """A folder where a file should be, or a file where checkpoints should be, goes aside."""
+        files = (self.recipe_path, self.about_path, self.metrics_path, self.pace_path)
+        wrong = [path for path in (*files, self.result_path, error) if path.is_dir()]
+        checkpoints = self.folder / "checkpoints"
+        if checkpoints.exists() and not checkpoints.is_dir():
+            wrong.append(checkpoints)
+        for path in wrong:
+            say(f"{path} is damaged (a folder for a file, or the reverse); set aside")
+            set_aside(path)
+
+    def _write(self, path: Path, content: bytes) -> None:
+        write_atomically(path, content)
+        self.written[path] = bytearray(content)
+
+    def about(self) -> dict[str, Any]:
+        """What run.json says; empty while there is none, or one of another run, or a damaged one."""
+        try:
+            about = msgspec.json.decode(self.about_path.read_bytes(), type=dict[str, Any])
+        except (OSError, *FLAWS):
+            return {}
+        foreign = self.run and about.get("run", self.run) != self.run
+        return {} if foreign else about
+
+    # -- its logs --------------------------------------------------------------------------------------------------
     def log(self, step: int, scalars: Mapping[str, float], pace: Mapping[str, float]) -> None:
         """Append one line to each log; flushed, so that a reader beside us sees it."""
         for path, values in ((self.metrics_path, scalars), (self.pace_path, pace)):
-            with writing(path), open(path, "ab") as file:
-                file.write(_line({"step": step, **values}))
+            line = _line({"step": step, **values})
+            with writing(path):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with open(path, "ab") as file:
+                    file.write(line)
+            self.written.setdefault(path, bytearray()).extend(line)
+
+    def logged(self) -> bytes:
+        """What metrics.jsonl holds; nothing where it cannot be read."""
+        return _content(self.metrics_path)
 
     def rewind(self, step: int) -> None:
-        """Forget every logged line after `step`, and a torn last line: the state as of that checkpoint."""
+        """Forget every logged line after `step`, a torn last line and damaged ones: the state as of that checkpoint."""
         for path in (self.metrics_path, self.pace_path):
-            if not path.exists():
-                continue
-            until = [values for values in _lines(path) if values["step"] <= step]
-            kept = b"".join(map(_line, until))
-            if kept != path.read_bytes():
+            kept = _until(step, _content(path))
+            if path.exists() and kept != _content(path):
                 write_atomically(path, kept)
+            self.written[path] = bytearray(kept)
 
-    def metrics(self) -> Iterator[dict[str, float]]:
+    def sync(self, say: Say) -> bytes:
+        """Bring what was written to the disk, and what something else cut or removed back; what metrics.jsonl holds."""
+        for path, content in self.written.items():
+            if _content(path) != content:
+                say(f"{path} was changed while the run went on; written again")
+                if path.is_dir():
+                    set_aside(path)
+                write_atomically(path, bytes(content))
+        metrics = bytes(self.written.get(self.metrics_path, b""))
+        if metrics:
+            with writing(self.metrics_path), open(self.metrics_path, "r+b") as file:
+                os.fsync(file.fileno())
+        return metrics
+
+    def metrics(self) -> Iterator[Scalars]:
         return _lines(self.metrics_path)
 
-    def pace(self) -> Iterator[dict[str, float]]:
-        return _lines(self.pace_path)
+    def pace(self) -> Iterator[Scalars]:
+        """Damaged lines are left out: what the clock says is in no verdict."""
+        return map(_scalars, BytesIO(_until(sys.maxsize, _content(self.pace_path))))
+
+
+# -- the bytes of a log ------------------------------------------------------------------------------------------------
+def extent(logged: bytes) -> str:
+    """Length and CRC-32 of a log: what a checkpoint keeps of it."""
+    return f"{len(logged)}-{zlib.crc32(logged):08x}"
+
+
+def holds(logged: bytes, known: str) -> bool:
+    """Whether a log begins with what `extent` was told of it."""
+    length = known.partition("-")[0]
+    return length.isdecimal() and extent(logged[: int(length)]) == known
+
+
+def digest_of(logged: bytes) -> str:
+    """sha256 of a log, 16 hex digits: what a result keeps of it."""
+    return hashlib.sha256(logged).hexdigest()[:16]
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return b""
+    except OSError as refusal:
+        raise _unreadable(path, refusal) from None
+
+
+def _unreadable(path: Path, refusal: OSError) -> UserError:
+    why = refusal.strerror or refusal
+    return UserError(
+        f"cannot read {path}: {why}; mend its rights or its disk, or choose another store"
+    )
 
 
 def _line(values: Mapping[str, float]) -> bytes:
     return msgspec.json.encode(values) + b"\n"
 
 
-def _lines(path: Path) -> Iterator[dict[str, float]]:
-    """Each whole JSON line; stops at a last line that a kill has torn.  Raises UserError for any other that is none."""
-    if not path.exists():
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield msgspec.json.decode(line)
-            except msgspec.DecodeError as flaw:
-                if not line.endswith(b"\n"):
-                    return
-                raise UserError(
-                    f"{path}:{number} is damaged ({flaw}); delete {path.parent} to train that run again"
-                ) from None
+def _until(step: int, logged: bytes) -> bytes:
+    """The whole lines of a log up to `step`, as they are; of damaged and doubled ones, none."""
+    kept = b""
+    last = -1
+    for line in BytesIO(logged):
+        try:
+            at = _scalars(line)["step"]
+        except FLAWS:
+            continue
+        if last < at <= step and line.endswith(b"\n"):
+            kept += line
+            last = int(at)
+    return kept
+
+
+def _scalars(line: bytes) -> Scalars:
+    """One line.  Raises one of FLAWS for what no run logs."""
+    values = msgspec.json.decode(line, type=Scalars)
+    if not isinstance(values.get("step"), int):
+        raise msgspec.ValidationError("it has no step")
+    return values
+
+
+def _lines(path: Path) -> Iterator[Scalars]:
+    """Each whole JSON line; stops at a last line that a kill has torn.  Raises Damaged for any other that is none."""
+    if path.is_dir():
+        raise Damaged(
+            f"{path} is damaged (it is a folder); delete {path.parent} to train that run again"
+        )
+    last = -1
+    for number, line in enumerate(BytesIO(_content(path)), 1):
+        try:
+            values = _scalars(line)
+            if values["step"] <= last:
+                raise msgspec.ValidationError(f"step {values['step']} after step {last}")
+        except FLAWS as flaw:
+            if not line.endswith(b"\n"):
+                return
+            raise Damaged(
+                f"{path}:{number} is damaged ({flaw}); delete {path.parent} to train that run again"
+            ) from None
+        last = int(values["step"])
+        yield values

@@ -9,6 +9,7 @@ DIVERGED = "diverged"
 OUT_OF_MEMORY = "out_of_memory"
 FAILED = "failed"
 PRUNED = "pruned"
+STATUSES = (FINISHED, DIVERGED, OUT_OF_MEMORY, FAILED, PRUNED)
 # Asked for again, these run again: code and runtime may have changed.
 RETRY = (FAILED, OUT_OF_MEMORY, PRUNED)
 
@@ -35,5 +36,8 @@ class Result:
     error: str = ""
     code: str = ""  # fingerprint of the code that ran
     runtime: dict[str, Any] = field(default_factory=dict)
-    weights: str = ""  # digest of the final weights' bits
+    weights: str = ""  # digest of the final weights' bits, as trained
+    # digest of the weights that were evaluated, where these are others: an average of them
+    evaluated: str = ""
+    log: str = ""  # digest of metrics.jsonl
     kernels: dict[str, str] = field(default_factory=dict)  # place -> what served it

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from ablab.core.errors import UserError
-from ablab.core.store.files import set_aside, write_atomically, writing
+from ablab.core.store.files import FLAWS, set_aside, write_atomically, writing
 from ablab.core.store.planned import GridPlan, command
 from ablab.core.store.record import Record
 
@@ -24,7 +24,7 @@ class Store:
         self.root = Path(root)
 
     def run(self, run_id: str) -> Record:
-        return Record(self.root / "runs" / run_id)
+        return Record(self.root / "runs" / run_id, run_id)
 
     def plan_path(self, experiment: str) -> Path:
         return self.root / "experiments" / f"{experiment}.json"
@@ -73,7 +73,7 @@ class Store:
             raise UserError(
                 f"experiment {experiment!r} has no runs in {self.root}; start it with: {again}"
             ) from None
-        except msgspec.MsgspecError as flaw:
+        except (IsADirectoryError, *FLAWS) as flaw:
             raise UserError(f"{path} is damaged ({flaw}); `{again}` writes it again") from None
 
     def experiments(self) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from ablab.core.errors import UserError
-from ablab.core.store.files import write_atomically
+from ablab.core.store.files import FLAWS, write_atomically
 from ablab.core.store.planned import command
 from ablab.core.store.result import DIVERGED, PRUNED, said
 from ablab.core.store.store import Store
@@ -105,7 +105,7 @@ def read(store: Store, name: str) -> StudyRecord:
         raise UserError(
             f"study {name!r} has no trials in {store.root}; start it with: {again}"
         ) from None
-    except msgspec.MsgspecError as flaw:
+    except (IsADirectoryError, *FLAWS) as flaw:
         raise UserError(f"{path} is damaged ({flaw}); write it again with: {again}") from None
     for trial in record.trials:
         if absent := _absent(trial, record):

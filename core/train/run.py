@@ -18,7 +18,7 @@ from ablab.core.recipe.recipe import Recipe, plain, run_id
 from ablab.core.runtime.fingerprint import code_fingerprint
 from ablab.core.runtime.runtime import Runtime, Settled, environment, settle
 from ablab.core.store.files import write_atomically
-from ablab.core.store.record import Record
+from ablab.core.store.record import Record, digest_of
 from ablab.core.store.result import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, Result
 from ablab.core.train import checkpoint
 from ablab.core.train.trainer import Trainer, Warm
@@ -54,7 +54,7 @@ def run(
     service = places(recipe, settled)
     kernels: dict[str, str] = {place: one.why for place, one in service.items()}
     how = {"runtime": asdict(settled), "kernels": kernels, "environment": environment()}
-    record.begin(dump(plain(recipe)), {**about, **how})
+    record.begin(dump(plain(recipe)), {**about, **how}, warn)
     for place, one in service.items():
         if one.flaw:
             warn(f"the {place} kernel cannot serve this recipe: {one.why}")
@@ -64,19 +64,22 @@ def run(
     status, error = FINISHED, ""
     try:
         trainer = (warm or Warm()).trainer_for(recipe, settled, data_folder)
-        trainer.restore(checkpoints, warn)
+        trainer.restore(checkpoints, warn, record.logged())
         record.rewind(trainer.step)
         with turn:
-            metrics = Loop(trainer, record, log).train()
+            metrics = Loop(trainer, record, log, warn).train()
     except Diverged as end:
         status, error = DIVERGED, str(end)
     except Pruned:
         assert trainer, "only a log raises it"
         status, error = PRUNED, f"pruned at step {trainer.step}"
-        trainer.save(checkpoints)  # asked for again, the run goes on from here
+        # Asked for again, the run goes on from here.
+        trainer.save(checkpoints, record.sync(warn))
     except torch.OutOfMemoryError:
         status, error = OUT_OF_MEMORY, _memory_advice(recipe, settled)
     result = _result(recipe, settled, kernels, trainer, status, error, metrics)
+    record.sync(warn)
+    result = replace(result, log=digest_of(record.logged()))
     if trainer and status == FINISHED and settled.keep_weights:
         _keep_weights(trainer, record.folder)
     record.finish(result)
@@ -88,10 +91,11 @@ def run(
 class Loop:
     """Train, log, evaluate and save until the last step."""
 
-    def __init__(self, trainer: Trainer, record: Record, log: Log):
+    def __init__(self, trainer: Trainer, record: Record, log: Log, warn: Warn):
         self.trainer = trainer
         self.record = record
         self.log = log
+        self.warn = warn
         self.recipe = trainer.recipe
         self.runtime = trainer.runtime
         self.steps = self.recipe.steps
@@ -146,7 +150,8 @@ class Loop:
 
     def _save(self) -> None:
         self.trainer.watch.stop()
-        self.trainer.save(self.record.folder / "checkpoints")
+        logged = self.record.sync(self.warn)
+        self.trainer.save(self.record.folder / "checkpoints", logged)
         self.trainer.watch.go_on()
         self.saved = time.perf_counter()
 
@@ -181,6 +186,7 @@ def _result(
         tokens_per_second=trainer.watch.rate,
         peak_bytes=trainer.peak_memory(),
         weights=trainer.digest() if status == FINISHED else "",
+        evaluated=_evaluated(trainer) if status == FINISHED else "",
     )
 
 
@@ -211,11 +217,27 @@ def _memory_in_use() -> str:
     )
 
 
+def _evaluated(trainer: Trainer) -> str:
+    """Digest of the weights that were evaluated; empty where these are the trained ones."""
+    if not trainer.averages:
+        return ""
+    with trainer.as_evaluated():
+        return trainer.digest()
+
+
 def _keep_weights(trainer: Trainer, folder: Path) -> None:
+    """weights.safetensors holds what was evaluated; where that is an average, the trained weights stand beside it."""
+    if trainer.averages:
+        _write_weights(trainer, folder / "weights.raw.safetensors")
+    with trainer.as_evaluated():
+        _write_weights(trainer, folder / "weights.safetensors")
+
+
+def _write_weights(trainer: Trainer, path: Path) -> None:
     from safetensors.torch import save
 
     weights = {
         name: value.detach().cpu().contiguous()
         for name, value in trainer.model.named_parameters()
     }
-    write_atomically(folder / "weights.safetensors", save(weights))
+    write_atomically(path, save(weights, metadata={"digest": trainer.digest()}))

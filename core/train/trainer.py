@@ -5,6 +5,8 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,12 +17,15 @@ from ablab.core.fusion.places import plan_with, served
 from ablab.core.model.init import initialise
 from ablab.core.model.objective import heads_of
 from ablab.core.model.transformer import Transformer
-from ablab.core.recipe.recipe import Recipe, structure
+from ablab.core.recipe.recipe import Recipe, run_id, structure
 from ablab.core.runtime.compilation import compile_kernels, compiled
+from ablab.core.runtime.fingerprint import code_fingerprint
 from ablab.core.runtime.replay import CudaGraphs, use_recordable_stream
-from ablab.core.runtime.runtime import Runtime, repeat_bits, settle
+from ablab.core.runtime.runtime import Runtime, environment, repeat_bits, settle
+from ablab.core.store.record import extent, holds
 from ablab.core.train import checkpoint
 from ablab.core.train.banks import Optimizer
+from ablab.core.train.checkpoint import Origin
 from ablab.core.train.evaluate import held_out_loss
 from ablab.core.train.step import TrainingStep
 from ablab.core.train.stopwatch import Stopwatch
@@ -28,6 +33,15 @@ from ablab.core.train.stopwatch import Stopwatch
 # cuBLAS repeats its bits only with a fixed workspace, and reads this once.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# Settings that say what is looked at and kept; `kernels` stands in an origin by what came of it.
+BITS_STAY = (
+    "kernels",
+    "turns",
+    "log_every",
+    "evaluations",
+    "save_seconds",
+    "keep_weights",
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -45,6 +59,7 @@ class Trainer:
         repeat_bits(self.runtime.deterministic)
         use_recordable_stream(self.device)
         kernels = served(recipe, self.runtime)
+        self.kernels: list[str] = sorted(kernels)
         recorder = CudaGraphs() if self._records() else None
 
         dtype, plan = DTYPES[self.runtime.dtype], plan_with(kernels, recipe)
@@ -132,6 +147,21 @@ class Trainer:
     def _held_out_loss(self) -> dict[str, float]:
         return held_out_loss(self.nats, self.tokens, self.runtime.micro_batch, self.device)
 
+    @property
+    def averages(self) -> bool:
+        """Whether other weights are evaluated than those that are trained."""
+        return bool(self.training_step.after)
+
+    @contextmanager
+    def as_evaluated(self) -> Iterator[None]:
+        """Inside, the model has the weights whose metrics `evaluate` calls val: the last readout's, or its own."""
+        if not self.averages:
+            yield
+            return
+        part, state = self.training_step.after[-1]
+        with self._weights_of(part.readout(state, self.training_step.weights)):
+            yield
+
     @contextmanager
     def _weights_of(self, readout: Sequence[Tensor]) -> Iterator[None]:
         weights = self.training_step.weights
@@ -154,27 +184,41 @@ class Trainer:
         weights = {f"model/{name}": value for name, value in self.model.named_parameters()}
         return weights | self.training_step.tensors()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, logged: bytes = b"") -> None:
+        """logged: what metrics.jsonl holds now."""
         watch = torch.tensor([self.watch.seconds, self.watch.tokens], dtype=torch.float64)
-        checkpoint.write(folder, self.step, self.tensors() | {"watch": watch})
+        origin = self._origin(extent(logged))
+        checkpoint.write(folder, self.step, self.tensors() | {"watch": watch}, origin)
 
     @torch.no_grad()
-    def restore(self, folder: Path, warn: Callable[[str], None]) -> None:
-        """Continue from the newest whole checkpoint, if there is one and it is of this model."""
-        if found := checkpoint.newest(folder, warn):
-            step, saved = found
-            watch = Stopwatch(*saved.pop("watch").tolist())
-            own = self.tensors()
-            if _shapes(own) != _shapes(saved):
-                warn(
-                    f"the checkpoint of step {step} in {folder} was written by other code; "
-                    "starting from step 0"
-                )
-                return
-            self.step = step
-            self.watch = watch
-            for name, value in own.items():
+    def restore(self, folder: Path, warn: Callable[[str], None], logged: bytes = b"") -> None:
+        """Continue from the newest checkpoint of this very run and of its log, if there is one."""
+        refusal = partial(self._refusal, logged)
+        if found := checkpoint.newest(folder, warn, refusal):
+            self.step, saved = found
+            self.watch = Stopwatch(*saved["watch"].tolist())
+            for name, value in self.tensors().items():
                 value.copy_(saved[name])
+
+    def _origin(self, log: str) -> Origin:
+        runtime = asdict(self.runtime)
+        return Origin(
+            run=run_id(self.recipe),
+            code=code_fingerprint(),
+            runtime={name: value for name, value in runtime.items() if name not in BITS_STAY},
+            kernels=self.kernels,
+            environment=environment(),
+            log=log,
+        )
+
+    def _refusal(self, logged: bytes, origin: Origin, saved: dict[str, Tensor]) -> str:
+        """Why a checkpoint is not this run's; empty where it is."""
+        if why := origin.differs(self._origin(origin.log)):
+            return why
+        if not holds(logged, origin.log):
+            return "is later than metrics.jsonl, of which lines are lost or changed"
+        own = self.tensors() | {"watch": torch.empty(2)}
+        return "holds other tensors" if _shapes(own) != _shapes(saved) else ""
 
     def digest(self) -> str:
         """sha256 of the weights' bits, 16 hex digits."""

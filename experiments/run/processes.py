@@ -172,10 +172,11 @@ class LocalProcesses:
 
 def _lost(job: TrainJob, cause: str) -> Result:
     """The result of a run whose worker died: what it had just written, else a failure."""
-    record = Record(job.folder)
-    written = record.result() if record.stamp() >= job.asked else None
-    if written:
-        return written
+    record = Record(job.folder, job.run)
+    with suppress(UserError):  # half of it is no result
+        written = record.result() if record.stamp() >= job.asked else None
+        if written:
+            return written
     result = Result(job.run, FAILED, step=0, tokens=0, error=cause)
     record.finish(result)
     return result

@@ -4,11 +4,10 @@ The parent plans, watches and tracks; warm worker processes train.  A run that h
 that another process holds is waited for, a killed run resumes, a crash is a record and the grid goes on.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from ablab.core.errors import UserError
-from ablab.core.store.files import set_aside
+from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.planned import GridPlan
 from ablab.core.store.record import Record
 from ablab.core.store.result import RETRY, Result
@@ -21,6 +20,8 @@ from ablab.experiments.run.progress import Watcher
 from ablab.experiments.track.trackers import trackers_for
 
 CHECKED = "the schedule, batches and optimizer of every step and four steps of the model"
+# Settings that change what a run leaves; what it has left, no second call can change.
+HEEDED_BY_TRAINING = ("dtype", "evaluations", "log_every", "keep_weights")
 
 
 def execute(
@@ -37,11 +38,12 @@ def execute(
     """Train what is missing of `runs` (or of `only`); what was done.  Raises UserError, KeyboardInterrupt."""
     wanted = {run.id: run for run in (runs if only is None else only)}
     with Pool(experiment, store, watcher, jobs, plugins) as pool:
-        missing = [
-            run for id, run in wanted.items() if not result_of(store.run(id), watcher.say)
-        ]
-        missing_ids = {run.id for run in missing}
-        done = [id for id in wanted if id not in missing_ids]
+        results = {id: result_of(store.run(id), watcher.say) for id in wanted}
+        known = {id: result for id, result in results.items() if result}
+        missing = [run for id, run in wanted.items() if id not in known]
+        done = [*known]
+        for line in unheeded(pool.runtime, known):
+            watcher.say(line)
         watcher.planned(len(wanted), len(done), min(pool.jobs, len(missing)))
         desired = DesiredState(experiment, store, runs, missing, watcher.say)
         plan = desired.write(all_alive=run_inert)
@@ -88,15 +90,26 @@ class DesiredState:
         )
 
 
+def unheeded(asked: Runtime, results: Mapping[str, Result]) -> Iterator[str]:
+    """What is asked of the runtime, of runs that ended with another; a line for each such setting."""
+    usual = Runtime()
+    for name in HEEDED_BY_TRAINING:
+        wish = getattr(asked, name)
+        if wish == getattr(usual, name):
+            continue
+        others = [id for id, one in results.items() if one.runtime.get(name, wish) != wish]
+        if others:
+            yield (
+                f"runtime.{name}={wish} is asked, but {len(others)} of the runs ended with "
+                f"{results[others[0]].runtime[name]} and are kept, first {others[0]}; "
+                "delete their folders in runs/ to train them so"
+            )
+
+
 def result_of(record: Record, say: Callable[[str], None]) -> Result | None:
     """The result of a run, or None when it has to run (again).
 
     A damaged one is named, set aside, and counts as none.
     """
-    try:
-        result = record.result()
-    except UserError as damage:
-        say(str(damage))
-        set_aside(record.result_path)
-        return None
+    result = record.sound_result(say)
     return None if result and result.status in RETRY else result

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import msgspec
 
-from ablab.core.store.files import write_atomically
+from ablab.core.store.files import FLAWS, write_atomically
 from ablab.core.store.store import Store
 
 
@@ -38,5 +38,5 @@ class Traces:
 def _read(path: Path) -> dict[str, str]:
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, str])
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *FLAWS):
         return {}

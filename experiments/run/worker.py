@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -18,7 +18,7 @@ from ablab.core.errors import Pruned, UserError, in_a_line, said_by, told
 from ablab.core.language.parse import parse
 from ablab.core.recipe.recipe import Recipe, run_id
 from ablab.core.runtime.runtime import Runtime, settle
-from ablab.core.store.files import write_atomically, writing
+from ablab.core.store.files import set_aside, write_atomically, writing
 from ablab.core.store.record import Record
 from ablab.core.store.result import FAILED, RETRY, Result
 from ablab.experiments.run.messages import (
@@ -136,8 +136,9 @@ class Worker:
         from filelock import FileLock, Timeout
 
         recipe, runtime = _read(job)
-        record = Record(job.folder)
+        record = Record(job.folder, job.run)
         lock = FileLock(job.folder / ".lock")
+        _clear_the_place(job.folder, self._warn)
         with writing(job.folder):
             job.folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -145,12 +146,15 @@ class Worker:
             except Timeout:
                 return Busy()
         try:
-            if found := _standing(record, job.asked):
+            if found := _standing(record, job.asked, self._warn):
                 return Found(found)
             self.pipe.send(Began())
             return Done(self._run(job, recipe, runtime, record))
         finally:
             lock.release()
+
+    def _warn(self, line: str) -> None:
+        self.pipe.send(Warned(line))
 
     def _run(self, job: TrainJob, recipe: Recipe, runtime: Runtime, record: Record) -> Result:
         """A crash is a result too: one line in the record, the traceback beside it."""
@@ -164,7 +168,7 @@ class Worker:
                 record,
                 log=_PipeLog(self.pipe, job.run),
                 about=job.about,
-                warn=lambda line: self.pipe.send(Warned(line)),
+                warn=self._warn,
                 warm=self.warm,
                 turn=self.turn,
             )
@@ -174,6 +178,15 @@ class Worker:
             result = _crash(job.run, fault, record.folder / "error.txt")
             record.finish(result)
             return result
+
+
+def _clear_the_place(folder: Path, warn: Callable[[str], None]) -> None:
+    """Set aside a file where the run folder should be, and a folder where its lock should be."""
+    lock = folder / ".lock"
+    wrong = folder if folder.exists() and not folder.is_dir() else lock
+    if wrong.exists() and (wrong is folder or lock.is_dir()):
+        warn(f"{wrong} is damaged (a folder for a file, or the reverse); set aside")
+        set_aside(wrong)
 
 
 def _read(job: Job) -> tuple[Recipe, Runtime]:
@@ -205,9 +218,9 @@ def _trace(job: TraceJob) -> Traced | Untraced:
         return Untraced(told(fault) + _origin(fault, " (raised at {})"))
 
 
-def _standing(record: Record, asked: int) -> Result | None:
+def _standing(record: Record, asked: int, warn: Callable[[str], None]) -> Result | None:
     """The result that a run has, unless it is a failure from before it was asked for."""
-    found = record.result()
+    found = record.sound_result(warn)
     if found and found.status in RETRY and record.stamp() < asked:
         return None
     return found

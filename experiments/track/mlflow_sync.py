@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 OUTCOMES = ("added", "continued", "current", "missing")
+DAMAGED = "damaged"  # counted where there is one: its record cannot be read, and `ablab report` says why
 
 
 def replay(
@@ -53,7 +54,8 @@ def sync(
 ) -> dict[str, int]:
     """Send to MLflow what it lacks of these experiments, or of all.
 
-    Returns the number of planned runs that were added, continued, already current, or missing (never started).
+    Returns the number of planned runs that were added, continued, already current, or missing (never started); also of
+    damaged ones, where there are any.
     Raises UserError when MLflow cannot be written.
     """
     view = MlflowView(store, uri)
@@ -68,7 +70,7 @@ def sync(
 
 
 def _sync_experiment(view: MlflowView, plan: GridPlan) -> list[str]:
-    """One of OUTCOMES for each planned run."""
+    """One of OUTCOMES, or DAMAGED, for each planned run."""
     # Newest first: of twins, the oldest stays.
     held = {identity(run.data.tags): run for run in view.runs(plan.name)}
     return [_sync_run(view, card_of(view.store, plan, row), held) for row in plan.rows]
@@ -76,7 +78,12 @@ def _sync_experiment(view: MlflowView, plan: GridPlan) -> list[str]:
 
 def _sync_run(view: MlflowView, card: Card, shown: "Mapping[Identity, Run]") -> str:
     record = view.store.run(card.run)
-    result = record.result()
+    try:
+        result = record.result()
+    except UserError:
+        return DAMAGED
+    if record.hole(result):
+        return DAMAGED
     if result is None and not record.metrics_path.exists():
         return "missing"
     tags = tags_of(card)

@@ -1,10 +1,16 @@
 import math
+import re
+from dataclasses import replace
 
 import pytest
 
 from ablab.analysis.effects import frame
+from ablab.analysis.pages import report
 from ablab.core.errors import UserError
+from ablab.core.store.record import digest_of
 from ablab.core.store.store import Store
+
+METRIC = "val/loss"
 
 
 def test_every_planned_run_has_a_row_with_its_status(lab):
@@ -99,8 +105,52 @@ def test_a_damaged_line_is_named_with_its_cure_and_a_torn_last_one_is_left_out(l
     record.metrics_path.write_bytes(whole + b'{"step": 4, "tok')
     assert len(frame.curves(store, "loo")) == 3
     record.metrics_path.write_bytes(whole.replace(b'{"step":200', b"\0\0\0", 1))
-    with pytest.raises(
-        UserError,
-        match=rf"{record.metrics_path}:2 is damaged \(.*\); delete {record.folder} to train that run again",
-    ):
-        frame.curves(store, "loo")
+    said = rf"{record.metrics_path}:2 is damaged \(.*\); delete {record.folder} to train that run again"
+    with pytest.raises(UserError, match=said):
+        list(record.metrics())
+    assert re.fullmatch(said, frame.load(store, "loo").hole[0])
+
+
+RECORDS = {
+    "half of it": lambda text: text[: len(text) // 2],
+    "not UTF-8": lambda text: text.replace(b"c0ffee", b"c0ff\xff"),
+    "a list": lambda text: b"[]",
+    "another run's": lambda text: text.replace(b"loo-full-1", b"loo-full-0"),
+    "no such status": lambda text: text.replace(b'"finished"', b'"banana"'),
+    "deep": lambda text: b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("damage", RECORDS)
+def test_a_damaged_foreign_or_impossible_result_costs_one_run(lab, damage):
+    lab.cell("full", [3.1, 3.2, 3.3], None, points=3)
+    store = lab.write()
+    record = store.run(lab.rows[1].run)
+    record.result_path.write_bytes(RECORDS[damage](record.result_path.read_bytes()))
+    runs = frame.load(store, "loo")
+    assert list(runs.status) == ["finished", "damaged", "finished"]
+    assert str(record.result_path) in runs.error[1] and len(runs.error[1]) < 400
+
+
+LOGS = {
+    "cut": lambda lines: lines[:2],
+    "doubled": lambda lines: lines + lines,
+    "not UTF-8": lambda lines: [lines[0].replace(b"val", b"\xff"), *lines[1:]],
+    "no step": lambda lines: [lines[0].replace(b"step", b"stop"), *lines[1:]],
+    "a list": lambda lines: [b"[]\n", *lines[1:]],
+}
+
+
+@pytest.mark.parametrize("damage", LOGS)
+def test_a_log_with_a_hole_costs_one_curve_and_is_named(lab, damage):
+    lab.cell("full", [3.1, 3.2], None, points=3)
+    store = lab.write()
+    first, second = (store.run(row.run) for row in lab.rows)
+    first.finish(replace(first.result(), log=digest_of(first.logged())))
+    lines = first.metrics_path.read_bytes().splitlines(keepends=True)
+    first.metrics_path.write_bytes(b"".join(LOGS[damage](lines)))
+    runs = frame.load(store, "loo")
+    assert str(first.metrics_path) in runs.hole[0] and runs.hole[1] == ""
+    assert list(runs[METRIC]) == [3.1, 3.2]
+    assert set(frame.curves(store, "loo").run) == {second.folder.name}
+    assert any(runs.hole[0] in line for line in report.read(store, "loo").warnings)

@@ -1,7 +1,9 @@
 """The training loop: equal to a plain torch loop, to itself in micro-batches, and to itself after a kill."""
 
+import hashlib
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,11 +13,12 @@ from ablab.core.data.tokens import Tokens
 from ablab.core.recipe.recipe import structure
 from ablab.core.runtime.replay import OnDevice
 from ablab.core.runtime.runtime import Runtime
-from ablab.core.store.record import Record
+from ablab.core.store.record import Record, extent
 from ablab.core.store.result import DIVERGED, FINISHED
 from ablab.core.train import checkpoint
+from ablab.core.train import trainer as trainer_module
 from ablab.core.train.banks import Optimizer
-from ablab.core.train.run import run
+from ablab.core.train.run import run, watched_by_nobody
 from ablab.core.train.trainer import Trainer, Warm
 
 CPU = Runtime(device="cpu", compile=False, log_every=1, evaluations=3)
@@ -240,6 +243,147 @@ def test_a_damaged_newest_checkpoint_costs_one_step_and_changes_nothing(
     newest.write_bytes(newest.read_bytes()[:-3])
     same(uninterrupted, train(recipe, token_folder, tmp_path, runtime, warn=said.append))
     assert len(said) == 1 and newest.name in said[0] and "damaged" in said[0]
+
+
+def stopped_at_8(recipe, folder, store, runtime) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, folder, store, runtime, log=KilledAt(8))
+    assert len(checkpoint.listed(store / "checkpoints")) == 2
+
+
+@pytest.mark.parametrize("other", ["code", "dtype", "micro_batch", "torch", "run", "name"])
+def test_a_checkpoint_of_another_code_runtime_machine_or_run_is_never_taken(
+    tiny, token_folder, tmp_path, uninterrupted, monkeypatch, other
+):
+    """The run ends as one that never saw it; who else wrote the checkpoint is said."""
+    recipe, said = tiny(FULL), []
+    runtime = how(save_seconds=0.0, keep_weights=True)
+    with monkeypatch.context() as patch:
+        if other == "code":
+            patch.setattr(trainer_module, "code_fingerprint", lambda: "0" * 12)
+        if other == "torch":
+            patch.setattr(trainer_module, "environment", lambda: {"torch": "1.0"})
+        before = {"dtype": how(dtype="bf16"), "micro_batch": how(micro_batch=2)}
+        first = replace(before.get(other, runtime), save_seconds=0.0)
+        seed = 1 if other == "run" else 0
+        stopped_at_8(tiny(FULL, seed=seed), token_folder, tmp_path, first)
+    if other == "name":
+        for path in checkpoint.listed(tmp_path / "checkpoints"):
+            path.rename(str(path).replace("step-0000000", "step-0000001"))
+    same(uninterrupted, train(recipe, token_folder, tmp_path, runtime, warn=said.append))
+    words = {
+        "code": "other code (000000000000, now",
+        "dtype": "trained with dtype=bf16, now fp32",
+        "micro_batch": "trained with micro_batch=2, now 4",
+        "torch": "trained with torch=1.0, now",
+        "run": "is of run",
+        "name": "renamed (it holds step 7)",
+    }
+    assert len(said) == 2 and words[other] in said[0]
+
+
+def test_how_often_a_run_is_looked_at_may_change_between_its_halves(
+    tiny, token_folder, tmp_path, uninterrupted
+):
+    stopped_at_8(tiny(FULL), token_folder, tmp_path, how(save_seconds=0.0))
+    runtime = how(save_seconds=9.0, keep_weights=True, turns=False)
+    same(uninterrupted, train(tiny(FULL), token_folder, tmp_path, runtime, warn=never))
+
+
+@pytest.mark.parametrize("flaw", ["step-abc", "folder", "no stamp", "no watch"])
+def test_what_is_no_checkpoint_is_set_aside_and_the_run_goes_on(
+    tiny, token_folder, tmp_path, uninterrupted, flaw
+):
+    stopped_at_8(tiny(FULL), token_folder, tmp_path, how(save_seconds=0.0))
+    folder = tmp_path / "checkpoints"
+    _, tensors = checkpoint.newest(folder, never)
+    if flaw == "step-abc":
+        (folder / "step-abc-00000000.safetensors").write_bytes(b"")
+    if flaw == "folder":
+        (folder / "step-00000009-00000000.safetensors").mkdir()
+    if flaw == "no stamp":
+        checkpoint.write(folder, 9, tensors)
+    if flaw == "no watch":
+        own = Trainer(tiny(FULL), CPU, token_folder)
+        del tensors["watch"]
+        checkpoint.write(folder, 9, tensors, own._origin(extent(b"")))
+    said = []
+    runtime = how(keep_weights=True)
+    same(uninterrupted, train(tiny(FULL), token_folder, tmp_path, runtime, warn=said.append))
+    assert len(said) == 1 and "set aside" in said[0]
+
+
+# ---- holes in the log ----
+
+
+def whole_lines(record) -> list[bytes]:
+    return record.metrics_path.read_bytes().splitlines(keepends=True)
+
+
+LOGS = {
+    "cut": lambda lines: lines[:3],
+    "emptied": lambda lines: [],
+    "doubled": lambda lines: lines + lines,
+    "a hole": lambda lines: lines[:2] + lines[3:],
+    "not UTF-8": lambda lines: [lines[0].replace(b"tokens", b"tok\xffns"), *lines[1:]],
+    "no step": lambda lines: [b'{"tokens": 1}\n', *lines[1:]],
+}
+
+
+@pytest.mark.parametrize("damage", LOGS)
+@pytest.mark.parametrize("when", ["meanwhile", "between"])
+def test_a_log_with_a_hole_ends_as_one_that_nobody_touched(
+    tiny, token_folder, tmp_path, uninterrupted, damage, when
+):
+    """Damaged while the run goes on it is written again; damaged between two halves the run starts over."""
+    recipe, said, record = tiny(FULL), [], Record(tmp_path)
+    runtime = how(save_seconds=0.0, keep_weights=True)
+
+    def damaged():
+        record.metrics_path.write_bytes(b"".join(LOGS[damage](whole_lines(record))))
+
+    def at_8(step, scalars, seconds):
+        if step == 8:
+            damaged()
+
+    if when == "meanwhile":
+        log = at_8
+    else:
+        log = watched_by_nobody
+        stopped_at_8(recipe, token_folder, tmp_path, runtime)
+        damaged()
+    same(
+        uninterrupted, train(recipe, token_folder, tmp_path, runtime, log=log, warn=said.append)
+    )
+    harmless = (
+        when == "between" and damage == "doubled"
+    )  # what follows the last save goes anyway
+    assert bool(said) != harmless
+    assert all("metrics.jsonl" in line for line in said)
+
+
+def test_a_run_folder_that_is_removed_meanwhile_is_there_again_at_the_end(
+    tiny, token_folder, tmp_path, uninterrupted
+):
+    folder = tmp_path / "run"
+
+    def remove(step, scalars, seconds):
+        if step == 8:
+            shutil.rmtree(folder)
+
+    runtime = how(save_seconds=0.0, keep_weights=True)
+    again = train(tiny(FULL), token_folder, folder, runtime, log=remove, warn=print)
+    same(uninterrupted, again)
+    before, after = (
+        {p.name for p in one[1].folder.iterdir()} for one in (uninterrupted, again)
+    )
+    assert before == after
+
+
+def test_a_result_holds_the_digest_of_its_log(uninterrupted):
+    result, record = uninterrupted
+    logged = record.metrics_path.read_bytes()
+    assert result.log == hashlib.sha256(logged).hexdigest()[:16]
 
 
 def test_a_finished_run_leaves_no_checkpoints(uninterrupted):
@@ -509,6 +653,28 @@ def test_ema_reports_its_average_as_val_and_the_raw_weights_as_raw_val(
             and f"raw/{name}" not in plain.metrics
         )
         assert abs(averaged.metrics[name] - plain.metrics[name]) > 1e-3
+
+
+def test_kept_weights_are_those_that_were_evaluated_and_the_trained_ones_stand_beside(
+    tiny, token_folder, tmp_path
+):
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    recipe = tiny([{"ema": {"horizon": 5}}], optim__lr=0.02)
+    result, _ = train(recipe, token_folder, tmp_path, how(keep_weights=True))
+    trainer = Trainer(recipe, CPU, token_folder)
+    names = {"weights": ("evaluated", "val/loss"), "weights.raw": ("weights", "raw/val/loss")}
+    for file, (digest, loss) in names.items():
+        path = tmp_path / f"{file}.safetensors"
+        kept = load_file(path)
+        with torch.no_grad():
+            for name, value in trainer.model.named_parameters():
+                value.copy_(kept[name])
+        assert trainer._held_out()["loss"] == result.metrics[loss]
+        assert trainer.digest() == getattr(result, digest)
+        assert safe_open(path, "pt").metadata() == {"digest": getattr(result, digest)}
+    assert result.evaluated != result.weights
 
 
 def test_the_mean_loss_of_a_window_is_over_all_its_tokens(tiny, token_folder, tmp_path):

@@ -50,6 +50,8 @@ def train_and_die(recipe, data: Path, folder: Path, events: int, told) -> None:
         setattr(holder, attribute, watched)
 
     def halve(file: int):
+        if os.readlink(f"/proc/self/fd/{file}").endswith(".jsonl"):
+            return  # a log is appended to: what the disk holds of it stays
         size = os.fstat(file).st_size
         os.ftruncate(file, size // 2)
 

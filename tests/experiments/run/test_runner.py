@@ -367,6 +367,35 @@ def test_asked_again_failures_are_tried_again_and_divergence_is_not(broken):
     assert lab.result("broken", "+ explodes") == explodes
 
 
+def test_each_damaged_record_costs_its_own_run_which_is_trained_again(new_lab):
+    """Foreign, not UTF-8, a hole in a log, a folder for a file; and what no second call can change is said."""
+    lab = new_lab()
+    command = ("run", lab.sheet("grid"), "--seeds", "0", "--json", *QUICK)
+    lab.run(*command)
+    whole = lab.results("grid")
+    full, base, no_qk_norm, last = (lab.run_folder(one["run"]) for one in whole.values())
+    (full / "run.json").write_text("[]")
+    (full / "result.json").write_bytes((base / "result.json").read_bytes())
+    (base / "result.json").write_bytes(b'{"run": "\xff"}')
+    log = no_qk_norm / "metrics.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'"step"', b'"stop"', 1))
+    (last / "result.json").unlink()
+    (last / "result.json").mkdir()
+    (last / "pace.jsonl").write_bytes(b"\xff\n")
+    ended = lab.run(*command)
+    assert ended.code == 0, ended.err
+    assert len(ended.trained) == 4
+    assert f"it is of run '{base.name}'" in ended.err
+    assert "utf-8" in ended.err
+    assert f"{log} is not what the run left" in ended.err
+    assert f"{last / 'result.json'} is damaged" in ended.err
+    again = lab.results("grid")
+    assert weights(again, pairs=(0,)) == weights(whole, pairs=(0,))
+    kept = lab.run(*command, "runtime.keep_weights=true", "runtime.evaluations=2")
+    assert kept.trained == []
+    assert "runtime.keep_weights=True is asked, but 4 of the runs ended with False" in kept.err
+
+
 def test_when_no_run_finishes_there_is_no_verdict_and_no_crash(new_lab):
     lab = new_lab()
     too_fast = {"optim.lr": 1e30, "optim.clip": None}

@@ -401,6 +401,9 @@ def test_a_second_sync_sends_nothing(store, monkeypatch):
     monkeypatch.setattr(MlflowTracker, "open", None)
     assert sync(store, ["demo"]) == {"added": 0, "continued": 0, "current": 4, "missing": 1}
     assert content(store) == once
+    store.run(plan.rows[0].run).result_path.write_bytes(b'{"run": "\xff"}')
+    costs = {"added": 0, "continued": 0, "current": 3, "missing": 1, "damaged": 1}
+    assert sync(store) == costs  # one damaged record costs one run
 
 
 def test_sync_sends_only_what_a_lost_connection_left_out(store, tmp_path, migrated):
