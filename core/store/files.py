@@ -3,6 +3,7 @@
 import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import quote
 
 from ablab.core.errors import UserError
 
@@ -40,3 +41,8 @@ def set_aside(path: Path) -> Path:
     with suppress(FileNotFoundError):
         path.replace(aside)
     return aside
+
+
+def sqlite_url(path: Path) -> str:
+    """Of a database file, whatever its name: `?`, `%` and braces mean something in a URL."""
+    return f"sqlite:///{quote(str(path))}"
