@@ -1,4 +1,10 @@
-"""The exceptions that ablab raises on purpose."""
+"""The exceptions that ablab raises on purpose, and what their lines must not say."""
+
+import re
+
+# //user:secret@host, whatever stands in the secret; //token@host; ?password=secret.
+OF_A_HOST = re.compile(r"//(?:[^\s/:@]*:\S*|[^\s/]*)@")
+OF_A_QUERY = re.compile(r"\b(\w*(?:password|passwd|pwd|token|secret)=)[^&\s]+", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -17,3 +23,8 @@ class Diverged(Exception):
             f"the loss was not finite at step {step}; the last good loss was {last_good:.4f} nats/token"
         )
         self.step, self.last_good = step, last_good
+
+
+def without_password(text: str) -> str:
+    """A URL, or a line with some in it, without what should stay secret."""
+    return OF_A_QUERY.sub(r"\1...", OF_A_HOST.sub("//", text))

@@ -49,14 +49,17 @@ def replay(
 
 
 def sync(
-    store: Store, experiments: list[str] | None = None, uri: str | None = None
+    store: Store,
+    experiments: list[str] | None = None,
+    uri: str | None = None,
+    view: MlflowView | None = None,
 ) -> dict[str, int]:
     """Send to MLflow what it lacks of these experiments, or of all.
 
     Returns the number of planned runs that were added, continued, already current, or missing (never started).
     Raises UserError when MLflow cannot be written.
     """
-    view = MlflowView(store, uri)
+    view = view or MlflowView(store, uri)
     counts = Counter(dict.fromkeys(OUTCOMES, 0))
     for name in experiments or store.experiments():
         plan = store.read_plan(name)

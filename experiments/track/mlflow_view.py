@@ -2,20 +2,23 @@
 
 import functools
 import json
-import re
+import sqlite3
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from ablab.core.errors import UserError
+from ablab.core.errors import UserError, without_password
 from ablab.core.store.planned import GridPlan
 from ablab.core.store.store import Store
 from ablab.experiments.track.mlflow_home import (
     DATABASES,
     artifacts,
     create_database,
+    follow_the_store,
     import_mlflow,
     local_uri,
+    open_database_once,
     tracking_uri,
 )
 from ablab.experiments.track.saved_views import grid_view, study_view
@@ -77,6 +80,7 @@ class MlflowView:
         self.store = store
         self.uri = uri or tracking_uri(store.root)
         self.warn = warn
+        self.lost = False  # given up: nothing more is sent, `ablab sync` does it later
         self._experiments: dict[str, str] = {}  # our name -> MLflow's id
         self._warned: set[str] = set()
 
@@ -84,8 +88,12 @@ class MlflowView:
     def client(self) -> "MlflowClient":
         """A fresh store's database is made first: MLflow's migrations take 3 s, once."""
         mlflow = import_mlflow()
+        if self.uri.startswith(DATABASES):
+            open_database_once()
         if self.uri == local_uri(self.store.root):
             create_database(self.store.root)
+            with suppress(sqlite3.Error):  # MLflow says what is wrong with it
+                follow_the_store(self.store.root)
         return mlflow.MlflowClient(self.uri)
 
     def ensure(self) -> bool:
@@ -99,7 +107,8 @@ class MlflowView:
 
     # -- when it fails ---------------------------------------------------------------------------------------------
     def lose(self, cause: Exception) -> None:
-        """Say once that runs go on unseen."""
+        """Give up, and say once that runs go on unseen."""
+        self.lost = True
         self.warn_once(
             "lost",
             f"{self.describe(cause)}; training goes on, the run folders stay complete, "
@@ -112,7 +121,7 @@ class MlflowView:
         text, _, _ = text.partition("(Background on")
         text = " ".join(text.split())
         line = f"MLflow at {self.uri} failed ({text[:200] or type(cause).__name__})"
-        return re.sub(r"//[^/@\s]*@", "//", line)
+        return without_password(line)
 
     def warn_once(self, topic: str, line: str) -> None:
         if topic not in self._warned:

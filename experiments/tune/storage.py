@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from ablab.core.errors import UserError
+from ablab.core.errors import UserError, without_password
 from ablab.core.store.files import writing
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def open_storage(url: str) -> "BaseStorage":
         ):  # Optuna's; its cause names the module that is missing
             cause = refusal.__cause__ or refusal.__context__
         raise UserError(
-            f"the Optuna storage {hide(url)} cannot be opened ({_line(cause)}); check --storage"
+            f"the Optuna storage {without_password(url)} cannot be opened ({_line(cause)}); check --storage"
         ) from None
 
 
@@ -70,7 +70,7 @@ def _line(cause: BaseException | None) -> str:
     """What went wrong, in one line without a password."""
     text, _, _ = str(cause).partition("(Background on")
     text = " ".join(text.split())
-    return hide(text[:200]) or type(cause).__name__
+    return without_password(text[:200]) or type(cause).__name__
 
 
 def _database(url: str) -> "BaseStorage":
@@ -122,13 +122,12 @@ def _drop_torn_line(path: Path) -> None:
 
 def _damaged_line(path: Path) -> int:
     """The number of the first line that is no JSON."""
-    number = 0
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             msgspec.json.decode(line)
         except ValueError:
-            break
-    return number
+            return number
+    return 1
 
 
 @contextmanager
@@ -141,7 +140,7 @@ def reaching(url: str) -> Iterator[None]:
         yield
     except (StorageInternalError, SQLAlchemyError, JSONDecodeError) as loss:
         raise UserError(
-            f"the Optuna storage {hide(url)} was lost ({_line(loss.__cause__ or loss)}); "
+            f"the Optuna storage {without_password(url)} was lost ({_line(loss.__cause__ or loss)}); "
             "what was trained is kept, and the same command goes on once it answers"
         ) from loss
 
@@ -159,11 +158,6 @@ def opening(root: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def hide(url: str) -> str:
-    """A URL without its password."""
-    return re.sub(r"//[^/@\s]*@", "//", url)
 
 
 def compare(storage: "BaseStorage", name: str, facts: dict[str, Any]) -> None:

@@ -508,7 +508,7 @@ def test_a_study_without_a_finished_trial_is_not_confirmed_and_not_reported(lab,
     assert left["trials"] == []
 
 
-# -- choices that are few, or words --------------------------------------------------------------------------------------
+# -- choices that are few, or words ------------------------------------------------------------------------------------
 GATING = {"with": ["gating"], "design": "add_one"}
 WORDS = {"with.gating.per": {"choices": ["head", "elementwise"]}}
 
