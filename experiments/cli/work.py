@@ -156,4 +156,5 @@ def report(
     if overrides or name not in held:
         experiment, _ = prepare(name, overrides, plugins, where)
         name = experiment.name
+        where.check_owner(name, experiment.origin)
     show_report(where, name, as_json)

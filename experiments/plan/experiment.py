@@ -12,8 +12,9 @@ from ablab.core.recipe.intervention import resolve, treatment_of
 from ablab.core.recipe.load import blaming, recipe_from
 from ablab.core.recipe.recipe import Recipe, plain, run_id
 from ablab.core.runtime.runtime import rows_at_once
+from ablab.core.store.store import CATALOG
 from ablab.experiments.plan.overrides import Overrides
-from ablab.experiments.plan.sheets import Sheet, find_sheet, read_sheet
+from ablab.experiments.plan.sheets import Sheet, catalog, find_sheet, read_sheet
 
 REPLICA = 1000  # how far the seeds of A/A replicas lie apart
 
@@ -34,6 +35,7 @@ class Experiment:
     sheet: Sheet
     base: Recipe
     cells: list[Cell]
+    origin: str | None = None  # its file, or "catalog"
 
     @cached_property
     def recipes(self) -> dict[str, Recipe]:
@@ -121,4 +123,5 @@ def load(
         digest = digest_of(base.data.name)
         base = replace(base, data=replace(base.data, digest=digest))
     cells = cells_of(sheet.design, asked.on_treatment(treatment))
-    return Experiment(asked.title(path.stem), sheet, base, cells)
+    origin = CATALOG if path in catalog().values() else str(path.resolve())
+    return Experiment(asked.title(path.stem), sheet, base, cells, origin)

@@ -23,7 +23,10 @@ Identity = tuple[str | None, ...]  # of a planned run: two cells may share a rec
 
 
 def card_of(store: Store, plan: GridPlan, planned: Planned) -> Card:
-    """The card of one planned run, for the live tracker and for `ablab sync` alike; params come from its run.json."""
+    """The card of one planned run, for the live tracker and for `ablab sync` alike.
+
+    Params come from the plan, else from its run.json, which the experiment wrote that trained it.
+    """
     record = store.run(planned.run)
     about = record.about()
     told = {
@@ -41,7 +44,7 @@ def card_of(store: Store, plan: GridPlan, planned: Planned) -> Card:
         seed=planned.seed,
         folder=record.folder,
         tags=tags | about.get("tags", {}) | planned.tags,
-        params=about.get("params", {}),
+        params=planned.params or about.get("params", {}),
     )
 
 

@@ -74,7 +74,17 @@ def _sync_experiment(view: MlflowView, plan: GridPlan) -> list[str]:
     """One of OUTCOMES for each planned run."""
     # Newest first: of twins, the oldest stays.
     held = {identity(run.data.tags): run for run in view.runs(plan.name)}
-    return [_sync_run(view, card_of(view.store, plan, row), held) for row in plan.rows]
+    cards = [card_of(view.store, plan, row) for row in plan.rows]
+    planned = {identity(tags_of(card)) for card in cards}
+    for who, run in held.items():
+        if who not in planned:
+            view.retire(run)
+    for run in view.retired(plan.name):
+        who = identity(run.data.tags)
+        if who in planned and who not in held:
+            view.revive(run)
+            held[who] = run
+    return [_sync_run(view, card, held) for card in cards]
 
 
 def _sync_run(view: MlflowView, card: Card, shown: "Mapping[Identity, Run]") -> str:

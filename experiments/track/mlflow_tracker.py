@@ -147,8 +147,13 @@ class MlflowTracker:
         """The run that shows this card already: a recipe may answer two cells."""
         if self.held:
             return self.held
+        who = identity(tags)
         for twin in self.view.runs(card.experiment, card.run):
-            if identity(twin.data.tags) == identity(tags):
+            if identity(twin.data.tags) == who:
+                return twin
+        for twin in self.view.retired(card.experiment, card.run):
+            if identity(twin.data.tags) == who:
+                self.view.revive(twin)
                 return twin
         return None
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 PREFIX = "ablab/"  # of our experiments' names, on a server that others use too
 ARMS = "arms"  # the key of the saved view of an experiment: ...?viewStateShareKey=arms
 NOTE = "mlflow.note.content"  # the description of a run or an experiment
+PLANNED = "ablab.planned"  # "no": the experiment no longer asks for this run
 PAGE = 1000  # runs asked for at a time
 COLOURS = (  # Tableau's ten
     "#4e79a7",
@@ -128,6 +129,22 @@ class MlflowView:
             self._warned.add(topic)
             self.warn(line)
 
+    # -- what is no longer planned ---------------------------------------------------------------------------------
+    def retire(self, run: "Run") -> None:
+        """Mark a run that its experiment no longer asks for, and take it out of the tables; MLflow keeps it."""
+        self.client.set_tag(run.info.run_id, PLANNED, "no")
+        self.client.delete_run(run.info.run_id)
+
+    def revive(self, run: "Run") -> None:
+        """Show a retired run again."""
+        self.client.restore_run(run.info.run_id)
+        self.client.set_tag(run.info.run_id, PLANNED, "yes")
+
+    def retired(self, experiment: str, run: str | None = None) -> "list[Run]":
+        """As `runs`, of those that were retired; what a person deleted is not among them."""
+        deleted = self._search(experiment, run, "DELETED_ONLY")
+        return [one for one in deleted if one.data.tags.get(PLANNED) == "no"]
+
     # -- what it holds ---------------------------------------------------------------------------------------------
     def experiment(self, name: str) -> str:
         """The id of the MLflow experiment that shows experiment `name`; made, revived and dressed as needed."""
@@ -158,11 +175,23 @@ class MlflowView:
 
     def runs(self, experiment: str, run: str | None = None) -> "list[Run]":
         """The mlflow Runs of an experiment, or those of one recipe in it; newest first."""
-        id = self.experiment(experiment)
+        return self._search(experiment, run, "ACTIVE_ONLY")
+
+    def _search(self, experiment: str, run: str | None, which: str) -> "list[Run]":
+        """which: of MLflow's view types."""
+        from mlflow.entities import ViewType
+
         where = f"tags.`ablab.run_id` = '{run}'" if run else ""
-        page = self.client.search_runs([id], where, max_results=PAGE)
+        ask = functools.partial(
+            self.client.search_runs,
+            [self.experiment(experiment)],
+            where,
+            ViewType.from_string(which.lower()),
+            PAGE,
+        )
+        page = ask()
         found = list(page)
         while page.token:
-            page = self.client.search_runs([id], where, max_results=PAGE, page_token=page.token)
+            page = ask(page_token=page.token)
             found += page
         return found

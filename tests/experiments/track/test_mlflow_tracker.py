@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 
@@ -469,6 +470,60 @@ def test_one_recipe_in_two_cells_is_two_mlflow_runs(store):
         "base · seed 0",
         "A/A · seed 0",
     }
+
+
+def test_what_is_no_longer_planned_is_marked_and_leaves_the_views_until_it_is_planned_again(
+    store,
+):
+    plan = planned(store)
+    train_all(store, plan, MlflowView(store))
+    kept = [row for row in plan.rows if row.cell == "base"]
+    other = [replace(row, run=f"{90 + i:016x}") for i, row in enumerate(plan.rows[2:])]
+    changed = replace(plan, rows=kept + other)
+    store.write_plan(changed)
+    for row in other:
+        folder = store.run(row.run).folder
+        folder.mkdir(parents=True)
+        (folder / "recipe.yaml").write_text(RECIPE)
+    train_all(store, replace(plan, rows=other), None)
+    assert sync(store) == {"added": 2, "continued": 0, "current": 2, "missing": 0}
+    view = MlflowView(store)
+    shown = {run.data.tags["ablab.run_id"] for run in view.runs("demo")}
+    assert shown == {row.run for row in changed.rows}
+    gone = view.retired("demo")
+    assert {run.data.tags["ablab.run_id"] for run in gone} == {row.run for row in plan.rows[2:]}
+    assert {run.data.tags["ablab.planned"] for run in gone} == {"no"}
+    store.write_plan(plan)
+    assert sync(store) == {"added": 0, "continued": 0, "current": 4, "missing": 0}
+    assert content(store)["rows"] == (6,)  # the same ones were revived
+    assert {run.data.tags["ablab.run_id"] for run in view.runs("demo")} == {
+        row.run for row in plan.rows
+    }
+
+
+def test_a_run_that_is_planned_again_is_shown_again_while_it_trains(store):
+    plan = planned(store, cells=("base",), seeds=1)
+    row = plan.rows[0]
+    train(store, plan, row, range(10, 51, 10), None, status=None)
+    sync(store)
+    store.write_plan(replace(plan, rows=[]))
+    sync(store)
+    assert MlflowView(store).runs("demo") == []
+    store.write_plan(plan)
+    train(store, plan, row, range(60, 101, 10), MlflowTracker(MlflowView(store)))
+    assert only_run(store).data.tags["ablab.planned"] == "yes"
+    assert content(store)["rows"] == (1,)
+
+
+def test_a_run_that_two_experiments_share_shows_each_ones_own_parameters(store):
+    plan = planned(store, cells=("base",), seeds=1)
+    train_all(store, plan, None)
+    row = replace(plan.rows[0], params={"optim.lr": 0.5, "with.gating": True})
+    store.write_plan(replace(plan, name="second", rows=[row]))
+    sync(store)
+    (own,), (second,) = MlflowView(store).runs("demo"), MlflowView(store).runs("second")
+    assert own.data.params == {"optim.lr": "0.01", "optim.chains.hidden": "base"}
+    assert second.data.params == {"optim.lr": "0.5", "with.gating": "True"}
 
 
 def test_what_a_person_deleted_or_wrote_in_the_ui_is_revived_or_kept(store):
