@@ -1,7 +1,7 @@
 """Experiments: a sheet with its overrides, resolved to a base recipe, its cells, and the runs that answer them."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -35,7 +35,8 @@ class Experiment:
     sheet: Sheet
     base: Recipe
     cells: list[Cell]
-    origin: str | None = None  # its file, or "catalog"
+    # Its file, or "catalog".
+    origin: str | None = field(default=None, kw_only=True)
 
     @cached_property
     def recipes(self) -> dict[str, Recipe]:
@@ -124,4 +125,4 @@ def load(
         base = replace(base, data=replace(base.data, digest=digest))
     cells = cells_of(sheet.design, asked.on_treatment(treatment))
     origin = CATALOG if path in catalog().values() else str(path.resolve())
-    return Experiment(asked.title(path.stem), sheet, base, cells, origin)
+    return Experiment(asked.title(path.stem), sheet, base, cells, origin=origin)

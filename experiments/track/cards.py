@@ -116,7 +116,7 @@ def data_of(recipe: Path) -> tuple[str, str] | None:
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    content = yaml.load(recipe.read_text(), Loader=loader) or {}
+    content = yaml.load(recipe.read_text("utf-8"), Loader=loader) or {}
     data = content.get("data") or {}
     name, digest = data.get("name"), data.get("digest")
     if not (name and digest):
