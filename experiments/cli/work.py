@@ -102,7 +102,7 @@ def study(
         typer.Option(
             envvar="ABLAB_STORAGE",
             show_envvar=False,
-            help="an Optuna URL, or journal:PATH ($ABLAB_STORAGE, else STORE/optuna.db)",
+            help="an Optuna URL, or journal:PATH; $ABLAB_STORAGE (STORE/optuna.db)",
         ),
     ] = None,
     jobs: Jobs = None,

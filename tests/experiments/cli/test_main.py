@@ -409,3 +409,10 @@ def test_a_store_that_can_only_be_read_shows_its_report(tmp_path, capsys):
     said = capsys.readouterr()
     assert "base" in said.out and "3.5" in said.out and "report:" not in said.out
     assert said.err.startswith("warning: no page is written: cannot write")
+
+
+def test_a_storage_with_a_password_need_not_stand_on_the_command_line(ablab, monkeypatch):
+    monkeypatch.setenv("ABLAB_STORAGE", "nonsense://me:secret@host/db")
+    ended = ablab("study", "lr_width_tiny", "--no-mlflow")
+    assert ended.code == 2
+    assert ended.err.startswith("error: the Optuna storage nonsense://host/db cannot be opened")
