@@ -1,9 +1,14 @@
-"""The exceptions that ablab raises on purpose, and how those of others are told in a line."""
+"""The exceptions that ablab raises on purpose, and how those of others are told in a line that keeps secrets."""
 
+import re
 import traceback
 from collections.abc import Collection
 
 LONGEST = 300  # characters of a line that quotes what others wrote
+
+# //user:secret@host, whatever stands in the secret; //token@host; ?password=secret.
+OF_A_HOST = re.compile(r"//(?:[^\s/:@]*:\S*|[^\s/]*)@")
+OF_A_QUERY = re.compile(r"\b(\w*(?:password|passwd|pwd|token|secret)=)[^&\s]+", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -52,3 +57,8 @@ def place_in(flaw: BaseException, files: Collection[str]) -> str:
     frames = traceback.extract_tb(flaw.__traceback__)
     places = [f"{frame.filename}:{frame.lineno}" for frame in frames if frame.filename in files]
     return places[-1] if places else ""
+
+
+def without_password(text: str) -> str:
+    """A URL, or a line with some in it, without what should stay secret."""
+    return OF_A_QUERY.sub(r"\1...", OF_A_HOST.sub("//", text))

@@ -47,7 +47,7 @@ _Loader.add_implicit_resolver(
 def read_yaml(path: Path) -> dict[str, Any]:
     """A file that holds a mapping.  Raises UserError: cannot be read, or not YAML (with the line)."""
     try:
-        content = yaml.load(path.read_text(), Loader=_Loader)
+        content = yaml.load(path.read_text("utf-8"), Loader=_Loader)
     except OSError as refusal:
         raise UserError(f"cannot read {path}: {refusal.strerror}") from None
     except yaml.YAMLError as flaw:

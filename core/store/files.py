@@ -4,6 +4,7 @@ import os
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from urllib.parse import quote
 
 import msgspec
 
@@ -52,3 +53,8 @@ def set_aside(path: Path) -> Path:
     with writing(path), suppress(FileNotFoundError):
         path.replace(aside)
     return aside
+
+
+def sqlite_url(path: Path) -> str:
+    """Of a database file, whatever its name: `?`, `%` and braces mean something in a URL."""
+    return f"sqlite:///{quote(str(path))}"

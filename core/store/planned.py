@@ -18,6 +18,8 @@ class Planned:
     reference: str | None = None  # the cell that this one is measured against
     note: str = ""
     tags: dict[str, str] = field(default_factory=dict)  # for trackers
+    # What trackers show of it; another experiment may share the run and differ from another base.
+    params: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class GridPlan:
     treatments: dict[str, dict[str, Any]] = field(default_factory=dict)
     # Intervention -> the sentence naming its control.
     off: dict[str, str] = field(default_factory=dict)
+    # The file that asked for it, or "catalog": two files of one name are two experiments.
+    sheet: str | None = None
 
 
 def command(experiment: str, verb: str = "run") -> str:

@@ -16,6 +16,8 @@ from ablab.core.store.files import FLAWS, set_aside, write_atomically, writing
 from ablab.core.store.planned import GridPlan, command
 from ablab.core.store.record import Record
 
+CATALOG = "catalog"  # the sheet of a plan whose experiment is shipped
+
 
 class Store:
     """The folder, by what is asked of it."""
@@ -30,8 +32,22 @@ class Store:
         return self.root / "experiments" / f"{experiment}.json"
 
     def write_plan(self, plan: GridPlan) -> None:
+        """Raises UserError where the plan of that name is of another file."""
+        self.check_owner(plan.name, plan.sheet)
         encoded = msgspec.json.encode(plan)
         write_atomically(self.plan_path(plan.name), msgspec.json.format(encoded, indent=1))
+
+    def check_owner(self, experiment: str, sheet: str | None) -> None:
+        """Refuse a sheet whose name has the plan of another that still exists, unless they say the same."""
+        try:
+            owner = self.read_plan(experiment).sheet
+        except UserError:  # none, or a damaged one
+            return
+        if owner and sheet and not _same_sheet(owner, sheet):
+            raise UserError(
+                f"experiment {experiment!r} in {self.root} is that of {owner}, not of {sheet}; "
+                "rename one of the files, or use another --store"
+            )
 
     def change_plan(
         self,
@@ -78,6 +94,18 @@ class Store:
 
     def experiments(self) -> list[str]:
         return sorted(path.stem for path in (self.root / "experiments").glob("*.json"))
+
+
+def _same_sheet(owner: str, sheet: str) -> bool:
+    """Whether a sheet may go on with the plan of `owner`: it is the same file, or was moved, or is a copy."""
+    if owner == sheet:
+        return True
+    if CATALOG in (owner, sheet):
+        return owner != CATALOG and not Path(owner).is_file()
+    try:
+        return Path(owner).read_bytes() == Path(sheet).read_bytes()
+    except OSError:  # the owner's file has gone
+        return True
 
 
 def store_root(flag: str | None = None) -> Path:

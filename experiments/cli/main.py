@@ -4,6 +4,7 @@ Heavy imports stay inside the commands: `ablab --help` and `ablab list` load nei
 """
 
 import errno
+import io
 import signal
 import sys
 
@@ -43,6 +44,9 @@ app.add_typer(new.app, name="new")
 def main() -> None:
     # A scheduler's request to stop is a Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a sign gets another for it
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     debug = "--debug" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--debug"]
     try:

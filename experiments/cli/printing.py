@@ -1,6 +1,7 @@
 """What the commands print of recipes, verdicts, studies and the coordinate check."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,7 +114,7 @@ def show_report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {
     if as_json:
         return typer.echo(json.dumps(reports.as_json(found) | more, indent=1))
     folder = store.root / "reports" / name
-    path = reports.write(store, name, folder)
+    page = _kept(lambda: reports.write(store, name, folder))
     typer.echo(f"\n{found.plan.question}")
     table(reports.table(found.effects), SPARE)
     for effect in found.effects:
@@ -123,11 +124,21 @@ def show_report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {
         typer.echo(f"warning: {warning}", err=True)
     pictures = (folder / "forest.png", folder / "curves.png")
     drawn = ", ".join(str(picture) for picture in pictures if picture.exists())
-    typer.echo(f"\nreport: {path}")
-    typer.echo(f"plots:  {drawn}")
+    if page:
+        typer.echo(f"\nreport: {page}")
+        typer.echo(f"plots:  {drawn}")
     typer.echo(f"MLflow: ablab ui --store {store.root}")
     if is_study:
         typer.echo(f"study:  {command(name, 'study')}")
+
+
+def _kept(write: Callable[[], Path]) -> Path | None:
+    """Where a page was written; None, after a warning, in a store that can only be read."""
+    try:
+        return write()
+    except (UserError, OSError) as refusal:
+        typer.echo(f"warning: no page is written: {refusal}", err=True)
+        return None
 
 
 def show_study(store: Store, name: str, as_json: bool) -> None:
@@ -136,12 +147,13 @@ def show_study(store: Store, name: str, as_json: bool) -> None:
 
     if as_json:
         return typer.echo(json.dumps(study_report.as_json(store, name), indent=1))
-    path = study_report.write(store, name, store.root / "reports" / name)
+    page = _kept(lambda: study_report.write(store, name, store.root / "reports" / name))
     table(study_report.table(store, name), SPARE_OF_STUDY)
     if confirmed := study_report.compared(store, name):
         typer.echo("\nOn other seeds, at one setting for all arms and at each arm's own")
         table(confirmed, SPARE_OF_CONFIRMATION)
-    typer.echo(f"\nreport: {path}")
+    if page:
+        typer.echo(f"\nreport: {page}")
     typer.echo(f"MLflow: ablab ui --store {store.root}")
 
 

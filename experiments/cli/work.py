@@ -98,7 +98,12 @@ def study(
     name: Name,
     overrides: Overrides = None,
     storage: Annotated[
-        str | None, typer.Option(help="an Optuna URL, or journal:PATH (STORE/optuna.db)")
+        str | None,
+        typer.Option(
+            envvar="ABLAB_STORAGE",
+            show_envvar=False,
+            help="an Optuna URL, or journal:PATH; $ABLAB_STORAGE (STORE/optuna.db)",
+        ),
     ] = None,
     jobs: Jobs = None,
     mlflow: Annotated[bool, typer.Option(help="show the trials in MLflow")] = True,
@@ -151,4 +156,5 @@ def report(
     if overrides or name not in held:
         experiment, _ = prepare(name, overrides, plugins, where)
         name = experiment.name
+        where.check_owner(name, experiment.origin)
     show_report(where, name, as_json)

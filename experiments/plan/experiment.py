@@ -1,7 +1,7 @@
 """Experiments: a sheet with its overrides, resolved to a base recipe, its cells, and the runs that answer them."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,8 +12,9 @@ from ablab.core.recipe.intervention import resolve, treatment_of
 from ablab.core.recipe.load import blaming, recipe_from
 from ablab.core.recipe.recipe import Recipe, plain, run_id
 from ablab.core.runtime.runtime import rows_at_once
+from ablab.core.store.store import CATALOG
 from ablab.experiments.plan.overrides import Overrides
-from ablab.experiments.plan.sheets import Sheet, find_sheet, read_sheet
+from ablab.experiments.plan.sheets import Sheet, catalog, find_sheet, read_sheet
 
 REPLICA = 1000  # how far the seeds of A/A replicas lie apart
 
@@ -34,6 +35,8 @@ class Experiment:
     sheet: Sheet
     base: Recipe
     cells: list[Cell]
+    # Its file, or "catalog".
+    origin: str | None = field(default=None, kw_only=True)
 
     @cached_property
     def recipes(self) -> dict[str, Recipe]:
@@ -121,4 +124,5 @@ def load(
         digest = digest_of(base.data.name)
         base = replace(base, data=replace(base.data, digest=digest))
     cells = cells_of(sheet.design, asked.on_treatment(treatment))
-    return Experiment(asked.title(path.stem), sheet, base, cells)
+    origin = CATALOG if path in catalog().values() else str(path.resolve())
+    return Experiment(asked.title(path.stem), sheet, base, cells, origin=origin)

@@ -26,6 +26,7 @@ def grid_plan_of(experiment: Experiment, runs: Iterable[PlannedRun]) -> GridPlan
             for cell in experiment.cells
         },
         off={name: REGISTRY[name].about.off for name in named},
+        sheet=experiment.origin,
     )
 
 
@@ -75,7 +76,8 @@ def _note(reference: str) -> str:
 
 def _row(experiment: Experiment, run: PlannedRun) -> Planned:
     reference = experiment.cell_named[run.cell].reference
-    return Planned(run.cell, run.pair, run.recipe.seed, run.id, reference)
+    params = experiment.params(run)
+    return Planned(run.cell, run.pair, run.recipe.seed, run.id, reference, params=params)
 
 
 def _dose(intervention: Intervention) -> dict[str, Any]:

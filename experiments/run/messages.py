@@ -25,8 +25,9 @@ class TrainJob:
     runtime: dict[str, Any]
     folder: Path  # the run folder
     data: Path  # the token folder
-    # nanoseconds; a failure from before does not count, so each call tries a failed run once
-    asked: int = 0
+    # The stamp of the result that it had when it was asked for: a failure that stood there does not count, so each
+    # call tries a failed run once.  No clock is asked: a file may be dated in the future.
+    before: int = 0
     about: dict[str, Any] = field(default_factory=dict)  # what run.json says besides
 
 

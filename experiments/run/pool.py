@@ -1,6 +1,5 @@
 """The pool: runs of one experiment become jobs, and what their executor says of them becomes what a person sees."""
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -73,7 +72,7 @@ class Pool:
         self.store = store
         self.watcher = watcher
         asked = experiment.sheet.runtime
-        self.asked = time.time_ns()
+        self.before: dict[str, int] = {}  # run id -> the stamp of the result that it had
         self.jobs = jobs or default_jobs(asked)
         self.gpus = gpus_for(asked)
         if asked.device == "cuda" and not self.gpus:
@@ -105,6 +104,7 @@ class Pool:
         stops: asked at every log whether the run should end there.  gate: holds runs back until their cells are known
         to be alive.  Raises UserError where a worker refuses one.
         """
+        self.before |= {run.id: self.store.run(run.id).stamp() for run in runs}
         reception = Reception(self, runs, stops, gate)
         self.executor.execute(self._first_tasks(runs, gate), reception.heard)
         return reception.outcome
@@ -136,7 +136,7 @@ class Pool:
             runtime=asdict(self.runtime),
             folder=self.store.run(run.id).folder,
             data=self.data,
-            asked=self.asked,
+            before=self.before[run.id],
             about={
                 "experiment": self.experiment.name,
                 "params": self.experiment.params(run),

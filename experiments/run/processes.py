@@ -74,8 +74,9 @@ class LocalProcesses:
         self.plugins = list(plugins)
         self.gpus = gpus
         # of this host and this call: nobody else trains for us
-        self.locks = tempfile.TemporaryDirectory(prefix="ablab-turns-")
-        self.turns = [Path(self.locks.name) / gpu for gpu in share]  # to lock while training
+        self.locks = tempfile.TemporaryDirectory(prefix="ablab-turns-") if share else None
+        places = Path(self.locks.name) if self.locks else Path()
+        self.turns = [places / gpu for gpu in share]  # to lock while training
         self.workers: list[WorkerProcess] = []
 
     def execute(self, tasks: Iterable[Task], heard: Listener) -> None:
@@ -105,7 +106,8 @@ class LocalProcesses:
             worker.process.kill()
             worker.process.join(timeout=1)  # at once, but for one that the kernel holds
         self.workers = []
-        self.locks.cleanup()
+        if self.locks:
+            self.locks.cleanup()
 
     # -- the steps of `execute` ------------------------------------------------------------------------------------
     def _start_missing(self, wanted: int) -> None:
@@ -174,7 +176,7 @@ def _lost(job: TrainJob, cause: str) -> Result:
     """The result of a run whose worker died: what it had just written, else a failure."""
     record = Record(job.folder, job.run)
     with suppress(UserError):  # half of it is no result
-        written = record.result() if record.stamp() >= job.asked else None
+        written = record.result() if record.stamp() != job.before else None
         if written:
             return written
     result = Result(job.run, FAILED, step=0, tokens=0, error=cause)

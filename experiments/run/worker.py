@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import shutil
 import sys
 import threading
 import traceback
@@ -56,7 +57,7 @@ def serve(
 
     Ctrl-C is the runner's to handle: processes.py keeps it from us.
     """
-    threading.Thread(target=_end_with_the_runner, daemon=True).start()
+    threading.Thread(target=_end_with_the_runner, args=(turn,), daemon=True).start()
     os.environ.update(environment)
     keep_freed_memory()
     from filelock import FileLock
@@ -105,11 +106,16 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-def _end_with_the_runner() -> None:
-    """A killed runner closes no pipe that a training step would notice; its process handle tells at once."""
+def _end_with_the_runner(turn: Path | None) -> None:
+    """A killed runner closes no pipe that a training step would notice; its process handle tells at once.
+
+    turn: its folder is of this runner alone, which can no longer remove it.
+    """
     runner = multiprocessing.parent_process()
     assert runner, "a worker is started by a runner"
     runner.join()
+    if turn:
+        shutil.rmtree(turn.parent, ignore_errors=True)
     os._exit(1)
 
 
@@ -146,7 +152,7 @@ class Worker:
             except Timeout:
                 return Busy()
         try:
-            if found := _standing(record, job.asked, self._warn):
+            if found := _standing(record, job.before, self._warn):
                 return Found(found)
             self.pipe.send(Began())
             return Done(self._run(job, recipe, runtime, record))
@@ -218,10 +224,10 @@ def _trace(job: TraceJob) -> Traced | Untraced:
         return Untraced(told(fault) + _origin(fault, " (raised at {})"))
 
 
-def _standing(record: Record, asked: int, warn: Callable[[str], None]) -> Result | None:
-    """The result that a run has, unless it is a failure from before it was asked for."""
+def _standing(record: Record, before: int, warn: Callable[[str], None]) -> Result | None:
+    """The result that a run has, unless it is a failure that stood there when it was asked for."""
     found = record.sound_result(warn)
-    if found and found.status in RETRY and record.stamp() < asked:
+    if found and found.status in RETRY and record.stamp() == before:
         return None
     return found
 

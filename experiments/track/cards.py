@@ -23,7 +23,10 @@ Identity = tuple[str | None, ...]  # of a planned run: two cells may share a rec
 
 
 def card_of(store: Store, plan: GridPlan, planned: Planned) -> Card:
-    """The card of one planned run, for the live tracker and for `ablab sync` alike; params come from its run.json."""
+    """The card of one planned run, for the live tracker and for `ablab sync` alike.
+
+    Params come from the plan, else from its run.json, which the experiment wrote that trained it.
+    """
     record = store.run(planned.run)
     about = record.about()
     told = {
@@ -41,7 +44,7 @@ def card_of(store: Store, plan: GridPlan, planned: Planned) -> Card:
         seed=planned.seed,
         folder=record.folder,
         tags=tags | about.get("tags", {}) | planned.tags,
-        params=about.get("params", {}),
+        params=planned.params or about.get("params", {}),
     )
 
 
@@ -113,7 +116,7 @@ def data_of(recipe: Path) -> tuple[str, str] | None:
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    content = yaml.load(recipe.read_text(), Loader=loader) or {}
+    content = yaml.load(recipe.read_text("utf-8"), Loader=loader) or {}
     data = content.get("data") or {}
     name, digest = data.get("name"), data.get("digest")
     if not (name and digest):

@@ -4,8 +4,12 @@ Nothing here imports mlflow before it is used: that takes 1.7 s.
 """
 
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
+
+from ablab.core.store.files import sqlite_url
 
 DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")
 QUIET = {  # defaults of ours, which the user's own environment overrides
@@ -15,9 +19,9 @@ QUIET = {  # defaults of ours, which the user's own environment overrides
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # Background workers for evaluating language-model traces.
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    # MLflow's 7 would hold up the runner for 4 minutes when a server is gone.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    # MLflow's 7 of 120 s would hold up the view for minutes when a server is gone or hangs.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -31,11 +35,7 @@ def artifacts(root: Path) -> Path:
 
 
 def local_uri(root: Path) -> str:
-    return _sqlite(database(root))
-
-
-def _sqlite(path: Path) -> str:
-    return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
+    return sqlite_url(database(root))
 
 
 def tracking_uri(root: Path) -> str:
@@ -58,6 +58,13 @@ def import_mlflow() -> ModuleType:
     return mlflow
 
 
+def open_database_once() -> None:
+    """MLflow tries ten times, for 102 s, whatever stands in the place of a database."""
+    from mlflow.store.db import utils
+
+    utils.MAX_RETRY_COUNT = 1
+
+
 def errors() -> tuple[type[Exception], ...]:
     """What MLflow raises when its database or server does not do its part."""
     from mlflow.exceptions import MlflowException
@@ -76,9 +83,34 @@ def create_database(root: Path) -> None:
     partial = path.with_name(f"mlflow-{os.getpid()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        fresh = SqlAlchemyStore(_sqlite(partial), artifacts(root).as_uri())
+        fresh = SqlAlchemyStore(sqlite_url(partial), artifacts(root).as_uri())
         fresh.engine.dispose()
         if not path.exists():  # another process may have been quicker, and logged already
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def follow_the_store(root: Path) -> None:
+    """MLflow notes whole paths: in a store that was moved or copied, those of our artifacts are set right.
+
+    Raises sqlite3.Error for a file that is no database of MLflow's.
+    """
+    if not database(root).exists():
+        return
+    here = artifacts(root).as_uri()
+    ours = "name like 'ablab/%' and artifact_location != ?"
+    with closing(sqlite3.connect(database(root))) as base, base:
+        moved = base.execute(
+            f"select experiment_id, artifact_location from experiments where {ours}", [here]
+        ).fetchall()
+        for experiment, old in moved:
+            base.execute(
+                "update runs set artifact_uri = ? || substr(artifact_uri, ?) "
+                "where experiment_id = ? and substr(artifact_uri, 1, ?) = ?",
+                [here, len(old) + 1, experiment, len(old), old],
+            )
+            base.execute(
+                "update experiments set artifact_location = ? where experiment_id = ?",
+                [here, experiment],
+            )

@@ -50,7 +50,10 @@ def replay(
 
 
 def sync(
-    store: Store, experiments: list[str] | None = None, uri: str | None = None
+    store: Store,
+    experiments: list[str] | None = None,
+    uri: str | None = None,
+    view: MlflowView | None = None,
 ) -> dict[str, int]:
     """Send to MLflow what it lacks of these experiments, or of all.
 
@@ -58,7 +61,7 @@ def sync(
     damaged ones, where there are any.
     Raises UserError when MLflow cannot be written.
     """
-    view = MlflowView(store, uri)
+    view = view or MlflowView(store, uri)
     counts = Counter(dict.fromkeys(OUTCOMES, 0))
     for name in experiments or store.experiments():
         plan = store.read_plan(name)
@@ -73,7 +76,17 @@ def _sync_experiment(view: MlflowView, plan: GridPlan) -> list[str]:
     """One of OUTCOMES, or DAMAGED, for each planned run."""
     # Newest first: of twins, the oldest stays.
     held = {identity(run.data.tags): run for run in view.runs(plan.name)}
-    return [_sync_run(view, card_of(view.store, plan, row), held) for row in plan.rows]
+    cards = [card_of(view.store, plan, row) for row in plan.rows]
+    planned = {identity(tags_of(card)) for card in cards}
+    for who, run in held.items():
+        if who not in planned:
+            view.retire(run)
+    for run in view.retired(plan.name):
+        who = identity(run.data.tags)
+        if who in planned and who not in held:
+            view.revive(run)
+            held[who] = run
+    return [_sync_run(view, card, held) for card in cards]
 
 
 def _sync_run(view: MlflowView, card: Card, shown: "Mapping[Identity, Run]") -> str:

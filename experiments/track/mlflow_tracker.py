@@ -100,17 +100,16 @@ class Outbox:
 def _isolated(
     method: "Callable[Concatenate[MlflowTracker, P], None]",
 ) -> "Callable[Concatenate[MlflowTracker, P], None]":
-    """Training never stops for a view: the first failure warns, and the rest of this run is left to `ablab sync`."""
+    """Training never stops for a view: the first failure warns, and all the rest is left to `ablab sync`."""
 
     @functools.wraps(method)
     def call(self: "MlflowTracker", *arguments: P.args, **named: P.kwargs) -> None:
         try:
-            if not self.lost:
+            if self.strict or not self.view.lost:
                 method(self, *arguments, **named)
         except Exception as cause:
             if self.strict:
                 raise
-            self.lost = True
             self.view.lose(cause)
 
     return call
@@ -124,7 +123,6 @@ class MlflowTracker:
         self.view = view
         self.strict = strict
         self.held = held
-        self.lost = False
         self.points = 0  # metric values that were new to MLflow
         self._known_step = -1
         self._step = 0
@@ -149,8 +147,13 @@ class MlflowTracker:
         """The run that shows this card already: a recipe may answer two cells."""
         if self.held:
             return self.held
+        who = identity(tags)
         for twin in self.view.runs(card.experiment, card.run):
-            if identity(twin.data.tags) == identity(tags):
+            if identity(twin.data.tags) == who:
+                return twin
+        for twin in self.view.retired(card.experiment, card.run):
+            if identity(twin.data.tags) == who:
+                self.view.revive(twin)
                 return twin
         return None
 

@@ -2,20 +2,23 @@
 
 import functools
 import json
-import re
+import sqlite3
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from ablab.core.errors import UserError
+from ablab.core.errors import UserError, without_password
 from ablab.core.store.planned import GridPlan
 from ablab.core.store.store import Store
 from ablab.experiments.track.mlflow_home import (
     DATABASES,
     artifacts,
     create_database,
+    follow_the_store,
     import_mlflow,
     local_uri,
+    open_database_once,
     tracking_uri,
 )
 from ablab.experiments.track.saved_views import grid_view, study_view
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 PREFIX = "ablab/"  # of our experiments' names, on a server that others use too
 ARMS = "arms"  # the key of the saved view of an experiment: ...?viewStateShareKey=arms
 NOTE = "mlflow.note.content"  # the description of a run or an experiment
+PLANNED = "ablab.planned"  # "no": the experiment no longer asks for this run
 PAGE = 1000  # runs asked for at a time
 COLOURS = (  # Tableau's ten
     "#4e79a7",
@@ -77,6 +81,7 @@ class MlflowView:
         self.store = store
         self.uri = uri or tracking_uri(store.root)
         self.warn = warn
+        self.lost = False  # given up: nothing more is sent, `ablab sync` does it later
         self._experiments: dict[str, str] = {}  # our name -> MLflow's id
         self._warned: set[str] = set()
 
@@ -84,8 +89,12 @@ class MlflowView:
     def client(self) -> "MlflowClient":
         """A fresh store's database is made first: MLflow's migrations take 3 s, once."""
         mlflow = import_mlflow()
+        if self.uri.startswith(DATABASES):
+            open_database_once()
         if self.uri == local_uri(self.store.root):
             create_database(self.store.root)
+            with suppress(sqlite3.Error):  # MLflow says what is wrong with it
+                follow_the_store(self.store.root)
         return mlflow.MlflowClient(self.uri)
 
     def ensure(self) -> bool:
@@ -99,7 +108,8 @@ class MlflowView:
 
     # -- when it fails ---------------------------------------------------------------------------------------------
     def lose(self, cause: Exception) -> None:
-        """Say once that runs go on unseen."""
+        """Give up, and say once that runs go on unseen."""
+        self.lost = True
         self.warn_once(
             "lost",
             f"{self.describe(cause)}; training goes on, the run folders stay complete, "
@@ -112,12 +122,28 @@ class MlflowView:
         text, _, _ = text.partition("(Background on")
         text = " ".join(text.split())
         line = f"MLflow at {self.uri} failed ({text[:200] or type(cause).__name__})"
-        return re.sub(r"//[^/@\s]*@", "//", line)
+        return without_password(line)
 
     def warn_once(self, topic: str, line: str) -> None:
         if topic not in self._warned:
             self._warned.add(topic)
             self.warn(line)
+
+    # -- what is no longer planned ---------------------------------------------------------------------------------
+    def retire(self, run: "Run") -> None:
+        """Mark a run that its experiment no longer asks for, and take it out of the tables; MLflow keeps it."""
+        self.client.set_tag(run.info.run_id, PLANNED, "no")
+        self.client.delete_run(run.info.run_id)
+
+    def revive(self, run: "Run") -> None:
+        """Show a retired run again."""
+        self.client.restore_run(run.info.run_id)
+        self.client.set_tag(run.info.run_id, PLANNED, "yes")
+
+    def retired(self, experiment: str, run: str | None = None) -> "list[Run]":
+        """As `runs`, of those that were retired; what a person deleted is not among them."""
+        deleted = self._search(experiment, run, "DELETED_ONLY")
+        return [one for one in deleted if one.data.tags.get(PLANNED) == "no"]
 
     # -- what it holds ---------------------------------------------------------------------------------------------
     def experiment(self, name: str) -> str:
@@ -149,11 +175,23 @@ class MlflowView:
 
     def runs(self, experiment: str, run: str | None = None) -> "list[Run]":
         """The mlflow Runs of an experiment, or those of one recipe in it; newest first."""
-        id = self.experiment(experiment)
+        return self._search(experiment, run, "ACTIVE_ONLY")
+
+    def _search(self, experiment: str, run: str | None, which: str) -> "list[Run]":
+        """which: of MLflow's view types."""
+        from mlflow.entities import ViewType
+
         where = f"tags.`ablab.run_id` = '{run}'" if run else ""
-        page = self.client.search_runs([id], where, max_results=PAGE)
+        ask = functools.partial(
+            self.client.search_runs,
+            [self.experiment(experiment)],
+            where,
+            ViewType.from_string(which.lower()),
+            PAGE,
+        )
+        page = ask()
         found = list(page)
         while page.token:
-            page = self.client.search_runs([id], where, max_results=PAGE, page_token=page.token)
+            page = ask(page_token=page.token)
             found += page
         return found

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ablab.experiments.track.mlflow_tracker import MlflowTracker
 
 Task = Callable[[], object]
+FINISH_SECONDS = 60.0  # that a command waits for its view at the end, however slow MLflow is
 
 
 def trackers_for(store: Store, plan: GridPlan, say: Callable[[str], None]) -> "Trackers | None":
@@ -67,7 +68,9 @@ class Trackers:
             note(
                 "bringing the MLflow view up to date ... (--no-mlflow leaves it to `ablab sync`)"
             )
-            self.thread.join()
+            self.thread.join(FINISH_SECONDS)
+        if self.thread.is_alive():
+            self.view.lose(TimeoutError(f"not done after {FINISH_SECONDS:.0f} s"))
 
     # -- in the thread ---------------------------------------------------------------------------------------------
     def _serve(self) -> None:
@@ -85,6 +88,8 @@ class Trackers:
     def _log(
         self, plan: GridPlan, run: str, step: int, scalars: dict[str, float], seconds: float
     ) -> None:
+        if self.view.lost:
+            return
         if run not in self.live:
             self.live[run] = self._opened(plan, run)
         self.live[run].log(step, scalars, seconds)
@@ -111,5 +116,5 @@ class Trackers:
     def _sync(self, name: str) -> None:
         from ablab.experiments.track.mlflow_sync import sync
 
-        if self.view.ensure():
-            sync(self.store, [name])
+        if not self.view.lost:
+            sync(self.store, [name], view=self.view)

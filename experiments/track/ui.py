@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -14,13 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from ablab.core.errors import UserError
+from ablab.core.errors import UserError, without_password
 from ablab.experiments.track.mlflow_home import (
     DATABASES,
     QUIET,
     artifacts,
     cure,
     database,
+    follow_the_store,
     local_uri,
     tracking_uri,
 )
@@ -46,16 +48,16 @@ def serve(
     uri = tracking_uri(store_root)
     if not uri.startswith(DATABASES):
         return say(
-            f"runs are shown by the MLflow server at {uri} (MLFLOW_TRACKING_URI); "
+            f"runs are shown by the MLflow server at {without_password(uri)} (MLFLOW_TRACKING_URI); "
             "open that, or unset it for the local store"
         )
-    if uri == local_uri(store_root) and not database(store_root).exists():
-        raise UserError(_nothing_to_show(store_root))
+    if uri == local_uri(store_root):
+        _check_database(store_root)
     _check_port(host, port)
     address = f"http://{'127.0.0.1' if host in EVERYWHERE else host}:{port}"
     with tempfile.TemporaryFile() as log, _server(uri, store_root, host, port, log) as server:
-        # `kill` ends us like Ctrl-C, also where a shell made us ignore that.
-        for sign in (signal.SIGINT, signal.SIGTERM):
+        # `kill` and a closed terminal end us like Ctrl-C, also where a shell made us ignore that.
+        for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(sign, signal.default_int_handler)
         try:
             if not _answers(server, address):
@@ -74,6 +76,18 @@ def serve(
             say("stopped")
         finally:
             _stop(server)
+
+
+def _check_database(root: Path) -> None:
+    """Refuse a store without one, or with something else in its place."""
+    if not database(root).exists():
+        raise UserError(_nothing_to_show(root))
+    try:
+        follow_the_store(root)
+    except sqlite3.Error as flaw:
+        raise UserError(
+            f"{database(root)} cannot be shown ({flaw}); {cure(local_uri(root), root)}"
+        ) from None
 
 
 def _nothing_to_show(root: Path) -> str:
@@ -121,9 +135,11 @@ def _refusal(host: str, port: int) -> OSError | None:
 def _server(
     uri: str, root: Path, host: str, port: int, log: BinaryIO
 ) -> subprocess.Popen[bytes]:
-    """MLflow's server in a process group of its own: Ctrl-C reaches us alone, and we stop all of it."""
+    """MLflow's server in a process group of its own: Ctrl-C reaches us alone, and we stop all of it.
+
+    The URI may hold a password, so it stands in the environment: anyone may read a command line.
+    """
     options = {
-        "--backend-store-uri": uri,
         "--default-artifact-root": artifacts(root).as_uri(),
         "--host": host,
         "--port": str(port),
@@ -135,7 +151,9 @@ def _server(
         command += [option, value]
     return subprocess.Popen(
         command,
-        env=QUIET | os.environ | {"MLFLOW_LOGGING_LEVEL": "ERROR"},
+        env=QUIET
+        | os.environ
+        | {"MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_BACKEND_STORE_URI": uri},
         stdout=log,
         stderr=log,
         start_new_session=True,
@@ -170,7 +188,7 @@ def _last_line(log: BinaryIO) -> str:
     log.seek(0)
     for line in reversed(log.read().decode(errors="replace").splitlines()):
         if line.strip() and not line.startswith(("(Background", "[SQL")):
-            return line[:200]
+            return without_password(line)[:200]
     return "it said nothing"
 
 

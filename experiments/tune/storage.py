@@ -1,9 +1,18 @@
 """Where studies are kept: any Optuna storage, and how it is told whose a study is."""
 
+import os
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from json import JSONDecodeError
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ablab.core.errors import UserError
+import msgspec
+
+from ablab.core.errors import UserError, without_password
+from ablab.core.store.files import writing
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -15,6 +24,11 @@ FACTS, SPREAD = "ablab", "spread"
 STATE, TOLD = "state", "told"
 # Seconds.  A journal's lock outlives a killed process; a write takes milliseconds, and Optuna would wait 30 s.
 STALE_SECONDS = 5
+# Two processes that make the tables of a fresh database at once: the slower one finds them there, and asks again.
+MADE_MEANWHILE = re.compile("already exists|UNIQUE constraint|duplicate key")
+TRIES = 5
+PAUSE_SECONDS = 0.2
+OP_CODE = b'{"op_code"'  # how a line of Optuna's journal begins
 # What a driver is given: seconds that a writer beside us may take, and that a host may take to answer.
 POSTGRES = {"connect_timeout": 10}
 PATIENCE = {
@@ -37,37 +51,113 @@ def open_storage(url: str) -> "BaseStorage":
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         if url.startswith("journal:"):
-            return _journal(url.removeprefix("journal:"))
-        patience = PATIENCE.get(url.split(":")[0], {})
-        return optuna.storages.RDBStorage(url, {"connect_args": patience})
+            return _journal(Path(url.removeprefix("journal:")))
+        return _database(url)
+    except UserError:
+        raise
     except Exception as refusal:
         cause: BaseException | None = refusal
         if isinstance(
             refusal, ImportError
         ):  # Optuna's; its cause names the module that is missing
             cause = refusal.__cause__ or refusal.__context__
-        text, _, _ = str(cause).partition("(Background on")
-        text = " ".join(text.split())
-        line = hide(text[:200]) or type(cause).__name__
         raise UserError(
-            f"the Optuna storage {hide(url)} cannot be opened ({line}); check --storage"
+            f"the Optuna storage {without_password(url)} cannot be opened ({_line(cause)}); check --storage"
         ) from None
 
 
-def _journal(path: str) -> "BaseStorage":
+def _line(cause: BaseException | None) -> str:
+    """What went wrong, in one line without a password."""
+    text, _, _ = str(cause).partition("(Background on")
+    text = " ".join(text.split())
+    return without_password(text[:200]) or type(cause).__name__
+
+
+def _database(url: str) -> "BaseStorage":
+    from optuna.storages import RDBStorage
+
+    patience = PATIENCE.get(url.split(":")[0], {})
+    for _ in range(TRIES - 1):
+        try:
+            return RDBStorage(url, {"connect_args": patience})
+        except Exception as refusal:
+            if not MADE_MEANWHILE.search(str(refusal)):
+                raise
+        time.sleep(PAUSE_SECONDS)
+    return RDBStorage(url, {"connect_args": patience})
+
+
+def _journal(path: Path) -> "BaseStorage":
+    """Raises UserError for a damaged line; a last one that a kill has torn is dropped, and its trial told again."""
     from optuna.storages.journal import (
         JournalFileBackend,
         JournalFileSymlinkLock,
         JournalStorage,
     )
 
-    lock = JournalFileSymlinkLock(path, grace_period=STALE_SECONDS)
-    return JournalStorage(JournalFileBackend(path, lock))
+    lock = JournalFileSymlinkLock(str(path), grace_period=STALE_SECONDS)
+    if path.is_file():
+        lock.acquire()
+        try:
+            _drop_torn_line(path)
+        finally:
+            lock.release()
+    try:
+        return JournalStorage(JournalFileBackend(str(path), lock))
+    except ValueError as flaw:
+        raise UserError(
+            f"{path}:{_damaged_line(path)} is damaged ({_line(flaw)}); move that journal away and run again: "
+            "trials whose runs are in the store are told again, not trained"
+        ) from None
 
 
-def hide(url: str) -> str:
-    """A URL without its password."""
-    return re.sub(r"//[^/@\s]*@", "//", url)
+def _drop_torn_line(path: Path) -> None:
+    """Cut a journal of Optuna's after its last whole line; any other file stays as it is."""
+    with open(path, "rb") as file:
+        content = file.read()
+    whole = content.rfind(b"\n") + 1
+    if content.startswith(OP_CODE) and whole < len(content):
+        os.truncate(path, whole)
+
+
+def _damaged_line(path: Path) -> int:
+    """The number of the first line that is no JSON."""
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            msgspec.json.decode(line)
+        except ValueError:
+            return number
+    return 1
+
+
+@contextmanager
+def reaching(url: str) -> Iterator[None]:
+    """Turn the loss of an open storage into one line: its server has gone, its file was damaged."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError, JSONDecodeError) as loss:
+        raise UserError(
+            f"the Optuna storage {without_password(url)} was lost ({_line(loss.__cause__ or loss)}); "
+            "what was trained is kept, and the same command goes on once it answers"
+        ) from loss
+
+
+@contextmanager
+def opening(root: Path) -> Iterator[None]:
+    """One study of a store opens at a time: two would make the tables of a fresh database both."""
+    from filelock import FileLock
+
+    lock = FileLock(root / ".optuna.lock")
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def compare(storage: "BaseStorage", name: str, facts: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from ablab.core.errors import UserError
 from ablab.core.recipe.intervention import at
 from ablab.core.store import study_record
-from ablab.core.store.files import writing
+from ablab.core.store.files import sqlite_url, writing
 from ablab.core.store.planned import GridPlan, command
 from ablab.core.store.result import PRUNED, Result
 from ablab.core.store.store import Store
@@ -58,19 +58,20 @@ class Study:
         ]
         for search in self.searches:
             soundness.check_points(search)
-        with writing(store.root):
-            store.root.mkdir(parents=True, exist_ok=True)
-        held = storage.open_storage(url or f"sqlite:///{store.root / 'optuna.db'}")
-        for search in self.searches:
-            storage.compare(held, search.name, search.facts)
-        for search in self.searches:
-            search.open(held)
+        self.url = url or sqlite_url(store.root / "optuna.db")
+        with storage.opening(store.root):
+            held = storage.open_storage(self.url)
+            with storage.reaching(self.url):
+                for search in self.searches:
+                    storage.compare(held, search.name, search.facts)
+                for search in self.searches:
+                    search.open(held)
         self.leaderboard = Leaderboard(watcher, self.searches, experiment.sheet.metric)
 
     # -- tuning ----------------------------------------------------------------------------------------------------
     def tune(self, jobs: int | None, plugins: Iterable[str], mlflow: bool) -> StudyRecord:
         """Run generations until every search is over or the hours are spent.  Returns what stands in the storage."""
-        with self._alone():
+        with self._alone(), storage.reaching(self.url):
             trackers = None
             if mlflow:
                 trackers = trackers_for(self.store, self.plan(), self.watcher.say)

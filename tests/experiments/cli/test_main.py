@@ -357,3 +357,69 @@ def test_an_exit_that_somebody_elses_code_asks_for_is_no_success(ablab, monkeypa
     ended = ablab("list")
     assert ended.code == 1
     assert "error: SystemExit (--debug shows where)" in ended.err
+
+
+def test_a_second_ctrl_c_and_one_during_the_imports_are_one_line_too(monkeypatch, capsys):
+    from ablab.experiments.cli import __main__ as entry
+    from ablab.experiments.cli import main as cli
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli, "main", interrupted)
+    try:
+        with pytest.raises(SystemExit) as end:
+            entry.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on from here\n"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_that_lacks_a_sign_shows_another_for_it(lab, encoding):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ablab.experiments.cli",
+            "show",
+            "grid.yaml",
+            "--cell",
+            "\u2212 x",
+        ],
+        cwd=lab.root,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: no cell '? x'")
+
+
+def test_a_store_that_can_only_be_read_shows_its_report(tmp_path, capsys):
+    """A file in the place of the folder refuses root, too."""
+    from ablab.core.store.planned import GridPlan, Planned
+    from ablab.core.store.result import FINISHED, Result
+    from ablab.core.store.store import Store
+    from ablab.experiments.cli.printing import show_report
+
+    store = Store(tmp_path)
+    rows = [Planned("base", seed, seed, f"{seed:016x}") for seed in (0, 1)]
+    store.write_plan(GridPlan("demo", "Which?", "val/loss", "lower", "add_one", rows))
+    for row in rows:
+        record = store.run(row.run)
+        record.begin("", {})
+        record.finish(Result(row.run, FINISHED, 3, 30, {"val/loss": 3.0 + row.seed}))
+    (tmp_path / "reports").write_text("")
+    show_report(store, "demo", as_json=False)
+    said = capsys.readouterr()
+    assert "base" in said.out and "3.5" in said.out and "report:" not in said.out
+    assert said.err.startswith("warning: no page is written: cannot write")
+
+
+def test_a_storage_with_a_password_need_not_stand_on_the_command_line(ablab, monkeypatch):
+    monkeypatch.setenv("ABLAB_STORAGE", "nonsense://me:secret@host/db")
+    ended = ablab("study", "lr_width_tiny", "--no-mlflow")
+    assert ended.code == 2
+    assert ended.err.startswith("error: the Optuna storage nonsense://host/db cannot be opened")

@@ -1,5 +1,10 @@
 """Worker processes: who is given what.  What they keep as an executor stands in test_executors.py."""
 
+import os
+import subprocess
+import sys
+import time
+
 from ablab.experiments.run.executor import Task
 from ablab.experiments.run.processes import Waiting
 
@@ -52,3 +57,28 @@ def test_a_job_that_another_process_holds_is_due_a_second_later_and_lets_others_
     waiting.postpone("held", "a")
     now = 102.6
     assert waiting.is_due
+
+
+def test_a_killed_runner_leaves_nothing_in_the_temporary_folder(tmp_path):
+    code = (
+        "import time; from ablab.experiments.run.processes import LocalProcesses\n"
+        "if __name__ == '__main__':\n"
+        "    pool = LocalProcesses(1, share=['0'])\n"
+        "    pool._start_missing(1); pool.workers[0].pipe.recv(); print(flush=True); time.sleep(99)\n"
+    )
+    (tmp_path / "runner.py").write_text(code)
+    places = tmp_path / "temporary"
+    places.mkdir()
+    runner = subprocess.Popen(
+        [sys.executable, tmp_path / "runner.py"],
+        env=os.environ | {"TMPDIR": str(places)},
+        stdout=subprocess.PIPE,
+    )
+    runner.stdout.readline()
+    assert [path.name for path in places.glob("ablab-*")]
+    runner.kill()
+    runner.communicate()
+    until = time.monotonic() + 20
+    while list(places.glob("ablab-*")) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert list(places.glob("ablab-*")) == []

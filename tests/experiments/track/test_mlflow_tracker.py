@@ -10,20 +10,25 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 
-from ablab.core.errors import UserError
+from ablab.core.errors import UserError, without_password
 from ablab.core.store.planned import GridPlan, Planned
 from ablab.core.store.result import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, PRUNED, Result
 from ablab.core.store.store import Store
 from ablab.experiments.track import mlflow_tracker, ui
+from ablab.experiments.track import trackers as trackers_module
 from ablab.experiments.track.cards import card_of, summary_of
-from ablab.experiments.track.mlflow_home import database
+from ablab.experiments.track.mlflow_home import database, local_uri
 from ablab.experiments.track.mlflow_sync import replay, sync
 from ablab.experiments.track.mlflow_tracker import MlflowTracker
 from ablab.experiments.track.mlflow_view import MlflowView, experiment_tags
+from ablab.experiments.track.trackers import Trackers
 
 STARTED = 1.76e9  # unix seconds
 RECIPE = "data: {name: web, digest: 0123abcd}\nseed: 0\n"
@@ -423,7 +428,8 @@ def test_sync_sends_only_what_a_lost_connection_left_out(store, tmp_path, migrat
     assert "ablab sync" in line
     assert "\n" not in line
     assert record.result() and only_status(store, plan.rows[1]) == "running"
-    assert sync(store) == {"added": 1, "continued": 2, "current": 1, "missing": 0}
+    # Given up once for the whole view: the third run, too, is left to the sync.
+    assert sync(store) == {"added": 2, "continued": 1, "current": 1, "missing": 0}
     live = new_store(tmp_path / "live", migrated)
     train_all(live, planned(live), MlflowView(live))
     assert content(store) == content(live)
@@ -467,6 +473,60 @@ def test_one_recipe_in_two_cells_is_two_mlflow_runs(store):
         "base · seed 0",
         "A/A · seed 0",
     }
+
+
+def test_what_is_no_longer_planned_is_marked_and_leaves_the_views_until_it_is_planned_again(
+    store,
+):
+    plan = planned(store)
+    train_all(store, plan, MlflowView(store))
+    kept = [row for row in plan.rows if row.cell == "base"]
+    other = [replace(row, run=f"{90 + i:016x}") for i, row in enumerate(plan.rows[2:])]
+    changed = replace(plan, rows=kept + other)
+    store.write_plan(changed)
+    for row in other:
+        folder = store.run(row.run).folder
+        folder.mkdir(parents=True)
+        (folder / "recipe.yaml").write_text(RECIPE)
+    train_all(store, replace(plan, rows=other), None)
+    assert sync(store) == {"added": 2, "continued": 0, "current": 2, "missing": 0}
+    view = MlflowView(store)
+    shown = {run.data.tags["ablab.run_id"] for run in view.runs("demo")}
+    assert shown == {row.run for row in changed.rows}
+    gone = view.retired("demo")
+    assert {run.data.tags["ablab.run_id"] for run in gone} == {row.run for row in plan.rows[2:]}
+    assert {run.data.tags["ablab.planned"] for run in gone} == {"no"}
+    store.write_plan(plan)
+    assert sync(store) == {"added": 0, "continued": 0, "current": 4, "missing": 0}
+    assert content(store)["rows"] == (6,)  # the same ones were revived
+    assert {run.data.tags["ablab.run_id"] for run in view.runs("demo")} == {
+        row.run for row in plan.rows
+    }
+
+
+def test_a_run_that_is_planned_again_is_shown_again_while_it_trains(store):
+    plan = planned(store, cells=("base",), seeds=1)
+    row = plan.rows[0]
+    train(store, plan, row, range(10, 51, 10), None, status=None)
+    sync(store)
+    store.write_plan(replace(plan, rows=[]))
+    sync(store)
+    assert MlflowView(store).runs("demo") == []
+    store.write_plan(plan)
+    train(store, plan, row, range(60, 101, 10), MlflowTracker(MlflowView(store)))
+    assert only_run(store).data.tags["ablab.planned"] == "yes"
+    assert content(store)["rows"] == (1,)
+
+
+def test_a_run_that_two_experiments_share_shows_each_ones_own_parameters(store):
+    plan = planned(store, cells=("base",), seeds=1)
+    train_all(store, plan, None)
+    row = replace(plan.rows[0], params={"optim.lr": 0.5, "with.gating": True})
+    store.write_plan(replace(plan, name="second", rows=[row]))
+    sync(store)
+    (own,), (second,) = MlflowView(store).runs("demo"), MlflowView(store).runs("second")
+    assert own.data.params == {"optim.lr": "0.01", "optim.chains.hidden": "base"}
+    assert second.data.params == {"optim.lr": "0.5", "with.gating": "True"}
 
 
 def test_what_a_person_deleted_or_wrote_in_the_ui_is_revived_or_kept(store):
@@ -534,6 +594,120 @@ def test_a_damaged_database_is_named_with_its_cure(store, free_port):
         ui.serve(store.root, port=free_port())
 
 
+class Hung:
+    """A server that takes connections and never answers; `asked` are those that it took."""
+
+    def __init__(self):
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.asked: list[socket.socket] = []
+        self.uri = f"http://me:secret@127.0.0.1:{self.socket.getsockname()[1]}"
+        Thread(target=self._take, daemon=True).start()
+
+    def _take(self) -> None:
+        with suppress(OSError):
+            while True:
+                self.asked.append(self.socket.accept()[0])
+
+
+@pytest.fixture
+def hung(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    server = Hung()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    yield server
+    server.socket.close()
+
+
+def test_a_server_that_hangs_is_asked_once_for_the_whole_grid(store, hung):
+    plan, said = planned(store, seeds=4), []
+    trackers = Trackers(store, plan, said.append)
+    for row in plan.rows:
+        train(store, plan, row, range(10, 31, 10), None)
+        trackers.log(row.run, 10, {"train/loss": 1.0}, 1.0)
+        trackers.close(row.run)
+    trackers.finish()
+    assert len(hung.asked) == 1
+    (line,) = said
+    assert "ablab sync" in line and "secret" not in line and "\n" not in line
+
+
+def test_a_server_that_is_slow_holds_a_command_up_for_a_bounded_time(store, monkeypatch):
+    """One that answers each time, but after long: the wait at the end is bounded in total."""
+    monkeypatch.setattr(trackers_module, "FINISH_SECONDS", 0.2)
+    plan, said = planned(store), []
+    train_all(store, plan, None)
+    trackers = Trackers(store, plan, said.append)
+    release = Event()
+    trackers.view.experiment = lambda name: release.wait()
+    trackers.finish()
+    assert trackers.thread.is_alive()
+    (line,) = said
+    assert "not done after 0 s" in line and "`ablab sync` repairs the view" in line
+    release.set()
+
+
+def test_a_folder_in_the_place_of_the_database_is_named_at_once(tmp_path, monkeypatch):
+    """MLflow would try ten times, for minutes."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    store, said = Store(tmp_path / "store"), []
+    plan = planned(store)
+    database(store.root).mkdir()
+    naps = []
+    monkeypatch.setattr("mlflow.store.db.utils.time.sleep", naps.append)
+    trackers = Trackers(store, plan, said.append)
+    train_all(store, plan, None)
+    trackers.finish()
+    (line,) = said
+    assert "unable to open database file" in line and "ablab sync" in line
+    with pytest.raises(UserError, match="unable to open .*delete .*mlflow.db and make it anew"):
+        sync(store)
+    with pytest.raises(UserError, match="unable to open .*delete .*mlflow.db and make it anew"):
+        ui.serve(store.root)
+    assert naps == []
+
+
+def test_a_store_that_moved_keeps_its_artifacts_beside_it(store, tmp_path):
+    plan = planned(store)
+    train(store, plan, plan.rows[0], range(10, 31, 10), MlflowTracker(MlflowView(store)))
+    moved = Store(tmp_path / "50% off?")
+    store.root.rename(moved.root)
+    for row in plan.rows[1:]:
+        train(moved, plan, row, range(10, 31, 10), MlflowTracker(MlflowView(moved)))
+    assert sync(moved)["current"] == 4
+    view = MlflowView(moved)
+    for run in view.runs("demo"):
+        names = sorted(file.path for file in view.client.list_artifacts(run.info.run_id))
+        assert names == ["recipe.yaml", "result.json"]
+    assert not store.root.exists()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:secret@host/db",
+        "postgresql://me:se@secret@host/db",
+        "postgresql://me:a/secret@host/db",
+        "postgresql://:secret@host",
+        "http://secret@host:5000",
+        "postgresql://host/db?user=me&password=secret&sslmode=require",
+        "mysql+pymysql://host/db?PASSWD=secret",
+        "https://host/?access_token=secret",
+        "could not connect to postgresql://me:secret@host (as me)",
+    ],
+)
+def test_no_form_of_a_url_shows_its_password(url):
+    shown = without_password(url)
+    assert "secret" not in shown and "host" in shown
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite:////home/a@b/mlflow.db", "http://host:5000/a", "journal:/a:b@c"]
+)
+def test_a_url_without_a_password_is_shown_as_it_is(url):
+    assert without_password(url) == url
+
+
 # -- ablab ui ----------------------------------------------------------------------------------------------------------
 def test_a_taken_port_is_named_with_a_free_one(store):
     with socket.socket() as other:
@@ -569,6 +743,8 @@ def test_the_ui_links_to_the_arms_and_leaves_nothing_behind_after_ctrl_c(store, 
     try:
         assert served.head.startswith(f"MLflow UI at {served.address}")
         about = MlflowView(store).runs("demo")[0].info
+        running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True)
+        assert local_uri(store.root) not in running.stdout  # it might hold a password
         page = f"{served.address}/#/experiments/{about.experiment_id}/runs"
         assert served.link == page + "?workflowType=machine_learning&viewStateShareKey=arms"
         artifact = f"{served.address}/get-artifact?path=recipe.yaml&run_id={about.run_id}"

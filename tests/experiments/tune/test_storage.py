@@ -59,11 +59,13 @@ class Postgres:
             f"--pwfile={secret}",
             "--no-sync",
         )
-        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
-        self._call(
-            "pg_ctl", "-D", self.folder, "-w", "-l", root / "log", "-o", options, "start"
-        )
+        self.log = root / "log"
+        self.start()
         self.url = f"postgresql+psycopg2://ablab:se%3Acret@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> None:
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
+        self._call("pg_ctl", "-D", self.folder, "-w", "-l", self.log, "-o", options, "start")
 
     def _call(self, name: str, *words) -> None:
         pipes = {
@@ -187,6 +189,146 @@ def test_a_journal_whose_lock_outlived_its_process_opens_within_seconds(tmp_path
     _, record, _ = valley.tune(tmp_path, BLOCK | {"trials_per_cell": 9})
     assert len(record.trials) == 9
     assert 4 < time.monotonic() - began < 25
+
+
+# -- what is damaged or lost meanwhile ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("cut", [1, 7, 40, 3000])
+def test_a_journal_that_was_cut_goes_on_with_the_trials_that_were_lost(tmp_path, cut):
+    whole = valley.content(valley.tune(tmp_path, BLOCK)[0])
+    path = tmp_path / "trials.journal"
+    path.write_bytes(path.read_bytes()[:-cut])
+    cut_short, _, _ = valley.tune(tmp_path, BLOCK)
+    assert valley.content(cut_short) == whole
+    again, _, _ = valley.tune(tmp_path, BLOCK)
+    assert valley.Formula.trained == [] and valley.content(again) == whole
+
+
+def test_a_file_that_is_no_journal_is_not_cut(tmp_path):
+    (tmp_path / "notes").write_text("mine\nnot finished")
+    with pytest.raises(UserError, match="notes:1 is damaged .*move that journal away"):
+        open_storage(f"journal:{tmp_path}/notes")
+    assert (tmp_path / "notes").read_text() == "mine\nnot finished"
+
+
+def test_a_damaged_line_of_a_journal_is_named_and_the_cure_works(tmp_path):
+    whole = valley.content(valley.tune(tmp_path, BLOCK)[0])
+    path = tmp_path / "trials.journal"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[5] = b"\xff\xfe{{\n"
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(UserError, match=r"trials.journal:6 is damaged .*; move") as refusal:
+        valley.tune(tmp_path, BLOCK)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
+    path.rename(tmp_path / "away")
+    held, _, _ = valley.tune(tmp_path, BLOCK)
+    assert valley.content(held) == whole
+
+
+def lost_in_training(monkeypatch, at: int, how) -> None:
+    """`how` is called before run number `at` trains; once."""
+    train = valley.Formula._train
+
+    def call(self, run, stops):
+        if len(self.trained) == at:
+            how()
+        train(self, run, stops)
+
+    monkeypatch.setattr(valley.Formula, "_train", call)
+
+
+def test_a_server_lost_in_the_middle_is_one_line_and_the_same_command_goes_on(
+    tmp_path, journal, postgres, monkeypatch
+):
+    url = postgres.url
+    block = BLOCK | {"sampler_seed": 5}
+    lost_in_training(monkeypatch, 5, postgres.stop)
+    with pytest.raises(UserError, match="the Optuna storage .* was lost") as refusal:
+        valley.tune(tmp_path, block, url, name="lost")
+    assert "\n" not in str(refusal.value) and "cret" not in str(refusal.value)
+    monkeypatch.undo()
+    postgres.start()
+    held, _, _ = valley.tune(tmp_path, block, url, name="lost")
+    undisturbed, _, _ = valley.tune(tmp_path / "other", block, name="lost")
+    assert valley.content(held) == valley.content(undisturbed)
+
+
+def test_a_database_damaged_in_the_middle_is_one_line_and_the_rerun_works(
+    tmp_path, monkeypatch
+):
+    database = tmp_path / "store" / "optuna.db"
+    whole: list[bytes] = []
+
+    def damage():
+        whole.append(database.read_bytes())
+        database.write_bytes(b"none" * 5000)
+
+    lost_in_training(monkeypatch, 5, damage)
+    with pytest.raises(UserError, match="the Optuna storage .*optuna.db was lost"):
+        valley.tune(tmp_path, BLOCK, None)
+    monkeypatch.undo()
+    database.write_bytes(whole[0])
+    held, record, _ = valley.tune(tmp_path, BLOCK, None)
+    assert len(record.trials) == 8
+    undisturbed, _, _ = valley.tune(tmp_path / "other", BLOCK)
+    assert valley.content(held) == valley.content(undisturbed)
+
+
+@pytest.mark.parametrize("name", ["valley", None])
+def test_two_studies_may_start_on_a_fresh_store_at_once(tmp_path, name):
+    """Of one name, too: the second is told so, or comes when the first is done."""
+    code = (
+        "import sys, time, valley, optuna, sqlalchemy, alembic; from pathlib import Path\n"
+        "from ablab.experiments.tune.storage import opening\n"
+        "from ablab.ablations.registry import discover\n"
+        "discover(); print('ready', flush=True); sys.stdin.readline()\n"
+        "try: print(len(valley.tune(Path(sys.argv[1]), {'sampler': 'random'}, None, name=sys.argv[2])[1].trials))\n"
+        "except valley.UserError as refusal: print(refusal)\n"
+    )
+    two = []
+    for i in range(2):
+        words = [sys.executable, "-c", code, str(tmp_path), name or f"valley{i}"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        two.append(subprocess.Popen(words, cwd=Path(__file__).parent, **pipes))
+    for one in two:
+        assert one.stdout.readline() == "ready\n"
+    for one in two:
+        one.stdin.write("\n")
+        one.stdin.flush()
+    said = [one.communicate(timeout=100)[0].strip() for one in two]
+    told = [line for line in said if line != "8"]
+    assert len(told) < 2 and all("another process tunes valley" in line for line in told)
+    assert name or not told
+    for i in range(2):
+        one, record, _ = valley.tune(
+            tmp_path, {"sampler": "random"}, None, name=name or f"valley{i}"
+        )
+        assert len(record.trials) == 8 and valley.Formula.trained == []
+
+
+def test_two_stores_may_start_on_a_fresh_server_at_once(tmp_path, monkeypatch):
+    """The slower one finds the tables made."""
+    from optuna import storages
+
+    asked = []
+
+    class Late(storages.RDBStorage):
+        def __init__(self, url, options):
+            asked.append(url)
+            if len(asked) == 1:
+                raise RuntimeError('relation "studies" already exists')
+            super().__init__(url, options)
+
+    monkeypatch.setattr(storages, "RDBStorage", Late)
+    _, record, _ = valley.tune(tmp_path, BLOCK, None)
+    assert len(record.trials) == 8 and len(asked) == 2
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "100%", "who?", "a?b=c", "#1", "{x}", "ä"])
+def test_a_store_of_any_name_holds_its_own_database(tmp_path, name):
+    root = tmp_path / name
+    _, record, _ = valley.tune(root, BLOCK, None)
+    assert (root / "store" / "optuna.db").is_file() and len(record.trials) == 8
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 # -- whose study it is -------------------------------------------------------------------------------------------------

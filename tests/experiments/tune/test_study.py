@@ -1,8 +1,10 @@
 """Studies with the real runner on tiny runs, and what is refused before anything runs."""
 
 import json
+import sys
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import optuna
@@ -19,6 +21,9 @@ from ablab.experiments.tune import study as studies
 from ablab.experiments.tune.confirmation import confirm
 from ablab.experiments.tune.pruning import Past
 from ablab.experiments.tune.study import Study
+
+sys.path.append(str(Path(__file__).parent))
+import valley  # noqa: E402
 
 COMPLETE, FAIL = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL
 GATED = {
@@ -502,3 +507,31 @@ def test_a_study_without_a_finished_trial_is_not_confirmed_and_not_reported(lab,
         study_report.read(held.store, "none")
     left = json.loads((lab.store / "studies" / "none.json").read_text())
     assert left["trials"] == []
+
+
+# -- choices that are few, or words ------------------------------------------------------------------------------------
+GATING = {"with": ["gating"], "design": "add_one"}
+WORDS = {"with.gating.per": {"choices": ["head", "elementwise"]}}
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe", "random", "qmc"])
+@pytest.mark.parametrize(
+    "space",
+    [
+        WORDS | {"model.width": {"choices": [16]}},
+        WORDS | {"optim.lr": {"log": [1e-3, 1e-1]}},
+        {"model.width": {"choices": [16]}},
+        {"model.layers": {"int": [1, 2]}},
+    ],
+    ids=["words and one", "words and rates", "one", "two numbers"],
+)
+def test_a_study_of_few_choices_spends_its_trials_and_goes_on(tmp_path, sampler, space):
+    block = {"sampler": sampler, "trials_per_cell": 10, "space": space}
+    _, record, _ = valley.tune(tmp_path, block, **GATING)
+    assert len(record.trials) == 20
+    if "with.gating.per" in space:
+        words = {one.params.get("with.gating.per") for one in record.trials}
+        assert words == {None, "head", "elementwise"}
+    if sampler != "qmc":  # all of its points are fixed beforehand
+        more, record, _ = valley.tune(tmp_path, block | {"trials_per_cell": 12}, **GATING)
+        assert len(record.trials) == 24
