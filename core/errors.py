@@ -1,8 +1,25 @@
 """The exceptions that ablab raises on purpose."""
 
+LONGEST_LINE = (
+    400  # characters; most errors take 150, and a value that was given may have any number
+)
+END_KEPT = 100  # of a longer line: the cure stands there
+
+
+def one_line(said: str) -> str:
+    """`said` on one line that any terminal takes: cut in its middle if it is long, what does not print as escapes."""
+    line = " ".join(part.strip() for part in said.splitlines()) if "\n" in said else said
+    line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in line)
+    if len(line) <= LONGEST_LINE:
+        return line
+    return f"{line[: LONGEST_LINE - END_KEPT]} ... {line[-END_KEPT:]}"
+
 
 class UserError(Exception):
     """A mistake the user can mend.  One line: the thing, the rule, the value, the cure.  Exit code 2."""
+
+    def __init__(self, said: str):
+        super().__init__(one_line(said))
 
 
 class Pruned(Exception):

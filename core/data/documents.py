@@ -140,7 +140,7 @@ def _lines(file: Source, path: Path, field: str) -> Placed:
         place = f"{path}:{number}"
         try:
             record = json.loads(line)
-        except ValueError as flaw:
+        except (ValueError, RecursionError) as flaw:
             raise UserError(
                 f"{place} is not JSON ({flaw}); each line must hold one object with the key {field!r}"
             ) from None
@@ -178,8 +178,8 @@ def _parquet(file: Source, path: Path, field: str) -> Placed:
         texts = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
         for row, text in enumerate(texts, 1):
             yield f"{path} row {row}", text
-    except pyarrow.ArrowInvalid as flaw:
-        first_line = str(flaw).splitlines()[0]
+    except pyarrow.ArrowException as flaw:
+        first_line = next(iter(str(flaw).splitlines()), type(flaw).__name__)
         raise UserError(f"{path} is not Parquet ({first_line}); fetch it again") from None
 
 

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from ablab.core.errors import UserError
+from ablab.core.errors import UserError, one_line
 from ablab.experiments.cli import bench, check, data, look, new, view, work
 
 INTERRUPTED = 130
@@ -64,7 +64,7 @@ def _explained(fault: Exception) -> int:
     if line is None:
         code, line = 1, f"{type(fault).__name__}: {fault} (--debug shows where)"
     if line:
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {one_line(line)}", file=sys.stderr)
     return code
 
 
