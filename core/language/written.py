@@ -106,10 +106,10 @@ def _measure(text: str) -> None:
     size_of: dict[str, int] = {}  # of what an anchor names
     opened: list[tuple[str, int]] = []  # anchor or "", size before
     for event in yaml.parse(text, Loader=SafeLoader):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark else None
         anchor = getattr(event, "anchor", None) or ""
-        if getattr(event, "tag", None):
-            raise Unreadable(f"tags such as {event.tag!r:.40} are not read; drop it", line)
+        if tag := getattr(event, "tag", None):
+            raise Unreadable(f"tags such as {tag!r:.40} are not read; drop it", line)
         if isinstance(event, yaml.AliasEvent):
             size += size_of.get(anchor, 0)
         elif isinstance(event, yaml.ScalarEvent):

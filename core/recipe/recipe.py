@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from ablab.core.errors import UserError
-from ablab.core.language.numbers import Natural, Positive, Whole
+from ablab.core.language.numbers import Depth, Natural, Positive, Whole
 from ablab.core.language.part import Part
 from ablab.core.parts import (
     block,
@@ -70,7 +70,7 @@ class Model:
     """
 
     width: Whole = 768
-    layers: Whole = 8
+    layers: Depth = 8
     tied: bool = False  # one matrix for embedding and readout
     norm_eps: Positive = 1e-6
     on_embedding: tuple[MayBuild, ...] = ()  # after the table's rows, before the first block
