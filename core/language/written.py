@@ -74,6 +74,12 @@ def _as_list(dumper: yaml.SafeDumper, data: tuple[Any, ...]) -> yaml.Node:
     return dumper.represent_sequence("tag:yaml.org,2002:seq", data)
 
 
+def _as_word(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    """Double-quoted where it does not print: in single quotes PyYAML writes U+0085 so that it reads back as a space."""
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
 for _kind in (
     _Loader,
     _Dumper,
@@ -82,6 +88,7 @@ for _kind in (
     _kind.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 _Dumper.add_representer(tuple, _as_list)
+_Dumper.add_representer(str, _as_word)
 
 
 def read(text: str) -> Any:

@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ablab.core.language.written import DEEPEST, LONGEST, Unreadable, dump, read, typed
@@ -64,6 +64,7 @@ def test_a_number_is_read_as_it_looks(text):
 
 @settings(max_examples=300)
 @given(tree=TREES)
+@example(tree={"\x85": "\u2028"})
 def test_what_is_written_reads_back_here_and_by_the_rules_of_yaml_1_1(tree):
     written = dump(tree)
     assert same(read(written), tree)
