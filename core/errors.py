@@ -4,15 +4,28 @@ import re
 import traceback
 from collections.abc import Collection
 
-LONGEST = 300  # characters of a line that quotes what others wrote
-
 # //user:secret@host, whatever stands in the secret; //token@host; ?password=secret.
 OF_A_HOST = re.compile(r"//(?:[^\s/:@]*:\S*|[^\s/]*)@")
 OF_A_QUERY = re.compile(r"\b(\w*(?:password|passwd|pwd|token|secret)=)[^&\s]+", re.IGNORECASE)
 
+LONGEST_LINE = 320  # characters: most errors have 150, and a value that was given any number
+END_KEPT = 100  # of a longer line: the cure stands there
+
+
+def one_line(said: str) -> str:
+    """`said` on one line that any terminal takes: cut in its middle if it is long, what does not print as escapes."""
+    line = " ".join(part.strip() for part in said.splitlines()) if "\n" in said else said
+    line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in line)
+    if len(line) <= LONGEST_LINE:
+        return line
+    return f"{line[: LONGEST_LINE - END_KEPT]} ... {line[-END_KEPT:]}"
+
 
 class UserError(Exception):
     """A mistake the user can mend.  One line: the thing, the rule, the value, the cure.  Exit code 2."""
+
+    def __init__(self, said: str):
+        super().__init__(one_line(said))
 
 
 class Pruned(Exception):
@@ -33,7 +46,7 @@ def told(flaw: BaseException) -> str:
     """`ValueError: what it says`, in one line; also of one that fails to say anything."""
     said = said_by(flaw)
     name = type(flaw).__name__
-    return in_a_line(f"{name}: {said}" if said else name)
+    return one_line(f"{name}: {said}" if said else name)
 
 
 def said_by(flaw: BaseException) -> str:
@@ -42,14 +55,6 @@ def said_by(flaw: BaseException) -> str:
         return str(flaw)
     except Exception as worse:
         return f"it cannot be shown, for that raises {type(worse).__name__}"
-
-
-def in_a_line(text: str) -> str:
-    """One line of at most LONGEST characters, that any terminal and any file can hold."""
-    encodable = text.encode("utf-8", "backslashreplace").decode()
-    shown = "".join(letter if letter.isprintable() else " " for letter in encodable)
-    line = " ".join(shown.split())
-    return line if len(line) <= LONGEST else line[: LONGEST - 4] + " ..."
 
 
 def place_in(flaw: BaseException, files: Collection[str]) -> str:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 END = "<|endoftext|>"
 BYTES_AND_END = 257  # ids that a byte-level vocabulary has at least
+# Ids at most: the library claims their memory at once, and aborts where there is none.  Published ones have 262,144.
+MOST_IDS = 2_000_000
 
 
 def train_tokenizer(
@@ -31,7 +33,7 @@ def train_tokenizer(
     """Train a byte-level BPE of `vocab` ids in all, `<|endoftext|>` being id 0, on the first `max_bytes` of text.
 
     Returns the bytes read.  The same text gives the same file.
-    Raises UserError: vocab below 257, or text too short to yield that many ids.
+    Raises UserError: vocab below 257 or beyond MOST_IDS, or text too short to yield that many ids.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -39,6 +41,8 @@ def train_tokenizer(
         raise UserError(
             f"vocab={vocab} is too small: 256 bytes and {END} take {BYTES_AND_END} ids; try 4096"
         )
+    if vocab > MOST_IDS:
+        raise UserError(f"vocab={vocab} is too large: at most {MOST_IDS:,} ids; try 32000")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -92,7 +92,7 @@ def load_meta(folder: Path) -> Meta:
     described = folder / "meta.json"
     try:
         meta = msgspec.json.decode(described.read_bytes(), type=Meta)
-    except (OSError, msgspec.DecodeError) as flaw:
+    except (OSError, RecursionError, msgspec.DecodeError) as flaw:
         raise UserError(f"cannot read {described}: {flaw}; {cure}") from None
     for name, expected in meta.file_sizes.items():
         file = folder / name

@@ -262,7 +262,8 @@ def _parquet(file: Source, path: Path, field: str) -> Placed:
         for row, text in enumerate(texts, 1):
             yield f"{path} row {row}", text
     except pyarrow.ArrowException as flaw:
-        first_line = textwrap.shorten(str(flaw).splitlines()[0], 100, placeholder=" ...")
+        first_line = next(iter(str(flaw).splitlines()), type(flaw).__name__)
+        first_line = textwrap.shorten(first_line, 100, placeholder=" ...")
         raise UserError(f"{path} is not Parquet ({first_line}); fetch it again") from None
 
 

@@ -6,6 +6,9 @@ from msgspec import Meta
 
 Natural = Annotated[int, Meta(ge=0)]
 Whole = Annotated[int, Meta(ge=1)]
+Depth = Annotated[
+    int, Meta(ge=1, le=1000)
+]  # layers: each is planned, 0.25 ms, before anything is built
 
 Positive = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]

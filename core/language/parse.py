@@ -29,7 +29,7 @@ def parse(hint: Any, plain: Any, path: str) -> Any:
         return None if plain is None else parse(held, plain, path)
     if origin is tuple and _holds_parts(options[0]):
         if not isinstance(plain, (list, tuple)):
-            raise UserError(f"{path} must be a list, not {plain!r}")
+            raise UserError(f"{path} must be a list, not {_shown(plain)}")
         return tuple(parse(options[0], item, f"{path}[{i}]") for i, item in enumerate(plain))
     if origin is dict and _holds_parts(options[1]):
         items = _mapping(plain, path).items()
@@ -51,7 +51,7 @@ def _holds_parts(hint: Any) -> bool:
 
 def _mapping(plain: Any, path: str) -> Mapping[str, Any]:
     if not isinstance(plain, Mapping):
-        raise UserError(f"{path} must be a mapping of names to values, not {plain!r}")
+        raise UserError(f"{path} must be a mapping of names to values, not {_shown(plain)}")
     return plain
 
 
@@ -61,8 +61,10 @@ def _parse_part(plain: Any, path: str) -> Part:
     if isinstance(plain, str):
         plain = {"kind": plain}
     kind = _mapping(plain, path).get("kind")
-    if kind not in Part.known:
-        said = f"unknown kind {kind!r}. {near(kind, Part.known)}" if kind else "no kind given. "
+    if not isinstance(kind, str) or kind not in Part.known:
+        said = "no kind given. "
+        if kind:
+            said = f"unknown kind {_shown(kind)}. {near(kind, Part.known)}"
         raise UserError(f"{path}: {said}Registered: {', '.join(sorted(Part.known))}")
     dose = {key: value for key, value in plain.items() if key != "kind"}
     return _parse_dataclass(Part.known[kind], dose, path)
@@ -122,26 +124,42 @@ def join(path: str, key: str) -> str:
 
 def _parse_leaf(hint: Any, plain: Any, path: str) -> Any:
     value = plain
-    if isinstance(plain, float) and plain.is_integer() and _wants_int(hint):
+    if isinstance(plain, float) and plain.is_integer() and _wants(int, hint):
         value = int(plain)  # 1.0e+8 tokens is how people write a budget
     try:
-        if isinstance(value, float) and not math.isfinite(value):
-            raise msgspec.ValidationError("must be finite")
+        if any(_is_beyond(number) for number in _items(value)):
+            raise msgspec.ValidationError("must be finite, and a whole number have 64 bits")
         return msgspec.convert(value, hint)
     except msgspec.ValidationError:
         said = f"{path}={_shown(plain)} must be {_wanted(hint)}{_advice(plain, hint)}"
         raise UserError(said) from None
 
 
-def _wants_int(hint: Any) -> bool:
-    return hint is int or any(_wants_int(option) for option in get_args(hint))
+def _wants(leaf: type, hint: Any) -> bool:
+    return hint is leaf or any(_wants(leaf, option) for option in get_args(hint))
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _is_beyond(value: Any) -> bool:
+    """No number that every file and every library here can hold."""
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    return isinstance(value, int) and abs(value) >= BEYOND
 
 
 def _shown(value: Any) -> str:
-    """As one writes it in YAML: null, true, 'a word'."""
+    """As one writes it in YAML: null, true, 'a word'; the beginning of a long one."""
     if value is None:
         return "null"
-    return repr(value).lower() if isinstance(value, bool) else repr(value)
+    text = repr(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+BEYOND = 2**63
+SHOWN = 120  # characters of a value in a message
 
 
 LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -185,18 +203,36 @@ UNITS = {"k": 3, "m": 6, "g": 9, "b": 9, "t": 12}
 
 
 def _advice(given: Any, hint: Any) -> str:
-    """How to write what was probably meant: 100M -> 100e6; a word near one of the choices."""
-    text = given.strip().lower() if isinstance(given, str) else ""
-    if match := re.fullmatch(r"([\d._]+)\s*([kmgbt])", text):
-        return f"; write {match[1]}e{UNITS[match[2]]}"
+    """How to write what was probably meant: 100M -> 100e6, 010 -> 10; a word near one of the choices."""
+    for one in _items(given):
+        if cure := _cure(one, hint):
+            return f"; {cure}"
     literals = [one for one in (hint, *get_args(hint)) if get_origin(one) is Literal]
     choices = [word for literal in literals for word in get_args(literal)]
     return f". {near(given, choices)}".rstrip() if choices and near(given, choices) else ""
 
 
+def _cure(given: Any, hint: Any) -> str:
+    """What to do about one value of another type."""
+    if isinstance(given, str) and not _wants(str, hint):
+        text = given.strip().lower()
+        if match := re.fullmatch(r"([\d._]+)\s*([kmgbt])", text):
+            return f"write {match[1]}e{UNITS[match[2]]}"
+        if match := re.fullmatch(r"([-+]?)0+([1-9]\d*)", text):
+            return f"write {match[1]}{match[2]}, without the 0"
+        if re.fullmatch(r"[-+]?\d+(:\d+)+(\.\d*)?", text):
+            return "write one number, without ':'"
+    if isinstance(given, (int, float)):
+        if _wants(str, hint):
+            return "a word that looks like something else needs quotes: '\"...\"'"
+        if _is_beyond(given) and math.isfinite(given):
+            return "write less than 2^63"
+    return ""
+
+
 def near(word: Any, known: Iterable[Any]) -> str:
     """`Did you mean ...? ` or nothing."""
-    text, names = str(word), [str(name) for name in known]
+    text, names = str(word)[:SHOWN], [str(name) for name in known]
     longer = [name for name in names if len(text) > 2 and name.startswith(f"{text} ")]
     close = longer or get_close_matches(text, names, n=1, cutoff=0.55)
     return f"Did you mean {close[0]!r}? " if close else ""

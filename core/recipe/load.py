@@ -1,6 +1,5 @@
 """YAML files and dotted overrides -> a typed recipe.  Strict: unknown keys are errors with the near miss named."""
 
-import re
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -8,64 +7,32 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ablab.core.errors import UserError
 from ablab.core.language.parse import fields_of, near, parse
+from ablab.core.language.written import LONGEST, Unreadable, read
 from ablab.core.recipe.edit import children, edit
 from ablab.core.recipe.recipe import Data, Recipe, check, plain
 
 CONFIGS = Path(str(files("ablab.configs")))
 
 
-SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-class _Loader(SafeLoader):
-    """Refuses a key that is given twice; YAML keeps the last one in silence."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r} stands there twice; keep one",
-                    problem_mark=key.start_mark,
-                )
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 reads 1e-3 as a word.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """A file that holds a mapping.  Raises UserError: cannot be read, or not YAML (with the line)."""
     try:
-        content = yaml.load(path.read_text("utf-8"), Loader=_Loader)
+        with open(path, "rb") as file:
+            content = read(file.read(4 * LONGEST).decode())  # a device has no end
     except OSError as refusal:
         raise UserError(f"cannot read {path}: {refusal.strerror}") from None
-    except yaml.YAMLError as flaw:
-        mark = getattr(flaw, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line} is not YAML: {_told(flaw)}") from None
     except UnicodeDecodeError as flaw:
         raise UserError(
             f"{path} is not UTF-8 text ({flaw.reason} at byte {flaw.start}); name a YAML file"
         ) from None
+    except Unreadable as flaw:
+        line = f":{flaw.line}" if flaw.line else ""
+        raise UserError(f"{path}{line} is not YAML: {flaw}") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path} must hold a mapping of names to values, not {content!r:.40}")
     return dict(content)
-
-
-def _told(flaw: yaml.YAMLError) -> str:
-    """The parser's complaint on one line."""
-    return " ".join(str(getattr(flaw, "problem", None) or flaw).split())
 
 
 def find_config(name: str, beside: Path | None = None) -> Path:
@@ -153,27 +120,8 @@ def overrides_from(words: Iterable[str]) -> dict[str, Any]:
                 f"override {word!r} must look like path=value, for example optim.lr=0.01"
             )
         try:
-            overrides[path] = yaml.load(value, Loader=_Loader)
-        except yaml.YAMLError as flaw:
-            said = f"override {word!r}: the value is not YAML ({_told(flaw)}); quote it"
+            overrides[path] = read(value)
+        except Unreadable as flaw:
+            said = f"override {word!r:.120}: the value is not YAML ({flaw}); quote it"
             raise UserError(said) from None
     return overrides
-
-
-def dump(tree: Any) -> str:
-    """Plain data as YAML, keys in the order of their fields."""
-    return yaml.dump(tree, sort_keys=False, allow_unicode=True, width=110, Dumper=_Dumper)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Tuples as lists, no anchors: the file is read by people."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _as_list(dumper: yaml.SafeDumper, data: tuple[Any, ...]) -> yaml.Node:
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", data)
-
-
-_Dumper.add_representer(tuple, _as_list)

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from ablab.core.errors import UserError
-from ablab.core.language.numbers import Natural, Positive, Whole
+from ablab.core.language.numbers import Depth, Natural, Positive, Whole
 from ablab.core.language.part import Part
 from ablab.core.parts import (
     block,
@@ -41,6 +41,7 @@ from ablab.core.recipe.asks import (
 from ablab.core.recipe.batches import Batches, batches_of
 from ablab.core.recipe.slots import SLOTS, held
 
+LONGEST_NAME = 200  # bytes of a token folder's name; beside it stands .NAME.partial, and a file's name has 255
 SCHEMA = 1  # part of every identity: raise it when the meaning of a field changes
 
 
@@ -69,7 +70,7 @@ class Model:
     """
 
     width: Whole = 768
-    layers: Whole = 8
+    layers: Depth = 8
     tied: bool = False  # one matrix for embedding and readout
     norm_eps: Positive = 1e-6
     on_embedding: tuple[MayBuild, ...] = ()  # after the table's rows, before the first block
@@ -167,6 +168,11 @@ class Recipe:
 
 def check_folder_name(where: str, name: str) -> None:
     """Refuse a token folder's name that would leave STORE/data.  Raises UserError."""
+    if not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+        raise UserError(
+            f"{where}{name!r:.80} must be a plain folder name: "
+            f"printable, at most {LONGEST_NAME} bytes; try 'web'"
+        )
     if not name or Path(name).name != name or name.startswith("."):
         plain = Path(name).stem.strip(".") or "web"
         raise UserError(

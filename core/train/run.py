@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ablab.core.errors import Diverged, Pruned
 from ablab.core.fusion.places import places
-from ablab.core.recipe.load import dump
+from ablab.core.language.written import dump
 from ablab.core.recipe.recipe import Recipe, plain, run_id
 from ablab.core.runtime.fingerprint import code_fingerprint
 from ablab.core.runtime.runtime import Runtime, Settled, environment, settle

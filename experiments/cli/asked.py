@@ -10,6 +10,8 @@ from ablab.core.store.store import Store, store_root
 if TYPE_CHECKING:
     from ablab.experiments.plan.experiment import Experiment, PlannedRun
 
+MOST_NUMBERS = 1000  # that one option may name: cells times seeds are planned at once
+
 
 def store_of(flag: Path | None) -> Store:
     return Store(store_root(str(flag) if flag else None).absolute())
@@ -49,22 +51,23 @@ def seeds_of(text: str | None) -> list[int] | None:
     """`0-4`, or `0,3,7`, or both."""
     if text is None:
         return None
-    seeds: list[int] = []
+    return whole_numbers(text, "--seeds", "0-4 or 0,3,7")
+
+
+def whole_numbers(text: str, flag: str, example: str) -> list[int]:
+    """`0-4`, or `0,3,7`, or both; decimal, whatever zeros stand before.  Raises UserError."""
+    numbers: list[int] = []
     for part in text.split(","):
-        found = _span(part)
-        if not found:
-            raise UserError(f"--seeds {text!r} must look like 0-4 or 0,3,7")
-        seeds += found
-    return seeds
-
-
-def _span(text: str) -> range:
-    """`3` or `0-4`; empty where it is neither, or runs backwards."""
-    ends = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", text)
-    if ends is None:
-        return range(0)
-    first, last = ends[1], ends[2] or ends[1]
-    return range(int(first), int(last) + 1)
+        ends = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", part)
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, -1)
+        if first > last:
+            raise UserError(f"{flag} {text!r:.80} must look like {example}")
+        if last - first + len(numbers) >= MOST_NUMBERS:
+            raise UserError(
+                f"{flag} {text!r:.80} names more than {MOST_NUMBERS:,} numbers; ask for fewer at once"
+            )
+        numbers += range(first, last + 1)
+    return numbers
 
 
 def run_of(runs: "list[PlannedRun]", cell: str) -> "PlannedRun":

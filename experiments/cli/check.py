@@ -4,7 +4,6 @@
 """
 
 import math
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ablab.core.errors import UserError
+from ablab.experiments.cli.asked import whole_numbers
 from ablab.experiments.cli.options import Json, Plugins
 
 if TYPE_CHECKING:
@@ -94,7 +94,12 @@ def coords(
 
     if not 0 < lr < math.inf:
         raise UserError(f"--lr {lr:g} must be a number above 0; try 0.02")
-    setting = Setting(_numbers(widths, "--widths"), _numbers(seeds, "--seeds"), steps, lr)
+    setting = Setting(
+        whole_numbers(widths, "--widths", "64,128,256"),
+        whole_numbers(seeds, "--seeds", "0-2"),
+        steps,
+        lr,
+    )
     base_width = base_width or max(min(setting.widths) // 4, 1)
     texts = {text: text for text in with_} if with_ else ARMS
     if every:
@@ -115,17 +120,6 @@ class Setting:
     seeds: list[int]
     steps: int
     lr: float
-
-
-def _numbers(text: str, flag: str) -> list[int]:
-    """`64,128` or `0-2`."""
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise UserError(f"{flag} {text!r} must list whole numbers, such as 64,128,256 or 0-2")
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        numbers += range(int(first), int(last or first) + 1)
-    return numbers
 
 
 def _recipes(
@@ -149,23 +143,24 @@ def _recipes(
 
 
 def _listed(text: str) -> list[Any]:
-    import yaml
+    from ablab.core.language.written import Unreadable, read
 
     try:
-        return yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError:
+        return list(read(f"[{text}]"))
+    except (Unreadable, TypeError):
         raise UserError(
-            f"--with {text!r} must list interventions as an experiment does, "
+            f"--with {text!r:.120} must list interventions as an experiment does, "
             "such as 'mup, {muon: {scale: rms}}'"
         ) from None
 
 
-def _with_base_width(item: Any, base_width: int) -> dict[str, Any]:
-    """An intervention as `with` lists it, its dose spelled out."""
-    doses: dict[str, Any] = item if isinstance(item, dict) else {item: None}
-    if "mup" not in doses:
-        return doses
-    return doses | {"mup": {"base_width": base_width} | (doses["mup"] or {})}
+def _with_base_width(item: Any, base_width: int) -> Any:
+    """An intervention as `with` lists it; the dose of mup spelled out."""
+    doses = {item: None} if isinstance(item, str) else item
+    given = doses.get("mup", False) if isinstance(doses, dict) else False
+    if given is None or isinstance(given, dict):
+        return doses | {"mup": {"base_width": base_width} | (given or {})}
+    return item
 
 
 def _measure(recipes: "dict[str, Recipe]", setting: Setting, device: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def train_tokenizer(
         int, typer.Option(help="ids in all, <|endoftext|> and 256 bytes included")
     ] = 32_000,
     max_bytes: Annotated[
-        int | None, typer.Option(help="read only the first so many bytes of text")
+        int | None, typer.Option(min=1, help="read only the first so many bytes of text")
     ] = None,
     field: Field = "text",
 ) -> None:

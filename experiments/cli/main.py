@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from ablab.core.errors import UserError, told
+from ablab.core.errors import UserError, one_line, told
 from ablab.experiments.cli import bench, check, data, look, new, view, work
 
 INTERRUPTED = 130
@@ -72,7 +72,7 @@ def _explained(fault: BaseException) -> int:
     if line is None:
         code, line = 1, f"{told(fault)} (--debug shows where)"
     if line:
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {one_line(line)}", file=sys.stderr)
     return code
 
 

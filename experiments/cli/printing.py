@@ -27,7 +27,7 @@ SPARE_OF_CONFIRMATION = ("tuning moves it by", "verdict", "own setting")
 
 # -- recipes -----------------------------------------------------------------------------------------------------------
 def show_recipe(experiment: "Experiment", run: "PlannedRun") -> None:
-    from ablab.core.recipe.load import dump
+    from ablab.core.language.written import dump
     from ablab.core.recipe.recipe import plain
 
     _head(experiment.name, run)
@@ -50,10 +50,12 @@ def show_difference(experiment: str, run: "PlannedRun", other: "Recipe", name: s
 
 
 def _written(value: Any) -> str:
-    """As the recipe shows it: true, 1e-10, a word."""
+    """As the recipe shows it: true, 1e-10, a word; it can be typed again."""
+    from ablab.core.language.written import typed
+
     if value is None:
         return "absent"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else typed(value)
 
 
 def _head(experiment: str, run: "PlannedRun") -> None:

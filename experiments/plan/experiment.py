@@ -16,6 +16,7 @@ from ablab.core.store.store import CATALOG
 from ablab.experiments.plan.overrides import Overrides
 from ablab.experiments.plan.sheets import Sheet, catalog, find_sheet, read_sheet
 
+MOST_SEEDS = 1000  # each is planned and hashed in every cell before one is run
 REPLICA = 1000  # how far the seeds of A/A replicas lie apart
 
 
@@ -53,6 +54,10 @@ class Experiment:
         Raises UserError where a cell cannot be built, and where a seed would be that of a replica.
         """
         pairs = list(dict.fromkeys(self.sheet.seeds if seeds is None else seeds))
+        if len(pairs) > MOST_SEEDS:
+            raise UserError(
+                f"{self.name} asks for {len(pairs):,} seeds; at most {MOST_SEEDS:,} at once"
+            )
         replicated = any(cell.replica for cell in self.cells)
         highest = max(pairs, default=0)
         if replicated and highest >= REPLICA:

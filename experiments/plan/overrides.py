@@ -7,13 +7,14 @@ from typing import Any
 
 from ablab.core.errors import UserError
 from ablab.core.language.parse import near
+from ablab.core.language.written import typed
 from ablab.core.recipe.intervention import Treatment
 from ablab.core.recipe.load import assign
 from ablab.experiments.plan.sheets import Sheet
 
 OF_THE_SHEET = ("runtime", "seeds", "design", "study")
 RENAMES_NOTHING = ("runtime", "seeds")  # how and how often a recipe runs, not what it computes
-LONGEST_NAME = 150  # characters; with an ending, a file's name may have 255
+LONGEST_NAME = 150  # bytes; with an ending, a file's name may have 255
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Overrides:
         }
         told = "".join(f"@{path}={_written(value)}" for path, value in renaming.items())
         told = told.replace("/", "_")
-        if len(stem + told) < LONGEST_NAME:
+        if told.isprintable() and len((stem + told).encode()) < LONGEST_NAME:
             return stem + told
         return f"{stem}@{hashlib.sha256(told.encode()).hexdigest()[:12]}"
 
@@ -98,10 +99,8 @@ def _with_open_digest(edits: Mapping[str, Any]) -> dict[str, Any]:
     return open_digest | dict(edits)
 
 
-def _written(value: Any) -> Any:
+def _written(value: Any) -> str:
     """20000.0 as 20000, None as null: one recipe has one name, and the name can be typed again."""
-    if value is None:
-        return "null"
     if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
+        value = int(value)
+    return typed(value)

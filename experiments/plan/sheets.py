@@ -67,10 +67,15 @@ def catalog() -> dict[str, Path]:
 def find_sheet(name: str) -> Path:
     """The file of a catalog entry, or a file of the user's own: a path that ends in .yaml.
 
-    Raises UserError for a name that the catalog lacks.
+    Raises UserError for a name that the catalog lacks, and for one that no experiment can have.
     """
     if name.endswith((".yaml", ".yml")):
-        return Path(name)
+        path = Path(name)
+        if not path.stem.isprintable():
+            raise UserError(
+                f"{name!r} cannot name an experiment; rename it in letters and digits"
+            )
+        return path
     shipped = catalog()
     if name in shipped:
         return shipped[name]

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ablab.core.errors import Pruned, UserError, in_a_line, said_by, told
+from ablab.core.errors import Pruned, UserError, one_line, said_by, told
 from ablab.core.language.parse import parse
 from ablab.core.recipe.recipe import Recipe, run_id
 from ablab.core.runtime.runtime import Runtime, settle
@@ -247,8 +247,8 @@ def _in_short(fault: BaseException) -> str:
         ", but you set 'torch.use_deterministic_algorithms(True)'"
     )
     if not advice:
-        return in_a_line(said)
-    return f"{in_a_line(refused)}; run it with runtime.deterministic=false, which need not repeat its bits"
+        return one_line(said)
+    return f"{one_line(refused)}; run it with runtime.deterministic=false, which need not repeat its bits"
 
 
 def _origin(fault: BaseException, words: str) -> str:

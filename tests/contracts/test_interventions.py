@@ -14,11 +14,12 @@ from torch._dynamo.testing import CompileCounter
 from ablab.core.data.tokens import Tokens
 from ablab.core.errors import UserError
 from ablab.core.language.parse import fields_of, parse
+from ablab.core.language.written import dump
 from ablab.core.model.layers import StageModules
 from ablab.core.model.objective import heads_of, of_rows
 from ablab.core.recipe.edit import edit, put
 from ablab.core.recipe.intervention import REGISTRY, at
-from ablab.core.recipe.load import dump, read_yaml
+from ablab.core.recipe.load import read_yaml
 from ablab.core.recipe.recipe import Recipe, plain, run_id
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.train.banks import Optimizer

@@ -1,0 +1,254 @@
+"""Whatever is typed or stands in a file: an answer, or one line and exit code 2, in less than two seconds of a core."""
+
+import io
+import json
+import time
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from ablab.core.errors import LONGEST_LINE
+from ablab.core.language.parse import fields_of, parse, paths_of
+from ablab.core.language.written import read
+from ablab.core.recipe.recipe import Recipe, run_id
+from ablab.core.runtime.runtime import Runtime
+from ablab.experiments.plan.sheets import Sheet, StudySheet
+
+SECONDS = 2.0
+EXAMPLES = 100
+# `ablab` calls the command anew for each example, and holds nothing between two; a busy machine draws slowly.
+many = settings(
+    max_examples=EXAMPLES,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+PATHS = [
+    *paths_of(Recipe),
+    *(f"runtime.{name}" for name in fields_of(Runtime)),
+    *(f"study.{name}" for name in fields_of(StudySheet)),
+    "seeds",
+    "design",
+    "with.qk_norm.scale",
+    "model.ffn.multiple",
+    "optim.chains.hidden.steps.adam",
+    "nonsense",
+    "a..b",
+    "",
+]
+ODD = [
+    "010",
+    "1:30:00",
+    "2026-01-02",
+    "6e12345678901234",
+    "99999999999",
+    "-1",
+    "1" * 5000,
+    "1e308",
+    "-1e-308",
+    ".inf",
+    ".nan",
+    "null",
+    "",
+    "yes",
+    "!!int x",
+    "!!binary x",
+    "!!map [a]",
+    "&a [*a]",
+    "*a",
+    "{[a]: b}",
+    "{? {a: b} : c}",
+    "{1: 2}",
+    "{kind: [a]}",
+    "{kind: {}}",
+    "[{}]",
+    "[[]]",
+    "{<<: 3}",
+    "[010, 011]",
+    '"a\\0b"',
+    '"\\e[31m"',
+    '"a\\nb"',
+    "\udcff",
+    "é" * 300,
+    "[" * 20_000,
+    "{a: " * 20_000,
+    "x" * 90_000,
+    "[" + "x, " * 30_000 + "]",
+]
+WRITTEN = (
+    st.sampled_from(ODD)
+    | st.integers(-(10**20), 10**20).map(str)
+    | st.floats().map(str)
+    | st.text(st.characters(exclude_characters="\0"), max_size=12)
+)
+
+
+@pytest.fixture
+def said(lab, ablab):
+    """A function: what `ablab WORDS` answers, having checked how."""
+    (lab.root / "good.yaml").write_text(sheet())
+    for words in (("show",), ("run", "--dry-run")):
+        ablab(*words, "good.yaml")  # imports torch, once
+
+    def say(*words: str):
+        began = time.process_time()
+        ended = ablab(*words)
+        seconds = time.process_time() - began
+        assert ended.code in (0, 2), ended
+        assert "Traceback" not in ended.err
+        assert seconds < SECONDS, (seconds, ended)
+        if ended.code == 2:
+            assert ended.err.startswith("error: ") and ended.err.count("\n") == 1, ended.err
+            assert len(ended.err) <= LONGEST_LINE + 20
+            ended.err.encode()
+        return ended
+
+    return say
+
+
+def sheet(**keys: str) -> str:
+    usual = {
+        "question": "q",
+        "base": "[base, mini]",
+        "with": "[qk_norm]",
+        "runtime": "{device: cpu}",
+    }
+    return "".join(f"{key}: {value}\n" for key, value in (usual | keys).items())
+
+
+@many
+@given(path=st.sampled_from(PATHS), value=WRITTEN)
+@example(path="model.layers", value="99999999999")
+def test_any_override(said, path, value):
+    said("show", "good.yaml", f"{path}={value}")
+
+
+KEYS = st.sampled_from([*fields_of(Sheet), "with"]) | st.text(max_size=3)
+
+
+@many
+@given(keys=st.dictionaries(KEYS, WRITTEN, max_size=3))
+@example(keys={"question": "2026-01-02"})
+@example(keys={"seeds": "[" + "1, " * 30_000 + "]"})
+@example(keys={"seeds": f"[{', '.join(map(str, range(9000)))}]"})
+def test_any_sheet(lab, said, keys):
+    text = sheet(**keys)
+    (lab.root / "any.yaml").write_bytes(text.encode(errors="surrogatepass"))
+    said("run", "any.yaml", "--dry-run", "--no-mlflow")
+
+
+@many
+@given(content=st.binary(max_size=60) | WRITTEN.map(lambda text: text.encode(errors="replace")))
+def test_any_file(lab, said, content):
+    (lab.root / "any.yaml").write_bytes(content)
+    said("show", "any.yaml")
+    (lab.root / "own.yaml").write_bytes(content)
+    (lab.root / "based.yaml").write_text(sheet(base="[base, mini, own]"))
+    said("show", "based.yaml")
+
+
+@many
+@given(text=st.from_regex(r"[0-9]{1,20}([-,][0-9]{1,20}){0,3}", fullmatch=True) | WRITTEN)
+@example(text="0-99999999999")
+@example(text="1" * 5000)
+def test_any_seeds(said, text):
+    said("run", "good.yaml", "--dry-run", f"--seeds={text}")
+
+
+@many
+@given(name=WRITTEN)
+def test_any_name(said, name):
+    said("data", "tokenize", "good.yaml", "--tokenizer", "absent", f"--name={name}")
+    said("show", name or "good.yaml")
+    said("show", "good.yaml", f"--cell={name}")
+
+
+def test_seeds_are_decimal_whatever_zeros_stand_before(said):
+    planned = said("run", "good.yaml", "--dry-run", "--seeds", "010", "--json")
+    assert {row["seed"] for row in json.loads(planned.out)["rows"]} == {10}
+
+
+OCTAL = {
+    "seeds=[010,011]": ["seeds=['010', '011']", "write 10, without the 0"],
+    "budget.tokens=0100000": ["budget.tokens='0100000'", "write 100000, without the 0"],
+    "budget.tokens=1:30:00": ["budget.tokens='1:30:00'", "write one number, without ':'"],
+    "data.digest=12e3": ["data.digest=12000.0 must be a word or null", "needs quotes"],
+    "optim.lr=99999999999999999999": ["write less than 2^63"],
+}
+
+
+@pytest.mark.parametrize("override", OCTAL)
+def test_a_number_of_yaml_1_1_is_refused_with_the_cure_in_overrides_and_in_sheets(
+    lab, said, override
+):
+    path, _, value = override.partition("=")
+    key = {path: value} if path == "seeds" else {"set": f"{{{path}: {value}}}"}
+    (lab.root / "octal.yaml").write_text(sheet(**key))
+    for words in (("show", "good.yaml", override), ("show", "octal.yaml")):
+        ended = said(*words)
+        assert ended.code == 2
+        assert all(part in ended.err for part in OCTAL[override]), ended.err
+
+
+@many
+@given(digest=st.from_regex(r"[0-9]{1,15}e[0-9]{1,15}|[0-9]{16}|0[0-9:-]{8}", fullmatch=True))
+@example(digest="6e12345678901234")
+@example(digest="1:30:00")
+def test_what_show_prints_reads_back_to_the_same_run(said, digest):
+    printed = said("show", "good.yaml", f'data.digest="{digest}"').out
+    recipe = parse(Recipe, read(printed), "")
+    assert recipe.data.digest == digest
+    assert f"run {run_id(recipe)}" in printed.splitlines()[0]
+
+
+CHECKS = {
+    ("--widths", "0-99999999999"): "--widths '0-99999999999' names more than 1,000 numbers",
+    ("--seeds", "x" * 1000): "--seeds 'xxx",
+    ("--with", "[" * 30_000): "must list interventions as an experiment does",
+    ("--with", "{[a]: b}"): "must list interventions as an experiment does",
+    ("--with", "[a]"): "unknown intervention ['a']",
+    ("--with", "{mup: 3}"): "with.mup must be a mapping",
+}
+
+
+@pytest.mark.parametrize("words", CHECKS)
+def test_the_coordinate_check_refuses_in_the_same_way(said, words):
+    ended = said("check", "coords", *words)
+    assert ended.code == 2
+    assert CHECKS[words] in ended.err
+
+
+# -- text ------------------------------------------------------------------------------------------------------------
+def tokenizing(said, path) -> str:
+    words = ("data", "train-tokenizer", str(path), "--out", "made.json", "--vocab", "300")
+    ended = said(*words)
+    assert ended.code == 2
+    return ended.err
+
+
+@many
+@given(at=st.floats(0, 1), value=st.integers(0, 255), cut=st.booleans())
+def test_a_damaged_parquet_file_is_named(lab, said, at, value, cut):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    whole = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": ["a", "b" * 50, "a"]}), whole)
+    content = bytearray(whole.getvalue())
+    place = min(int(at * len(content)), len(content) - 1)
+    content[place] = value
+    (lab.root / "torn.parquet").write_bytes(content[:place] if cut else content)
+    tokenizing(said, "torn.parquet")
+
+
+def test_deep_json_is_refused_by_its_line(lab, said):
+    (lab.root / "deep.jsonl").write_text('{"text": "a"}\n' + "[" * 100_000 + "\n")
+    assert "deep.jsonl:2 is not JSON" in tokenizing(said, "deep.jsonl")
+
+
+def test_a_vocabulary_that_no_memory_holds_is_refused(lab, said):
+    (lab.root / "one.txt").write_text("text")
+    words = ("data", "train-tokenizer", "one.txt", "--out", "made.json", "--vocab")
+    ended = said(*words, "99999999999")
+    assert ended.code == 2
+    assert "vocab=99999999999 is too large" in ended.err
