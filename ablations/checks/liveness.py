@@ -25,6 +25,7 @@ from ablab.core.model.layers import declaration
 from ablab.core.model.objective import heads_of, of_rows
 from ablab.core.model.transformer import Transformer
 from ablab.core.recipe.recipe import Recipe
+from ablab.core.runtime.compilation import compile_kernels
 from ablab.core.runtime.runtime import KernelPlace
 from ablab.core.train.banks import Optimizer
 from ablab.core.train.step import TrainingStep
@@ -60,7 +61,11 @@ class Tracer:
         self.model = Transformer(recipe, plan=plan_with(kernels, recipe)).to(device)
         initialise(self.model, recipe)
         optimizer = Optimizer(self.model, recipe, kernels=kernels)
-        descend, measure = heads_of(self.model)
+        descend, measure = heads = heads_of(self.model)
+        # Many at a time: one after another, in fp32, they held up the first arm of a grid for a minute.
+        compile_kernels(
+            self.model, heads, optimizer.rehearse, kernels, recipe.data.context, how=False
+        )
         self.measure = of_rows(self.model, measure)
         shape = (ROWS, recipe.data.context + 1)
         drawn = generator(0, "liveness")
