@@ -169,13 +169,13 @@ def test_an_edit_within_a_second_that_keeps_the_size_runs_the_new_code(folder):
         ("raise SystemExit(0)", "idea.py:1 cannot be imported: SystemExit: 0"),
         (
             "x = 1\n\nraise ValueError('a\\nb\\udc80\\x00')",
-            r"idea.py:3 .*ValueError: a b\\udc80$",
+            r"idea.py:3 .*ValueError: a b\\udc80\\x00$",
         ),
         (
             "class Mute(Exception):\n    def __str__(self): return 1 / 0\nraise Mute",
             "idea.py:3 .*Mute: it cannot be shown, for that raises ZeroDivisionError",
         ),
-        ("raise ValueError('a' * 5000)", r"idea.py:1 .*aaa \.\.\.$"),
+        ("raise ValueError('a' * 5000)", r"idea.py:1 .*aaa \.\.\. a+$"),
     ],
 )
 def test_a_plugin_that_breaks_at_its_import_is_named_with_its_line(folder, text, said):

@@ -311,8 +311,8 @@ def test_a_standard_parametrization_that_passes_shows_nothing():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--widths", "64,wide"], "--widths '64,wide' must list whole numbers"),
-        (["--seeds", "0..2"], "--seeds '0..2' must list"),
+        (["--widths", "64,wide"], "--widths '64,wide' must look like 64,128,256"),
+        (["--seeds", "0..2"], "--seeds '0..2' must look like 0-2"),
         (["--with", "mupp"], "unknown intervention 'mupp'. Did you mean 'mup'"),
         (["--with", "mup, {"], "must list interventions as an experiment does"),
         (["--device", "gpu"], "device='gpu' must be one of auto, cpu, cuda"),

@@ -8,7 +8,7 @@ from itertools import pairwise, product
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from ablab.core.errors import UserError
+from ablab.core.errors import UserError, without_password
 from ablab.experiments.tune.importance import importance
 from ablab.experiments.tune.proposals import Memory, Proposer, spread_of
 from ablab.experiments.tune.space import (
@@ -19,7 +19,6 @@ from ablab.experiments.tune.space import (
     size_of,
     total_trials,
 )
-from ablab.experiments.tune.storage import hide
 
 LR = {"optim.lr": {"log": [1e-3, 1e-1]}}
 DECAY = {"schedule.decay": {"uniform": [0.0, 1.0]}}
@@ -335,5 +334,5 @@ def test_three_trials_or_one_axis_have_no_importance():
 
 
 def test_a_password_is_not_repeated():
-    assert hide("postgresql://me:secret@host/db") == "postgresql://host/db"
-    assert hide("sqlite:////tmp/a.db") == "sqlite:////tmp/a.db"
+    assert without_password("postgresql://me:secret@host/db") == "postgresql://host/db"
+    assert without_password("sqlite:////tmp/a.db") == "sqlite:////tmp/a.db"
