@@ -353,7 +353,7 @@ def readers_of_environment(path: Path):
 
 TOKENS = {  # mean of a code line; lines of 25 and more, in per cent
     "sources": (9.0, 3.0),
-    "tests": (10.0, 10.0),
+    "tests": (10.0, 5.0),
 }
 DENSE = 25
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
