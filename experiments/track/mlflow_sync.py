@@ -21,7 +21,7 @@ from ablab.experiments.track.cards import (
 from ablab.experiments.track.mlflow_home import cure, errors
 from ablab.experiments.track.mlflow_tracker import MlflowTracker
 from ablab.experiments.track.mlflow_view import MlflowView
-from ablab.experiments.track.tracker import Card
+from ablab.experiments.track.tracker import Card, Tracker
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -30,9 +30,7 @@ OUTCOMES = ("added", "continued", "current", "missing")
 DAMAGED = "damaged"  # counted where there is one: its record cannot be read, and `ablab report` says why
 
 
-def replay(
-    record: Record, card: Card, tracker: MlflowTracker, result: Result | None = None
-) -> None:
+def replay(record: Record, card: Card, tracker: Tracker, result: Result | None = None) -> None:
     """Show a run folder as if it were training now; `result` ends the run, without one it goes on."""
     pace = {line["step"]: line for line in record.pace()}
     seconds = 0.0

@@ -9,14 +9,11 @@ from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
-from typing import TYPE_CHECKING
 
 from ablab.core.errors import UserError
 from ablab.core.store.planned import GridPlan
 from ablab.core.store.store import Store
-
-if TYPE_CHECKING:
-    from ablab.experiments.track.mlflow_tracker import MlflowTracker
+from ablab.experiments.track.tracker import Tracker
 
 Task = Callable[[], object]
 FINISH_SECONDS = 60.0  # that a command waits for its view at the end, however slow MLflow is
@@ -41,7 +38,7 @@ class Trackers:
         self.store = store
         self.plan = plan
         self.say = say
-        self.live: dict[str, MlflowTracker] = {}  # by run id
+        self.live: dict[str, Tracker] = {}  # by run id
         self.view = MlflowView(store, warn=say)
         self.queue: SimpleQueue[Task | None] = SimpleQueue()
         self.queue.put(self.view.ensure)
@@ -94,7 +91,7 @@ class Trackers:
             self.live[run] = self._opened(plan, run)
         self.live[run].log(step, scalars, seconds)
 
-    def _opened(self, plan: GridPlan, run: str) -> "MlflowTracker":
+    def _opened(self, plan: GridPlan, run: str) -> Tracker:
         """A tracker that has shown what the run's folder holds."""
         from ablab.experiments.track.cards import card_of
         from ablab.experiments.track.mlflow_sync import replay
