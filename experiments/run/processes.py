@@ -2,7 +2,6 @@
 
 import multiprocessing
 import signal
-import tempfile
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,6 @@ from itertools import chain
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 from ablab.core.errors import UserError
 from ablab.core.runtime.runtime import Runtime
@@ -35,6 +33,7 @@ from ablab.experiments.run.messages import (
     Untraced,
     Warned,
 )
+from ablab.experiments.run.turns import Turn
 from ablab.experiments.run.worker import ends_itself, serve
 
 PATIENCE = 1.0  # seconds before a run that another process holds is asked for again
@@ -74,9 +73,7 @@ class LocalProcesses:
         self.plugins = list(plugins)
         self.gpus = gpus
         # of this host and this call: nobody else trains for us
-        self.locks = tempfile.TemporaryDirectory(prefix="ablab-turns-") if share else None
-        places = Path(self.locks.name) if self.locks else Path()
-        self.turns = [places / gpu for gpu in share]  # to lock while training
+        self.turns = [Turn() for _ in share]
         self.workers: list[WorkerProcess] = []
 
     def execute(self, tasks: Iterable[Task], heard: Listener) -> None:
@@ -106,8 +103,8 @@ class LocalProcesses:
             worker.process.kill()
             worker.process.join(timeout=1)  # at once, but for one that the kernel holds
         self.workers = []
-        if self.locks:
-            self.locks.cleanup()
+        for turn in self.turns:
+            turn.close()
 
     # -- the steps of `execute` ------------------------------------------------------------------------------------
     def _start_missing(self, wanted: int) -> None:
@@ -221,7 +218,7 @@ class WorkerProcess:
 
 
 def start_worker(
-    slot: int, plugins: list[str], environment: Mapping[str, str], turn: Path | None
+    slot: int, plugins: list[str], environment: Mapping[str, str], turn: Turn | None
 ) -> WorkerProcess:
     ours, theirs = CONTEXT.Pipe()
     process = CONTEXT.Process(

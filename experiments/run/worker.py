@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
-import shutil
 import sys
 import threading
 import traceback
@@ -40,6 +39,7 @@ from ablab.experiments.run.messages import (
     Untraced,
     Warned,
 )
+from ablab.experiments.run.turns import Turn
 
 if TYPE_CHECKING:
     from ablab.core.train.trainer import Warm
@@ -51,17 +51,15 @@ GONE = (
 
 
 def serve(
-    pipe: Connection, plugins: list[str], environment: Mapping[str, str], turn: Path | None
+    pipe: Connection, plugins: list[str], environment: Mapping[str, str], turn: Turn | None
 ) -> None:
-    """Answer jobs until the pipe closes.  turn: a file to lock while a run trains, where workers share a GPU.
+    """Answer jobs until the pipe closes.  turn: held while a run trains, where workers share a GPU.
 
     Ctrl-C is the runner's to handle: processes.py keeps it from us.
     """
-    threading.Thread(target=_end_with_the_runner, args=(turn,), daemon=True).start()
+    threading.Thread(target=_end_with_the_runner, daemon=True).start()
     os.environ.update(environment)
     keep_freed_memory()
-    from filelock import FileLock
-
     from ablab.ablations.registry import discover
     from ablab.core.train.trainer import Warm
 
@@ -72,7 +70,7 @@ def serve(
     worker = Worker(
         pipe,
         warm=Warm(rehearse=turn is not None),
-        turn=FileLock(turn) if turn else contextlib.nullcontext(),
+        turn=turn or contextlib.nullcontext(),
     )
     with contextlib.suppress(EOFError, *GONE):  # then so are we
         pipe.send(Ready())
@@ -106,16 +104,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-def _end_with_the_runner(turn: Path | None) -> None:
-    """A killed runner closes no pipe that a training step would notice; its process handle tells at once.
-
-    turn: its folder is of this runner alone, which can no longer remove it.
-    """
+def _end_with_the_runner() -> None:
+    """A killed runner closes no pipe that a training step would notice; its process handle tells at once."""
     runner = multiprocessing.parent_process()
     assert runner, "a worker is started by a runner"
     runner.join()
-    if turn:
-        shutil.rmtree(turn.parent, ignore_errors=True)
     os._exit(1)
 
 

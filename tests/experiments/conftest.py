@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +124,32 @@ class Lab:
             if path.exists():
                 found[row["cell"], row["pair"]] = json.loads(path.read_text())
         return found
+
+
+@pytest.fixture(scope="session")
+def alive():
+    return is_alive
+
+
+def is_alive(pid: int) -> bool:
+    """A process that has ended, and that nobody has asked for its exit code, is not."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def wait_until():
+    return wait_until_true
+
+
+def wait_until_true(holds: Callable[[], object], what: str, seconds: float = 60) -> None:
+    """Look again and again: however busy the machine is, what comes is waited for."""
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, f"after {seconds} s: {what}"
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")

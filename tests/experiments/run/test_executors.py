@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -41,9 +40,6 @@ class Local:
 
     def kill_worker(self, executor) -> None:
         os.kill(executor.workers[0].process.pid, signal.SIGKILL)
-
-    def workers_alive(self, pids: list[int]) -> list[int]:
-        return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
     def worker_ids(self, executor) -> list[int]:
         return [worker.process.pid for worker in executor.workers]
@@ -219,10 +215,10 @@ def test_a_run_whose_worker_dies_is_a_failure_and_another_worker_takes_the_next(
     assert second.status == FINISHED
 
 
-def test_nothing_runs_on_when_it_is_closed(executor, kind):
+def test_nothing_runs_on_when_it_is_closed(executor, kind, alive):
     """The last test of the file, for it ends the executor of the others."""
     ids = kind.worker_ids(executor)
     assert ids
-    assert kind.workers_alive(ids) == ids
+    assert all(map(alive, ids))
     executor.close()
-    assert not kind.workers_alive(ids)
+    assert not any(map(alive, ids))

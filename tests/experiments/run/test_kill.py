@@ -156,14 +156,7 @@ def worker_of(runner: int) -> int:
     raise AssertionError("no worker")
 
 
-def alive(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-
-
-def test_signals_to_the_runner_the_worker_and_both_lose_nothing(grid):
+def test_signals_to_the_runner_the_worker_and_both_lose_nothing(grid, alive, wait_until):
     lab, (a, b) = grid
     record = Record(lab.store / "runs" / a.id)
 
@@ -180,19 +173,14 @@ def test_signals_to_the_runner_the_worker_and_both_lose_nothing(grid):
     worker = worker_of(second.pid)
     os.kill(second.pid, signal.SIGKILL)
     second.wait()
-    began = time.monotonic()
-    while alive(worker):  # nobody tells it, it must notice
-        assert time.monotonic() < began + 5
-        time.sleep(0.02)
+    wait_until(lambda: not alive(worker), "nobody told it, and it did not notice")
 
     newest = max((record.folder / "checkpoints").glob("step-*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-1])
     process, worker = start_and_wait_for(lab, a, 120)
     os.kill(process.pid, signal.SIGINT)
-    began = time.monotonic()
-    _, err = process.communicate()
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert time.monotonic() - began < 5
     assert "interrupted" in err
     assert "Traceback" not in err
     assert f"A, seed 0: checkpoint {newest} is damaged (its checksum differs); set aside" in err

@@ -1,12 +1,15 @@
 """Worker processes: who is given what.  What they keep as an executor stands in test_executors.py."""
 
+import fcntl
 import os
 import subprocess
 import sys
-import time
+
+import pytest
 
 from ablab.experiments.run.executor import Task
-from ablab.experiments.run.processes import Waiting
+from ablab.experiments.run.processes import CONTEXT, Waiting
+from ablab.experiments.run.turns import Turn
 
 
 def tasks(*names: str, affinity=lambda name: name[0]) -> list[Task]:
@@ -59,14 +62,24 @@ def test_a_job_that_another_process_holds_is_due_a_second_later_and_lets_others_
     assert waiting.is_due
 
 
-def test_a_killed_runner_leaves_nothing_in_the_temporary_folder(tmp_path):
-    code = (
-        "import time; from ablab.experiments.run.processes import LocalProcesses\n"
-        "if __name__ == '__main__':\n"
-        "    pool = LocalProcesses(1, share=['0'])\n"
-        "    pool._start_missing(1); pool.workers[0].pipe.recv(); print(flush=True); time.sleep(99)\n"
-    )
-    (tmp_path / "runner.py").write_text(code)
+RUNNER = """
+import time
+from ablab.experiments.run.processes import LocalProcesses
+
+if __name__ == "__main__":
+    pool = LocalProcesses(1, share=["0"])
+    pool._start_missing(1)
+    pool.workers[0].pipe.recv()
+    print(pool.workers[0].process.pid, flush=True)
+    time.sleep(99)
+"""
+
+
+def test_a_killed_runner_leaves_no_worker_and_nothing_in_the_temporary_folder(
+    tmp_path, alive, wait_until
+):
+    """What jobs that share a GPU lock has no name, so there is nothing to leave at any moment."""
+    (tmp_path / "runner.py").write_text(RUNNER)
     places = tmp_path / "temporary"
     places.mkdir()
     runner = subprocess.Popen(
@@ -74,11 +87,42 @@ def test_a_killed_runner_leaves_nothing_in_the_temporary_folder(tmp_path):
         env=os.environ | {"TMPDIR": str(places)},
         stdout=subprocess.PIPE,
     )
-    runner.stdout.readline()
-    assert [path.name for path in places.glob("ablab-*")]
+    worker = int(runner.stdout.readline())
+    while_it_ran = list(places.iterdir())
+    assert alive(worker)
     runner.kill()
     runner.communicate()
-    until = time.monotonic() + 20
-    while list(places.glob("ablab-*")) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert list(places.glob("ablab-*")) == []
+    wait_until(lambda: not alive(worker), "the worker of a killed runner lives")
+    assert [*while_it_ran, *places.iterdir()] == []
+
+
+def hold(turn: Turn, pipe) -> None:
+    with turn:
+        pipe.send("has it")
+        pipe.recv()
+
+
+def holder_of(turn: Turn):
+    """A process that takes a turn and keeps it until it is told to end, and the pipe to it."""
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=hold, args=(turn, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def test_a_turn_is_of_one_process_at_a_time_and_a_killed_one_gives_it_up():
+    turn = Turn()
+    first, of_first = holder_of(turn)
+    assert of_first.recv() == "has it"
+    second, of_second = holder_of(turn)
+    with pytest.raises(BlockingIOError):
+        fcntl.lockf(turn.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert not of_second.poll(0.2)
+    first.kill()
+    assert of_second.recv() == "has it"
+    of_second.send("end")
+    for process in (first, second):
+        process.join()
+    fcntl.lockf(turn.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    turn.close()
