@@ -26,7 +26,7 @@ from ablab.core.data.contents import digest_of, fresh_digest, known_digest
 from ablab.core.data.documents import documents, expand, identity
 from ablab.core.errors import UserError
 from ablab.core.recipe.recipe import Recipe
-from ablab.core.store.files import writing
+from ablab.core.store.files import FLAWS, writing
 
 __all__ = [
     "Meta",
@@ -92,7 +92,7 @@ def load_meta(folder: Path) -> Meta:
     described = folder / "meta.json"
     try:
         meta = msgspec.json.decode(described.read_bytes(), type=Meta)
-    except (OSError, RecursionError, msgspec.DecodeError) as flaw:
+    except (OSError, *FLAWS) as flaw:
         raise UserError(f"cannot read {described}: {flaw}; {cure}") from None
     for name, expected in meta.file_sizes.items():
         file = folder / name
@@ -214,7 +214,7 @@ def ensure_embedded(store: Path, progress: Progress | None = None) -> Path:
 
     folder = Path(store) / "data" / "embedded"
     text = CONFIGS / "embedded"
-    pinned = yaml.safe_load((CONFIGS / "embedded.yaml").read_text())["data"]["digest"]
+    pinned = yaml.safe_load((CONFIGS / "embedded.yaml").read_text("utf-8"))["data"]["digest"]
     if not folder.exists():
         with _alone(folder):
             if not folder.exists():

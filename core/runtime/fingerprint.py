@@ -21,7 +21,7 @@ def code_fingerprint() -> str:
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
             digest.update(str(path.relative_to(ROOT)).encode())
-            digest.update(syntax(path.read_text()).encode())
+            digest.update(syntax(path.read_text("utf-8")).encode())
     return digest.hexdigest()[:12]
 
 

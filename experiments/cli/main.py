@@ -88,7 +88,17 @@ def _of_the_request(fault: BaseException) -> str | None:
             f"cannot use {fault.filename or 'the disk'}: {fault.strerror}; "
             "free space or permission there, or choose another folder with --store"
         )
-    return None
+    return _of_a_plugin(fault)
+
+
+def _of_a_plugin(fault: BaseException) -> str | None:
+    """The line of the user's own code that raised it; None where none did."""
+    if "ablab.ablations.registry" not in sys.modules:
+        return None
+    from ablab.ablations.registry import raised_at
+
+    place = raised_at(fault)
+    return f"plugin {place} raised {told(fault)}; mend it" if place else None
 
 
 if __name__ == "__main__":

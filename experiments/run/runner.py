@@ -4,7 +4,7 @@ The parent plans, watches and tracks; warm worker processes train.  A run that h
 that another process holds is waited for, a killed run resumes, a crash is a record and the grid goes on.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ablab.core.runtime.runtime import Runtime
@@ -42,7 +42,7 @@ def execute(
         known = {id: result for id, result in results.items() if result}
         missing = [run for id, run in wanted.items() if id not in known]
         done = [*known]
-        for line in unheeded(pool.runtime, known):
+        for line in unheeded(pool.runtime, known).values():
             watcher.say(line)
         watcher.planned(len(wanted), len(done), min(pool.jobs, len(missing)))
         desired = DesiredState(experiment, store, runs, missing, watcher.say)
@@ -90,20 +90,22 @@ class DesiredState:
         )
 
 
-def unheeded(asked: Runtime, results: Mapping[str, Result]) -> Iterator[str]:
-    """What is asked of the runtime, of runs that ended with another; a line for each such setting."""
+def unheeded(asked: Runtime, results: Mapping[str, Result]) -> dict[str, str]:
+    """What is asked of the runtime, of runs that ended with another: setting -> a line that says so."""
     usual = Runtime()
+    lines = {}
     for name in HEEDED_BY_TRAINING:
         wish = getattr(asked, name)
         if wish == getattr(usual, name):
             continue
         others = [id for id, one in results.items() if one.runtime.get(name, wish) != wish]
         if others:
-            yield (
+            lines[name] = (
                 f"runtime.{name}={wish} is asked, but {len(others)} of the runs ended with "
                 f"{results[others[0]].runtime[name]} and are kept, first {others[0]}; "
                 "delete their folders in runs/ to train them so"
             )
+    return lines
 
 
 def result_of(record: Record, say: Callable[[str], None]) -> Result | None:

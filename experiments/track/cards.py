@@ -8,7 +8,10 @@ import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from ablab.core.errors import UserError
+from ablab.core.recipe.load import read_yaml
 from ablab.core.store.planned import GridPlan, Planned
 from ablab.core.store.record import Record
 from ablab.core.store.result import Result
@@ -43,9 +46,14 @@ def card_of(store: Store, plan: GridPlan, planned: Planned) -> Card:
         pair=planned.pair,
         seed=planned.seed,
         folder=record.folder,
-        tags=tags | about.get("tags", {}) | planned.tags,
-        params=planned.params or about.get("params", {}),
+        tags=tags | _mapping(about.get("tags")) | planned.tags,
+        params=planned.params or _mapping(about.get("params")),
     )
+
+
+def _mapping(said: Any) -> dict[str, Any]:
+    """What run.json holds there, unless something else wrote that file."""
+    return said if isinstance(said, dict) else {}
 
 
 def tags_of(card: Card) -> dict[str, str]:
@@ -105,20 +113,21 @@ def summary_of(result: Result) -> dict[str, float]:
 # -- what a run folder says --------------------------------------------------------------------------------------------
 def started(folder: Path) -> float:
     """When the run began, unix seconds: as run.json says, else the age of its recipe, else now."""
-    if said := Record(folder).about().get("started"):
+    said = Record(folder).about().get("started")
+    if isinstance(said, int | float):
         return float(said)
     recipe = folder / "recipe.yaml"
     return recipe.stat().st_mtime if recipe.is_file() else time.time()
 
 
 def data_of(recipe: Path) -> tuple[str, str] | None:
-    """Name and digest of the data that a recipe.yaml names."""
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    content = yaml.load(recipe.read_text("utf-8"), Loader=loader) or {}
-    data = content.get("data") or {}
-    name, digest = data.get("name"), data.get("digest")
+    """Name and digest of the data that a recipe.yaml names; None where it names none, or cannot be read."""
+    try:
+        data = read_yaml(recipe).get("data")
+    except UserError:  # damaged: the run's next start writes it again
+        return None
+    named = data if isinstance(data, dict) else {}
+    name, digest = named.get("name"), named.get("digest")
     if not (name and digest):
         return None
     return str(name), str(digest)[:DIGEST_CHARACTERS]

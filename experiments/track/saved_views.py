@@ -48,8 +48,8 @@ def _paths(store: Store, plan: GridPlan) -> list[str]:
     """The searched paths that a run has as a parameter; optim.lr while the study has left no record."""
     path = study_record.study_path(store, plan.name.removesuffix("@study"))
     try:
-        space = list(json.loads(path.read_text())["space"])
-    except (OSError, ValueError, KeyError):
+        space = list(json.loads(path.read_bytes())["space"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or damaged
         space = []
     return space or [study_record.LR]
 

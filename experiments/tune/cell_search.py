@@ -57,6 +57,7 @@ class CellSearch:
         self.size = self.total if at_once else sheet.generation
         self.referees: dict[int, Referee] = {}  # of the trials that are not stored yet
         self.records: list[Trial] = []  # of those that are, as far as they were asked for
+        self.shown: dict[str, dict[str, Any]] = {}  # run id -> what trackers show of it
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -195,13 +196,13 @@ class CellSearch:
         """Every trial as planned runs: what MLflow shows, tagged with study, trial number and state."""
         rows = []
         for one in self.spent():
-            rows += self._planned(one.number, one.state, one.runs)
+            rows += self._planned(one.number, one.state, one.params, one.runs)
         for candidate in coming:
             ids = [run.id for run in candidate.runs]
-            rows += self._planned(candidate.number, RUNNING, ids)
+            rows += self._planned(candidate.number, RUNNING, candidate.params, ids)
         return rows
 
-    def _planned(self, number: int, state: str, runs: list[str]) -> list[Planned]:
+    def _planned(self, number: int, state: str, point: Point, runs: list[str]) -> list[Planned]:
         tags = {
             "ablab.study": self.experiment.name,
             "ablab.trial": str(number),
@@ -209,10 +210,19 @@ class CellSearch:
         }
         seeded = zip(self.sheet.seeds, runs, strict=True)
         first = number * len(runs)
-        return [
-            Planned(self.cell.name, pair, seed, id, tags=tags)
-            for pair, (seed, id) in enumerate(seeded, first)
-        ]
+        rows = []
+        for pair, (seed, id) in enumerate(seeded, first):
+            params = self._params(point, seed, id)
+            rows.append(Planned(self.cell.name, pair, seed, id, tags=tags, params=params))
+        return rows
+
+    def _params(self, point: Point, seed: int, id: str) -> dict[str, Any]:
+        """What trackers show of a run: seen from this study, also where another experiment has trained it."""
+        if id not in self.shown:
+            recipe = replace(self.recipe(point), seed=seed)
+            run = PlannedRun(self.cell.name, 0, recipe, id)
+            self.shown[id] = self.experiment.params(run)
+        return self.shown[id]
 
 
 def _concerns(axis: Axis, cell: Cell) -> bool:

@@ -16,6 +16,9 @@ Point = dict[str, Any]  # searched path -> value
 
 KINDS = ("log", "uniform", "int", "choices")
 GRID_POINTS = 5  # of an axis that names no number of its own
+MOST_TRIALS = (
+    100_000  # of a cell: each is a run, and a row of a database that takes 3 ms to write
+)
 MOST_CORNERS = 4096  # built before anything runs; a space with more is trusted beyond them
 
 
@@ -113,9 +116,9 @@ def _axis(path: str, said: Any) -> Axis:
         raise UserError(
             f"study.space.{path}: {kind} needs a list with something in it, not {values!r}"
         )
-    if type(points) is not int or points < 1:
+    if type(points) is not int or not 1 <= points <= MOST_TRIALS:
         raise UserError(
-            f"study.space.{path}: points={points!r} must be a whole number, 1 or more"
+            f"study.space.{path}: points={points!r} must be a whole number from 1 to {MOST_TRIALS:,}"
         )
     if kind == "choices":
         return Axis(path, kind, _choices(path, values))
@@ -178,7 +181,12 @@ def size_of(axes: Iterable[Axis]) -> float:
 
 
 def total_trials(axes: Iterable[Axis], sheet: StudySheet) -> int:
-    """How many trials a cell gets, widenings aside."""
-    if sheet.sampler != "grid":
-        return sheet.trials_per_cell
-    return math.prod(len(axis.grid()) for axis in axes)
+    """How many trials a cell gets, widenings aside.  Raises UserError for more than any machine trains."""
+    grid = sheet.sampler == "grid"
+    total = math.prod(len(axis.grid()) for axis in axes) if grid else sheet.trials_per_cell
+    if total > MOST_TRIALS:
+        what = "the points of study.space" if grid else "study.trials_per_cell"
+        raise UserError(
+            f"{what} ask for {total:,} trials a cell; at most {MOST_TRIALS:,}: ask for fewer"
+        )
+    return total

@@ -6,8 +6,8 @@ nothing.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from ablab.core.errors import UserError
@@ -23,7 +23,7 @@ from ablab.experiments.plan.grid_plan import grid_plan_of
 from ablab.experiments.run.capacity import default_jobs
 from ablab.experiments.run.pool import Pool
 from ablab.experiments.run.progress import Watcher
-from ablab.experiments.run.runner import result_of
+from ablab.experiments.run.runner import result_of, unheeded
 from ablab.experiments.track.trackers import trackers_for
 from ablab.experiments.tune import soundness, storage
 from ablab.experiments.tune.cell_search import CellSearch
@@ -67,6 +67,7 @@ class Study:
                 for search in self.searches:
                     search.open(held)
         self.leaderboard = Leaderboard(watcher, self.searches, experiment.sheet.metric)
+        self.told: set[str] = set()  # settings of the runtime of which `unheeded` has spoken
 
     # -- tuning ----------------------------------------------------------------------------------------------------
     def tune(self, jobs: int | None, plugins: Iterable[str], mlflow: bool) -> StudyRecord:
@@ -76,6 +77,7 @@ class Study:
             if mlflow:
                 trackers = trackers_for(self.store, self.plan(), self.watcher.say)
             pool = None
+            self._say_unheeded(self._ended_before())
             try:
                 for generation in self._generations():
                     plan = self.plan(generation.candidates)
@@ -154,11 +156,31 @@ class Study:
                 known[id] = held
             else:
                 missing.append(run)
+        self._say_unheeded(known)
         carried = jobs or default_jobs(self.experiment.sheet.runtime)
         at_once = min(carried, len(missing))
         self.watcher.planned(len(generation.runs), len(known), at_once)
         self.leaderboard.generation(generation.candidates, known)
         return missing
+
+    def _ended_before(self) -> dict[str, Result]:
+        """The results of the trials that are stored; of a damaged one, none."""
+        ended = {}
+        for id in [
+            id for search in self.searches for trial in search.spent() for id in trial.runs
+        ]:
+            with suppress(UserError):
+                if result := self.store.run(id).result():
+                    ended[id] = result
+        return ended
+
+    def _say_unheeded(self, results: Mapping[str, Result]) -> None:
+        """What is asked of the runtime and cannot be had of runs that have ended; each setting once."""
+        lines = unheeded(self.experiment.sheet.runtime, results)
+        for setting, line in lines.items():
+            if setting not in self.told:
+                self.told.add(setting)
+                self.watcher.say(line)
 
     # -- what is left behind ---------------------------------------------------------------------------------------
     def plan(self, coming: Sequence[Candidate] = ()) -> GridPlan:

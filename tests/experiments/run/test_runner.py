@@ -485,6 +485,21 @@ def test_an_intervention_that_breaks_where_it_is_applied_is_named(new_lab, flaw)
     )
 
 
+@pytest.mark.parametrize("words", [("show", "--cell", "+ odd"), ("run", "--dry-run")])
+def test_an_intervention_that_breaks_where_it_is_built_is_named(lab, ablab, words):
+    plugin(lab, "odd", "return y")
+    path = lab.root / "plugins" / "odd.py"
+    path.write_text(path.read_text().replace("return Stage(stage)", "return where.heds"))
+    lab.sheet("odd", arms=["odd"], design="add_one", seeds=[0])
+    verb, *options = words
+    ended = ablab(verb, "odd.yaml", *options, "--plugins", "plugins")
+    line = path.read_text().splitlines().index("        return where.heds") + 1
+    path.unlink()
+    assert ended.code == 2
+    assert f"plugin {path.resolve()}:{line} raised AttributeError" in ended.err
+    assert ended.err.count("\n") == 1
+
+
 def test_an_edited_helper_of_a_plugin_is_another_run(new_lab):
     lab = new_lab()
     plugin(lab, "helped", "from plugins._helper import factor; return y * factor")

@@ -518,6 +518,19 @@ def test_a_run_that_is_planned_again_is_shown_again_while_it_trains(store):
     assert content(store)["rows"] == (1,)
 
 
+@pytest.mark.parametrize("recipe", [b"data: \xff", b"- a", b"data: 3", b"data: {name: [", b""])
+def test_a_damaged_recipe_or_card_costs_its_data_and_its_parameters_alone(store, recipe):
+    plan = planned(store, cells=("base",), seeds=1)
+    folder = store.run(plan.rows[0].run).folder
+    train_all(store, plan, None)
+    (folder / "recipe.yaml").write_bytes(recipe)
+    (folder / "run.json").write_text('{"started": "today", "tags": 3, "params": [1]}')
+    assert sync(store)["added"] == 1
+    run = only_run(store)
+    assert run.data.tags["ablab.status"] == FINISHED
+    assert run.data.params == {}
+
+
 def test_a_run_that_two_experiments_share_shows_each_ones_own_parameters(store):
     plan = planned(store, cells=("base",), seeds=1)
     train_all(store, plan, None)

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import pytest
 
+from ablab.experiments.track.cards import card_of
 from ablab.experiments.track.mlflow_sync import sync
 from ablab.experiments.track.mlflow_view import MlflowView
 from ablab.experiments.track.saved_views import study_view
@@ -79,6 +80,21 @@ def test_rate_and_width_are_numbers_and_the_final_metric_is_the_trials_value(sho
             and int(run.data.params["model.width"]) == trial.params["model.width"]
         )
         assert trial.value is None or run.data.metrics["val/loss"] == trial.value
+
+
+def test_a_trial_that_another_experiment_trained_shows_its_parameters_seen_from_this_study(
+    tmp_path,
+):
+    block = BLOCK | {"space": {"optim.lr": {"choices": [0.003, 0.006]}}}
+    first, _, _ = valley.tune(tmp_path, block, name="first", **valley.TWO_CELLS)
+    second, _, _ = valley.tune(tmp_path, block, name="second", **{"with": ["gating"]})
+    shared = {row.run for row in first.plan().rows} & {row.run for row in second.plan().rows}
+    assert len(shared) == 2  # the base of both
+    for held, own, other in ((first, "qk_norm", "gating"), (second, "gating", "qk_norm")):
+        for row in held.plan().rows:
+            shown = card_of(held.store, held.plan(), row).params
+            assert f"with.{own}" in shown
+            assert f"with.{other}" not in shown
 
 
 def test_the_best_rate_at_each_width_can_be_asked_of_mlflow_alone(shown):

@@ -98,7 +98,11 @@ def searched(asked: StudySheet, study="valley/base", better="lower"):
         ),
         (
             {"optim.lr": {"log": [0.1, 1], "points": 0}},
-            "points=0 must be a whole number, 1 or more",
+            "points=0 must be a whole number from 1 to 100,000",
+        ),
+        (
+            {"optim.lr": {"log": [0.1, 1], "points": 1_000_000_000}},
+            "points=1000000000 must be a whole number from 1 to 100,000",
         ),
     ],
 )

@@ -169,6 +169,16 @@ def test_a_second_call_trains_nothing_and_adds_nothing(lab, tuned, no_training):
     assert files_of_runs(lab) == before
 
 
+def test_what_is_asked_of_trials_that_have_ended_and_cannot_be_had_is_said_once(
+    lab, tuned, no_training
+):
+    again = study(lab, runtime={"keep_weights": True})
+    again.tune(1, (), False)
+    [line] = again.watcher.said
+    assert "runtime.keep_weights=True is asked, but" in line
+    assert "of the runs ended with False and are kept" in line
+
+
 def files_of_runs(lab):
     return {name: stat for name, stat in lab.files().items() if name.startswith("runs/")}
 
@@ -194,6 +204,8 @@ def test_the_plan_of_a_study_holds_every_trial_with_its_tags(tuned):
     assert [(row.cell, row.run) for row in rows] == [
         (trial.cell, run) for trial in record.trials for run in trial.runs
     ]
+    params = [(row.params["optim.lr"], row.params["seed"]) for row in rows]
+    assert params == [(trial.params["optim.lr"], 100) for trial in record.trials]
     assert [row.tags for row in rows] == [
         {
             "ablab.study": "study",
@@ -358,6 +370,10 @@ def test_an_arm_whose_curves_cross_late_is_never_pruned(lab):
 
 # -- bad input, before anything runs -----------------------------------------------------------------------------------
 RATES = {"optim.lr": {"log": [0.1, 1]}}
+MANY_POINTS = {
+    "optim.lr": {"log": [0.1, 1], "points": 1000},
+    "optim.clip": {"log": [0.1, 1], "points": 1000},
+}
 
 
 @pytest.mark.parametrize(
@@ -424,6 +440,16 @@ RATES = {"optim.lr": {"log": [0.1, 1]}}
             {"space": {"model.width": {"choices": [32, 64]}}},
             {},
             r"width=\[32, 64\] lacks 16, the width at which arms are confirmed; add it, or",
+        ),
+        (
+            {"space": RATES, "trials_per_cell": 10**12},
+            {},
+            "study.trials_per_cell ask for 1,000,000,000,000 trials a cell; at most 100,000",
+        ),
+        (
+            {"space": MANY_POINTS, "sampler": "grid"},
+            {},
+            "the points of study.space ask for 1,000,000 trials a cell; at most 100,000",
         ),
         (
             {"space": RATES, "seeds": [0]},
