@@ -39,7 +39,7 @@ from ablab.core.recipe.asks import (
     ShapesBatches,
 )
 from ablab.core.recipe.batches import Batches, batches_of
-from ablab.core.recipe.slots import SLOTS, held
+from ablab.core.recipe.slots import SILENT_SETTINGS, SLOTS, held
 
 LONGEST_NAME = 200  # bytes of a token folder's name; beside it stands .NAME.partial, and a file's name has 255
 SCHEMA = 1  # part of every identity: raise it when the meaning of a field changes
@@ -51,10 +51,11 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 @dataclass(frozen=True)
 class Attention:
-    """Self-attention.  Heads number width / head_dim; each key-value head serves `group` query heads."""
+    """Self-attention.  Each key-value head serves `group` query heads."""
 
     head_dim: Whole = 64
     group: Whole = 1
+    heads: Whole | None = None  # null: width / head_dim; others where both are not of one size, as in Qwen3
     position: Builds = field(default_factory=position.Rope)
     on_qk: tuple[MayBuild, ...] = ()  # before the position is applied
     on_values: tuple[MayBuild, ...] = ()
@@ -85,7 +86,7 @@ class Model:
 
     @property
     def heads(self) -> int:
-        return self.width // self.attention.head_dim
+        return self.attention.heads or self.width // self.attention.head_dim
 
     @property
     def kv_heads(self) -> int:
@@ -193,7 +194,13 @@ def check(recipe: Recipe) -> Recipe:
 def _check_heads(model: Model) -> None:
     attention = model.attention
     unit = attention.head_dim * attention.group
-    if model.width % unit:
+    if attention.heads and attention.heads % attention.group:
+        low = max(attention.heads // attention.group, 1) * attention.group
+        raise UserError(
+            f"model.attention.heads={attention.heads} is no multiple of group={attention.group}; "
+            f"nearest: {low}, {low + attention.group}"
+        )
+    if not attention.heads and model.width % unit:
         heads = model.width / attention.head_dim
         low = max(model.width // unit, 1) * unit
         raise UserError(
@@ -266,16 +273,16 @@ def _refuse_exotic(value: Any, path: str) -> None:
 
 
 def _canonical(recipe: Recipe) -> dict[str, Any]:
-    """The plain tree without the silent slots that stand at their default."""
+    """The plain tree without the silent slots and settings that stand at their default."""
     tree = plain(recipe)
-    for slot in SLOTS:
-        if slot.silent:
-            _drop_default(tree, recipe, slot.path.split("."))
+    slots = (slot.path for slot in SLOTS if slot.silent)
+    for path in (*slots, *SILENT_SETTINGS):
+        _drop_default(tree, recipe, path.split("."))
     return tree
 
 
 def _drop_default(tree: dict[str, Any], holder: Any, keys: list[str]) -> None:
-    """Take the slot at `keys` out of the holder's plain tree if it is as by default, and what this leaves empty."""
+    """Take what stands at `keys` out of the holder's plain tree if it is as by default, and what this leaves empty."""
     key, below = keys[0], keys[1:]
     if below:
         _drop_default(tree[key], getattr(holder, key), below)
@@ -296,8 +303,8 @@ def _default(cls: Any, name: str) -> Any:
 def run_id(recipe: Recipe) -> str:
     """sha256 of the canonical full recipe and the schema number, 16 hex digits.
 
-    A silent slot at its default is left out, so that a new slot renames no run that was before it.  A part from a
-    user's own file brings the digest of that file: an idea that was edited is another run.
+    A silent slot or setting at its default is left out, so that a new one renames no run that was before it.
+    A part from a user's own file brings the digest of that file: an idea that was edited is another run.
     """
     tree = {"schema": SCHEMA, "recipe": _canonical(recipe)}
     canonical = msgspec.json.encode(tree, order="deterministic")

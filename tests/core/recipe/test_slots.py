@@ -271,3 +271,11 @@ def test_a_later_slot_leaves_no_trace_in_an_identity_until_it_is_used(tiny, monk
     loud = [replace(slot, silent=False) for slot in recipes.SLOTS]
     monkeypatch.setattr(recipes, "SLOTS", loud)
     assert run_id(tiny()) != unused
+
+
+def test_a_later_setting_leaves_no_trace_in_an_identity_until_it_is_used(tiny, monkeypatch):
+    used = run_id(assign(tiny(), "model.attention.heads", 2))
+    unused = run_id(tiny())
+    assert used != unused
+    monkeypatch.setattr(recipes, "SILENT_SETTINGS", ())
+    assert run_id(tiny()) != unused

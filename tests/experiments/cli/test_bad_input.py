@@ -61,6 +61,9 @@ WORDS = {
         "multiple of head_dim*group=8; nearest: 16, 24",
     ],
     "good.yaml model.attention.head_dim=1": ["head_dim=1 must be even", "nearest: 2"],
+    "good.yaml model.attention.heads=3 model.attention.group=2": [
+        "model.attention.heads=3 is no multiple of group=2; nearest: 2, 4"
+    ],
     "good.yaml schedule.warmup_steps=21": [
         "schedule.warmup_steps=21 exceeds the run's 20 steps"
     ],
