@@ -9,7 +9,7 @@ run cannot be read: it says why, and costs no other run anything.  Columns are n
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -36,6 +36,9 @@ CURVE_COLUMNS = [
     "status",
     "step",
     "tokens",
+    "flops",
+    "seconds",
+    "tokens_per_second",
 ]
 
 
@@ -58,27 +61,50 @@ def load(store: Store, experiment: str) -> pd.DataFrame:
     )
 
 
-def curves(store: Store, experiment: str) -> pd.DataFrame:
-    """One row per logged line of every run: cell, reference, pair, run, status, step, tokens and the logged metrics.
+def curve(row: Planned, record: Record, result: Result | None) -> pd.DataFrame:
+    """The lines of one run, as `curves` has them; empty where nothing was logged, or where its log has holes."""
+    if record.hole(result):  # `load` says which
+        return pd.DataFrame()
+    run = {
+        "cell": row.cell,
+        "reference": row.reference,
+        "pair": row.pair,
+        "run": row.run,
+        "status": _status(record, result),
+    }
+    # A line of pace.jsonl speaks of the step of the same line of metrics.jsonl.
+    pace = {line["step"]: line for line in record.pace()}
+    lines = [pace.get(line["step"], {}) | line for line in record.metrics()]
+    found = pd.DataFrame([run | line for line in lines])
+    if len(found):
+        found["flops"] = found.tokens * _token_flops(record)
+    return found
 
-    Losses in nats/token.  A metric that a line does not carry is NaN.  Empty when nothing was logged yet.
-    A log with holes is left out.
+
+def _token_flops(record: Record) -> float:
+    """Forward and backward; NaN for a run that has not recorded it."""
+    size = record.about().get("size")
+    cost = size.get("flops_per_token") if isinstance(size, dict) else None
+    return float(cost) if isinstance(cost, int | float) else math.nan
+
+
+ReadCurve = Callable[[Planned, Record, Result | None], pd.DataFrame]
+
+
+def curves(store: Store, experiment: str, read: ReadCurve = curve) -> pd.DataFrame:
+    """One row per logged line of every run, in the plan's order.
+
+    Columns: cell, reference, pair, run, status; step, tokens, flops and seconds (both of training so far; flops are NaN
+    where a run has not recorded what a token costs), tokens_per_second and the logged metrics.
+    Losses in nats/token.  What a line does not carry is NaN.  Empty when nothing was logged yet.
+    A log with holes is left out.  read: `curve`, or what remembers what it said.
     """
-    lines = []
-    for row, record, result in _runs(store, store.read_plan(experiment)):
-        if record.hole(result):  # `load` says which
-            continue
-        run = {
-            "cell": row.cell,
-            "reference": row.reference,
-            "pair": row.pair,
-            "run": row.run,
-            "status": _status(record, result),
-        }
-        lines += [run | line for line in record.metrics()]
-    if not lines:
+    runs = _runs(store, store.read_plan(experiment))
+    tables = [table for run in runs if len(table := read(*run))]
+    if not tables:
         return pd.DataFrame(columns=CURVE_COLUMNS)
-    return pd.DataFrame(lines)
+    logged = pd.concat(tables, ignore_index=True)
+    return logged.reindex(columns=list(dict.fromkeys([*CURVE_COLUMNS, *logged])))
 
 
 def _runs(store: Store, plan: GridPlan) -> Iterator[tuple[Planned, Record, Result | None]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ablab.core.errors import Diverged, Pruned
 from ablab.core.fusion.places import places
 from ablab.core.language.written import dump
+from ablab.core.model.cost import cost_of
 from ablab.core.recipe.recipe import Recipe, plain, run_id
 from ablab.core.runtime.fingerprint import code_fingerprint
 from ablab.core.runtime.runtime import Runtime, Settled, environment, settle
@@ -54,7 +55,7 @@ def run(
     service = places(recipe, settled)
     kernels: dict[str, str] = {place: one.why for place, one in service.items()}
     how = {"runtime": asdict(settled), "kernels": kernels, "environment": environment()}
-    record.begin(dump(plain(recipe)), {**about, **how}, warn)
+    record.begin(dump(plain(recipe)), {**about, **how, "size": size_of(recipe)}, warn)
     for place, one in service.items():
         if one.flaw:
             warn(f"the {place} kernel cannot serve this recipe: {one.why}")
@@ -154,6 +155,17 @@ class Loop:
         self.trainer.save(self.record.folder / "checkpoints", logged)
         self.trainer.watch.go_on()
         self.saved = time.perf_counter()
+
+
+def size_of(recipe: Recipe) -> dict[str, int]:
+    """What a run will take, for readers that know no recipe: FLOPs a token (forward and backward), steps, tokens."""
+    cost = cost_of(recipe)
+    return {
+        "parameters": cost.parameters,
+        "flops_per_token": cost.flops_per_token,
+        "steps": recipe.steps,
+        "tokens": recipe.tokens_after(recipe.steps),
+    }
 
 
 def _result(

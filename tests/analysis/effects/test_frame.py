@@ -72,6 +72,29 @@ def test_curves_hold_every_logged_line_of_finished_and_lost_runs(lab):
     } <= set(logged)
 
 
+def test_a_curve_has_the_clock_and_the_flops_of_its_steps(lab):
+    lab.cell("full", [3.1, 3.2], None, points=4, speed=5e4)
+    store = lab.write()
+    known, unknown = (store.run(row.run) for row in lab.rows)
+    known.about_path.write_text('{"size": {"flops_per_token": 6e6}}')
+    unknown.about_path.write_text('{"size": 7}')
+    logged = frame.curves(store, "loo")
+    assert list(logged.seconds) == [0.25, 0.5, 0.75, 1.0] * 2
+    assert set(logged.tokens_per_second) == {5e4}
+    first = logged[logged.pair == 0]
+    assert list(first.flops) == [6e6 * tokens for tokens in first.tokens]
+    assert logged[logged.pair == 1].flops.isna().all()
+
+
+def test_a_line_whose_clock_is_not_written_yet_has_no_seconds(lab):
+    lab.cell("full", ["interrupted"], None, points=10)
+    store = lab.write()
+    pace = store.run(lab.rows[0].run).pace_path
+    pace.write_bytes(pace.read_bytes()[:-5])
+    logged = frame.curves(store, "loo")
+    assert list(logged.seconds.isna()) == [False, False, False, True]
+
+
 def test_curves_of_an_experiment_without_logs_are_empty_but_have_their_columns(lab):
     lab.cell("full", ["missing"], None)
     logged = frame.curves(lab.write(), "loo")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ablab.core.data.tokens import Tokens
+from ablab.core.model.cost import cost_of
 from ablab.core.recipe.recipe import structure
 from ablab.core.runtime.replay import OnDevice
 from ablab.core.runtime.runtime import Runtime
@@ -384,6 +385,17 @@ def test_a_result_holds_the_digest_of_its_log(uninterrupted):
     result, record = uninterrupted
     logged = record.metrics_path.read_bytes()
     assert result.log == hashlib.sha256(logged).hexdigest()[:16]
+
+
+def test_a_record_says_what_its_run_takes(tiny, token_folder, tmp_path):
+    recipe = tiny()
+    record = Record(tmp_path / "run")
+    result = run(recipe, CPU, token_folder, record)
+    size = record.about()["size"]
+    assert (size["steps"], size["tokens"]) == (result.step, result.tokens)
+    cost = cost_of(recipe)
+    assert size["parameters"] == cost.parameters
+    assert size["flops_per_token"] == cost.flops_per_token
 
 
 def test_a_finished_run_leaves_no_checkpoints(uninterrupted):
