@@ -53,10 +53,16 @@ def replicate(treatment: Treatment) -> list[Cell]:
     return [Cell("A", dict(treatment)), Cell("B", dict(treatment), "A", replica=1)]
 
 
+def single(treatment: Treatment) -> list[Cell]:
+    """The recipe alone, with nothing to compare it with: to train it, not to judge it."""
+    return [Cell("full", dict(treatment))]
+
+
 DESIGNS: dict[str, Callable[[Treatment], list[Cell]]] = {
     "leave_one_out": leave_one_out,
     "add_one": add_one,
     "replicate": replicate,
+    "single": single,
 }
 
 

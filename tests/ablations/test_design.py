@@ -73,6 +73,12 @@ def test_replicate_is_the_same_treatment_twice_with_seeds_of_its_own():
     assert (a.replica, b.replica) == (0, 1)
 
 
+def test_single_trains_the_whole_treatment_and_compares_it_with_nothing():
+    (full,) = cells("single", "qk_norm", "ema").values()
+    assert names(full) == {"qk_norm", "ema"}
+    assert full.reference is None
+
+
 def test_a_dose_stays_with_its_ingredient_in_every_cell():
     for design in DESIGNS:
         for cell in cells(design, {"gating": {"per": "elementwise"}}, "qk_norm").values():
@@ -116,3 +122,4 @@ def test_a_name_that_is_no_design_and_a_design_of_nothing_are_refused():
         cells("leave_one_out")
     assert list(cells("add_one")) == ["base"]
     assert list(cells("replicate")) == ["A", "B"]
+    assert list(cells("single")) == ["full"]
