@@ -31,7 +31,7 @@ from ablab.analysis.pictures.curves import draw_curves
 from ablab.analysis.pictures.forest import draw_forest
 from ablab.core.errors import UserError
 from ablab.core.store.files import write_atomically
-from ablab.core.store.planned import GridPlan, command
+from ablab.core.store.planned import GridPlan, command, notes_on_design
 from ablab.core.store.result import FINISHED, said
 from ablab.core.store.store import Store
 
@@ -163,6 +163,7 @@ def _warnings(plan: GridPlan, runs: pd.DataFrame, effects: list[Effect]) -> Iter
     yield from _losses(runs)
     yield from _absences(plan, runs)
     yield from _few_seeds(effects)
+    yield from notes_on_design(plan.factors, plan.infeasible)
 
 
 def _mixtures(done: pd.DataFrame) -> Iterator[str]:

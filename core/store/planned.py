@@ -1,6 +1,7 @@
 """What an experiment wants: its cells, the runs that answer them, and what to type to go on."""
 
 import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,35 @@ class Planned:
     params: dict[str, Any] = field(default_factory=dict)
 
 
+Levels = dict[str, int]  # factor -> -1 or +1
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A design whose effects are contrasts over all of its cells (ablations/designs/crossed.py)."""
+
+    # Factor -> its two levels in words, that of -1 first: gating -> [off, on].
+    names: dict[str, list[str]]
+    levels: dict[str, Levels]  # by cell
+    # Pairs of factors whose interaction the cells can tell from the mean, the factors and each other.
+    interactions: list[list[str]]
+    # What no data of these cells can tell apart, interactions of three and more aside: "gating = - muon x wsd".
+    aliases: list[str] = field(default_factory=list)
+    generators: list[str] = field(default_factory=list)  # of a fraction
+    resolution: int | None = None  # of a fraction
+
+
+def notes_on_design(factors: Factors | None, infeasible: Mapping[str, str]) -> Iterator[str]:
+    """What a reader of the grid must know of its design, a sentence each."""
+    if factors and factors.generators:
+        made = "; ".join(factors.generators)
+        yield f"a fraction of resolution {factors.resolution}: {made}"
+    if factors and factors.aliases:
+        yield f"cannot be told apart: {'; '.join(factors.aliases)}"
+    for cell, why in infeasible.items():
+        yield f"{cell} is left out, it cannot be built: {why}"
+
+
 @dataclass(frozen=True)
 class GridPlan:
     """An experiment as it was last asked for: the desired state that the runner works towards."""
@@ -38,6 +68,11 @@ class GridPlan:
     off: dict[str, str] = field(default_factory=dict)
     # The file that asked for it, or "catalog": two files of one name are two experiments.
     sheet: str | None = None
+    # The looks of a grid that adds seeds until it is decided, in seeds; [] where all seeds were wanted at once.
+    looks: list[int] = field(default_factory=list)
+    factors: Factors | None = None
+    # Cell of the design -> why it cannot be built; such a cell has no rows.
+    infeasible: dict[str, str] = field(default_factory=dict)
 
 
 def command(experiment: str, verb: str = "run") -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ablab.core.errors import UserError
-from ablab.core.store.planned import command
+from ablab.core.store.planned import command, notes_on_design
 from ablab.core.store.store import Store
 from ablab.experiments.text import count, table
 
@@ -31,6 +31,8 @@ def show_recipe(experiment: "Experiment", run: "PlannedRun") -> None:
     from ablab.core.recipe.recipe import plain
 
     _head(experiment.name, run)
+    for note in notes_on_design(experiment.factors, experiment.infeasible):
+        typer.echo(f"# design: {note}")
     _kernels(experiment.sheet.runtime, run.recipe)
     typer.echo(dump(plain(run.recipe)), nl=False)
 

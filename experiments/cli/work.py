@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ablab.core.errors import UserError
+from ablab.core.store.planned import notes_on_design
 from ablab.experiments.cli.asked import folders_of, prepare, store_of
 from ablab.experiments.cli.options import (
     Jobs,
@@ -76,6 +77,8 @@ def run(
 
     watching = watcher(experiment.sheet.metric.name, quiet or as_json)
     try:
+        for note in notes_on_design(experiment.factors, experiment.infeasible):
+            watching.say(f"design: {note}")
         outcome = execute(
             experiment,
             where,

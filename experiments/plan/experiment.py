@@ -5,14 +5,16 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from ablab.ablations.design import Cell, cells_of
+from ablab.ablations.design import Cell, layout_of
 from ablab.core.errors import UserError
 from ablab.core.recipe.edit import diff
 from ablab.core.recipe.intervention import resolve, treatment_of
 from ablab.core.recipe.load import blaming, recipe_from
 from ablab.core.recipe.recipe import Recipe, plain, run_id
 from ablab.core.runtime.runtime import rows_at_once
+from ablab.core.store.planned import Factors
 from ablab.core.store.store import CATALOG
+from ablab.experiments.plan.feasible import buildable
 from ablab.experiments.plan.overrides import Overrides
 from ablab.experiments.plan.sheets import Sheet, catalog, find_sheet, read_sheet
 
@@ -38,6 +40,9 @@ class Experiment:
     cells: list[Cell]
     # Its file, or "catalog".
     origin: str | None = field(default=None, kw_only=True)
+    # What the design says of its cells besides, and of those that cannot be built: ablations/designs/cell.py:Layout.
+    factors: Factors | None = field(default=None, kw_only=True)
+    infeasible: dict[str, str] = field(default_factory=dict, kw_only=True)
 
     @cached_property
     def recipes(self) -> dict[str, Recipe]:
@@ -128,6 +133,13 @@ def load(
     if base.data.digest is None:
         digest = digest_of(base.data.name)
         base = replace(base, data=replace(base.data, digest=digest))
-    cells = cells_of(sheet.design, asked.on_treatment(treatment))
-    origin = CATALOG if path in catalog().values() else str(path.resolve())
-    return Experiment(asked.title(path.stem), sheet, base, cells, origin=origin)
+    layout = buildable(base, layout_of(sheet.design, asked.on_treatment(treatment)))
+    return Experiment(
+        asked.title(path.stem),
+        sheet,
+        base,
+        layout.cells,
+        origin=CATALOG if path in catalog().values() else str(path.resolve()),
+        factors=layout.factors,
+        infeasible=layout.infeasible,
+    )

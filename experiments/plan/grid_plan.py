@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ablab.ablations.design import name_of
 from ablab.core.recipe.intervention import REGISTRY, Intervention
 from ablab.core.recipe.recipe import plain
 from ablab.core.store.planned import GridPlan, Planned
@@ -19,7 +20,7 @@ def grid_plan_of(experiment: Experiment, runs: Iterable[PlannedRun]) -> GridPlan
         question=sheet.question,
         metric=sheet.metric.name,
         better=sheet.metric.better,
-        design=sheet.design,
+        design=name_of(sheet.design),
         rows=[_row(experiment, run) for run in runs],
         treatments={
             cell.name: {name: _dose(one) for name, one in cell.treatment.items()}
@@ -27,6 +28,8 @@ def grid_plan_of(experiment: Experiment, runs: Iterable[PlannedRun]) -> GridPlan
         },
         off={name: REGISTRY[name].about.off for name in named},
         sheet=experiment.origin,
+        factors=experiment.factors,
+        infeasible=experiment.infeasible,
     )
 
 
@@ -77,7 +80,24 @@ def _note(reference: str) -> str:
 def _row(experiment: Experiment, run: PlannedRun) -> Planned:
     reference = experiment.cell_named[run.cell].reference
     params = experiment.params(run)
-    return Planned(run.cell, run.pair, run.recipe.seed, run.id, reference, params=params)
+    return Planned(
+        run.cell,
+        run.pair,
+        run.recipe.seed,
+        run.id,
+        reference,
+        tags=_levels(experiment, run.cell),
+        params=params,
+    )
+
+
+def _levels(experiment: Experiment, cell: str) -> dict[str, str]:
+    """The level of each factor of a crossed design, in words: a tag each, to group by."""
+    if not experiment.factors:
+        return {}
+    words = experiment.factors.names
+    levels = experiment.factors.levels[cell]
+    return {f"ablab.factor.{name}": words[name][level > 0] for name, level in levels.items()}
 
 
 def _dose(intervention: Intervention) -> dict[str, Any]:

@@ -47,7 +47,8 @@ class Sheet:
     question: str
     base: list[str]
     treatment: list[Any] = field(default_factory=list)  # `with` in the file
-    design: str = "leave_one_out"
+    # a name, or {name: options}: ablations/design.py
+    design: str | dict[str, Any] = "leave_one_out"
     seeds: list[Natural] = field(default_factory=lambda: [0, 1, 2])
     metric: Metric = field(default_factory=Metric)
     # dotted recipe path -> value, after the base configs

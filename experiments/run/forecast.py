@@ -1,6 +1,6 @@
 """What a grid would cost, before anything runs.  No torch here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import typer
 
@@ -8,6 +8,7 @@ from ablab.core.errors import UserError
 from ablab.core.model.cost import cost_of
 from ablab.core.recipe.recipe import Recipe
 from ablab.core.runtime.runtime import Runtime
+from ablab.core.store.planned import Factors, notes_on_design
 from ablab.core.store.result import FINISHED, RETRY, Result
 from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
@@ -46,6 +47,8 @@ class Forecast:
     flops: int
     seconds: float
     rate: str  # "measured" or "guessed"
+    factors: Factors | None = None  # of a crossed design
+    infeasible: dict[str, str] = field(default_factory=dict)  # cell -> why it cannot be built
 
 
 def forecast(
@@ -72,6 +75,8 @@ def forecast(
         flops=flops_to_do,
         seconds=flops_to_do / rate / workers,
         rate="measured" if measured else "guessed",
+        factors=experiment.factors,
+        infeasible=experiment.infeasible,
     )
 
 
@@ -135,6 +140,8 @@ def show_forecast(found: Forecast) -> None:
         typer.echo(f"{identity}  {cost}")
     if len(found.rows) > LIMIT:
         typer.echo(f"... and {len(found.rows) - LIMIT:,} more (--json prints all)")
+    for note in notes_on_design(found.factors, found.infeasible):
+        typer.echo(f"design: {note}")
     work = f"{found.tokens / 1e6:,.1f} M tokens, {found.flops:.2e} FLOPs"
     time = f"about {duration(found.seconds)} with {found.jobs} at a time ({found.rate} rate)"
     typer.echo(

@@ -87,7 +87,7 @@ class Gate:
         inert = {
             cell: reference
             for cell, reference in self.reference_of.items()
-            if trace.get(cell) is not None and trace[cell] == trace[reference]
+            if trace.get(cell) is not None and trace[cell] == trace.get(reference)
         }
         self.told(inert)
         return inert

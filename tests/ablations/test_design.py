@@ -23,7 +23,16 @@ IMU1 = [
 ]
 
 
-def cells(design: str, *names) -> dict[str, Cell]:
+# A way to write each design, for the whole recipe and for gating and qk_norm alone.
+WRITTEN = {name: name for name in DESIGNS} | {
+    "factorial": {"factorial": {"factors": ["qk_norm", "gating"]}},
+    "fractional": {"fractional": {"factors": ["qk_norm", "gating"]}},
+    "pairs": {"pairs": {"of": ["qk_norm", "gating"]}},
+    "twice": {"twice": {"optimizers": ["base", "gating"]}},
+}
+
+
+def cells(design, *names) -> dict[str, Cell]:
     listed = cells_of(design, treatment_of(names))
     found = {cell.name: cell for cell in listed}
     assert len(found) == len(listed)
@@ -80,7 +89,7 @@ def test_single_trains_the_whole_treatment_and_compares_it_with_nothing():
 
 
 def test_a_dose_stays_with_its_ingredient_in_every_cell():
-    for design in DESIGNS:
+    for design in WRITTEN.values():
         for cell in cells(design, {"gating": {"per": "elementwise"}}, "qk_norm").values():
             assert (
                 "gating" not in cell.treatment or cell.treatment["gating"].per == "elementwise"
@@ -89,7 +98,7 @@ def test_a_dose_stays_with_its_ingredient_in_every_cell():
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_every_cell_of_the_full_recipe_builds_and_has_a_reference_that_exists(design, tiny):
-    found = cells(design, *IMU1)
+    found = cells(WRITTEN[design], *IMU1)
     assert all(cell.reference in found for cell in found.values() if cell.reference)
     assert [cell for cell in found.values() if cell.reference is None]
     ids = {name: run_id(resolve(tiny(), cell.treatment)) for name, cell in found.items()}
@@ -109,6 +118,50 @@ def test_the_order_in_the_file_changes_no_run(tiny):
             cell.name.split(" (")[0]: run_id(resolve(tiny(), cell.treatment))
             for cell in cells("leave_one_out", *sorted(order)).values()
         }
+
+
+REFUSED = {
+    "unknown option": ({"fractional": {"res": 4}}, r"unknown key 'design.fractional.res'"),
+    "unknown resolution": (
+        {"fractional": {"resolution": 2}},
+        "resolution=2 must be one of 3, 4, 5",
+    ),
+    "two designs": ({"single": {}, "add_one": {}}, "must be one design, as leave_one_out or"),
+    "no design": ({}, "must be one design, as leave_one_out or"),
+    "unknown factor": (
+        {"factorial": {"factors": ["qk_norm", "gatin"]}},
+        "names 'gatin', which `with` does not list. Did you mean 'gating'",
+    ),
+    "a factor twice": ({"pairs": {"of": ["ema", "ema"]}}, "design.pairs.of names 'ema' twice"),
+    "one factor": ({"factorial": {"factors": ["ema"]}}, "crosses two factors or more, not 1"),
+    "no pairs named": ("pairs", "design.pairs.of is missing"),
+    "no optimizers named": ("twice", "design.twice.optimizers is missing"),
+    "one optimizer": (
+        {"twice": {"optimizers": ["base"]}},
+        r"must name two, such as \[base, muon\]",
+    ),
+    "unknown optimizer": (
+        {"twice": {"optimizers": ["base", "muom"]}},
+        "names 'muom', which `with`",
+    ),
+    "only optimizers": (
+        {"twice": {"optimizers": ["qk_norm", "gating"]}},
+        "has no arm besides its optimizers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_design_that_cannot_be_laid_out_is_refused_with_what_to_change(case):
+    written, said = REFUSED[case]
+    arms = ["qk_norm", "gating", *(["ema"] if case != "only optimizers" else [])]
+    with pytest.raises(UserError, match=said):
+        cells(written, *arms)
+
+
+def test_a_factorial_of_many_factors_is_refused_with_how_many_it_may_have():
+    with pytest.raises(UserError, match="of 10 factors has 1,024 cells; name at most 8 in"):
+        cells("factorial", *IMU1)
 
 
 def test_a_name_that_is_no_design_and_a_design_of_nothing_are_refused():

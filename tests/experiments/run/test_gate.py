@@ -1,6 +1,7 @@
 """The gate: references need not wait at it, every other arm does, and what is known is not asked again."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from ablab.experiments.run.gate import Gate
 def gate(tmp_path):
     """Make a gate of quickstart, or of some of its cells; `said` is what it told.  runtime__kernels: an override."""
 
-    def of(*cells: str, **overrides: str) -> Gate:
+    def of(*cells: str, **overrides: Any) -> Gate:
         paths = {path.replace("__", "."): value for path, value in overrides.items()}
         experiment = load("quickstart", paths)
         runs = [run for run in experiment.runs() if not cells or run.cell in cells]
@@ -97,6 +98,15 @@ def test_an_arm_that_cannot_be_compared_is_let_through_and_asked_again(gate, cel
     assert cells_of(last) == {"- mup"}
     assert asked.said == [{}]
     assert cells_of(gate("- mup").missing.values()) == {cell}
+
+
+def test_of_a_chain_of_references_only_the_arms_that_wait_are_judged(gate):
+    """+ value_residual waits; its reference, + gating, ended before and has one of its own, which nobody traces."""
+    asked = gate("+ value_residual", design="cumulative")
+    assert cells_of(asked.missing.values()) == {"+ gating", "+ value_residual"}
+    *_, last = answered(asked, {"+ gating": "same", "+ value_residual": "same"})
+    assert not last
+    assert asked.said == [{"+ value_residual": "+ gating"}]
 
 
 def test_an_arm_that_acts_late_by_its_own_word_is_not_held_back(gate, monkeypatch):

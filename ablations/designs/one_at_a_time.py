@@ -1,0 +1,94 @@
+"""Designs whose arms differ from their reference by one ingredient, and by what cannot stand without it."""
+
+from dataclasses import dataclass
+
+from ablab.ablations.designs.cell import BASE, FULL, Cell, Layout, named
+from ablab.core.errors import UserError
+from ablab.core.recipe.intervention import Treatment, dependents
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """full, base, and full without each ingredient (and without what cannot stand without it)."""
+
+    def layout(self, treatment: Treatment) -> Layout:
+        if not treatment:
+            raise UserError(
+                "design leave_one_out has nothing to leave out; "
+                "list interventions under `with`, or choose design: add_one or replicate"
+            )
+        arms = [without(name, treatment) for name in treatment]
+        return Layout([Cell(FULL, dict(treatment)), Cell(BASE, {}, FULL), *arms])
+
+
+@dataclass(frozen=True)
+class AddOne:
+    """base, and base with each ingredient.
+
+    One that builds on another is measured against the arm with that other alone.
+    """
+
+    def layout(self, treatment: Treatment) -> Layout:
+        cells = [Cell(BASE)]
+        for name in _requirements_first(treatment):
+            needs = _needs(name, treatment)
+            alone = [cell.name for cell in cells if set(cell.treatment) == set(needs)]
+            reference = alone[0] if alone else BASE
+            chosen = {one: treatment[one] for one in (*needs, name)}
+            cells.append(Cell(named("+", [name, *needs], "on"), chosen, reference))
+        return Layout(cells)
+
+
+@dataclass(frozen=True)
+class Cumulative:
+    """base, then one ingredient more in each cell, in the order of the file; each is measured against the one before.
+
+    One that stands before what it builds on waits for that, and comes in with it: + muon (and normuon).
+    """
+
+    def layout(self, treatment: Treatment) -> Layout:
+        cells = [Cell(BASE)]
+        waiting: list[str] = []
+        for name in treatment:
+            before = cells[-1]
+            arrived = before.treatment.keys() | {name}
+            if not _stands(name, treatment, arrived):
+                waiting.append(name)
+                continue
+            coming = [name]
+            for other in waiting:
+                if _stands(other, treatment, arrived | set(coming)):
+                    coming.append(other)
+            waiting = [other for other in waiting if other not in coming]
+            chosen = before.treatment | {one: treatment[one] for one in coming}
+            cells.append(Cell(named("+", coming, "and"), chosen, before.name))
+        return Layout(cells)
+
+
+def without(name: str, treatment: Treatment) -> Cell:
+    """The full set without one ingredient, against the full set."""
+    gone = dependents(name, treatment)
+    rest = {kept: dose for kept, dose in treatment.items() if kept not in gone}
+    return Cell(named("-", gone, "and"), rest, FULL)
+
+
+def _stands(name: str, treatment: Treatment, present: set[str]) -> bool:
+    """Whether all of the treatment that `name` builds on is there; what the treatment lacks never comes."""
+    needs = treatment[name].about.requires
+    return all(need in present for need in needs if need in treatment)
+
+
+def _needs(name: str, treatment: Treatment) -> list[str]:
+    """Everything that `name` builds on, transitively, in the order of the treatment."""
+    wanted = [name]
+    for one in wanted:
+        wanted += [
+            need
+            for need in treatment[one].about.requires
+            if need in treatment and need not in wanted
+        ]
+    return [one for one in treatment if one in wanted[1:]]
+
+
+def _requirements_first(treatment: Treatment) -> list[str]:
+    return sorted(treatment, key=lambda name: len(_needs(name, treatment)))
