@@ -55,7 +55,9 @@ class Attention:
 
     head_dim: Whole = 64
     group: Whole = 1
-    heads: Whole | None = None  # null: width / head_dim; others where both are not of one size, as in Qwen3
+    heads: Whole | None = (
+        None  # null: width / head_dim; others where both are not of one size, as in Qwen3
+    )
     position: Builds = field(default_factory=position.Rope)
     on_qk: tuple[MayBuild, ...] = ()  # before the position is applied
     on_values: tuple[MayBuild, ...] = ()
