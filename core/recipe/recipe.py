@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args
@@ -16,7 +17,7 @@ import msgspec
 
 from ablab.core.errors import UserError
 from ablab.core.language.numbers import Depth, Natural, Positive, Whole
-from ablab.core.language.part import Part
+from ablab.core.language.part import SILENT, Part
 from ablab.core.parts import (
     block,
     feedforward,
@@ -245,6 +246,9 @@ def plain(recipe: Any) -> Any:
     return msgspec.to_builtins(recipe)
 
 
+LEAVES = (str, int, bool, NoneType, float)
+
+
 def _refuse_exotic(value: Any, path: str) -> None:
     kind = type(value)
     if kind in (str, int, bool, NoneType):
@@ -266,12 +270,42 @@ def _refuse_exotic(value: Any, path: str) -> None:
 
 
 def _canonical(recipe: Recipe) -> dict[str, Any]:
-    """The plain tree without the silent slots that stand at their default."""
+    """The plain tree without the silent slots and fields that stand at their default."""
     tree = plain(recipe)
+    _drop_silent(recipe, tree)
     for slot in SLOTS:
         if slot.silent:
             _drop_default(tree, recipe, slot.path.split("."))
     return tree
+
+
+def _drop_silent(value: Any, tree: Any) -> None:
+    """Take the fields that are `silent` and as by default out of the plain tree of `value`, in place."""
+    kind = type(value)
+    if kind in LEAVES:
+        return
+    if kind in (tuple, list):
+        for item, below in zip(value, tree, strict=True):
+            _drop_silent(item, below)
+    elif kind is dict:
+        for key, item in value.items():
+            _drop_silent(item, tree[key])
+    else:
+        for name, default in _fields_of(kind):
+            held_there = getattr(value, name)
+            if held_there == default:
+                del tree[name]
+            elif name in tree:
+                _drop_silent(held_there, tree[name])
+
+
+@cache  # a grid of 10,000 cells asks the same of the same few
+def _fields_of(cls: type) -> tuple[tuple[str, Any], ...]:
+    """Name of each field, and its default where it is silent; what is equal to nothing where it is not."""
+    described: tuple[Any, ...] = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return tuple(
+        (one.name, one.default if SILENT in one.metadata else object()) for one in described
+    )
 
 
 def _drop_default(tree: dict[str, Any], holder: Any, keys: list[str]) -> None:
