@@ -50,6 +50,17 @@ def part(kind: str) -> Callable[[Cls], Cls]:
     return decorate
 
 
+def silent(default: Any) -> Any:
+    """A field that identities leave out while it is at its default: one that came after the first runs.
+
+    bias: bool = silent(False)
+    """
+    return dataclasses.field(default=default, metadata={SILENT: True})
+
+
+SILENT = "silent"  # in the metadata of a field
+
+
 def refuse_namesake(nouns: str, name: str, taken: Any, cls: Any) -> None:
     """Raises UserError where `taken`, another class, has the name; the same file imported again is the same class."""
     if taken and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):

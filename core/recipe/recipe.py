@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args
@@ -16,7 +17,7 @@ import msgspec
 
 from ablab.core.errors import UserError
 from ablab.core.language.numbers import Depth, Natural, Positive, Whole
-from ablab.core.language.part import Part
+from ablab.core.language.part import SILENT, Part, silent
 from ablab.core.parts import (
     block,
     feedforward,
@@ -39,7 +40,7 @@ from ablab.core.recipe.asks import (
     ShapesBatches,
 )
 from ablab.core.recipe.batches import Batches, batches_of
-from ablab.core.recipe.slots import SILENT_SETTINGS, SLOTS, held
+from ablab.core.recipe.slots import SLOTS, held
 
 LONGEST_NAME = 200  # bytes of a token folder's name; beside it stands .NAME.partial, and a file's name has 255
 SCHEMA = 1  # part of every identity: raise it when the meaning of a field changes
@@ -55,9 +56,7 @@ class Attention:
 
     head_dim: Whole = 64
     group: Whole = 1
-    heads: Whole | None = (
-        None  # null: width / head_dim; others where both are not of one size, as in Qwen3
-    )
+    heads: Whole | None = silent(None)  # null: width / head_dim; Qwen3 has others
     position: Builds = field(default_factory=position.Rope)
     on_qk: tuple[MayBuild, ...] = ()  # before the position is applied
     on_values: tuple[MayBuild, ...] = ()
@@ -254,6 +253,9 @@ def plain(recipe: Any) -> Any:
     return msgspec.to_builtins(recipe)
 
 
+LEAVES = (str, int, bool, NoneType, float)
+
+
 def _refuse_exotic(value: Any, path: str) -> None:
     kind = type(value)
     if kind in (str, int, bool, NoneType):
@@ -275,16 +277,46 @@ def _refuse_exotic(value: Any, path: str) -> None:
 
 
 def _canonical(recipe: Recipe) -> dict[str, Any]:
-    """The plain tree without the silent slots and settings that stand at their default."""
+    """The plain tree without the silent slots and fields that stand at their default."""
     tree = plain(recipe)
-    slots = (slot.path for slot in SLOTS if slot.silent)
-    for path in (*slots, *SILENT_SETTINGS):
-        _drop_default(tree, recipe, path.split("."))
+    _drop_silent(recipe, tree)
+    for slot in SLOTS:
+        if slot.silent:
+            _drop_default(tree, recipe, slot.path.split("."))
     return tree
 
 
+def _drop_silent(value: Any, tree: Any) -> None:
+    """Take the fields that are `silent` and as by default out of the plain tree of `value`, in place."""
+    kind = type(value)
+    if kind in LEAVES:
+        return
+    if kind in (tuple, list):
+        for item, below in zip(value, tree, strict=True):
+            _drop_silent(item, below)
+    elif kind is dict:
+        for key, item in value.items():
+            _drop_silent(item, tree[key])
+    else:
+        for name, default in _fields_of(kind):
+            held_there = getattr(value, name)
+            if held_there == default:
+                del tree[name]
+            elif name in tree:
+                _drop_silent(held_there, tree[name])
+
+
+@cache  # a grid of 10,000 cells asks the same of the same few
+def _fields_of(cls: type) -> tuple[tuple[str, Any], ...]:
+    """Name of each field, and its default where it is silent; what is equal to nothing where it is not."""
+    described: tuple[Any, ...] = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return tuple(
+        (one.name, one.default if SILENT in one.metadata else object()) for one in described
+    )
+
+
 def _drop_default(tree: dict[str, Any], holder: Any, keys: list[str]) -> None:
-    """Take what stands at `keys` out of the holder's plain tree if it is as by default, and what this leaves empty."""
+    """Take the slot at `keys` out of the holder's plain tree if it is as by default, and what this leaves empty."""
     key, below = keys[0], keys[1:]
     if below:
         _drop_default(tree[key], getattr(holder, key), below)
@@ -305,7 +337,7 @@ def _default(cls: Any, name: str) -> Any:
 def run_id(recipe: Recipe) -> str:
     """sha256 of the canonical full recipe and the schema number, 16 hex digits.
 
-    A silent slot or setting at its default is left out, so that a new one renames no run that was before it.
+    A silent slot or field at its default is left out, so that a new one renames no run that was before it.
     A part from a user's own file brings the digest of that file: an idea that was edited is another run.
     """
     tree = {"schema": SCHEMA, "recipe": _canonical(recipe)}

@@ -170,8 +170,6 @@ SLOTS = (
     Slot("schedule", Schedules, ONE, "t, steps -> factor on the learning rate"),
     Slot("after_step", Advances, MANY, "state, weights, t, steps", keeps_state=True),
 )
-# Settings that came after the first runs: at its default, each is left out of the identity.
-SILENT_SETTINGS = ("model.attention.heads",)
 CHOICES = tuple(slot.path for slot in SLOTS if not slot.many)
 
 

@@ -10,7 +10,7 @@ import pytest
 from ablab.core.errors import UserError
 from ablab.core.language.declare import Param, Stage, params
 from ablab.core.language.parse import fields_of, parse
-from ablab.core.language.part import Asked, Part
+from ablab.core.language.part import Asked, Part, silent
 from ablab.core.model.plan import plan_of
 from ablab.core.recipe import recipe as recipes
 from ablab.core.recipe.edit import append, at, edit, put
@@ -105,6 +105,21 @@ def test_another_choice_and_another_dose_of_it_are_other_runs(tiny):
         for part in (at(tiny(), "model.attention.mix"), Sized(), Sized(4))
     }
     assert len(names) == 3
+
+
+@dataclass(frozen=True)
+class Grown(Sized):
+    """As Sized, with a dose that came later."""
+
+    later: bool = silent(False)
+
+
+def test_a_dose_that_came_later_is_in_the_name_only_where_it_is_used(tiny):
+    def name(part):
+        return run_id(edit(tiny(), "model.attention.mix", put(part)))
+
+    assert name(Grown(4)) == name(Sized(4))
+    assert name(Grown(4, later=True)) not in (name(Sized(4)), name(Grown(5, later=True)))
 
 
 # ---- refusals ----
@@ -270,12 +285,4 @@ def test_a_later_slot_leaves_no_trace_in_an_identity_until_it_is_used(tiny, monk
     assert used != unused
     loud = [replace(slot, silent=False) for slot in recipes.SLOTS]
     monkeypatch.setattr(recipes, "SLOTS", loud)
-    assert run_id(tiny()) != unused
-
-
-def test_a_later_setting_leaves_no_trace_in_an_identity_until_it_is_used(tiny, monkeypatch):
-    used = run_id(assign(tiny(), "model.attention.heads", 2))
-    unused = run_id(tiny())
-    assert used != unused
-    monkeypatch.setattr(recipes, "SILENT_SETTINGS", ())
     assert run_id(tiny()) != unused
