@@ -22,18 +22,39 @@ lint: $(VENV)/.ready-test .types/ablab
 	mkdir -p .types
 	ln -s .. .types/ablab
 
+# Known flaws of what is installed, where PyPI's data can be reached.
+audit: $(VENV)/.ready-test
+	.ci/audit
+
 # constraints.txt pins torch by version alone: pip takes the CPU build (+cpu) wherever an index offers one,
 # for example with PIP_EXTRA_INDEX_URL set to PyTorch's CPU index.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# make HASHES=1 demo: of every package, only files whose digests stand in constraints.lock: those of PyPI, for each
+# platform and Python, and the CPU build of torch that these were made beside.  A CUDA build brings libraries of its own.
+ifdef HASHES
+FOR_CUDA := "import importlib.metadata as m; exit(not any('nvidia' in one for one in m.requires('torch')))"
+install = $(PIP) --require-hashes --no-deps -r constraints.lock \
+	&& if $(BIN)/python -c $(FOR_CUDA); then $(PIP) --require-hashes --no-deps -r constraints-cuda.lock; fi \
+	&& $(PIP) --no-deps --no-build-isolation -e .
+else
+install = $(PIP) -c constraints.txt -e '.$(1)'
+endif
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(call install)
 	@touch $@
 
 $(VENV)/.ready-test: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	$(call install,[test,lint])
 	@touch $@
+
+# After a change of constraints.txt: the digests of its files.
+lock: $(READY)
+	.ci/lock
 
 clean:
 	rm -rf $(VENV) ablab-store build dist *.egg-info
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint audit lock clean

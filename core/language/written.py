@@ -96,7 +96,7 @@ def read(text: str) -> Any:
     try:
         text.encode()
         _measure(text)
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  it is a SafeLoader
     except yaml.YAMLError as flaw:
         mark = getattr(flaw, "problem_mark", None)
         told = " ".join(str(getattr(flaw, "problem", None) or flaw).split())

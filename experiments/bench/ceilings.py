@@ -52,7 +52,7 @@ def clocks_under(load: Callable[[], Any]) -> dict[str, float]:
     query = f"--query-gpu={','.join(ASKED_OF_NVIDIA_SMI)}"
     line = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
-        asked = subprocess.Popen(
+        asked = subprocess.Popen(  # noqa: S603  a list, no shell: its words are ours
             line,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

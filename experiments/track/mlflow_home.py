@@ -99,11 +99,12 @@ def follow_the_store(root: Path) -> None:
     if not database(root).exists():
         return
     here = artifacts(root).as_uri()
-    ours = "name like 'ablab/%' and artifact_location != ?"
+    elsewhere = (
+        "select experiment_id, artifact_location from experiments "
+        "where name like 'ablab/%' and artifact_location != ?"
+    )
     with closing(sqlite3.connect(database(root))) as base, base:
-        moved = base.execute(
-            f"select experiment_id, artifact_location from experiments where {ours}", [here]
-        ).fetchall()
+        moved = base.execute(elsewhere, [here]).fetchall()
         for experiment, old in moved:
             base.execute(
                 "update runs set artifact_uri = ? || substr(artifact_uri, ?) "

@@ -32,7 +32,7 @@ START_SECONDS = 60.0  # a first start on two busy cores takes about 8 s
 STOP_SECONDS = 5.0  # of patience with each signal
 USUAL_PORT = 5000
 LAST_PORT = 65535
-EVERYWHERE = ("0.0.0.0", "::")  # hosts that listen on every address
+EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104  hosts that listen on every address, where asked for
 
 
 def serve(
@@ -149,7 +149,7 @@ def _server(
     command = [sys.executable, "-m", "mlflow", "server", "--no-serve-artifacts"]
     for option, value in options.items():
         command += [option, value]
-    return subprocess.Popen(
+    return subprocess.Popen(  # noqa: S603  a list, no shell: its words are ours
         command,
         env=QUIET
         | os.environ
@@ -177,7 +177,7 @@ def _answers(server: subprocess.Popen[bytes], address: str) -> bool:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5):
+            with urllib.request.urlopen(f"{address}/health", timeout=5):  # noqa: S310  http, ours
                 return True
         except OSError:
             time.sleep(0.1)
@@ -195,7 +195,7 @@ def _last_line(log: BinaryIO) -> str:
 def _links(address: str) -> dict[str, str]:
     """Our experiments, each with the address of its saved view; that of a study opens on its charts."""
     asked = f"{address}/api/2.0/mlflow/experiments/search?max_results=1000"
-    with urllib.request.urlopen(asked, timeout=10) as answer:
+    with urllib.request.urlopen(asked, timeout=10) as answer:  # noqa: S310  http, ours
         found = json.load(answer).get("experiments", [])
     links = {}
     for one in found:

@@ -61,7 +61,7 @@ class Taken:
 
     def elsewhere(self, seed: int) -> Point:
         """A random point that is not taken, if one is found."""
-        draw = random.Random(seed)
+        draw = random.Random(seed)  # noqa: S311  of points, of no secret
         for _ in range(DRAWS):
             point = {axis.path: axis.at(draw.random()) for axis in self.axes}
             if point not in self:

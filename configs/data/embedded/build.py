@@ -163,7 +163,8 @@ def corpus(packages: Path):
 
 def draw(source: str, path: str) -> float:
     """In [0, 1), from the hash of a document's name."""
-    digest = hashlib.sha1(f"{source}\0{path}".encode()).digest()
+    name = f"{source}\0{path}".encode()
+    digest = hashlib.sha1(name, usedforsecurity=False).digest()
     return int.from_bytes(digest[:4], "big") / 2**32
 
 
