@@ -19,13 +19,13 @@ from ablab.analysis.effects.service import COLUMN as KERNELS
 from ablab.core.errors import UserError
 from ablab.core.store.planned import GridPlan, Planned
 from ablab.core.store.record import Record
+from ablab.core.store.result import DAMAGED as DAMAGED
+from ablab.core.store.result import INTERRUPTED as INTERRUPTED
 from ablab.core.store.result import Result
 from ablab.core.store.store import Store
 
 MISSING = "missing"
-INTERRUPTED = "interrupted"
 INERT = "inert"
-DAMAGED = "damaged"
 UNITS = {"loss": "nats/token", "bits_per_byte": "bits/byte"}
 # Of an experiment without logs.
 CURVE_COLUMNS = [

@@ -75,7 +75,7 @@ def read(store: Store, experiment: str) -> Report:
         counts = said(statuses) or "none planned"
         raise UserError(
             f"experiment {experiment!r} has no finished run ({counts}); "
-            f"start or continue it with: {command(experiment)}"
+            f"start or continue it with: {command(experiment, sheet=plan.sheet)}"
         )
     effects = measure(runs, plan.metric, plan.better)
     return Report(plan, runs, effects, list(_warnings(plan, runs, effects)))
@@ -217,7 +217,8 @@ def _absences(plan: GridPlan, runs: pd.DataFrame) -> Iterator[str]:
     absent = Counter(status for status in runs.status if status in states)
     if absent:
         why = " (interrupted: killed, or still running)" if absent[frame.INTERRUPTED] else ""
-        yield f"{said(absent)} of {len(runs)} runs{why}; continue with: {command(plan.name)}"
+        again = command(plan.name, sheet=plan.sheet)
+        yield f"{said(absent)} of {len(runs)} runs{why}; continue with: {again}"
 
 
 def _few_seeds(effects: list[Effect]) -> Iterator[str]:

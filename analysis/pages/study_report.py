@@ -247,7 +247,7 @@ def _warnings(
         )
     states = counts(study.trials)
     if open_trials := states[RUNNING]:
-        again = command(study.name, "study")
+        again = command(study.name, "study", study.sheet)
         yield f"{open_trials} trials have no result yet; continue with: {again}"
     if pruned := states[PRUNED]:
         yield (

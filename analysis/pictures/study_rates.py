@@ -51,7 +51,7 @@ def draw_rates(study: StudyRecord, path: Path) -> Path:
         if (judged := _judged(trials, study, along))
     }
     if not wins:
-        again = command(study.name, "study")
+        again = command(study.name, "study", study.sheet)
         raise UserError(
             f"study {study.name!r} has no finished trial of {along}; continue it with: {again}"
         )

@@ -3,8 +3,10 @@
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+CATALOG = "catalog"  # the sheet of a plan whose experiment is shipped
 STUDY_PARTS = ("study", "tuned")  # what a study appends to the name of its experiment
 
 
@@ -75,12 +77,24 @@ class GridPlan:
     infeasible: dict[str, str] = field(default_factory=dict)
 
 
-def command(experiment: str, verb: str = "run") -> str:
-    """What to type to go on with an experiment; its name ends in its overrides, or in what a study made of it."""
+def command(experiment: str, verb: str = "run", sheet: str | None = None) -> str:
+    """What to type to go on with an experiment; its name ends in its overrides, or in what a study made of it.
+
+    sheet: the file that asked for it, where it is known: typed as a path from here.
+    """
     name, *parts = experiment.split("@")
     if set(STUDY_PARTS) & set(parts):
         verb = "study"
     overrides = [part for part in parts if part not in STUDY_PARTS]
     # A digest stands where the overrides are too long for a name.
     typed = [part if "=" in part else "..." for part in overrides]
-    return f"ablab {verb} {shlex.join([name, *typed])}"
+    return f"ablab {verb} {shlex.join([_from_here(sheet) or name, *typed])}"
+
+
+def _from_here(sheet: str | None) -> str | None:
+    """The path of a sheet, short where it lies below the current folder; None for one of the catalog."""
+    if sheet is None or sheet == CATALOG:
+        return None
+    path = Path(sheet)
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else sheet

@@ -10,6 +10,9 @@ OUT_OF_MEMORY = "out_of_memory"
 FAILED = "failed"
 PRUNED = "pruned"
 STATUSES = (FINISHED, DIVERGED, OUT_OF_MEMORY, FAILED, PRUNED)
+# Of runs without a result that can be read:
+INTERRUPTED = "interrupted"  # a folder and no result: killed, or still running
+DAMAGED = "damaged"
 # Asked for again, these run again: code and runtime may have changed.
 RETRY = (FAILED, OUT_OF_MEMORY, PRUNED)
 

@@ -13,10 +13,8 @@ import msgspec
 
 from ablab.core.errors import UserError
 from ablab.core.store.files import FLAWS, set_aside, write_atomically, writing
-from ablab.core.store.planned import GridPlan, command
+from ablab.core.store.planned import CATALOG, GridPlan, command
 from ablab.core.store.record import Record
-
-CATALOG = "catalog"  # the sheet of a plan whose experiment is shipped
 
 
 class Store:
@@ -87,7 +85,8 @@ class Store:
             return msgspec.json.decode(path.read_bytes(), type=GridPlan)
         except FileNotFoundError:
             raise UserError(
-                f"experiment {experiment!r} has no runs in {self.root}; start it with: {again}"
+                f"experiment {experiment!r} has no runs in {self.root} (--store or $ABLAB_STORE names another); "
+                f"start it with: {again}"
             ) from None
         except (IsADirectoryError, *FLAWS) as flaw:
             raise UserError(f"{path} is damaged ({flaw}); `{again}` writes it again") from None

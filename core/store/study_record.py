@@ -75,6 +75,7 @@ class StudyRecord:
     trials: list[Trial]
     # Cell -> path -> share.
     importance: dict[str, dict[str, float]] = field(default_factory=dict)
+    sheet: str | None = None  # the file that asked for it, or "catalog"
     tuned: str | None = None  # the plan of the confirmation runs, each arm at its own winner
 
     @property

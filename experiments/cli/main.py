@@ -7,11 +7,13 @@ import errno
 import io
 import signal
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
 from ablab.core.errors import UserError, one_line, told
-from ablab.experiments.cli import bench, check, data, look, new, view, work
+from ablab.experiments.cli import bench, check, data, look, new, stored, view, work
 
 INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # refusals of a disk that name no file
@@ -23,16 +25,41 @@ EXITS = (
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     epilog=EXITS,
     help="Ablations for people who pre-train small language models.",
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ablab {metadata.version('ablab')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_say_version,
+            is_eager=True,
+            help="print the version and leave",
+        ),
+    ] = False,
+) -> None:
+    """What stands before the command."""
+
+
 app.command("list")(look.list_)
 app.command()(look.show)
 app.command()(work.run)
 app.command(help=work.STUDY)(work.study)
 app.command()(work.report)
+app.command()(stored.runs)
+app.command()(stored.rm)
+app.command()(stored.export)
 app.command()(view.sync)
 app.command()(view.ui)
 app.add_typer(data.app, name="data")

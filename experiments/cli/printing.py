@@ -133,7 +133,7 @@ def show_report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {
         typer.echo(f"plots:  {drawn}")
     typer.echo(f"MLflow: ablab ui --store {store.root}")
     if is_study:
-        typer.echo(f"study:  {command(name, 'study')}")
+        typer.echo(f"study:  {command(name, 'study', found.plan.sheet)}")
 
 
 def _kept(write: Callable[[], Path]) -> Path | None:

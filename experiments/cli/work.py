@@ -154,7 +154,8 @@ def report(
     known = [*held, *catalog()]
     if not name.endswith((".yaml", ".yml")) and name not in known:
         raise UserError(
-            f"no experiment {name!r} in {where.root}. {near(name, known)}It holds: {', '.join(held) or 'none'}"
+            f"no experiment {name!r} in {where.root} (--store or $ABLAB_STORE names another). "
+            f"{near(name, known)}It holds: {', '.join(held) or 'none'}"
         )
     if overrides or name not in held:
         experiment, _ = prepare(name, overrides, plugins, where)

@@ -12,8 +12,7 @@ from ablab.core.recipe.intervention import resolve, treatment_of
 from ablab.core.recipe.load import blaming, recipe_from
 from ablab.core.recipe.recipe import Recipe, plain, run_id
 from ablab.core.runtime.runtime import rows_at_once
-from ablab.core.store.planned import Factors
-from ablab.core.store.store import CATALOG
+from ablab.core.store.planned import CATALOG, Factors
 from ablab.experiments.plan.feasible import buildable
 from ablab.experiments.plan.overrides import Overrides
 from ablab.experiments.plan.sheets import Sheet, catalog, find_sheet, read_sheet

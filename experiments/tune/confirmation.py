@@ -63,7 +63,7 @@ def winners(experiment: Experiment, record: StudyRecord, watcher: Watcher) -> di
 
     Raises UserError where no trial of any cell has finished.
     """
-    again = f"it with: {command(experiment.name, 'study')}"
+    again = f"it with: {command(experiment.name, 'study', experiment.origin)}"
     finished(record.trials, f"study {experiment.name!r}", again)
     best = {}
     width = experiment.base.model.width

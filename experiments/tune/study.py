@@ -45,7 +45,7 @@ class Study:
         if sheet is None:
             raise UserError(
                 f"{experiment.name} has no study: block; add one with a space, "
-                f"or start it with: {command(experiment.name)}"
+                f"or start it with: {command(experiment.name, sheet=experiment.origin)}"
             )
         self.experiment = experiment
         self.sheet = sheet
@@ -218,6 +218,7 @@ class Study:
             trials_per_cell=self.searches[0].total,
             trials=[trial for search in self.searches for trial in search.spent()],
             importance=shares,
+            sheet=experiment.origin,
             tuned=f"{experiment.name}@tuned" if experiment.sheet.seeds else None,
         )
         study_record.write(self.store, record)

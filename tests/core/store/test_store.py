@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from ablab.core.errors import UserError
-from ablab.core.store.planned import GridPlan
-from ablab.core.store.store import CATALOG, Store
+from ablab.core.store.planned import CATALOG, GridPlan
+from ablab.core.store.store import Store
 
 
 @pytest.fixture
