@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ablab.core.errors import UserError
 from ablab.core.store.files import writing
@@ -64,7 +65,7 @@ def _folders(store: Store) -> list[Path]:
 def _held(record: Record, wanted: Mapping[str, dict[str, list[str]]]) -> Held:
     run = record.folder.name
     started = record.about().get("started")
-    common = {
+    common: dict[str, Any] = {
         "run": run,
         "wanted_by": wanted.get(run, {}),
         "size": size_of(record.folder),
