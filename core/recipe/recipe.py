@@ -280,7 +280,7 @@ def _said(value: Any) -> Any:
         return [_said(item) for item in value]
     if dataclasses.is_dataclass(value):
         fields = {name: getattr(value, name) for name in value.__dataclass_fields__}
-        for name, default in _silent_defaults(type(value)).items():
+        for name, default in _silent_defaults(value.__class__).items():
             if fields[name] == default:
                 del fields[name]
         value = fields
