@@ -57,6 +57,24 @@ def _decayed(u, w, strength, MASK: tl.constexpr):
 
 
 @triton.jit
+def _bias_correction(step, log_keep):
+    """1 - keep^step, within 3e-7 of its value: exp(x) near 1 leaves nothing of 1 - exp(x) but its rounding.
+
+    So a series where x = step * log(keep) > -0.35; eight terms leave 1e-7 there.
+    """
+    x = step * log_keep
+    near = tl.maximum(x, -0.35)
+    series = 1.0 + near * (1.0 / 8)
+    series = 1.0 + near * series * (1.0 / 7)
+    series = 1.0 + near * series * (1.0 / 6)
+    series = 1.0 + near * series * (1.0 / 5)
+    series = 1.0 + near * series * (1.0 / 4)
+    series = 1.0 + near * series * (1.0 / 3)
+    series = 1.0 + near * series * (1.0 / 2)
+    return tl.where(x > -0.35, -near * series, 1.0 - tl.exp(x))
+
+
+@triton.jit
 def _adam_kernel(
     weight,
     grad,
@@ -86,11 +104,8 @@ def _adam_kernel(
     w = tl.load(weight + at, mask=within, other=0.0)
     m = keep1 * m + change1 * g
     v = keep2 * v + change2 * (g * g)
-    u = (
-        m
-        / (tl.sqrt_rn(v / (1.0 - tl.exp(step * log_keep2))) + eps)
-        / (1.0 - tl.exp(step * log_keep1))
-    )
+    unbiased = tl.sqrt_rn(v / _bias_correction(step, log_keep2)) + eps
+    u = m / unbiased / _bias_correction(step, log_keep1)
     u = _decayed(u, w, strength, MASK)
     tl.store(weight + at, w - u * tl.load(lr), mask=within)
     tl.store(mean + at, m, mask=within)

@@ -18,7 +18,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ablab.core.language.numbers import Memory, Positive, Whole
-from ablab.core.parts.transforms import Adam, Now, Transform, join_blocks, split_blocks
+from ablab.core.parts.transforms import (
+    Adam,
+    Now,
+    Transform,
+    bias_correction,
+    join_blocks,
+    split_blocks,
+)
 from ablab.core.recipe.edit import edit, swap
 from ablab.core.recipe.intervention import register
 from ablab.core.recipe.recipe import Recipe
@@ -92,9 +99,7 @@ class Soap(Transform):
     def _unbias(self, now: Now) -> Any:
         """sqrt(1 - b2^t) / (1 - b1^t), t counted without the first step, which does not move."""
         moves = (now.step - 1).clamp(min=1)
-        mean_share = 1 - self.beta1**moves
-        square_share = 1 - self.beta2**moves
-        return square_share.sqrt() / mean_share
+        return bias_correction(self.beta2, moves).sqrt() / bias_correction(self.beta1, moves)
 
     def refresh(self, state: State, bank: Any, t: int) -> None:
         for i in range(len(state) // len(PIECE)):

@@ -4,11 +4,12 @@
     learnable   V_l <- a V_l + b V_1                         a, b learned, start (0.5, 0.5)
     identity    the same, fixed at (0.5, 0.5)
     constant    the same, fixed at (1, 2)
-    sparse      the same, fixed at (1, 5), in the last third of the layers only
+    sparse      the same, fixed at (1, 5), in the last third of the layers alone, rounded up: 6 to 8 of 8, as the source
 
 Layer 1 keeps its own values, untouched by any weight of the mix.  Mixed per key-value head, before the attention.
 """
 
+import math
 from typing import Literal
 
 from ablab.core.language.declare import Param, Stage, Where
@@ -49,7 +50,7 @@ class ValueResidual(Part):
     def build(self, where: Where) -> Stage | None:
         if where.layer == 0:
             return Stage(remember, offer=Remembered(CARRIED))
-        if self.form == "sparse" and where.layer < where.layers - where.layers // 3:
+        if self.form == "sparse" and where.layer < where.layers - math.ceil(where.layers / 3):
             return None
         own, first = START[self.form]
         own = own if self.own is None else self.own

@@ -1,8 +1,9 @@
 """Warm-up, stable, decay: a constant learning rate with a cooldown at the end.
 
-    u = (t - (T - D)) / D in [0, 1] over the last D = decay_fraction * T steps
+    u = (t - 1 - (T - D)) / D in [0, 1) over the last D = decay_fraction * T steps
     1-sqrt: 1 - sqrt(u)   linear: 1 - u   cosine: (1 + cos(pi u)) / 2   power: (1 - u)^power (PowerCool: 1.2)
 
+The last step is one above `floor`: u counts the steps before t, as public trainers do (core/parts/schedule.py).
 IMU-1's schedule ablation finds 20 % and 1-sqrt best.  The warm-up is that of the schedule it replaces.
 """
 
@@ -12,7 +13,7 @@ from typing import Literal
 
 from ablab.core.language.numbers import Natural, Positive, Share, Unit
 from ablab.core.language.part import Part
-from ablab.core.parts.schedule import warm
+from ablab.core.parts.schedule import fallen, warm
 from ablab.core.recipe.edit import edit, put
 from ablab.core.recipe.intervention import register
 
@@ -43,9 +44,7 @@ class WSD(Part):
         return edit(recipe, "schedule", put(inherited))
 
     def multiplier(self, t: int, steps: int) -> float:
-        decay = self.decay_fraction * steps
-        done = (t - (steps - decay)) / decay
-        height = self._fall(min(max(done, 0.0), 1.0))
+        height = self._fall(fallen(t, steps, self.decay_fraction * steps))
         return warm(t, self.warmup_steps or 0) * (self.floor + (1 - self.floor) * height)
 
     def _fall(self, u: float) -> float:

@@ -29,8 +29,9 @@ class Tokens:
         self.vocab = data.vocab
         self.seed = recipe.seed
         self.train = Mapped(folder / "train.bin", self.meta.dtype, self.meta.train_tokens)
-        held_out = min(self.meta.val_tokens, data.held_out + 1)
-        self.held_out = Mapped(folder / "val.bin", self.meta.dtype, held_out)
+        self.held_out = Mapped(folder / "val.bin", self.meta.dtype, self.meta.val_tokens)
+        wanted = data.held_out // data.context
+        self.held_out_starts = spread_rows(len(self.held_out), data.context, wanted)
         self.token_bytes = torch.from_numpy(
             np.load(folder / "token_bytes.npy").astype(np.int64)
         )
@@ -57,11 +58,11 @@ class Tokens:
         return phase + int(order[position]) * self.context
 
     def held_out_rows(self) -> int:
-        return (len(self.held_out) - 1) // self.context
+        return len(self.held_out_starts)
 
     def held_out_batch(self, first: int, count: int) -> Tensor:
-        """Held-out rows, in file order: int64 [count, context + 1]."""
-        starts = [row * self.context for row in range(first, first + count)]
+        """Held-out rows, spread over the validation file, in its order: int64 [count, context + 1]."""
+        starts = self.held_out_starts[first : first + count]
         return self._take(self.held_out, starts, self.context)
 
     def _take(self, tokens: "Mapped", starts: list[int], context: int) -> Tensor:
@@ -72,6 +73,16 @@ class Tokens:
                 "tokenize again with the recipe's tokenizer"
             )
         return torch.from_numpy(block)
+
+
+def spread_rows(tokens: int, context: int, wanted: int) -> list[int]:
+    """The first token of each of `wanted` rows, evenly spread over a file of so many tokens.
+
+    Of its W = (tokens - 1) // context whole windows, row i of n is window floor(i W / n); all of them where n = W.
+    """
+    windows = (tokens - 1) // context
+    rows = min(wanted, windows)
+    return [i * windows // rows * context for i in range(rows)]
 
 
 class Mapped:

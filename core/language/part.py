@@ -32,6 +32,17 @@ class Asked(Protocol):
     def __hash__(self) -> int: ...
 
 
+SILENT = "silent"  # of the metadata of a field
+
+
+def silent(value: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING) -> Any:
+    """A field that identities do not see while it is at its default: one that came after runs that it must not rename.
+
+    bias: bool = silent(False).  Such a default is never edited; what `factory` makes is a part without doses.
+    """
+    return dataclasses.field(default=value, default_factory=factory, metadata={SILENT: True})
+
+
 def part(kind: str) -> Callable[[Cls], Cls]:
     """Make a class a frozen dataclass with a `kind` that recipes refer to."""
 
@@ -48,17 +59,6 @@ def part(kind: str) -> Callable[[Cls], Cls]:
         return made
 
     return decorate
-
-
-def silent(default: Any) -> Any:
-    """A field that identities leave out while it is at its default: one that came after the first runs.
-
-    bias: bool = silent(False)
-    """
-    return dataclasses.field(default=default, metadata={SILENT: True})
-
-
-SILENT = "silent"  # in the metadata of a field
 
 
 def refuse_namesake(nouns: str, name: str, taken: Any, cls: Any) -> None:

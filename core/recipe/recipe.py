@@ -1,7 +1,8 @@
 """The recipe: everything that decides what a run computes, and nothing about how it is run.
 
-`run_id(recipe)` hashes the whole tree, so editing a default renames runs.  Units stand in the names or
-docstrings; `Runtime` (core/runtime/runtime.py) holds device, kernels and cadence, which are recorded, never hashed.
+`run_id(recipe)` hashes the whole tree, so editing a default renames runs; that of a silent field is never edited.
+Units stand in the names or docstrings; `Runtime` (core/runtime/runtime.py) holds device, kernels and cadence, which
+are recorded, never hashed.
 """
 
 import dataclasses
@@ -40,10 +41,10 @@ from ablab.core.recipe.asks import (
     ShapesBatches,
 )
 from ablab.core.recipe.batches import Batches, batches_of
-from ablab.core.recipe.slots import SLOTS, held
+from ablab.core.recipe.slots import held
 
 LONGEST_NAME = 200  # bytes of a token folder's name; beside it stands .NAME.partial, and a file's name has 255
-SCHEMA = 1  # part of every identity: raise it when the meaning of a field changes
+SCHEMA = 2  # part of every identity: raise it when the meaning of a field changes
 
 
 Role = Literal["embedding", "hidden", "readout", "vector", "gate"]
@@ -60,7 +61,7 @@ class Attention:
     position: Builds = field(default_factory=position.Rope)
     on_qk: tuple[MayBuild, ...] = ()  # before the position is applied
     on_values: tuple[MayBuild, ...] = ()
-    mix: Builds = field(default_factory=mixing.Causal)
+    mix: Builds = silent(factory=mixing.Causal)
     on_heads: tuple[MayBuild, ...] = ()  # before the output projection
 
 
@@ -77,7 +78,7 @@ class Model:
     norm_eps: Positive = 1e-6
     on_embedding: tuple[MayBuild, ...] = ()  # after the table's rows, before the first block
     on_block: tuple[MayBuild, ...] = ()  # before each block
-    block: Builds = field(default_factory=block.Residual)  # how the two branches join
+    block: Builds = silent(factory=block.Residual)  # how the two branches join
     on_norm: tuple[MayBuild, ...] = ()  # after both norms of every block, not the final one
     attention: Attention = field(default_factory=Attention)
     ffn: Builds = field(default_factory=feedforward.SwiGLU)
@@ -127,8 +128,8 @@ class Data:
     vocab: Whole = 32_000
     context: Whole = 384  # tokens a row
     batch: Whole = 192  # rows of a full optimizer step
-    shape: ShapesBatches = field(default_factory=shape.Fixed)  # how steps grow to the full one
-    held_out: Whole = 1_000_000  # validation tokens, the first ones; fewer if the file is short
+    shape: ShapesBatches = silent(factory=shape.Fixed)  # how steps grow to the full one
+    held_out: Whole = 1_000_000  # validation tokens, spread over the file; all of a shorter one
 
 
 @dataclass(frozen=True)
@@ -253,9 +254,6 @@ def plain(recipe: Any) -> Any:
     return msgspec.to_builtins(recipe)
 
 
-LEAVES = (str, int, bool, NoneType, float)
-
-
 def _refuse_exotic(value: Any, path: str) -> None:
     kind = type(value)
     if kind in (str, int, bool, NoneType):
@@ -276,71 +274,43 @@ def _refuse_exotic(value: Any, path: str) -> None:
         _refuse_exotic(item, path + name)
 
 
-def _canonical(recipe: Recipe) -> dict[str, Any]:
-    """The plain tree without the silent slots and fields that stand at their default."""
-    tree = plain(recipe)
-    _drop_silent(recipe, tree)
-    for slot in SLOTS:
-        if slot.silent:
-            _drop_default(tree, recipe, slot.path.split("."))
-    return tree
+def _said(value: Any) -> Any:
+    """The plain tree of what a recipe says: without empty lists, and without silent fields at their default."""
+    if isinstance(value, tuple | list):
+        return [_said(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        fields = {name: getattr(value, name) for name in value.__dataclass_fields__}
+        for name, default in _silent_defaults(value.__class__).items():
+            if fields[name] == default:
+                del fields[name]
+        value = fields
+    if not isinstance(value, dict):
+        return value
+    below = {name: _said(item) for name, item in value.items()}
+    return {name: item for name, item in below.items() if item != []}
 
 
-def _drop_silent(value: Any, tree: Any) -> None:
-    """Take the fields that are `silent` and as by default out of the plain tree of `value`, in place."""
-    kind = type(value)
-    if kind in LEAVES:
-        return
-    if kind in (tuple, list):
-        for item, below in zip(value, tree, strict=True):
-            _drop_silent(item, below)
-    elif kind is dict:
-        for key, item in value.items():
-            _drop_silent(item, tree[key])
-    else:
-        for name, default in _fields_of(kind):
-            held_there = getattr(value, name)
-            if held_there == default:
-                del tree[name]
-            elif name in tree:
-                _drop_silent(held_there, tree[name])
+@cache  # of the same few classes for each of 10,000 cells
+def _silent_defaults(cls: Any) -> dict[str, Any]:
+    """Name -> default of the silent fields of a dataclass."""
+    return {
+        one.name: _default(one) for one in dataclasses.fields(cls) if SILENT in one.metadata
+    }
 
 
-@cache  # a grid of 10,000 cells asks the same of the same few
-def _fields_of(cls: type) -> tuple[tuple[str, Any], ...]:
-    """Name of each field, and its default where it is silent; what is equal to nothing where it is not."""
-    described: tuple[Any, ...] = dataclasses.fields(cls)  # type: ignore[arg-type]
-    return tuple(
-        (one.name, one.default if SILENT in one.metadata else object()) for one in described
-    )
-
-
-def _drop_default(tree: dict[str, Any], holder: Any, keys: list[str]) -> None:
-    """Take the slot at `keys` out of the holder's plain tree if it is as by default, and what this leaves empty."""
-    key, below = keys[0], keys[1:]
-    if below:
-        _drop_default(tree[key], getattr(holder, key), below)
-        dispensable = not tree[key]
-    else:
-        dispensable = getattr(holder, key) == _default(type(holder), key)
-    if dispensable:
-        del tree[key]
-
-
-def _default(cls: Any, name: str) -> Any:
-    described = next(one for one in dataclasses.fields(cls) if one.name == name)
-    if described.default_factory is dataclasses.MISSING:
-        return described.default
-    return described.default_factory()
+def _default(described: dataclasses.Field) -> Any:
+    made_by = described.default_factory
+    return described.default if made_by is dataclasses.MISSING else made_by()
 
 
 def run_id(recipe: Recipe) -> str:
     """sha256 of the canonical full recipe and the schema number, 16 hex digits.
 
-    A silent slot or field at its default is left out, so that a new one renames no run that was before it.
-    A part from a user's own file brings the digest of that file: an idea that was edited is another run.
+    Empty lists and silent fields at their default are left out, so that a new slot or field renames no run that was
+    before it.  A part from a user's own file brings the digest of that file: an idea that was edited is another run.
     """
-    tree = {"schema": SCHEMA, "recipe": _canonical(recipe)}
+    _refuse_exotic(recipe, "recipe")
+    tree = {"schema": SCHEMA, "recipe": _said(recipe)}
     canonical = msgspec.json.encode(tree, order="deterministic")
     for kind, digest in sorted(Part.foreign.items()):
         if f'"kind":"{kind}"'.encode() in canonical:

@@ -1,9 +1,10 @@
 """The slots of a recipe, one row each.  Whatever knows of slots reads this table:
 
     the checks of a recipe (recipe.py), clashes between interventions and the paths that they may claim
-    (intervention.py), what an identity leaves out (recipe.py), the stages of a plan (core/model/plan.py).
+    (intervention.py), the stages of a plan (core/model/plan.py).
 
 A slot is a field of the recipe and a row here; the place where its stages run is a line of core/model/transformer.py.
+An empty slot is in no identity (recipe.py); a choice that came after the first runs is declared `silent` there.
 """
 
 import re
@@ -38,7 +39,6 @@ class Slot:
     asks: the Protocol that a part must satisfy.
     many: ordered parts, any number; else exactly one, and two interventions that choose it clash.
     signature: of the stage's function, or of the method asked where there is no stage.
-    silent: at its default, or empty, it is left out of the identity; so is every slot that came after the first runs.
     keeps_state: its parts keep tensors by their kind, so that no kind may stand there twice.
     """
 
@@ -46,7 +46,6 @@ class Slot:
     asks: Any
     many: bool
     signature: str
-    silent: bool = False
     keeps_state: bool = False
 
     @cached_property
@@ -95,27 +94,9 @@ MANY = True
 ONE = False
 
 SLOTS = (
-    Slot(
-        "model.on_embedding",
-        MayBuild,
-        MANY,
-        "x [B,T,W], tokens [B,T], carry -> x, carry",
-        silent=True,
-    ),
-    Slot(
-        "model.on_block",
-        MayBuild,
-        MANY,
-        "x [B,T,W], carry -> x, carry",
-        silent=True,
-    ),
-    Slot(
-        "model.block",
-        Builds,
-        ONE,
-        "x [B,T,W], carry, attention, ffn -> x, carry",
-        silent=True,
-    ),
+    Slot("model.on_embedding", MayBuild, MANY, "x [B,T,W], tokens [B,T], carry -> x, carry"),
+    Slot("model.on_block", MayBuild, MANY, "x [B,T,W], carry -> x, carry"),
+    Slot("model.block", Builds, ONE, "x [B,T,W], carry, attention, ffn -> x, carry"),
     Slot("model.on_norm", MayBuild, MANY, "x [B,T,W] -> x"),
     Slot("model.attention.on_qk", MayBuild, MANY, "q [B,T,H,D], k [B,T,KV,D] -> q, k"),
     Slot("model.attention.position", Builds, ONE, "q [B,T,H,D], k [B,T,KV,D], start -> q, k"),
@@ -125,17 +106,10 @@ SLOTS = (
         Builds,
         ONE,
         "q [B,H,T,D], k [B,KV,S,D], v [B,KV,S,D], carry, start -> y [B,H,T,D]",
-        silent=True,
     ),
     Slot("model.attention.on_heads", MayBuild, MANY, "y [B,T,H,D], x [B,T,W] -> y"),
     Slot("model.ffn", Builds, ONE, "x [B,T,W] -> x"),
-    Slot(
-        "model.on_features",
-        MayBuild,
-        MANY,
-        "x [B,T,W], carry -> x",
-        silent=True,
-    ),
+    Slot("model.on_features", MayBuild, MANY, "x [B,T,W], carry -> x"),
     Slot("model.on_logits", MayBuild, MANY, "logits [B,T,V] -> logits"),
     Slot("model.products", Multiplies, MANY, "path, linear -> product of (x, weight), or None"),
     Slot(
@@ -150,7 +124,6 @@ SLOTS = (
         ScalesGradients,
         MANY,
         "norm, state, now -> factor on every gradient, state",
-        silent=True,
         keeps_state=True,
     ),
     Slot(
@@ -165,7 +138,6 @@ SLOTS = (
         ShapesBatches,
         ONE,
         "batch, context -> phases: until a share of the budget, rows, context",
-        silent=True,
     ),
     Slot("schedule", Schedules, ONE, "t, steps -> factor on the learning rate"),
     Slot("after_step", Advances, MANY, "state, weights, t, steps", keeps_state=True),

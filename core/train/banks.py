@@ -151,7 +151,8 @@ class Optimizer:
         Returns the gradient norm before clipping, 0-D.
         """
         multiplier = self.schedule.multiplier(t, self.steps)
-        numbers = torch.tensor([self.lr * multiplier, fraction, t, t / self.steps, multiplier])
+        progress = (t - 1) / self.steps
+        numbers = torch.tensor([self.lr * multiplier, fraction, t, progress, multiplier])
         norm = self.launch(numbers)
         for bank, part in self.periodic:
             if (t - 1) % part.refresh_every == 0:
@@ -183,7 +184,7 @@ class Optimizer:
 
 
 class Numbered:
-    """A move as a function of one tensor: [learning rate, fraction, step, step / steps, the schedule's value]."""
+    """A move as a function of one tensor: [learning rate, fraction, and the fields of Now]."""
 
     def __init__(self, move: Move):
         self.move = move

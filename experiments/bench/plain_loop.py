@@ -127,7 +127,7 @@ class PlainLoop:
     def lr(self) -> float:
         """Linear warm-up, then a cosine from the peak to FLOOR of it."""
         warm = min(self.t / WARMUP, 1)
-        done = max(self.t - WARMUP, 0) / max(self.steps - WARMUP, 1)
+        done = max(self.t - 1 - WARMUP, 0) / max(self.steps - WARMUP, 1)
         cosine = (1 + math.cos(math.pi * done)) / 2
         return LR * warm * (FLOOR + (1 - FLOOR) * cosine)
 

@@ -54,23 +54,25 @@ def test_one_and_zero_are_exactly_the_baseline(tiny, build, batch, treatment):
 
 
 @pytest.mark.parametrize(
-    ("name", "own", "first"),
+    ("name", "own", "first", "layers", "mixing"),
     [
-        ("identity", 0.5, 0.5),
-        ("constant", 1, 2),
-        ("sparse", 1, 5),
-        ("learnable", 0.5, 0.5),
+        ("identity", 0.5, 0.5, 6, {2, 3, 4, 5, 6}),
+        ("constant", 1, 2, 6, {2, 3, 4, 5, 6}),
+        ("sparse", 1, 5, 6, {5, 6}),
+        ("sparse", 1, 5, 8, {6, 7, 8}),  # the source's model
+        ("sparse", 1, 5, 4, {3, 4}),
+        ("learnable", 0.5, 0.5, 6, {2, 3, 4, 5, 6}),
     ],
 )
 def test_each_form_mixes_raw_first_values_by_its_own_weights(
-    tiny, build, batch, name, own, first
+    tiny, build, batch, name, own, first, layers, mixing
 ):
     """Layer 3 takes layer 1's raw values, not layer 2's mixture; `sparse` leaves all but the last third alone."""
-    recipe = tiny(form(name), model__attention__group=2, model__layers=6)
+    recipe = tiny(form(name), model__attention__group=2, model__layers=layers)
     raw, used = values_of(build(recipe), batch(recipe)[:, :-1])
     assert np.array_equal(used[0], raw[0])
-    for layer in range(1, 6):
-        mixes_here = name != "sparse" or layer >= 4
+    for layer in range(1, layers):
+        mixes_here = layer + 1 in mixing
         expected = own * raw[layer] + first * raw[0] if mixes_here else raw[layer]
         assert apart(used[layer], expected) < 2e-6, layer
         assert apart(raw[layer], raw[0]) > 0.5

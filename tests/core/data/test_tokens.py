@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ablab.core.data.contents import digest_of
-from ablab.core.data.tokens import Tokens
+from ablab.core.data.tokens import Tokens, spread_rows
 from ablab.core.errors import UserError
 
 
@@ -113,16 +113,43 @@ def test_the_seed_alone_decides_so_every_arm_sees_the_same_rows(tiny, token_fold
     )
 
 
-def test_held_out_rows_are_the_first_tokens_in_file_order_whatever_the_seed(tiny, token_folder):
+def test_held_out_rows_are_spread_over_the_file_in_its_order_whatever_the_seed(
+    tiny, token_folder
+):
+    """Its 400 tokens are 24 windows of 16 and one token more; 320 are 20 rows: 24 / 20 windows from one to the next."""
     ids = np.fromfile(token_folder / "val.bin", "<u2").astype(np.int64)
     for seed in (0, 1):
         tokens = open_tokens(tiny, token_folder, seed=seed)
         assert tokens.held_out_rows() == 20
-        expected = np.stack([ids[16 * row : 16 * row + 17] for row in range(3, 8)])
+        expected = np.stack([ids[16 * window : 16 * window + 17] for window in (3, 4, 6, 7, 8)])
         assert np.array_equal(tokens.held_out_batch(3, 5).numpy(), expected)
-    assert open_tokens(tiny, token_folder, data__held_out=100).held_out_rows() == 6
-    # The file holds 400.
-    assert open_tokens(tiny, token_folder, data__held_out=10_000).held_out_rows() == 24
+    quarter = open_tokens(tiny, token_folder, data__held_out=100)
+    assert quarter.held_out_starts == [0, 64, 128, 192, 256, 320]
+    whole = open_tokens(tiny, token_folder, data__held_out=10_000)
+    assert whole.held_out_starts == list(range(0, 384, 16))
+
+
+@settings(max_examples=100)
+@given(
+    context=st.integers(1, 50),
+    windows=st.integers(1, 500),
+    more=st.integers(0, 49),
+    data=st.data(),
+)
+def test_spread_rows_never_meet_and_leave_no_long_gap(context, windows, more, data):
+    """Each lies in the file, on a window; neighbours are n windows apart, n the mean distance rounded down or up."""
+    tokens = windows * context + 1 + more % context
+    wanted = data.draw(st.integers(1, windows))
+    starts = np.array(spread_rows(tokens, context, wanted))
+    assert len(starts) == wanted
+    assert starts[0] == 0
+    assert starts[-1] + context + 1 <= tokens
+    assert not (starts % context).any()
+    apart = np.diff([*starts, windows * context]) // context
+    assert set(apart) <= {windows // wanted, -(-windows // wanted)}
+    assert spread_rows(tokens, context, windows + 7) == list(
+        range(0, windows * context, context)
+    )
 
 
 def test_the_shortest_folder_that_is_accepted_yields_its_one_window(

@@ -126,5 +126,7 @@ def test_a_shape_that_cannot_be_cut_is_refused(tiny, phases, said):
 
 
 def test_the_fixed_shape_is_no_part_of_an_identity_and_another_is(tiny):
-    assert run_id(tiny()) == "6efb1ae466ec8d13"  # as before there were shapes
+    assert (
+        run_id(tiny()) == "411cc91280f1bd78"
+    )  # that of a recipe without the field: test_slots.py writes it out
     assert run_id(shaped(tiny, Phase(1.0, 4, 16))) != run_id(tiny())

@@ -1,6 +1,8 @@
 """The chains against torch and fp64 loops; banks, clipping, decay and the three factors of a learning rate."""
 
+import itertools
 import math
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from ablab.core.language.declare import Param
 from ablab.core.model.objective import token_losses
+from ablab.core.parts.transforms import bias_correction
 from ablab.core.train.banks import Optimizer
 
 STEADY = {"schedule": "constant", "optim__clip": None}
@@ -65,6 +68,31 @@ def test_adam_and_decay_equal_torch_adamw_in_fp64_over_20_steps(
         torch_rule.step()
         assert (seen[t]["w"] - weight).abs().max() < 3e-6, t
     assert (seen[20]["w"] - seen[0]["w"]).abs().mean() > 0.02
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.95, 0.999, 0.9999, 0.99999])
+@pytest.mark.parametrize("step", [1, 2, 3, 100, 3_500, 1_000_000])
+def test_a_bias_correction_is_right_to_1e7_of_its_value(beta, step):
+    """1 - beta^t in fp32 is off by 2e-4 at .9999."""
+    exact = 1 - Decimal(beta) ** step
+    found = bias_correction(beta, torch.tensor(float(step)))
+    assert found.dtype == torch.float32
+    assert abs(Decimal(found.item()) / exact - 1) < Decimal(2e-7)
+
+
+@pytest.mark.parametrize("beta2", [0.95, 0.999, 0.9999])
+def test_under_an_unchanging_gradient_adam_moves_by_the_learning_rate_from_the_first_step(
+    tiny, drive, beta2
+):
+    """m^ = g and sqrt(v^) = |g|, whatever the betas."""
+    start = {"w": (Param((6, 10), "hidden"), torch.zeros(6, 10))}
+    gradient = randn(6, 10)
+    adam = {"kind": "adam", "beta2": beta2}
+    recipe = tiny(optim__lr=1.0, optim__chains__hidden__steps=[adam], **STEADY)
+    moved, _ = drive(recipe, start, [{"w": gradient}] * 5)
+    for before, after in itertools.pairwise(moved):
+        step = before["w"] - after["w"]
+        assert (step - gradient.sign()).abs().max() < 3e-6
 
 
 def test_lion_equals_an_fp64_loop(tiny, drive):
@@ -278,12 +306,12 @@ def test_only_hidden_matrices_decay(tiny, build, treatment):
     ("schedule", "factor"),
     [
         ("constant", lambda t, m: 1.0),
-        ("linear", lambda t, m: 1 - t / 12),
+        ("linear", lambda t, m: 1 - (t - 1) / 12),
         ("lr", lambda t, m: m),
     ],
 )
 def test_decay_schedules_hit_their_corners(tiny, drive, schedule, factor):
-    """Cosine with 3 steps of warm-up and no floor over 12 steps: multiplier 1 at step 3, 0.5 at 7.5, 0 at 12."""
+    """Cosine with 3 steps of warm-up and no floor over 12 steps: multiplier 1 at step 3 and 4, 0.03 at 12."""
     recipe = tiny(
         optim__chains__hidden__steps=[{"kind": "decay", "rate": 0.4, "schedule": schedule}],
         optim__lr=0.5,
@@ -292,7 +320,7 @@ def test_decay_schedules_hit_their_corners(tiny, drive, schedule, factor):
     start = matrices("w")
     seen, _ = drive(recipe, start, [{"w": torch.zeros(6, 10)}] * 12)
     for t in range(1, 13):
-        multiplier = t / 3 if t < 3 else (1 + math.cos(math.pi * (t - 3) / 9)) / 2
+        multiplier = t / 3 if t < 4 else (1 + math.cos(math.pi * (t - 4) / 9)) / 2
         ratio = seen[t]["w"] / seen[t - 1]["w"]
         assert (
             ratio - (1 - 0.5 * multiplier * 0.4 * factor(t, multiplier))
@@ -317,7 +345,7 @@ def test_a_step_is_optim_lr_times_chain_lr_times_schedule_times_width_factor(tin
     }
     seen, _ = drive(recipe, start, [{"h": torch.ones(6, 10), "v": torch.ones(10)}] * 12)
     for t in range(1, 13):
-        multiplier = t / 3 if t < 3 else 0.1 + 0.9 * (1 + math.cos(math.pi * (t - 3) / 9)) / 2
+        multiplier = t / 3 if t < 4 else 0.1 + 0.9 * (1 + math.cos(math.pi * (t - 4) / 9)) / 2
         step = {name: seen[t - 1][name] - seen[t][name] for name in start}
         assert (step["h"] / (0.03 * 5.0 * 0.5 * multiplier) - 1).abs().max() < 2e-5, t
         assert (step["v"] / (0.03 * 0.1 * multiplier) - 1).abs().max() < 2e-5, t

@@ -96,7 +96,7 @@ def test_training_equals_a_plain_torch_loop(tiny, build, token_folder, tmp_path)
         rule.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        lr = 0.01 * (t / 3 if t < 3 else 0.1 + 0.9 * (1 + math.cos(math.pi * (t - 3) / 9)) / 2)
+        lr = 0.01 * (t / 3 if t < 4 else 0.1 + 0.9 * (1 + math.cos(math.pi * (t - 4) / 9)) / 2)
         for group in rule.param_groups:
             group["lr"] = lr
         rule.step()
