@@ -50,6 +50,17 @@ class Tables(nn.Module):
             self._buffers[name] = torch.zeros(shape)
 
 
+class Angles(Tables):
+    """Of one kind of rotary positions: cos and sin, [context, R/2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """int [B,T] -> cos and sin there, [B,T,1,R/2]."""
+        return self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+
+
 class Stage(nn.Module):
     """A function of the plan with its parameters, maps, tables and numbers bound by name.
 
@@ -196,6 +207,11 @@ class Past(DynamicLayer):
         super().__init__()
         self.name = name
 
+    @property
+    def value(self) -> Tensor:
+        assert self.keys is not None, "kept before it is asked for"
+        return self.keys
+
     def keep(self, value: Tensor) -> None:
         self.keys = self.values = value
         self.dtype, self.device = value.dtype, value.device
@@ -216,7 +232,7 @@ class AblabForCausalLM(PreTrainedModel, GenerationMixin):
         self.embed_tokens = nn.Embedding(vocab, width)
         self.on_table = Stages(plan["on_table"])
         self.on_embedding = Stages(plan["on_embedding"])
-        self.tables = nn.ModuleList(Tables(shapes) for shapes in plan["positions"])
+        self.tables = nn.ModuleList(map(Angles, plan["positions"]))
         self.blocks = nn.ModuleList(Block(one, i) for i, one in enumerate(plan["blocks"]))
         self.on_features = Stages(plan["on_features"])
         self.norm = Stage(plan["norm"])
@@ -243,7 +259,7 @@ class AblabForCausalLM(PreTrainedModel, GenerationMixin):
             case nn.Linear():
                 module.weight.normal_(0.0, module.in_features**-0.5)
             case Stage():
-                for name, value in module._parameters.items():
+                for name, value in module.named_parameters(recurse=False):
                     value.fill_(module.start[name])
 
     def forward(
@@ -346,11 +362,8 @@ class AblabForCausalLM(PreTrainedModel, GenerationMixin):
         context = self.config.max_position_embeddings
         if before + new > context and position_ids.max() >= context:
             raise ValueError(f"a row of {before + new} tokens exceeds the context of {context}")
-        turns = [
-            (table.cos[position_ids][:, :, None], table.sin[position_ids][:, :, None])
-            for table in self.tables
-        ]
-        windows = {block.attention.window for block in self.blocks}
+        turns = [angles(position_ids) for angles in self.tables]
+        windows = {block["attention"]["window"] for block in self.config.plan["blocks"]}
         distance = place[before:, None] - place  # [T,S], of a key behind the query
         masks = {window: self.mask(distance, there, window) for window in windows}
         return Seen(turns, masks, new > 1 and not before, cache)
@@ -370,7 +383,7 @@ class AblabForCausalLM(PreTrainedModel, GenerationMixin):
     def recalled(self, cache: Cache | None) -> Carry:
         """The carry as the tokens before left it."""
         layers = cache.layers if cache is not None else []
-        return {layer.name: layer.keys for layer in layers if isinstance(layer, Past)}
+        return {layer.name: layer.value for layer in layers if isinstance(layer, Past)}
 
     def remember(self, cache: Cache | None, carry: Carry) -> None:
         if cache is None:
