@@ -41,6 +41,10 @@ TORCH = {  # the files that work on tensors; everything else can be imported, li
     "ablations/checks/liveness.py",
     "ablations/checks/timeline.py",
     "core/data/tokens.py",
+    "core/interop/exporting.py",
+    "core/interop/importing.py",
+    "core/interop/modeling_ablab.py",
+    "core/interop/weights.py",
     "core/model/decode.py",
     "core/model/init.py",
     "core/model/layers.py",
@@ -94,6 +98,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "runtime": {"language", "parts", "recipe", "model"},
         "fusion": {"language", "parts", "recipe", "model", "runtime"},
         "train": {"language", "parts", "recipe", "model", "data", "runtime", "fusion", "store"},
+        "interop": {"language", "parts", "recipe", "model", "data", "store"},
     },
     "analysis": {
         "effects": set(),

@@ -36,6 +36,8 @@ class FP8(Part):
     where: Literal["ffn", "readout", "both"] = "ffn"  # a tied head has no readout of its own
     gradient: Literal["e5m2", "e4m3"] = "e5m2"
 
+    training_alone = True  # so an exported model multiplies plainly
+
     def apply(self, recipe):
         if recipe.model.tied and self.where != "ffn":
             raise UserError(

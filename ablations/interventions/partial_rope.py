@@ -15,7 +15,7 @@ from typing import Literal
 from ablab.core.errors import UserError
 from ablab.core.language.declare import Stage, Table, Where
 from ablab.core.language.numbers import Positive, Share
-from ablab.core.language.offers import Turn, only
+from ablab.core.language.offers import Turn, TurnLeading, only
 from ablab.core.language.part import Part
 from ablab.core.parts.position import Rope, angles, rotate
 from ablab.core.recipe.edit import edit, put
@@ -50,7 +50,7 @@ class PartialRope(Part):
         sin = Table(lambda: moving_angles(*size).sin())
         if channels == where.head_dim:
             return Stage(rotate, offer=Turn(only("cos", "sin")), cos=cos, sin=sin)
-        return Stage(rotate_leading, cos=cos, sin=sin)
+        return Stage(rotate_leading, offer=TurnLeading(only("cos", "sin")), cos=cos, sin=sin)
 
     def _pairs(self, head_dim: int) -> int:
         """Pairs of channels that turn."""

@@ -19,6 +19,7 @@ from msgspec import Meta
 from ablab.core.errors import UserError
 from ablab.core.language.declare import Stage, Where
 from ablab.core.language.numbers import Whole
+from ablab.core.language.offers import WindowMix, only
 from ablab.core.language.part import Part
 from ablab.core.parts.mixing import Causal
 from ablab.core.recipe.edit import edit, put
@@ -49,7 +50,8 @@ class SlidingWindow(Part):
         self._refuse_what_is_causal(where)
         if not self._short(where.layer, where.layers):
             return Causal().build(where)
-        return Stage(windowed, window=self._window(where))
+        window = self._window(where)
+        return Stage(windowed, offer=WindowMix(only("window")), window=window)
 
     def keys_seen(self, where: Where) -> float:
         """w (1 - w / 2T): the mean of min(t, w), t from 0 to T."""

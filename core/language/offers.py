@@ -1,10 +1,10 @@
-"""What a stage or an optimizer step offers to kernels: the arithmetic that one may do in its place.
+"""What a stage or an optimizer step offers to kernels and to exports: the arithmetic that one may do in its place.
 
 An offer is given where the stage is built, beside its formula, and its function is the one that the formula computes
 with: a dose is read once, for both.  It is called with all that the stage has bound, by name, so a bound value that the
 function does not know is a TypeError, never ignored.  What offers nothing is computed as it is written.
 
-Which kernel takes which offer: core/fusion.
+Which kernel takes which offer: core/fusion.  What an exported model needs of positions and masks: core/interop.
 """
 
 from __future__ import annotations
@@ -58,6 +58,13 @@ class Turn(Offer):
 
 
 @dataclass(frozen=True)
+class TurnLeading(Offer):
+    """The same among the first R channels of a head; the others go on unchanged.  tables: fp32 [context, R/2]."""
+
+    tables: Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
 class Remembered(Fixed):
     """The projected values [B,T,KV,D] go into the carry, and on unchanged."""
 
@@ -75,6 +82,13 @@ class Mixed(Offer):
 @dataclass(frozen=True)
 class CausalMix(Fixed):
     """y = softmax(q k^T / sqrt(D)) v, each query over the keys up to its own position; H / KV queries share a key."""
+
+
+@dataclass(frozen=True)
+class WindowMix(Offer):
+    """The same, each query over its own key and the window - 1 before it.  window: **bound -> tokens."""
+
+    window: Callable[..., int]
 
 
 @dataclass(frozen=True)
