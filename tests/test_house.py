@@ -440,7 +440,9 @@ def test_the_wheel_holds_every_module_and_every_data_file(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     held = {name for name in names if ".dist-info/" not in name}
     # catalog/results/ is evidence for readers of the repository, and stays there.
-    beside = [*(ROOT / "configs").rglob("*"), *(ROOT / "experiments/catalog").iterdir()]
+    folders = ("experiments/catalog", "analysis/pages/web")
+    beside = [path for folder in folders for path in (ROOT / folder).iterdir()]
+    beside += (ROOT / "configs").rglob("*")
     data = [path for path in beside if path.is_file() and path.suffix != ".pyc"]
     assert held == {f"ablab/{shown(path)}" for path in (*MODULES, *data)}
 

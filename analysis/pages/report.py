@@ -1,6 +1,6 @@
 """An experiment's report: verdicts, numbers, two pictures, and what a reader must know before believing them.
 
-    ablab report NAME          write():    OUT/report.md, OUT/forest.png, OUT/curves.png
+    ablab report NAME          write():    OUT/report.md, OUT/forest.png, OUT/curves.png; OUT/report.html is html.py's
                                table():    the same numbers as rows of text, for the terminal
     ablab report NAME --json   as_json():  the same as plain data
 
@@ -83,10 +83,12 @@ def read(store: Store, experiment: str) -> Report:
 
 def write(store: Store, experiment: str, out: str | Path) -> Path:
     """Write report.md and its pictures into the folder `out`; the path of report.md."""
-    report = read(store, experiment)
+    return write_markdown(read(store, experiment), frame.curves(store, experiment), Path(out))
+
+
+def write_markdown(report: Report, logged: pd.DataFrame, folder: Path) -> Path:
+    """As `write`, of what has been read.  logged: of `frame.curves`."""
     plan = report.plan
-    logged = frame.curves(store, experiment)
-    folder = Path(out)
     pictures = []
     if any(effect.verdict != REFERENCE for effect in report.effects):
         pictures.append(
@@ -146,7 +148,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "metric": {"name": plan.metric, "unit": frame.unit(plan.metric), "better": plan.better},
         "design": plan.design,
         "tuning": "same hyper-parameters, not tuned",
-        "effects": [asdict(effect) | {"off": _off(plan, effect)} for effect in report.effects],
+        "effects": [asdict(effect) | {"off": off(plan, effect)} for effect in report.effects],
         "warnings": report.warnings,
         "runs": runs.where(runs.notna(), None).to_dict("records"),
     }
@@ -271,11 +273,11 @@ def _verdict(plan: GridPlan, arm: Effect) -> dict[str, str]:
     return {
         "arm": arm.cell,
         "what it says": arm.sentence,
-        "OFF means": _off(plan, arm) or NONE,
+        "OFF means": off(plan, arm) or NONE,
     }
 
 
-def _off(plan: GridPlan, effect: Effect) -> str:
+def off(plan: GridPlan, effect: Effect) -> str:
     """What stands where the toggles that tell cell and reference apart are off: the sentences from the plan."""
     ours = plan.treatments.get(effect.cell)
     theirs = plan.treatments.get(effect.reference or "")

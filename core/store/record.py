@@ -199,7 +199,7 @@ class Record:
 
     def pace(self) -> Iterator[Scalars]:
         """Damaged lines are left out: what the clock says is in no verdict."""
-        return map(_scalars, BytesIO(_until(sys.maxsize, _content(self.pace_path))))
+        return (values for _, values in _sound(sys.maxsize, _content(self.pace_path)))
 
 
 # -- the bytes of a log ------------------------------------------------------------------------------------------------
@@ -241,22 +241,29 @@ def _line(values: Mapping[str, float]) -> bytes:
 
 def _until(step: int, logged: bytes) -> bytes:
     """The whole lines of a log up to `step`, as they are; of damaged and doubled ones, none."""
-    kept = b""
+    return b"".join(line for line, _ in _sound(step, logged))
+
+
+def _sound(step: int, logged: bytes) -> Iterator[tuple[bytes, Scalars]]:
+    """Those lines, each with what it says."""
     last = -1
     for line in BytesIO(logged):
         try:
-            at = _scalars(line)["step"]
+            values = _scalars(line)
         except FLAWS:
             continue
+        at = int(values["step"])
         if last < at <= step and line.endswith(b"\n"):
-            kept += line
-            last = int(at)
-    return kept
+            yield line, values
+            last = at
+
+
+LINE = msgspec.json.Decoder(Scalars)
 
 
 def _scalars(line: bytes) -> Scalars:
     """One line.  Raises one of FLAWS for what no run logs."""
-    values = msgspec.json.decode(line, type=Scalars)
+    values = LINE.decode(line)
     if not isinstance(values.get("step"), int):
         raise msgspec.ValidationError("it has no step")
     return values

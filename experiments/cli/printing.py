@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -14,6 +14,7 @@ from ablab.core.store.store import Store
 from ablab.experiments.text import count, table
 
 if TYPE_CHECKING:
+    from ablab.analysis.pages.report import Report
     from ablab.core.recipe.recipe import Recipe
     from ablab.core.runtime.runtime import Runtime
     from ablab.experiments.plan.experiment import Experiment, PlannedRun
@@ -118,7 +119,7 @@ def show_report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {
     if as_json:
         return typer.echo(json.dumps(reports.as_json(found) | more, indent=1))
     folder = store.root / "reports" / name
-    page = _kept(lambda: reports.write(store, name, folder))
+    pages = _kept(lambda: _write_pages(store, found, folder))
     typer.echo(f"\n{found.plan.question}")
     table(reports.table(found.effects), SPARE)
     for effect in found.effects:
@@ -128,16 +129,31 @@ def show_report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {
         typer.echo(f"warning: {warning}", err=True)
     pictures = (folder / "forest.png", folder / "curves.png")
     drawn = ", ".join(str(picture) for picture in pictures if picture.exists())
-    if page:
-        typer.echo(f"\nreport: {page}")
+    if pages:
+        page, text = pages
+        typer.echo(f"\npage:   {page}")
+        typer.echo(f"report: {text}")
         typer.echo(f"plots:  {drawn}")
     typer.echo(f"MLflow: ablab ui --store {store.root}")
     if is_study:
         typer.echo(f"study:  {command(name, 'study', found.plan.sheet)}")
 
 
-def _kept(write: Callable[[], Path]) -> Path | None:
-    """Where a page was written; None, after a warning, in a store that can only be read."""
+def _write_pages(store: Store, found: "Report", folder: Path) -> tuple[Path, Path]:
+    """The page that a browser opens, and the same as Markdown with pictures."""
+    from ablab.analysis.effects import frame
+    from ablab.analysis.pages import html
+    from ablab.analysis.pages.report import write_markdown
+
+    logged = frame.curves(store, found.plan.name)
+    return html.write(store, found, logged, folder), write_markdown(found, logged, folder)
+
+
+Written = TypeVar("Written")
+
+
+def _kept(write: Callable[[], Written]) -> Written | None:
+    """What was written; None, after a warning, in a store that can only be read."""
     try:
         return write()
     except (UserError, OSError) as refusal:

@@ -1,0 +1,310 @@
+"""An experiment's page: one HTML file that holds everything, from its answer to its run ids, and asks no network.
+
+    render()   the page as text
+    write()    OUT/report.html
+
+What a reader sees first is plain HTML: the answer, the verdicts.  Charts are drawn by plotly.js once that is there; it
+travels in the page, gzipped (4.8 MB -> 1.9 MB), and is unpacked after the first paint.
+"""
+
+import base64
+import gzip
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import pandas as pd
+
+from ablab.analysis.effects import frame
+from ablab.analysis.effects.effects import INERT, REFERENCE
+from ablab.analysis.pages.answer import answer, standing
+from ablab.analysis.pages.bands import bands, differences, metrics_of
+from ablab.analysis.pages.html_tables import (
+    Table,
+    costs,
+    failures,
+    provenance,
+    run_list,
+    verdicts,
+)
+from ablab.analysis.pages.report import METHOD, Report
+from ablab.analysis.pages.report import read as read_report
+from ablab.core.store.files import write_atomically
+from ablab.core.store.result import FINISHED
+from ablab.core.store.store import Store
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+WEB = files("ablab.analysis.pages") / "web"
+PLOTLY = "plotly.min.js"
+CURVES_OF_LOST_RUNS = 60  # beyond, they are counted and not drawn
+
+
+@dataclass(frozen=True)
+class Look:
+    """A grid that is still running, as `ablab watch` has just seen it."""
+
+    at: str  # the time of day
+    progress: str  # 14 of 36 runs finished, 2 training
+    left: str  # about 4 min
+    share: float  # of all training that is done, in [0, 1]
+    training: list[dict[str, str]] = field(default_factory=list)  # a row a run that trains now
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page shows: the report, the curves behind it, and where it all comes from."""
+
+    report: Report
+    logged: pd.DataFrame  # of frame.curves
+    sources: Table  # of html_tables.provenance
+    look: Look | None = None
+
+    @property
+    def statuses(self) -> tuple[str, ...]:
+        """Of the runs whose curves count: while a grid runs, those that are on their way too."""
+        return (FINISHED, frame.INTERRUPTED) if self.look else (FINISHED,)
+
+
+def write(store: Store, report: Report, logged: pd.DataFrame, folder: Path) -> Path:
+    """Write report.html into `folder`."""
+    path = folder / "report.html"
+    page = Page(report, logged, provenance(store, report.runs))
+    write_atomically(path, render(page).encode())
+    return path
+
+
+def read(store: Store, experiment: str) -> Page:
+    """UserError when no run has finished yet."""
+    report = read_report(store, experiment)
+    logged = frame.curves(store, experiment)
+    return Page(report, logged, provenance(store, report.runs))
+
+
+def render(page: Page, plotly: str = "") -> str:
+    """The whole page.  plotly: an address that serves plotly.js; empty: it travels in the page."""
+    return (
+        _templates()
+        .get_template("page.html")
+        .render(
+            title=page.report.plan.name,
+            css=_asset("page.css"),
+            script=_asset("page.js"),
+            main=main(page),
+            data=data(page),
+            plotly=plotly,
+            plotly_packed="" if plotly else _packed_plotly(),
+            live=bool(page.look),
+        )
+    )
+
+
+def main(page: Page) -> str:
+    """What stands between head and scripts."""
+    report = page.report
+    plan = report.plan
+    arms = [effect for effect in report.effects if effect.verdict != REFERENCE]
+    method = METHOD.format(methods="", arms=len(arms), false=0.05 * len(arms))
+    return (
+        _templates()
+        .get_template("main.html")
+        .render(
+            plan=plan,
+            unit=frame.unit(plan.metric),
+            answer=answer(report.effects, plan.metric),
+            warnings=report.warnings,
+            look=page.look,
+            facts=_facts(report),
+            verdicts=verdicts(report),
+            costs=costs(report, page.logged),
+            failures=failures(report),
+            sources=page.sources,
+            runs=run_list(report),
+            method=method,
+            has_curves=len(page.logged) > 0,
+            has_forest=any(arm.delta is not None for arm in arms),
+        )
+    )
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    """A word and a number each, below the answer."""
+    runs = report.runs
+    done = int((runs.status == FINISHED).sum()) if len(runs) else 0
+    arms = sum(effect.verdict != REFERENCE for effect in report.effects)
+    seeds = sorted(effect.n for effect in report.effects if effect.verdict != INERT)
+    each = f"{seeds[0]}" if seeds and seeds[0] == seeds[-1] else ""
+    if seeds and not each:
+        each = f"{seeds[0]} to {seeds[-1]}"
+    plan = report.plan
+    return [
+        ("metric", f"{plan.metric}, {plan.better} is better"),
+        ("design", plan.design.replace("_", " ")),
+        ("arms", f"{arms}"),
+        ("seeds an arm", each or "0"),
+        ("runs", f"{done} of {len(runs)} finished"),
+    ]
+
+
+# -- what the charts are drawn from ------------------------------------------------------------------------------------
+
+
+def data(page: Page) -> str:
+    """JSON that may stand in a <script>: curves, the forest, colours of arms."""
+    report = page.report
+    logged = page.logged
+    plan = report.plan
+    found: dict[str, Any] = {
+        "metric": plan.metric,
+        "unit": frame.unit(plan.metric),
+        "better": plan.better,
+        "cells": list(dict.fromkeys(row.cell for row in plan.rows)),
+        "references": sorted({row.reference for row in plan.rows if row.reference}),
+        "forest": _forest(report),
+        "curves": {},
+        "units": {},
+        "differences": [],
+        "lost": [],
+    }
+    if len(logged):
+        metrics = metrics_of(logged, plan.metric)
+        shown = bands(logged, metrics, page.statuses)
+        found["curves"] = {
+            metric: _lines(rows) for metric, rows in shown.groupby("metric", sort=False)
+        }
+        found["units"] = {metric: frame.unit(metric) for metric in found["curves"]}
+        if plan.metric in found["curves"]:
+            found["differences"] = _lines(differences(logged, plan.metric, page.statuses))
+            found["lost"] = _lost(logged, plan.metric, page.statuses)
+    encoded = msgspec.json.encode(found).decode()
+    return encoded.replace("</", "<\\/")
+
+
+def _forest(report: Report) -> list[dict[str, Any]]:
+    return [
+        {
+            "cell": effect.cell,
+            "verdict": standing(effect),
+            "delta": effect.delta,
+            "low": effect.low,
+            "high": effect.high,
+            "says": effect.sentence,
+        }
+        for effect in report.effects
+        if effect.verdict != REFERENCE and effect.delta is not None
+    ]
+
+
+def _lines(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """A line a cell: tokens, seconds, mean and sd, a list each; NaN becomes null.
+
+    flops: of one token.  runs: a number where it is the same all along.
+    """
+    lines = []
+    for cell, line in rows.groupby("cell", sort=False):
+        count = line.runs.tolist()
+        lines.append(
+            {
+                "cell": str(cell),
+                "tokens": rounded(line.tokens.to_numpy(float)),
+                "token_flops": rounded((line.flops / line.tokens).to_numpy(float)[-1:])[0],
+                "seconds": rounded(line.seconds.to_numpy(float), 4),
+                "mean": rounded(line["mean"].to_numpy(float)),
+                "sd": rounded(line.sd.to_numpy(float), 3),
+                "runs": count if len(set(count)) > 1 else count[0],
+            }
+        )
+    return lines
+
+
+def _lost(logged: pd.DataFrame, metric: str, statuses: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The runs that did not finish, a line each."""
+    rows = logged[~logged.status.isin(statuses) & logged[metric].notna()]
+    lines = []
+    for _, run in rows.groupby("run", sort=False):
+        first = run.iloc[0]
+        lines.append(
+            {
+                "cell": first.cell,
+                "status": first.status.replace("_", " "),
+                "tokens": rounded(run.tokens.to_numpy(float)),
+                "token_flops": rounded((run.flops / run.tokens).to_numpy(float)[-1:])[0],
+                "seconds": rounded(run.seconds.to_numpy(float), 4),
+                "mean": rounded(run[metric].to_numpy(float)),
+            }
+        )
+    return lines[:CURVES_OF_LOST_RUNS]
+
+
+def rounded(values: np.ndarray, digits: int = 6) -> list[float | None]:
+    """To so many significant digits: what a chart can show, in a third of the bytes."""
+    known = np.isfinite(values) & (values != 0)
+    exponent = np.floor(np.log10(np.abs(np.where(known, values, 1))))
+    places = digits - 1 - exponent
+    # Divided by a power of ten that is a whole number, a value keeps the shortest form of its decimal.
+    up = 10.0 ** np.maximum(places, 0)
+    down = 10.0 ** np.maximum(-places, 0)
+    short = np.round(values / down * up) / up * down
+    listed = np.where(np.isfinite(values), short, np.nan).tolist()
+    return [None if value != value else value for value in listed]
+
+
+# -- its parts ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _templates() -> "Environment":
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    found = Environment(
+        loader=FunctionLoader(lambda name: _asset(f"{name}.j2")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters["code"] = _with_code
+    found.filters["breakable"] = _breakable
+    return found
+
+
+def _with_code(text: str) -> str:
+    """What stands in backticks as code, all else escaped."""
+    from markupsafe import Markup, escape
+
+    parts = str(escape(text)).split("`")
+    if len(parts) % 2 == 0:  # a backtick without its twin
+        return escape(text)
+    marked = [f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts)]
+    return Markup("".join(marked))
+
+
+def _breakable(text: str) -> str:
+    """A narrow column breaks a name behind its underscores and dots, not in numbers and not behind its sign."""
+    from markupsafe import Markup, escape
+
+    whole = re.sub(r"^([-+]) ", "\\1\N{NO-BREAK SPACE}", str(escape(text)))
+    return Markup(re.sub(r"(?<=[A-Za-z])([_.])(?=\w)", r"\1<wbr>", whole))
+
+
+@cache
+def _asset(name: str) -> str:
+    return (WEB / name).read_text("utf-8")
+
+
+@cache
+def plotly_js() -> bytes:
+    """plotly.js as the Python package brings it."""
+    return (files("plotly") / "package_data" / PLOTLY).read_bytes()
+
+
+@cache
+def _packed_plotly() -> str:
+    """Gzipped, in base64; the same bytes every time."""
+    return base64.b64encode(gzip.compress(plotly_js(), 6, mtime=0)).decode()

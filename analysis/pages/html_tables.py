@@ -1,0 +1,338 @@
+"""The tables of a page: cells of text with a value to sort by, and the same as CSV."""
+
+import base64
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from ablab.analysis.effects.effects import REFERENCE, Effect
+from ablab.analysis.pages.answer import standing
+from ablab.analysis.pages.report import FEWEST_PAIRS, Report, off
+from ablab.analysis.pages.text import NONE, number
+from ablab.core.store.record import Record
+from ablab.core.store.result import FINISHED
+from ablab.core.store.store import Store
+
+DATA = re.compile(r"^data:\n  name: (.*)\n  digest: (.*)$", re.MULTILINE)  # of recipe.yaml
+MOST_VALUES = 6  # of one fact of the provenance
+RECORDED = {
+    "code": "code",
+    "kernels": "kernels",
+    "runtime": "settings",
+}  # column or its prefix -> what it is
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table."""
+
+    text: str
+    value: float | str | None = None  # to sort by; the text where there is none
+    kind: str = ""  # a class of page.css
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str
+    kind: str = ""  # num: numbers; spare: a phone goes without
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A row of the verdict table."""
+
+    cell: str
+    word: str  # the verdict
+    says: str
+    off: str
+    delta: float | None
+    low: float | None
+    high: float | None
+    interval: str
+    cells: Sequence[Cell]
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """The verdict table, and the scale that its intervals are drawn on."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Verdict]
+    low: float
+    high: float
+    csv: str  # a data: address
+
+    def at(self, value: float) -> float:
+        """Where a delta stands on the scale, in per cent of its width."""
+        return round(100 * (value - self.low) / (self.high - self.low or 1), 2)
+
+
+def verdicts(report: Report) -> Verdicts:
+    """The arms, the reference first."""
+    effects = sorted(report.effects, key=lambda effect: effect.verdict != REFERENCE)
+    known = [
+        end
+        for effect in effects
+        for end in (effect.low, effect.high, effect.delta)
+        if end is not None
+    ]
+    columns = [
+        Column("mean", "num spare"),
+        Column("sd", "num spare", "between seeds"),
+        Column("seeds", "num", "pairs of arm and reference that both finished"),
+        Column("tokens/s", "num spare"),
+        Column("x reference", "num spare", "throughput over that of the reference"),
+        Column("method", "spare"),
+    ]
+    return Verdicts(
+        columns=columns,
+        rows=[_verdict(report, effect) for effect in effects],
+        low=min([0.0, *known]),
+        high=max([0.0, *known]),
+        csv=csv_address(_effects_frame(effects)),
+    )
+
+
+def _verdict(report: Report, effect: Effect) -> Verdict:
+    ratio = effect.tokens_per_second_ratio
+    interval = ""
+    if effect.low is not None and effect.high is not None:
+        interval = f"{signed(effect.low)} to {signed(effect.high)}"
+    few = "few" if effect.n < FEWEST_PAIRS else ""
+    return Verdict(
+        cell=effect.cell,
+        word=standing(effect),
+        says=effect.sentence,
+        off="" if effect.verdict == REFERENCE else off(report.plan, effect),
+        delta=effect.delta,
+        low=effect.low,
+        high=effect.high,
+        interval=interval,
+        cells=[
+            Cell(number(effect.mean, ".4f"), effect.mean, "num spare"),
+            Cell(number(effect.sd, ".4f"), effect.sd, "num spare"),
+            Cell(f"{effect.n}", effect.n, f"num {few}"),
+            Cell(
+                number(effect.tokens_per_second, ",.0f"), effect.tokens_per_second, "num spare"
+            ),
+            Cell(number(ratio, ".2f"), ratio, "num spare"),
+            Cell(effect.method or NONE, kind="spare"),
+        ],
+    )
+
+
+def signed(value: float) -> str:
+    """With its sign, a true minus."""
+    return f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _effects_frame(effects: Iterable[Effect]) -> pd.DataFrame:
+    told = [
+        "cell",
+        "reference",
+        "n",
+        "mean",
+        "sd",
+        "reference_mean",
+        "delta",
+        "low",
+        "high",
+        "method",
+        "tokens_per_second",
+        "tokens_per_second_ratio",
+        "sentence",
+    ]
+    return pd.DataFrame(
+        [
+            {name: getattr(effect, name) for name in told} | {"verdict": standing(effect)}
+            for effect in effects
+        ]
+    )
+
+
+def csv_address(table: pd.DataFrame) -> str:
+    """A data: address under which a browser saves the table."""
+    encoded = base64.b64encode(table.to_csv(index=False).encode()).decode()
+    return f"data:text/csv;charset=utf-8;base64,{encoded}"
+
+
+# -- what it took ------------------------------------------------------------------------------------------------------
+
+
+def costs(report: Report, logged: pd.DataFrame) -> Table:
+    """A row a cell, and their sum."""
+    runs = report.runs
+    flops: dict[str, float] = {}
+    if len(logged):
+        flops = logged.groupby("run").flops.max().to_dict()
+    spent = runs.assign(flops=runs.run.map(flops).astype(float)) if len(runs) else runs
+    rows = [_cost(str(cell), own) for cell, own in spent.groupby("cell", sort=False)]
+    # A run that several cells share was trained once.
+    rows.append(_cost("all", spent.drop_duplicates("run"), kind="total"))
+    columns = [
+        Column("arm"),
+        Column("runs", "num"),
+        Column("tokens", "num", "of training, all runs"),
+        Column("FLOPs", "num spare", "forward and backward"),
+        Column("hours", "num", "of training, all runs; runs side by side count each"),
+        Column("tokens/s", "num spare", "mean of the finished runs"),
+        Column("peak GiB", "num spare", "of device memory"),
+    ]
+    return Table(columns, rows)
+
+
+def _cost(name: str, runs: pd.DataFrame, kind: str = "") -> list[Cell]:
+    seconds = float(runs.seconds.sum())
+    tokens = float(runs.tokens.sum())
+    flops = float(runs.flops.sum()) if runs.flops.notna().any() else None
+    done = runs[runs.status == FINISHED]
+    rate = done.tokens_per_second.mean() if len(done) else None
+    peak = runs.peak_bytes.max() / 2**30
+    return [
+        Cell(name, kind=kind),
+        Cell(f"{len(runs)}", len(runs), "num"),
+        Cell(counted(tokens), tokens, "num"),
+        Cell(f"{flops:.2e}" if flops else NONE, flops, "num spare"),
+        Cell(hours(seconds), seconds, "num"),
+        Cell(number(rate, ",.0f"), rate, "num spare"),
+        Cell(number(peak or None, ".1f"), peak, "num spare"),
+    ]
+
+
+def counted(tokens: float) -> str:
+    """In thousands, millions, billions: 1.5 M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if tokens >= size:
+            return f"{tokens / size:.3g} {letter}"
+    return f"{tokens:.0f}"
+
+
+def hours(seconds: float) -> str:
+    """Hours; of less than a tenth of one, minutes or seconds."""
+    if seconds >= 360:
+        return f"{seconds / 3600:.2f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+# -- what was lost, and where all of it comes from ---------------------------------------------------------------------
+
+
+def failures(report: Report) -> Table:
+    """The runs that left no final number."""
+    runs = report.runs
+    lost = runs[runs.status != FINISHED] if len(runs) else runs
+    columns = [
+        Column("arm"),
+        Column("seed", "num"),
+        Column("status"),
+        Column("step", "num spare"),
+        Column("what happened"),
+        Column("run", "spare"),
+    ]
+    rows = [
+        [
+            Cell(run.cell),
+            Cell(f"{run.seed}", run.seed, "num"),
+            Cell(run.status.replace("_", " ")),
+            Cell(f"{run.step}" if run.step else NONE, run.step, "num spare"),
+            Cell(run.error or run.note or NONE),
+            Cell(run.run, kind="code spare"),
+        ]
+        for run in lost.itertuples()
+    ]
+    return Table(columns, rows)
+
+
+def run_list(report: Report) -> tuple[Table, str]:
+    """Every planned run with its identity, and all that is known of them as a data: address of CSV."""
+    metric = report.plan.metric
+    columns = [
+        Column("arm"),
+        Column("seed", "num"),
+        Column("run"),
+        Column("status"),
+        Column(metric, "num"),
+        Column("code", "spare"),
+    ]
+    known = ["cell", "seed", "run", "status", metric, "code"]
+    listed = report.runs.reindex(columns=known).itertuples(index=False, name=None)
+    rows = [
+        [
+            Cell(cell),
+            Cell(f"{seed}", seed, "num"),
+            Cell(run, kind="code"),
+            Cell(status.replace("_", " ")),
+            Cell(number(value, ".4f"), value, "num"),
+            Cell(code or NONE, kind="code spare"),
+        ]
+        for cell, seed, run, status, value, code in listed
+    ]
+    plain = report.runs.drop(columns=["tags", "params"], errors="ignore")
+    return Table(columns, rows), csv_address(plain)
+
+
+def provenance(store: Store, runs: pd.DataFrame) -> Table:
+    """A row a fact: code, data, machine, what served each place, settings.  More than one value stands out."""
+    facts = _facts_of_records(store, runs) | _facts_of_results(runs)
+    alike = {fact: next(iter(values)) for fact, values in facts.items() if len(values) == 1}
+    rows = [
+        [Cell(fact), Cell(_mixed(values), kind="mixed")]
+        for fact, values in facts.items()
+        if fact not in alike
+    ]
+    groups: dict[str, list[str]] = {}
+    for fact, value in alike.items():
+        group, _, name = fact.partition("/")
+        groups.setdefault(group, []).append(f"{name} {value}" if name else value)
+    rows += [[Cell(group), Cell(", ".join(values))] for group, values in groups.items()]
+    return Table([Column("what"), Column("value")], rows)
+
+
+def _facts_of_records(store: Store, runs: pd.DataFrame) -> dict[str, Counter[str]]:
+    """Fact -> value -> number of runs, of what run folders say."""
+    facts: dict[str, Counter[str]] = {"data": Counter()}
+    for run in runs.run.unique() if len(runs) else ():
+        record = store.run(run)
+        for name, digest in DATA.findall(_recipe(record)):
+            facts["data"][f"{name}, digest {digest}"] += 1
+        environment = record.about().get("environment")
+        for name, value in (environment if isinstance(environment, dict) else {}).items():
+            facts.setdefault(f"machine/{name}", Counter())[str(value)] += 1
+    return {fact: values for fact, values in facts.items() if values}
+
+
+def _facts_of_results(runs: pd.DataFrame) -> dict[str, Counter[str]]:
+    """The same, of what results say."""
+    facts = {}
+    for column in map(str, runs):
+        group, _, name = column.partition("/")
+        if group not in RECORDED:
+            continue
+        given = runs[column].dropna().astype(str)
+        values = Counter(given[given != ""])
+        if values:
+            facts[f"{RECORDED[group]}/{name}" if name else RECORDED[group]] = values
+    return facts
+
+
+def _mixed(values: Counter[str]) -> str:
+    told = [f"{value} ({times} runs)" for value, times in values.most_common(MOST_VALUES)]
+    more = len(values) - len(told)
+    return "; ".join([*told, *([f"and {more} more"] if more else [])])
+
+
+def _recipe(record: Record) -> str:
+    try:
+        return record.recipe_path.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""

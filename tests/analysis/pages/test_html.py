@@ -1,0 +1,179 @@
+import base64
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ablab.analysis.effects import frame
+from ablab.analysis.pages import html, report
+from ablab.analysis.pages.html import rounded
+
+FULL = [3.000, 3.001, 3.002]
+WITHOUT = [3.020, 3.022, 3.021]
+PACKED = re.compile(r'<script type="text/plain" id="plotly-packed">.*?</script>', re.DOTALL)
+DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
+CSV = re.compile(r'download="([^"]*)" href="data:text/csv;charset=utf-8;base64,([^"]*)"')
+
+
+def written(lab, folder):
+    """Where the page is."""
+    store = lab.write()
+    found = report.read(store, lab.name)
+    return html.write(store, found, frame.curves(store, lab.name), folder)
+
+
+def page(lab, folder) -> str:
+    """The page without plotly.js."""
+    return PACKED.sub("", written(lab, folder).read_text())
+
+
+def data(text: str) -> dict:
+    return json.loads(DATA.search(text)[1])
+
+
+def test_the_first_thing_after_the_question_is_the_answer(lab, tmp_path):
+    lab.cell("full", FULL, None)
+    lab.cell("- muon", WITHOUT)
+    text = page(lab, tmp_path)
+    question = text.index("Which ingredients still pay?</h1>")
+    answer = text.index("<code>muon</code> helps (by 0.0200 nats/token)")
+    assert question < answer < text.index("<table")
+
+
+def test_nothing_is_asked_of_any_network(lab, tmp_path):
+    lab.cell("full", FULL, None, points=5)
+    text = page(lab, tmp_path)
+    addresses = re.findall(r'(?:src|href|action)="([^"]*)"', text)
+    assert addresses
+    assert all(one.startswith(("data:", "#")) for one in addresses)
+    assert not re.search(r"@import|url\(", text)
+
+
+def test_charts_and_csv_say_what_the_report_says(lab, tmp_path):
+    lab.cell("full", FULL, None, points=5)
+    lab.cell("- muon", WITHOUT, points=5)
+    effect = report.read(lab.write(), "loo").effects[1]
+    text = page(lab, tmp_path)
+    (arm,) = data(text)["forest"]
+    assert (arm["delta"], arm["low"], arm["high"]) == (effect.delta, effect.low, effect.high)
+    tables = {name: base64.b64decode(held).decode() for name, held in CSV.findall(text)}
+    verdicts = pd.read_csv(pd.io.common.StringIO(tables["loo-verdicts.csv"]))
+    assert verdicts.delta.iloc[1] == pytest.approx(effect.delta)
+    assert list(verdicts.verdict) == ["reference", "helps"]
+    runs = pd.read_csv(pd.io.common.StringIO(tables["loo-runs.csv"]))
+    assert set(runs.run) == {planned.run for planned in lab.rows}
+
+
+def test_a_curve_has_its_band_and_the_difference_its_own(lab, tmp_path):
+    lab.cell("full", FULL, None, points=5)
+    lab.cell("- muon", WITHOUT, points=5)
+    found = data(page(lab, tmp_path))
+    reference, arm = found["curves"]["val/loss"]
+    assert reference["cell"] == "full"
+    assert arm["mean"][-1] == pytest.approx(np.mean(WITHOUT))
+    assert arm["sd"][-1] == pytest.approx(np.std(WITHOUT, ddof=1), rel=1e-2)
+    assert arm["runs"] == 3
+    assert arm["token_flops"] is None
+    (difference,) = found["differences"]
+    assert difference["mean"][-1] == pytest.approx(0.02, rel=1e-4)
+    assert difference["sd"][-1] == pytest.approx(
+        np.std(np.subtract(WITHOUT, FULL), ddof=1), rel=1e-2
+    )
+
+
+def test_what_was_lost_is_shown_with_its_reason(lab, tmp_path):
+    lab.cell("full", FULL, None, points=5)
+    lab.cell("- a", [3.1, 3.2, "diverged"], points=5, error="the loss was not finite")
+    text = page(lab, tmp_path)
+    lost = text.split('id="failures"')[1].split("</section>")[0]
+    assert "the loss was not finite" in lost
+    assert [line["status"] for line in data(text)["lost"]] == ["diverged"]
+
+
+def test_runs_of_two_codes_stand_out_in_the_provenance(lab, tmp_path):
+    lab.cell("full", FULL, None)
+    lab.cell("- a", WITHOUT, code="beef")
+    text = page(lab, tmp_path)
+    sources = text.split('id="provenance"')[1]
+    assert '<td class="mixed">c0ffee (3 runs); beef (3 runs)</td>' in sources
+    assert "the runs mix code fingerprints" in text.split('id="verdicts"')[0]
+
+
+def test_names_are_text_wherever_they_stand(lab, tmp_path):
+    name = "</script><b>&amp;\"'"
+    lab.cell("full", FULL, None, points=3)
+    lab.cell(name, WITHOUT, points=3)
+    text = page(lab, tmp_path)
+    assert name not in text
+    assert name in data(text)["cells"]
+
+
+def test_a_report_without_logs_has_its_tables(lab, tmp_path):
+    lab.cell("only", FULL, None)
+    text = page(lab, tmp_path)
+    assert "<code>only</code> 3.0010" in text
+    assert 'id="chart-curves"' not in text
+    assert 'id="chart-forest"' not in text
+
+
+@pytest.mark.parametrize("value", [3.14159265, -0.000123456789, 1234567.89, 0.1, 0.0])
+def test_a_rounded_number_keeps_its_digits_and_no_others(value):
+    (short,) = rounded(np.array([value]))
+    assert short == float(f"{value:.6g}")
+    assert len(str(short)) <= len(f"{value:.6g}") + 2
+
+
+def test_no_number_is_null():
+    assert rounded(np.array([np.nan, np.inf, 1.0])) == [None, None, 1.0]
+
+
+# In a browser.
+
+
+@pytest.fixture
+def address(lab, normal, tmp_path):
+    lab.cell("full", list(normal.normal(3, 0.002, 3)), None, points=20)
+    lab.cell("- a_rather_long_name (and another)", list(normal.normal(3.1, 0.1, 3)), points=20)
+    lab.cell("- muon", list(normal.normal(2.9, 0.002, 3)), points=20)
+    lab.cell("- lost", [3.1, "diverged", "missing"], points=20)
+    return written(lab, tmp_path).as_uri()
+
+
+def drawn(page) -> int:
+    """Lines of the curves, once the charts are there."""
+    page.wait_for_selector("body[data-drawn=yes]")
+    return page.locator("#chart-curves .scatterlayer .trace").count()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1440, "light")])
+def test_a_reader_sees_it_whole_without_a_network(visit, address, width, scheme):
+    page = visit(address, width, scheme)
+    assert drawn(page) > 4
+    assert page.locator("#chart-forest .scatterlayer .trace").count() == 4
+    wide, seen = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert wide <= seen
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    bright = sum(map(int, re.findall(r"\d+", paper)))
+    assert bright > 600 if scheme == "light" else bright < 150
+    assert [one for one in page.asked if not one.startswith(("file:", "data:"))] == []
+    assert page.faults == []
+
+
+def test_a_heading_sorts_and_a_name_hides_its_curve(visit, address):
+    page = visit(address)
+    before = drawn(page)
+    page.locator("#verdicts th button", has_text="difference").click()
+    first = page.locator("#verdicts tbody tr").first
+    assert "muon" in first.inner_text()
+    first.locator(".pick").click()
+    page.wait_for_function(
+        "count => document.querySelectorAll('#chart-curves .scatterlayer .trace').length < count",
+        arg=before,
+    )
+    page.locator("#axis").select_option("seconds")
+    page.get_by_text("seconds of training").first.wait_for()
+    page.locator("#minus").check()
+    page.get_by_text("difference (nats/token)").first.wait_for()
+    assert page.faults == []
