@@ -116,7 +116,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tiny, kept, tmp_pat
 
     path = tmp_path / "tokenizer.json"
     vocabulary = {f"w{i}": i for i in range(65)}
-    Tokenizer(models.WordLevel(vocabulary, unk_token="w0")).save(str(path))
+    Tokenizer(models.WordLevel(vocabulary, unk_token="w0")).save(str(path))  # noqa: S106 (no password)
     with pytest.raises(UserError, match="has 65 ids, but the model has 64"):
         kept(tiny(), tokenizer=path)
     path.write_text(json.dumps({"no": "tokenizer"}))
