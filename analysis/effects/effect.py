@@ -12,6 +12,8 @@ INERT = "inert"
 INADMISSIBLE = "inadmissible"  # every run that ended, ended badly
 TOO_FEW = "too few seeds"
 REFERENCE = "reference"
+BETTER = "better"  # of an arm that stands for itself
+WORSE = "worse"
 DECIDED = (HELPS, HURTS, EQUIVALENT, INERT)
 ENDED_BADLY = (DIVERGED, OUT_OF_MEMORY, FAILED, PRUNED)
 
@@ -51,7 +53,7 @@ class Effect:
     spread: float | None = None  # sd of the differences over shared seeds
     correlation: float | None = None  # of cell and reference over shared seeds, from three on
     p_adjusted: float | None = None  # Holm's, over all arms that have a verdict
-    p_equivalent: float | None = None  # of a difference beyond the smallest effect of interest (TOST)
+    p_equivalent: float | None = None  # of a difference as large as `equivalence` (TOST)
     more_seeds: int = 0  # that a verdict still lacks
     tokens_per_second: float | None = None
     tokens_per_second_ratio: float | None = None  # cell over reference
@@ -81,6 +83,13 @@ class Effect:
     def subject(self) -> str:
         """What the verdict is about: the ingredient, or the arm itself."""
         return ingredient(self.cell)[1]
+
+    @property
+    def word(self) -> str:
+        """The verdict as a table shows it: helps, hurts; of an arm whose name has no sign, better or worse."""
+        if self.better is None or ingredient(self.cell)[0]:
+            return self.verdict
+        return BETTER if self.better else WORSE
 
     @property
     def better(self) -> bool | None:

@@ -267,8 +267,10 @@ def _speed(pair: Comparison) -> dict[str, Any]:
     ratio = float(np.exp(ours.mean() - theirs.mean()))
     if min(len(ours), len(theirs)) < 2:
         return {"tokens_per_second_ratio": ratio}
-    together = welch(ours[None], theirs[None]) if pair.disjoint else paired((ours - theirs)[None])
-    logs = interval_of(together)
+    if pair.disjoint:
+        logs = interval_of(welch(ours[None], theirs[None]))
+    else:
+        logs = interval_of(paired((ours - theirs)[None]))
     of_ratio = Interval(
         low=float(np.exp(logs.low)),
         high=float(np.exp(logs.high)),

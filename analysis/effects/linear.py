@@ -7,7 +7,7 @@ import numpy as np
 
 from ablab.analysis.effects.intervals import Estimates
 
-ESTIMABLE = 1e-8  # how far a contrast may lie from what the runs can tell, relative to its length
+ESTIMABLE = 1e-8  # relative: how far a contrast may lie from what the runs can tell
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Looking more than once: what a verdict must pass at each look, so that all looks together err as seldom as one.
 
-Whoever peeks after every seed and stops at the first p < 0.05 errs in 64 % of families of ten dead arms.  Lan and DeMets
-(Biometrika 70:659, 1983) spend the error as O'Brien and Fleming would, little at first:
+Whoever peeks after every seed and stops at the first p < 0.05 errs in 64 % of families of ten dead arms.  Lan and
+DeMets (Biometrika 70:659, 1983) spend the error as O'Brien and Fleming would, little at first:
 
     spent(t) = 2 - 2 Phi(z(1 - alpha/2) / sqrt(t)),   t = seeds / seeds of the last look
 

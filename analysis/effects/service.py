@@ -21,12 +21,13 @@ def differing_service(pairs: pd.DataFrame) -> dict[str, tuple[str, str]]:
             continue
         ours = list(pairs[column].dropna().unique())
         theirs = list(pairs[other].dropna().unique())
-        if ours and theirs and len({_server(said) for said in ours + theirs}) > 1:
+        if ours and theirs and len({server(said) for said in ours + theirs}) > 1:
             found[column.removeprefix(COLUMN)] = (" and ".join(ours), " and ".join(theirs))
     return found
 
 
-def _server(said: str) -> str:
+def server(said: str) -> str:
+    """Who served, without why."""
     return said.partition(":")[0]
 
 

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 
-from ablab.analysis.effects.effects import (
+from ablab.analysis.effects.effect import (
     BETTER,
+    EQUIVALENT,
+    HELPS,
+    HURTS,
+    INADMISSIBLE,
     INERT,
-    NO_RUN,
     REFERENCE,
     WORSE,
     Effect,
@@ -13,9 +16,6 @@ from ablab.analysis.effects.effects import (
 )
 from ablab.analysis.effects.frame import unit
 
-HELPS = "helps"
-HURTS = "hurts"
-EQUIVALENT = "equivalent"
 SHOWN = {  # of one, of several
     HELPS: ("helps", "help"),
     HURTS: ("hurts", "hurt"),
@@ -25,17 +25,6 @@ SHOWN = {  # of one, of several
 MOST_NAMED = 4  # ingredients that a sentence names; of more it says how many
 
 
-def standing(effect: Effect) -> str:
-    """The verdict as one about the ingredient: an arm that gets worse without it says that it helps."""
-    if effect.verdict not in (BETTER, WORSE):
-        return effect.verdict
-    how, _ = ingredient(effect.cell)
-    if not how:  # no ingredient: the verdict is about the arm
-        return effect.verdict
-    helps = (effect.verdict == BETTER) != (how == "without")
-    return HELPS if helps else HURTS
-
-
 def answer(effects: Sequence[Effect], metric: str) -> str:
     """One sentence.  Names stand in backticks."""
     arms = [effect for effect in effects if effect.verdict != REFERENCE]
@@ -43,7 +32,7 @@ def answer(effects: Sequence[Effect], metric: str) -> str:
         return _of_one_cell(effects, metric)
     by_word: dict[str, list[Effect]] = {}
     for arm in arms:
-        by_word.setdefault(standing(arm), []).append(arm)
+        by_word.setdefault(arm.word, []).append(arm)
     told = {word: by_word.pop(word) for word in SHOWN if word in by_word}
     parts = [_shown(word, found, metric) for word, found in told.items()]
     if not told:
@@ -83,16 +72,18 @@ def _others(word: str, arms: Sequence[Effect]) -> str:
         )
     if word == INERT:
         return f"{_named(arms)} {'changes' if len(arms) == 1 else 'change'} nothing at all"
-    if word == NO_RUN:
+    if word == INADMISSIBLE:
         return f"no run of {_named(arms)} finished"
     fewest = min(arm.n for arm in arms)
+    if fewest == 0:
+        return f"{_named(arms)} cannot be compared yet"
     seeds = f"{fewest} seed{'' if fewest == 1 else 's'}"
     return f"{seeds} cannot tell for {_named(arms)}"
 
 
 def _named(arms: Sequence[Effect]) -> str:
     """By name; many are counted."""
-    names = [f"`{ingredient(arm.cell)[1]}`" for arm in arms]
+    names = [f"`{arm.subject}`" for arm in arms]
     if len(names) <= MOST_NAMED:
         return _listed(names)
     return f"{len(names)} {'ingredients' if ingredient(arms[0].cell)[0] else 'arms'}"

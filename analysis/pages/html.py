@@ -21,8 +21,8 @@ import numpy as np
 import pandas as pd
 
 from ablab.analysis.effects import frame
-from ablab.analysis.effects.effects import INERT, REFERENCE
-from ablab.analysis.pages.answer import answer, standing
+from ablab.analysis.effects.effect import INERT, REFERENCE
+from ablab.analysis.pages.answer import answer
 from ablab.analysis.pages.bands import bands, differences, metrics_of
 from ablab.analysis.pages.html_tables import (
     Table,
@@ -32,7 +32,8 @@ from ablab.analysis.pages.html_tables import (
     run_list,
     verdicts,
 )
-from ablab.analysis.pages.report import METHOD, Report
+from ablab.analysis.pages.method import how_to_read
+from ablab.analysis.pages.report import Report
 from ablab.analysis.pages.report import read as read_report
 from ablab.core.store.files import write_atomically
 from ablab.core.store.result import FINISHED
@@ -80,9 +81,9 @@ def write(store: Store, report: Report, logged: pd.DataFrame, folder: Path) -> P
     return path
 
 
-def read(store: Store, experiment: str) -> Page:
+def read(store: Store, experiment: str, mixed: bool = False) -> Page:
     """UserError when no run has finished yet."""
-    report = read_report(store, experiment)
+    report = read_report(store, experiment, mixed)
     logged = frame.curves(store, experiment)
     return Page(report, logged, provenance(store, report.runs))
 
@@ -110,7 +111,6 @@ def main(page: Page) -> str:
     report = page.report
     plan = report.plan
     arms = [effect for effect in report.effects if effect.verdict != REFERENCE]
-    method = METHOD.format(methods="", arms=len(arms), false=0.05 * len(arms))
     return (
         _templates()
         .get_template("main.html")
@@ -118,7 +118,7 @@ def main(page: Page) -> str:
             plan=plan,
             unit=frame.unit(plan.metric),
             answer=answer(report.effects, plan.metric),
-            warnings=report.warnings,
+            warnings=[*report.mixed, *report.warnings],
             look=page.look,
             facts=_facts(report),
             verdicts=verdicts(report),
@@ -126,7 +126,7 @@ def main(page: Page) -> str:
             failures=failures(report),
             sources=page.sources,
             runs=run_list(report),
-            method=method,
+            method=how_to_read(arms, plan.equivalence),
             has_curves=len(page.logged) > 0,
             has_forest=any(arm.delta is not None for arm in arms),
         )
@@ -190,7 +190,7 @@ def _forest(report: Report) -> list[dict[str, Any]]:
     return [
         {
             "cell": effect.cell,
-            "verdict": standing(effect),
+            "verdict": effect.word,
             "delta": effect.delta,
             "low": effect.low,
             "high": effect.high,

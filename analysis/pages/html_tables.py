@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from ablab.analysis.effects.effects import REFERENCE, Effect
-from ablab.analysis.pages.answer import standing
-from ablab.analysis.pages.report import FEWEST_PAIRS, Report, off
+from ablab.analysis.effects.effect import REFERENCE, Effect
+from ablab.analysis.effects.intervals import MODERATED_FROM
+from ablab.analysis.pages.report import Report, off
 from ablab.analysis.pages.text import NONE, number
 from ablab.core.store.record import Record
 from ablab.core.store.result import FINISHED
@@ -108,10 +108,10 @@ def _verdict(report: Report, effect: Effect) -> Verdict:
     interval = ""
     if effect.low is not None and effect.high is not None:
         interval = f"{signed(effect.low)} to {signed(effect.high)}"
-    few = "few" if effect.n < FEWEST_PAIRS else ""
+    few = "few" if effect.n < MODERATED_FROM else ""
     return Verdict(
         cell=effect.cell,
-        word=standing(effect),
+        word=effect.word,
         says=effect.sentence,
         off="" if effect.verdict == REFERENCE else off(report.plan, effect),
         delta=effect.delta,
@@ -148,13 +148,15 @@ def _effects_frame(effects: Iterable[Effect]) -> pd.DataFrame:
         "low",
         "high",
         "method",
+        "p_adjusted",
+        "p_equivalent",
         "tokens_per_second",
         "tokens_per_second_ratio",
         "sentence",
     ]
     return pd.DataFrame(
         [
-            {name: getattr(effect, name) for name in told} | {"verdict": standing(effect)}
+            {name: getattr(effect, name) for name in told} | {"verdict": effect.word}
             for effect in effects
         ]
     )

@@ -4,9 +4,11 @@
                                table():    the same numbers as rows of text, for the terminal
     ablab report NAME --json   as_json():  the same as plain data
 
-An experiment without a finished run has no report: UserError.
+An experiment without a finished run has no report: UserError.  One whose runs differ in code, precision or kernels has
+one only when it is asked for (--mixed), and says so before anything else.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,16 +18,22 @@ from typing import Any
 import pandas as pd
 
 from ablab.analysis.effects import frame
-from ablab.analysis.effects.effects import (
+from ablab.analysis.effects.comparison import UNMEASURED, finished
+from ablab.analysis.effects.effect import (
     ENDED_BADLY,
+    INADMISSIBLE,
     INERT,
     REFERENCE,
     Effect,
-    finished,
+    Interval,
     ingredient,
-    measure,
 )
-from ablab.analysis.effects.service import in_words
+from ablab.analysis.effects.effects import measure, noisy_arms
+from ablab.analysis.effects.intervals import MODERATED_FROM, PLAIN_FROM
+from ablab.analysis.effects.service import COLUMN as KERNELS
+from ablab.analysis.effects.service import in_words, server
+from ablab.analysis.pages.answer import answer
+from ablab.analysis.pages.method import how_to_read
 from ablab.analysis.pages.text import NONE, bullets, markdown_table, number
 from ablab.analysis.pictures.curves import draw_curves
 from ablab.analysis.pictures.forest import draw_forest
@@ -35,25 +43,17 @@ from ablab.core.store.planned import GridPlan, command, notes_on_design
 from ablab.core.store.result import FINISHED, said
 from ablab.core.store.store import Store
 
-FEWEST_PAIRS = 3  # below, an interval is a formality: t(0.975) is 12.7 at one degree of freedom
-MIXED = {"code": "code fingerprints", "tokens": "token counts"}
+MIXED = {  # column -> what it is: runs that differ in one of these compute different things
+    "code": "code fingerprints",
+    "runtime/device": "runtime/device",
+    "runtime/dtype": "runtime/dtype",
+    "runtime/kernels": "runtime/kernels",
+}
 SERVED_OTHERWISE = "†"  # beside throughputs that compare kernels as well as ideas
 FOOTNOTE = (
     f"{SERVED_OTHERWISE} arm and reference were served by different kernels (named above): "
     "this throughput compares the kernels too."
 )
-
-METHOD = """\
-A delta is the mean of arm minus reference over the pairs (same seed, same batches) that both finished.  Its interval
-is a 95 % t interval: paired with at least 6 pairs and a positive estimated correlation, otherwise Welch's, which does
-not lean on pairing.  In simulated A/A experiments it covers the truth in 93.4 % or more, unless arm and reference are
-negatively correlated.  {methods}
-
-What the intervals do not cover.  *Same hyper-parameters, not tuned*: the learning rate was not re-tuned per arm, so
-an arm that wants another one is judged too harshly.  *No multiplicity correction*: among {arms} comparisons at 95 %,
-expect about {false:.1f} false "better" or "worse" if nothing had an effect.  One size, one dataset, one token budget:
-nothing here says that a delta survives scale.  All runs share one held-out set, so its own sampling error is not in
-the interval."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,19 @@ class Report:
     runs: pd.DataFrame  # frame.load
     effects: list[Effect]
     warnings: list[str]
+    mixed: list[str]  # how runs that stand in one verdict differ; said before the answer
+
+    @property
+    def answer(self) -> str:
+        return answer(self.effects, self.plan.metric)
 
 
-def read(store: Store, experiment: str) -> Report:
-    """Measure an experiment.  UserError when no run has finished yet."""
+def read(store: Store, experiment: str, mixed: bool = False) -> Report:
+    """Measure an experiment.
+
+    mixed: also where its runs differ in code, precision or kernels.  UserError: they do, and it is not asked
+    for; no run has finished yet.
+    """
     plan = store.read_plan(experiment)
     runs = frame.load(store, experiment)
     statuses = Counter(runs.status if len(runs) else ())
@@ -77,13 +86,18 @@ def read(store: Store, experiment: str) -> Report:
             f"experiment {experiment!r} has no finished run ({counts}); "
             f"start or continue it with: {command(experiment, sheet=plan.sheet)}"
         )
-    effects = measure(runs, plan.metric, plan.better)
-    return Report(plan, runs, effects, list(_warnings(plan, runs, effects)))
+    mixtures = list(_mixtures(finished(runs)))
+    if mixtures and not mixed:
+        again = shlex.join(["ablab", "report", experiment, "--mixed"])
+        raise UserError(f"{experiment!r}: {mixtures[0]}; to read it all the same: {again}")
+    effects = measure(runs, plan.metric, plan.better, plan.equivalence, plan.looks)
+    return Report(plan, runs, effects, list(_warnings(plan, runs, effects)), mixtures)
 
 
-def write(store: Store, experiment: str, out: str | Path) -> Path:
+def write(store: Store, experiment: str, out: str | Path, mixed: bool = False) -> Path:
     """Write report.md and its pictures into the folder `out`; the path of report.md."""
-    return write_markdown(read(store, experiment), frame.curves(store, experiment), Path(out))
+    report = read(store, experiment, mixed)
+    return write_markdown(report, frame.curves(store, experiment), Path(out))
 
 
 def write_markdown(report: Report, logged: pd.DataFrame, folder: Path) -> Path:
@@ -110,24 +124,38 @@ def table(effects: list[Effect]) -> list[dict[str, str]]:
 
 def _row(effect: Effect, mark: str) -> dict[str, str]:
     """mark: behind each measured throughput; a reference has no ratio."""
-    interval = NONE
-    if effect.interval:
-        interval = f"{effect.interval.low:+.4f} to {effect.interval.high:+.4f}"
     return {
         "arm": effect.cell,
-        "pairs": str(effect.n),
+        "seeds": str(effect.n),
         "mean": number(effect.mean, ".4f"),
         "sd": number(effect.sd, ".4f"),
         "delta": number(effect.delta, "+.4f"),
-        "95 % interval": interval,
-        "method": effect.method or NONE,
-        "verdict": effect.verdict,
+        "95 % interval": _between(effect.interval, "+.4f"),
+        "p (Holm)": _probability(effect.p_adjusted),
+        "ingredient": verdict_in_words(effect),
         "tokens/s": number(effect.tokens_per_second, ",.0f", mark),
         "x reference": number(
             effect.tokens_per_second_ratio, ".2f", mark * bool(effect.service)
         ),
+        "x, 95 %": _between(effect.speed, ".2f"),
         "runs": effect.counts,
     }
+
+
+def _between(interval: Interval | None, form: str) -> str:
+    return f"{interval.low:{form}} to {interval.high:{form}}" if interval else NONE
+
+
+def _probability(p: float | None) -> str:
+    if p is None:
+        return NONE
+    return f"{p:.3f}" if p >= 0.001 else "<0.001"
+
+
+def verdict_in_words(effect: Effect) -> str:
+    """The verdict; with how many seeds are missing where these are too few."""
+    more = f" (+{effect.more_seeds})" if effect.more_seeds else ""
+    return effect.word + more
 
 
 def _served_otherwise(effects: list[Effect]) -> set[str]:
@@ -147,6 +175,9 @@ def as_json(report: Report) -> dict[str, Any]:
         "question": plan.question,
         "metric": {"name": plan.metric, "unit": frame.unit(plan.metric), "better": plan.better},
         "design": plan.design,
+        "equivalence": plan.equivalence,
+        "answer": report.answer,
+        "mixed": report.mixed,
         "tuning": "same hyper-parameters, not tuned",
         "effects": [asdict(effect) | {"off": off(plan, effect)} for effect in report.effects],
         "warnings": report.warnings,
@@ -159,29 +190,56 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def _warnings(plan: GridPlan, runs: pd.DataFrame, effects: list[Effect]) -> Iterator[str]:
     """Sentences for the top of the page, the gravest kind first."""
-    yield from _mixtures(finished(runs))
+    yield from _settings(finished(runs))
     yield from _other_services(effects)
     yield from _damages(runs)
     yield from _losses(runs)
     yield from _absences(plan, runs)
+    yield from _unmeasured(plan, effects)
     yield from _few_seeds(effects)
     yield from notes_on_design(plan.factors, plan.infeasible)
+    yield from _noise(effects)
 
 
 def _mixtures(done: pd.DataFrame) -> Iterator[str]:
-    """Finished runs that differ in code, length or machine."""
+    """How finished runs differ in what they computed."""
+    for column, name in MIXED.items():
+        if differing := _differing(done, column):
+            yield f"the runs mix {name}: {differing}; a difference between arms may be one between these"
+    for cell, rows in done.groupby("cell", sort=False):
+        for column in _kernel_columns(done):
+            served = Counter(server(said) for said in rows[column].dropna())
+            if len(served) > 1:
+                place = column.removeprefix(KERNELS)
+                yield f"the runs of `{cell}` mix kernels: {place} by {_counted(served)}"
+
+
+def _settings(done: pd.DataFrame) -> Iterator[str]:
+    """How finished runs differ in their length, or in how the same was computed."""
     settings = [str(name) for name in done if str(name).startswith("runtime/")]
-    for column in ("code", "tokens", *settings):
-        given = done[column].astype(object)
-        values = Counter(given.where(given.notna(), "").map(str))
-        if len(values) > 1:
-            counts = ", ".join(
-                f"{value or 'not recorded'} ({count} runs)" for value, count in values.items()
-            )
-            yield (
-                f"the runs mix {MIXED.get(column, column)}: {counts}; "
-                "a difference between arms may be one between these"
-            )
+    names = {"tokens": "token counts"} | {name: name for name in settings}
+    for column, name in names.items():
+        if column not in MIXED and (differing := _differing(done, column)):
+            yield f"the runs mix {name}: {differing}; a difference between arms may be one between these"
+
+
+def _differing(done: pd.DataFrame, column: str) -> str:
+    """The values of a column, counted, where there are several; empty where there is one."""
+    if column not in done:
+        return ""
+    given = done[column].astype(object)
+    values = Counter(given.where(given.notna(), "").map(str))
+    return _counted(values) if len(values) > 1 else ""
+
+
+def _counted(values: Counter[str]) -> str:
+    return ", ".join(
+        f"{value or 'not recorded'} ({count} runs)" for value, count in values.items()
+    )
+
+
+def _kernel_columns(done: pd.DataFrame) -> list[str]:
+    return [str(name) for name in done if str(name).startswith(KERNELS)]
 
 
 def _other_services(effects: list[Effect]) -> Iterator[str]:
@@ -223,16 +281,35 @@ def _absences(plan: GridPlan, runs: pd.DataFrame) -> Iterator[str]:
         yield f"{said(absent)} of {len(runs)} runs{why}; continue with: {again}"
 
 
+def _unmeasured(plan: GridPlan, effects: list[Effect]) -> Iterator[str]:
+    """Runs that finished without a number."""
+    for effect in effects:
+        if lost := effect.statuses.get(UNMEASURED):
+            yield (
+                f"`{effect.cell}`: {lost} runs finished without a finite {plan.metric}; "
+                "they are left out"
+            )
+
+
 def _few_seeds(effects: list[Effect]) -> Iterator[str]:
     few = [
         f"`{effect.cell}` ({effect.n})"
         for effect in effects
-        if effect.n < FEWEST_PAIRS and effect.verdict != INERT
+        if effect.n < MODERATED_FROM and effect.verdict not in (INERT, INADMISSIBLE)
     ]
     if few:
         yield (
-            f"fewer than {FEWEST_PAIRS} finished seeds: {', '.join(few)}; "
-            "no verdict to rely on, add seeds"
+            f"fewer than {MODERATED_FROM} finished seeds: {', '.join(few)}; no verdict, add seeds"
+        )
+
+
+def _noise(effects: list[Effect]) -> Iterator[str]:
+    if arms := noisy_arms(effects):
+        noisiest, quietest = arms
+        yield (
+            f"the arms' noise differs: the differences of `{noisiest.cell}` have an sd of {noisiest.spread:.2g}, "
+            f"those of `{quietest.cell}` {quietest.spread:.2g}; from {PLAIN_FROM} seeds on each arm is judged "
+            f"by its own noise, so add {PLAIN_FROM - noisiest.n}"
         )
 
 
@@ -240,21 +317,24 @@ def _few_seeds(effects: list[Effect]) -> Iterator[str]:
 
 
 def _markdown(report: Report, pictures: list[str]) -> str:
+    plan = report.plan
     arms = [effect for effect in report.effects if effect.verdict != REFERENCE]
     parts = [
-        f"# {report.plan.name}",
-        report.plan.question,
+        f"# {plan.name}",
+        plan.question,
+        "\n\n".join(f"**Mixed runs**: {sentence}." for sentence in report.mixed),
+        f"**{report.answer}**",
         _summary(report, arms),
         "## Read first\n\n" + bullets(report.warnings) if report.warnings else "",
-        "## Verdicts\n\n" + markdown_table([_verdict(report.plan, arm) for arm in arms]),
+        "## Verdicts\n\n" + markdown_table([_verdict(plan, arm) for arm in arms]),
         *(f"![{name.removesuffix('.png')}]({name})" for name in pictures),
         "## Numbers\n\n" + markdown_table(table(report.effects)),
         FOOTNOTE if _served_otherwise(report.effects) else "",
         bullets(
             [f"`{effect.cell}`: {effect.note}" for effect in report.effects if effect.note]
         ),
-        "## How to read the intervals\n\n" + _method(arms),
-        "## Runs\n\n" + markdown_table(_listed(report.runs, report.plan.metric)),
+        "## How to read the intervals\n\n" + how_to_read(arms, plan.equivalence),
+        "## Runs\n\n" + markdown_table(_listed(report.runs, plan.metric)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -262,8 +342,11 @@ def _markdown(report: Report, pictures: list[str]) -> str:
 def _summary(report: Report, arms: list[Effect]) -> str:
     plan = report.plan
     references = ", ".join(f"`{name}`" for name in dict.fromkeys(arm.reference for arm in arms))
+    margin = ""
+    if plan.equivalence is not None:
+        margin = f"  Smallest effect of interest: {plan.equivalence:g}."
     return (
-        f"Metric: `{plan.metric}` in {frame.unit(plan.metric)}, {plan.better} is better.  "
+        f"Metric: `{plan.metric}` in {frame.unit(plan.metric)}, {plan.better} is better.{margin}  "
         f"Design: {plan.design}, {len(arms)} arms against {references or NONE}.  "
         f"Runs: {said(Counter(report.runs.status))}."
     )
@@ -273,6 +356,7 @@ def _verdict(plan: GridPlan, arm: Effect) -> dict[str, str]:
     return {
         "arm": arm.cell,
         "what it says": arm.sentence,
+        "p (Holm)": _probability(arm.p_adjusted),
         "OFF means": off(plan, arm) or NONE,
     }
 
@@ -289,13 +373,6 @@ def off(plan: GridPlan, effect: Effect) -> str:
     if len(changed) == 1:
         return "".join(said_of.values())
     return "; ".join(f"{name}: {control}" for name, control in said_of.items())
-
-
-def _method(arms: list[Effect]) -> str:
-    methods = Counter(arm.method for arm in arms if arm.method)
-    here = f"Arms here: {said(methods)}." if methods else ""
-    expected = 0.05 * len(arms)
-    return METHOD.format(methods=here, arms=len(arms), false=expected)
 
 
 def _listed(runs: pd.DataFrame, metric: str) -> list[dict[str, Any]]:

@@ -18,14 +18,15 @@ import numpy as np
 import pandas as pd
 
 from ablab.analysis.effects import frame
-from ablab.analysis.effects.effects import (
-    BETTER,
+from ablab.analysis.effects.effect import (
+    EQUIVALENT,
+    HELPS,
+    HURTS,
     INCONCLUSIVE,
     REFERENCE,
-    WORSE,
     Effect,
-    measure,
 )
+from ablab.analysis.effects.effects import measure
 from ablab.analysis.pages.text import NONE, bullets, markdown_table, number
 from ablab.analysis.pictures.study_rates import draw_rates, draw_widths
 from ablab.analysis.pictures.study_search import draw_history, draw_importance
@@ -112,7 +113,7 @@ def _effects(store: Store, plan: str | None) -> list[Effect]:
     runs = frame.load(store, plan)
     if runs.empty or not (runs.status == FINISHED).any():
         return []
-    return measure(runs, wanted.metric, wanted.better)
+    return measure(runs, wanted.metric, wanted.better, wanted.equivalence, wanted.looks)
 
 
 def _noise(study: StudyRecord, shared: list[Effect]) -> float | None:
@@ -356,11 +357,11 @@ def _compared_section(report: StudyReport) -> str:
         for effect in report.tuned
         if effect.verdict == REFERENCE
     ]
-    told = {BETTER, WORSE, INCONCLUSIVE}
+    told = {HELPS, HURTS, EQUIVALENT, INCONCLUSIVE}
     for one, own in report.arm_pairs:
         if one.verdict != own.verdict and {one.verdict, own.verdict} <= told:
             notes.append(
-                f"`{one.cell}` is {one.verdict} at the shared setting, {own.verdict} at its own"
+                f"`{one.subject}`: {one.verdict} at the shared setting, {own.verdict} at each arm's own"
             )
     edges = [
         f"`{effect.cell}`"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ablab.analysis.effects.effects import BETTER, WORSE
+from ablab.analysis.effects.effect import HELPS, HURTS
 from ablab.analysis.pictures.style import (
     FAINT,
     INK,
@@ -27,8 +27,8 @@ from ablab.analysis.pictures.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PASS = VERDICT_COLOUR[BETTER]  # blue and orange: told apart without red-green vision
-FAIL = VERDICT_COLOUR[WORSE]
+PASS = VERDICT_COLOUR[HELPS]  # blue and orange: told apart without red-green vision
+FAIL = VERDICT_COLOUR[HURTS]
 BAND = "#e2e2e2"
 LIGHTEST = 0.22  # depth of the first step's line; the last has 1
 PANEL_WIDTH = 1.75  # inches

@@ -1,9 +1,9 @@
-"""The forest of a report: each arm's delta with its interval, beside the numbers."""
+"""The forest of a report: each arm's delta with its interval, beside the verdict on its ingredient."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ablab.analysis.effects.effects import BETTER, INERT, REFERENCE, WORSE, Effect
+from ablab.analysis.effects.effect import INERT, REFERENCE, Effect
 from ablab.analysis.effects.frame import unit
 from ablab.analysis.pictures.style import (
     INK,
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DELTA = 1.03  # columns of the margin, in widths of the axes
-PAIRS = 1.42
-METHOD = 1.46
+SEEDS = 1.42
+VERDICT = 1.46
 
 
 def draw_forest(
@@ -48,7 +48,7 @@ def draw_forest(
         references = {arm.reference for arm in arms}
         reference = references.pop() if len(references) == 1 else "its reference"
         axes.set_xlabel(
-            f"{metric} minus {reference}, same seeds\n{unit(metric)}, mean and 95 % interval"
+            f"{metric} minus {reference}, same seeds\n{unit(metric)}, mean and 95 % interval of each alone"
         )
         return save(figure, path)
 
@@ -82,8 +82,8 @@ def _numbers(axes: "Axes", y: int, arm: Effect) -> None:
     text: dict[str, Any] = {"va": "center_baseline", "fontsize": 8}
     margin = text | {"color": INK, "transform": axes.get_yaxis_transform()}
     planned = sum(arm.statuses.values())
-    pairs = f"{arm.n}" if arm.n == planned else f"{arm.n} of {planned}"
-    axes.text(PAIRS, y, pairs, ha="right", **margin)
+    seeds = f"{arm.n}" if arm.n == planned else f"{arm.n} of {planned}"
+    axes.text(SEEDS, y, seeds, ha="right", **margin)
     if arm.delta is None:
         left, right = axes.get_xlim()
         more_room_right = right >= -left
@@ -93,7 +93,7 @@ def _numbers(axes: "Axes", y: int, arm: Effect) -> None:
         return
     delta = f"{arm.delta:+.4f}".replace("-", "\N{MINUS SIGN}")
     axes.text(DELTA, y, "inert" if arm.verdict == INERT else delta, **margin)
-    axes.text(METHOD, y, arm.method or "no interval", **margin)
+    axes.text(VERDICT, y, arm.verdict, **margin)
 
 
 def _heads(axes: "Axes", better: str) -> None:
@@ -102,9 +102,11 @@ def _heads(axes: "Axes", better: str) -> None:
     sides = text | {"transform": axes.get_xaxis_transform()}
     columns = text | {"transform": axes.transAxes}
     y = 1.015
-    left, right = (BETTER, WORSE) if better == "lower" else (WORSE, BETTER)
+    left, right = "arm better", "arm worse"
+    if better == "higher":
+        left, right = right, left
     axes.text(0, y, f"\N{LEFTWARDS ARROW} {left}  ", ha="right", **sides)
     axes.text(0, y, f"  {right} \N{RIGHTWARDS ARROW}", ha="left", **sides)
     axes.text(DELTA, y, "delta", **columns)
-    axes.text(METHOD, y, "method", **columns)
-    axes.text(PAIRS, y, "pairs", ha="right", **columns)
+    axes.text(VERDICT, y, "ingredient", **columns)
+    axes.text(SEEDS, y, "seeds", ha="right", **columns)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ablab.analysis.effects.effects import BETTER, WORSE
+from ablab.analysis.effects.effect import HELPS, HURTS
 from ablab.core.store.files import writing
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ FAINT = "#9a9a9a"
 NEUTRAL = "#6e6e6e"
 BACKGROUND = "#c8c8c8"
 GRID = "#e8e8e8"
-VERDICT_COLOUR = {BETTER: "#0072B2", WORSE: "#D55E00"}  # all others: NEUTRAL
+VERDICT_COLOUR = {HELPS: "#0072B2", HURTS: "#D55E00"}  # all others: NEUTRAL
 DISTINCT = (
     "#332288",
     "#D55E00",

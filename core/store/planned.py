@@ -75,6 +75,8 @@ class GridPlan:
     factors: Factors | None = None
     # Cell of the design -> why it cannot be built; such a cell has no rows.
     infeasible: dict[str, str] = field(default_factory=dict)
+    # The smallest effect of interest, in the metric's unit; None: nothing is called equivalent.
+    equivalence: float | None = None
 
 
 def command(experiment: str, verb: str = "run", sheet: str | None = None) -> str:

@@ -1,6 +1,7 @@
 """`ablab check`: does the machine keep its promises here?
 
 `coords`: do activations move as far at every width under muP?
+`stats`:  do intervals cover and verdicts err as often as they say?
 """
 
 import math
@@ -233,3 +234,30 @@ def _flaw(found: dict[str, Any]) -> str | None:
                 f"every change is within {flat}; raise --lr or widen --widths"
             )
     return None
+
+
+@app.command()
+def stats(
+    experiments: Annotated[
+        int, typer.Option(min=100, max=1_000_000, help="simulated, of each scenario")
+    ] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="of the simulation")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Coverage, family-wise error and power of the verdicts over simulated experiments, beside their targets.
+
+    Exit code 0: every target is met; 1: one is missed by more than three standard errors of the simulation.
+    """
+    from ablab.analysis.effects.simulation import figures
+    from ablab.experiments.cli.printing import show_figures
+
+    found = list(figures(experiments, seed))
+    show_figures(found, experiments, as_json)
+    if missed := [figure for figure in found if figure.missed]:
+        first = missed[0]
+        typer.echo(
+            f"{len(missed)} of {len(found)} targets missed, first: {first.scenario} at {first.seeds} seeds: "
+            f"{first.what} {first.share:.2f} %, not {first.target}",
+            err=True,
+        )
+        raise typer.Exit(1)

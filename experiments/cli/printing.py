@@ -14,6 +14,7 @@ from ablab.core.store.store import Store
 from ablab.experiments.text import count, table
 
 if TYPE_CHECKING:
+    from ablab.analysis.effects.simulation import Figure
     from ablab.analysis.pages.report import Report
     from ablab.core.recipe.recipe import Recipe
     from ablab.core.runtime.runtime import Runtime
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ablab.experiments.run.pool import Outcome
 
 # Columns of a report that a narrow terminal goes without; its page has them all.
-SPARE = ("x reference", "tokens/s", "method", "sd", "runs")
+SPARE = ("x, 95 %", "x reference", "tokens/s", "sd", "runs", "mean", "p (Holm)")
 SPARE_OF_STUDY = ("95 % interval", "optimum")
 SPARE_OF_CONFIRMATION = ("tuning moves it by", "verdict", "own setting")
 
@@ -104,10 +105,12 @@ def show_outcome(store: Store, name: str, outcome: "Outcome", as_json: bool) -> 
         typer.echo(json.dumps(found | done, indent=1))
 
 
-def show_report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {}) -> None:
+def show_report(
+    store: Store, name: str, as_json: bool, more: dict[str, Any] = {}, mixed: bool = False
+) -> None:
     """The verdicts; of a study that confirms nothing, the winners.  Raises UserError where no run has finished.
 
-    more: what else to say in JSON.
+    more: what else to say in JSON.  mixed: also where runs of different code, precision or kernels stand together.
     """
     from ablab.analysis.pages import report as reports
     from ablab.core.store.study_record import study_path
@@ -115,12 +118,15 @@ def show_report(store: Store, name: str, as_json: bool, more: dict[str, Any] = {
     is_study = study_path(store, name).is_file()
     if is_study and not store.plan_path(name).is_file():
         return show_study(store, name, as_json)
-    found = reports.read(store, name)
+    found = reports.read(store, name, mixed)
     if as_json:
         return typer.echo(json.dumps(reports.as_json(found) | more, indent=1))
     folder = store.root / "reports" / name
     pages = _kept(lambda: _write_pages(store, found, folder))
     typer.echo(f"\n{found.plan.question}")
+    for sentence in found.mixed:
+        typer.echo(f"mixed runs: {sentence}")
+    typer.echo(found.answer.replace("`", ""))
     table(reports.table(found.effects), SPARE)
     for effect in found.effects:
         if effect.sentence:
@@ -202,3 +208,31 @@ def show_coords(found: dict[str, Any], out: Path | None, as_json: bool) -> None:
 
 def _without_rows(arm: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arm.items() if key != "rows"}
+
+
+# -- the check of the statistics ---------------------------------------------------------------------------------------
+def show_figures(found: "list[Figure]", experiments: int, as_json: bool) -> None:
+    """A row per scenario and number of seeds; each share beside its target."""
+    if as_json:
+        told = {"experiments": experiments, "figures": [asdict(figure) for figure in found]}
+        return typer.echo(json.dumps(told, indent=1))
+    rows: dict[tuple[str, int], dict[str, str]] = {}
+    for figure in found:
+        row = rows.setdefault(
+            (figure.scenario, figure.seeds),
+            {
+                "scenario": figure.scenario,
+                "seeds": str(figure.seeds),
+                "method": figure.method,
+                "coverage": "",
+                "family-wise error": "",
+                "power": "",
+            },
+        )
+        missed = " MISSED" if figure.missed else ""
+        row[figure.what] = f"{figure.share:.1f} ({figure.target}){missed}"
+    table(list(rows.values()), ("method",))
+    typer.echo(
+        f"\nper cent of {experiments:,} simulated experiments with ten arms, target in brackets; "
+        "family-wise error after Holm; power: one arm shifted by 2 sd"
+    )

@@ -137,6 +137,13 @@ def study(
 def report(
     name: Name,
     overrides: Overrides = None,
+    mixed: Annotated[
+        bool,
+        typer.Option(
+            "--mixed",
+            help="also where the runs differ in code, precision or kernels; the report says so first",
+        ),
+    ] = False,
     plugins: Plugins = None,
     store: Where = None,
     as_json: Json = False,
@@ -161,4 +168,4 @@ def report(
         experiment, _ = prepare(name, overrides, plugins, where)
         name = experiment.name
         where.check_owner(name, experiment.origin)
-    show_report(where, name, as_json)
+    show_report(where, name, as_json, mixed=mixed)

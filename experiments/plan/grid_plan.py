@@ -30,6 +30,7 @@ def grid_plan_of(experiment: Experiment, runs: Iterable[PlannedRun]) -> GridPlan
         sheet=experiment.origin,
         factors=experiment.factors,
         infeasible=experiment.infeasible,
+        equivalence=sheet.equivalence,
     )
 
 

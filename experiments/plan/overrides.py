@@ -12,8 +12,9 @@ from ablab.core.recipe.intervention import Treatment
 from ablab.core.recipe.load import assign
 from ablab.experiments.plan.sheets import Sheet
 
-OF_THE_SHEET = ("runtime", "seeds", "design", "study")
-RENAMES_NOTHING = ("runtime", "seeds")  # how and how often a recipe runs, not what it computes
+OF_THE_SHEET = ("runtime", "seeds", "design", "study", "equivalence")
+# How and how often a recipe runs and what is made of it, not what it computes.
+RENAMES_NOTHING = ("runtime", "seeds", "equivalence")
 LONGEST_NAME = 150  # bytes; with an ending, a file's name may have 255
 
 
@@ -21,9 +22,10 @@ LONGEST_NAME = 150  # bytes; with an ending, a file's name may have 255
 class Overrides:
     """What is asked to differ from the file.
 
-    with.NAME.DOSE                        a dose of an intervention
-    runtime.X, study.X, seeds, design     a key of the sheet
-    any other path                        a leaf of the recipe
+    with.NAME.DOSE       a dose of an intervention
+    runtime.X, study.X, seeds, design, equivalence
+                         a key of the sheet
+    any other path       a leaf of the recipe
     """
 
     given: Mapping[str, Any]  # dotted path -> value

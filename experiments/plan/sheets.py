@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ablab.core.errors import UserError
-from ablab.core.language.numbers import Natural, NonNegative, Whole
+from ablab.core.language.numbers import Natural, NonNegative, Positive, Whole
 from ablab.core.language.parse import near, parse
 from ablab.core.recipe.load import read_yaml
 from ablab.core.runtime.runtime import Runtime
@@ -51,6 +51,8 @@ class Sheet:
     design: str | dict[str, Any] = "leave_one_out"
     seeds: list[Natural] = field(default_factory=lambda: [0, 1, 2])
     metric: Metric = field(default_factory=Metric)
+    # The smallest effect of interest, in the metric's unit: arms surely nearer than that are called equivalent.
+    equivalence: Positive | None = None
     # dotted recipe path -> value, after the base configs
     set: dict[str, Any] = field(default_factory=dict)
     runtime: Runtime = field(default_factory=Runtime)

@@ -25,6 +25,7 @@ class Lab:
     rows: list[Planned] = field(default_factory=list)
     treatments: dict = field(default_factory=dict)
     off: dict = field(default_factory=dict)
+    equivalence: float | None = None
 
     def cell(
         self,
@@ -34,14 +35,16 @@ class Lab:
         speed: float = 1e5,
         points: int = 0,
         runs=None,
+        first_seed: int = 0,
         **result,
     ) -> "Lab":
         """One run per value, or per status in its place; "missing" and "interrupted" leave no result."""
         for pair, value in enumerate(values):
             # Numpy scalars have no JSON form.
             value = value if isinstance(value, str) else float(value)
-            run = runs[pair] if runs else f"{self.name}-{name}-{pair}".replace(" ", "_")
-            self.rows.append(Planned(name, pair, seed=pair, run=run, reference=reference))
+            seed = first_seed + pair
+            run = runs[pair] if runs else f"{self.name}-{name}-{seed}".replace(" ", "_")
+            self.rows.append(Planned(name, pair, seed=seed, run=run, reference=reference))
             if value != "missing":
                 self._record(run, value, speed, points, result)
         return self
@@ -94,6 +97,7 @@ class Lab:
                 self.rows,
                 self.treatments,
                 self.off,
+                equivalence=self.equivalence,
             )
         )
         return self.store

@@ -20,7 +20,7 @@ CSV = re.compile(r'download="([^"]*)" href="data:text/csv;charset=utf-8;base64,(
 def written(lab, folder):
     """Where the page is."""
     store = lab.write()
-    found = report.read(store, lab.name)
+    found = report.read(store, lab.name, mixed=True)
     return html.write(store, found, frame.curves(store, lab.name), folder)
 
 

@@ -11,8 +11,8 @@ FULL = [3.000, 3.001, 3.002]
 WITHOUT = [3.020, 3.022, 3.021]
 
 
-def page(lab, folder) -> str:
-    return report.write(lab.write(), lab.name, folder / "out").read_text()
+def page(lab, folder, mixed: bool = False) -> str:
+    return report.write(lab.write(), lab.name, folder / "out", mixed).read_text()
 
 
 def row(text: str, arm: str, section: str) -> list[str]:
@@ -36,24 +36,65 @@ def test_the_page_holds_question_verdict_control_numbers_and_pictures(lab, tmp_p
     )
     assert "Which ingredients still pay?" in text
     assert "`val/loss` in nats/token, lower is better" in text
-    says, control = row(text, "- qk_norm", "Verdicts")[1:]
+    says, p, control = row(text, "- qk_norm", "Verdicts")[1:]
     assert says.startswith("qk_norm helps: without it +0.0200 [")
     assert control == "queries and keys as projected"
     numbers = row(text, "- qk_norm", "Numbers")
     assert numbers[1:5] == ["3", "3.0210", "0.0010", "+0.0200"]
     assert numbers[6:] == [
-        "Welch",
-        "worse",
+        p,
+        "helps",
         "110,000",
         "1.10",
+        "1.10 to 1.10",
         "3 finished",
     ]
     for picture in ("forest.png", "curves.png"):
         assert f"]({picture})" in text
         assert (tmp_path / "out" / picture).stat().st_size > 10_000
     assert "Same hyper-parameters, not tuned" in text
-    assert "No multiplicity correction" in text
+    assert "adjusted for all 1\ncomparisons" in text
     assert "## Read first" not in text
+
+
+def test_the_first_screen_answers_the_question(lab, tmp_path):
+    lab.equivalence = 0.01
+    lab.cell("full", FULL, None)
+    lab.cell("- good", WITHOUT)
+    lab.cell("- bad", [2.900, 2.9012, 2.902])
+    lab.cell("- same", [3.0001, 3.0012, 3.0018])
+    lab.cell("- young", [3.01, "missing", "missing"])
+    lab.cell("- lost", [DIVERGED] * 3)
+    text = page(lab, tmp_path)
+    first = text.partition("## ")[0]
+    assert "**`good` helps (by 0.0200 nats/token); `bad` hurts (by 0.0999 nats/token);" in first
+    assert "`same` makes no difference that matters" in first
+    assert "1 seed cannot tell for `young`" in first
+    assert "no run of `lost` finished" in first
+    assert "Smallest effect of interest: 0.01." in first
+    assert "*Equivalent*: the 90 % interval lies within +-0.01" in text
+    assert row(text, "- young", "Numbers")[7] == "too few seeds (+2)"
+
+
+def test_each_method_is_named_once_with_the_arms_that_it_serves(lab, tmp_path):
+    lab.cell("full", FULL, None)
+    lab.cell("- x", WITHOUT)
+    lab.cell("- y", WITHOUT[::-1])
+    lab.cell("- z", [*WITHOUT[:2], DIVERGED])
+    text = page(lab, tmp_path)
+    assert text.count("diffmax (`- x`, `- y`)") == 1
+    assert text.count("y ~ arm + seed (`- z`)") == 1
+
+
+def test_arms_whose_noise_differs_are_named_and_more_seeds_asked_for(lab, tmp_path):
+    lab.cell("full", FULL, None)
+    lab.cell("- quiet", [3.1000, 3.1011, 3.1020])
+    lab.cell("- loud", [3.1, 3.15, 3.0])
+    lab.cell("- usual", WITHOUT)
+    text = page(lab, tmp_path)
+    assert "the arms' noise differs: the differences of `- loud` have an sd of 0.077" in text
+    assert "those of `- quiet` 5.8e-05; from 6 seeds on" in text
+    assert "so add 3" in text
 
 
 def test_every_run_id_is_listed(lab, tmp_path):
@@ -70,7 +111,7 @@ def test_an_arm_that_drops_two_ingredients_names_both_controls(lab, tmp_path):
     lab.cell("- muon (and normuon)", WITHOUT)
     text = page(lab, tmp_path)
     assert (
-        row(text, "- muon (and normuon)", "Verdicts")[2]
+        row(text, "- muon (and normuon)", "Verdicts")[3]
         == "muon: AdamW; normuon: no per-neuron scale"
     )
 
@@ -99,13 +140,72 @@ def test_a_diverged_arm_is_shown_with_its_step_and_reason(lab, tmp_path):
             {"runtime": {"device": "cuda"}},
             "the runs mix runtime/dtype: bfloat16 (3 runs), not recorded (3 runs)",
         ),
-        ({"tokens": 7}, "the runs mix token counts: 100000000 (3 runs), 7 (3 runs)"),
+        (
+            {"runtime": {"device": "cuda", "dtype": "bfloat16", "kernels": "torch"}},
+            "the runs mix runtime/kernels: not recorded (3 runs), torch (3 runs)",
+        ),
     ],
 )
-def test_arms_that_ran_differently_are_warned_about(lab, tmp_path, changed, words):
+def test_arms_that_ran_differently_are_refused_unless_asked_for_then_said_first(
+    lab, tmp_path, changed, words
+):
     lab.cell("full", FULL, None)
     lab.cell("- x", WITHOUT, **changed)
-    assert words in page(lab, tmp_path)
+    with pytest.raises(UserError) as refusal:
+        page(lab, tmp_path)
+    assert words in str(refusal.value)
+    assert str(refusal.value).endswith("ablab report loo --mixed")
+    first, _, rest = page(lab, tmp_path, mixed=True).partition("**`x` helps")
+    assert f"**Mixed runs**: {words}" in first
+    assert rest
+
+
+def test_seeds_of_one_arm_that_other_kernels_served_are_refused(lab, tmp_path):
+    lab.cell("full", FULL, None, kernels={"attention": "triton"})
+    lab.cell("- x", WITHOUT[:2], kernels={"attention": "triton"})
+    lab.cell("- x", WITHOUT[2:], kernels={"attention": "torch: no GPU"}, first_seed=2)
+    words = r"the runs of `- x` mix kernels: attention by triton \(2 runs\), torch \(1 runs\)"
+    with pytest.raises(UserError, match=words):
+        page(lab, tmp_path)
+    assert "**Mixed runs**" in page(lab, tmp_path, mixed=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"tokens": 7}, "the runs mix token counts: 100000000 (3 runs), 7 (3 runs)"),
+        (
+            {"runtime": {"device": "cuda", "dtype": "bfloat16", "threads": 2}},
+            "the runs mix runtime/threads: not recorded (3 runs), 2.0 (3 runs)",
+        ),
+    ],
+)
+def test_arms_of_other_lengths_or_settings_are_warned_about(lab, tmp_path, changed, words):
+    lab.cell("full", FULL, None)
+    lab.cell("- x", WITHOUT, **changed)
+    text = page(lab, tmp_path)
+    assert words in text and "Mixed runs" not in text
+
+
+def test_a_run_that_finished_without_a_number_costs_its_seed_and_is_named(lab, tmp_path):
+    lab.cell("full", FULL, None)
+    lab.cell("- x", WITHOUT)
+    lab.cell("- y", WITHOUT[:2])
+    lab.cell("- y", [3.0], metrics={"raw/val/loss": 3.0}, first_seed=2)
+    text = page(lab, tmp_path)
+    assert "`- y`: 1 runs finished without a finite val/loss; they are left out" in text
+    assert row(text, "- y", "Numbers")[-1] == "2 finished, 1 without the metric"
+
+
+def test_a_result_that_holds_no_number_costs_one_run_and_is_named(lab, tmp_path):
+    lab.cell("full", FULL, None)
+    lab.cell("- x", WITHOUT)
+    store = lab.write()
+    path = store.run(lab.rows[-1].run).result_path
+    path.write_text(path.read_text().replace("3.021", "NaN"))
+    text = page(lab, tmp_path)
+    assert f"`- x`, seed 2: {path} is damaged" in text
+    assert row(text, "- x", "Numbers")[-1] == "2 finished, 1 damaged"
 
 
 def test_missing_interrupted_and_few_seeds_are_warned_about(lab, tmp_path):
@@ -191,9 +291,9 @@ def test_table_rows_share_their_headings(lab):
     rows = report.table(report.read(lab.write(), "loo").effects)
     assert rows[0].keys() == rows[1].keys()
     assert all(isinstance(text, str) for line in rows for text in line.values())
-    assert (rows[0]["verdict"], rows[1]["verdict"], rows[1]["delta"]) == (
+    assert (rows[0]["ingredient"], rows[1]["ingredient"], rows[1]["delta"]) == (
         "reference",
-        "failed",
+        "inadmissible",
         "–",
     )
 

@@ -140,10 +140,10 @@ def test_deltas_at_one_rate_and_at_each_arms_own_stand_side_by_side(lab, tmp_pat
     )
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1].startswith("+0.2000 [")
-    assert cells[2:4] == ["worse", "optim.lr=0.004"]
+    assert cells[2:4] == ["helps", "optim.lr=0.004"]
     assert cells[4].startswith("+0.0000 [")
     assert cells[5:] == ["inconclusive", "-0.2000"]
-    assert "`- muon` is worse at the shared setting, inconclusive at its own" in text
+    assert "`muon`: helps at the shared setting, inconclusive at each arm's own" in text
     assert "`full`, measured against: optim.lr=0.008" in text
 
 

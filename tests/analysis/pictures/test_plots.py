@@ -45,14 +45,13 @@ def test_pictures_are_print_size_and_not_blank(lab, normal, tmp_path, arms):
     assert curves.std() > 0.05
 
 
-def test_an_arm_that_got_worse_is_orange_and_one_that_got_better_blue(lab, tmp_path):
+@pytest.mark.parametrize(("value", "verdict"), [(3.1, "helps"), (2.9, "hurts")])
+def test_what_helps_is_blue_and_what_hurts_orange(lab, tmp_path, value, verdict):
     lab.cell("full", [3.0, 3.001, 3.002], None, points=5)
-    lab.cell("- a", [3.1, 3.101, 3.102], points=5)
-    orange = VERDICT_COLOUR["worse"]
-    blue = VERDICT_COLOUR["better"]
+    lab.cell("- a", [value, value + 0.001, value + 0.0021], points=5)
     picture, _ = draw(lab, tmp_path)
-    assert shows(picture, orange) > 100
-    assert not shows(picture, blue)
+    for word, colour in VERDICT_COLOUR.items():
+        assert (shows(picture, colour) > 100) == (word == verdict)
 
 
 def test_above_ten_cells_three_arms_keep_a_colour(lab, normal, tmp_path):

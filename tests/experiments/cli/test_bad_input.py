@@ -194,6 +194,22 @@ FILES = {
         sheet(metric="{better: down}"),
         ["metric.better='down' must be one of lower, higher"],
     ),
+    "no smallest effect": (
+        sheet(equivalence="0"),
+        ["equivalence=0 must be a number > 0 or null"],
+    ),
+    "negative smallest effect": (
+        sheet(equivalence="-1.0e-3"),
+        ["equivalence=-0.001 must be a number > 0 or null"],
+    ),
+    "infinite smallest effect": (
+        sheet(equivalence=".inf"),
+        ["equivalence=inf must be a number > 0 or null"],
+    ),
+    "smallest effect in words": (
+        sheet(equivalence="small"),
+        ["equivalence='small' must be a number > 0 or null"],
+    ),
     "seed in set": (sheet(set="{seed: 3}"), ["seed=3 would be overwritten", "seeds: [3]"]),
     "negative study seed": (
         sheet(study="{space: {optim.lr: {log: [0.1, 1]}}, seeds: [-3]}"),

@@ -126,7 +126,7 @@ def test_list_names_every_experiment_with_its_question(ablab):
     ("columns", "without"),
     [
         (140, []),
-        (80, ["x reference", "tokens/s", "method", "sd", "runs"]),
+        (80, ["x, 95 %", "x reference", "tokens/s", "sd", "runs", "mean"]),
     ],
 )
 def test_a_narrow_terminal_leaves_columns_out_and_says_so_but_cuts_no_name_or_number(
@@ -139,15 +139,16 @@ def test_a_narrow_terminal_leaves_columns_out_and_says_so_but_cuts_no_name_or_nu
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     row = {
         "arm": "- muon (and normuon)",
-        "pairs": "3",
+        "seeds": "3",
         "mean": "2.7781",
         "sd": "0.0057",
         "delta": "+0.0299",
         "95 % interval": "-0.0213 to +0.0810",
-        "method": "Welch",
-        "verdict": "too few seeds",
+        "p (Holm)": "0.038",
+        "ingredient": "too few seeds (+1)",
         "tokens/s": "5,690",
         "x reference": "1.43",
+        "x, 95 %": "1.31 to 1.55",
         "runs": "3 finished",
     }
     table([row], SPARE)

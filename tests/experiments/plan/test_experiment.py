@@ -88,6 +88,7 @@ def test_cells_of_one_pair_share_the_seed_and_replicas_never_do(read):
         {"runtime.threads": 2},
         {"runtime.micro_batch": 2, "runtime.log_every": 7},
         {"seeds": [0]},
+        {"equivalence": 0.002},
     ],
 )
 def test_how_a_run_is_executed_and_which_seeds_are_asked_for_rename_nothing(read, overrides):
@@ -111,6 +112,11 @@ def test_what_a_run_computes_renames_the_experiment_and_exactly_the_runs_it_touc
     other = read({path: value})
     assert changed(usual, ids_of(other)) == touched
     assert other.name == f"sheet@{path}={value}"
+
+
+def test_the_plan_holds_the_smallest_effect_of_interest(read):
+    assert merged(read(), [0], None).equivalence is None
+    assert merged(read({"equivalence": 0.002}), [0], None).equivalence == 0.002
 
 
 def test_another_design_is_another_experiment(read):
