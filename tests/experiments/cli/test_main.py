@@ -125,8 +125,8 @@ def test_list_names_every_experiment_with_its_question(ablab):
 @pytest.mark.parametrize(
     ("columns", "without"),
     [
-        (140, []),
-        (80, ["x, 95 %", "x reference", "tokens/s", "sd", "runs", "mean"]),
+        (160, []),
+        (80, ["x, 95 %", "x reference", "tokens/s", "sd", "runs", "mean", "p (Holm)"]),
     ],
 )
 def test_a_narrow_terminal_leaves_columns_out_and_says_so_but_cuts_no_name_or_number(
