@@ -76,7 +76,7 @@ class Record:
         )
 
     def sound_result(self, say: Say) -> Result | None:
-        """As `result`; a damaged one, or one whose log or losses were changed, is named, set aside, and counts as none."""
+        """As `result`; a damaged one, or one whose log or losses changed, is named, set aside, and counts as none."""
         try:
             result = self.result()
             if result:
