@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "configs": set(),
 }
 READ_ONLY_CORE = {  # all that analysis may use of core
+    "ablab.core.store.held_out",
     "ablab.core.store.planned",
     "ablab.core.store.record",
     "ablab.core.store.result",

@@ -130,7 +130,7 @@ def _status(record: Record, result: Result | None) -> str:
 def _row(row: Planned, record: Record, result: Result | None) -> dict[str, Any]:
     status = INERT if row.note.startswith(INERT) else _status(record, result)
     ended = asdict(result or Result(row.run, status, step=0, tokens=0))
-    del ended["log"]
+    del ended["log"], ended["held_out"]
     ended["hole"] = record.hole(result)
     metrics = ended.pop("metrics")
     runtime = ended.pop("runtime")

@@ -65,6 +65,13 @@ class Tokens:
         starts = self.held_out_starts[first : first + count]
         return self._take(self.held_out, starts, self.context)
 
+    def held_out_targets(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each held-out token to predict: the bytes it stands for, its document.  int32 [rows, context] each."""
+        table = self.token_bytes.numpy().astype(np.int32)
+        targets = self.held_out_batch(0, self.held_out_rows())[:, 1:].numpy()
+        places = np.array(self.held_out_starts)[:, None] + np.arange(1, self.context + 1)
+        return table[targets], self.held_out.documents(places, self.meta.end_of_text)
+
     def _take(self, tokens: "Mapped", starts: list[int], context: int) -> Tensor:
         block = tokens.take(starts, context + 1).astype(np.int64)
         if (top := int(block.max())) >= self.vocab:
@@ -110,6 +117,11 @@ class Mapped:
                 "restore it, or delete the folder and fill it again"
             )
         return block
+
+    def documents(self, places: np.ndarray, end_of_text: int) -> np.ndarray:
+        """The document that each place is in, int32, counted from 0; an end of text is its document's last token."""
+        ends = np.flatnonzero(self.ids[: self.length] == end_of_text)
+        return np.searchsorted(ends, places).astype(np.int32)
 
     def _written(self) -> tuple[int, int]:
         """Size and time of the last write.  Under a microsecond, where a step takes milliseconds."""

@@ -4,10 +4,12 @@
                   run.json        who started it, how (Runtime), with which code and packages
                   metrics.jsonl   {"step", "tokens", "train/loss", ...}: the same bits whether or not the run was killed
                   pace.jsonl      {"step", "seconds", "tokens_per_second"}: what depends on the clock
+                  held_out.npz    the losses of the last evaluation, token by token (held_out.py)
                   result.json     status and final numbers; written once, in one step, at the end
 
 Every file is whole at every instant, or a log whose last line may be torn: a reader may look at any time.  A log that
-lost a line is known: by a checkpoint of its run, by the writer when it saves and ends, by its digest in the result.
+lost a line is known: by a checkpoint of its run, by the writer when it saves and ends, by its digest in the result,
+which has that of held_out.npz too.
 """
 
 import hashlib
@@ -24,6 +26,7 @@ import msgspec
 
 from ablab.core.errors import UserError
 from ablab.core.store.files import FLAWS, set_aside, write_atomically, writing
+from ablab.core.store.held_out import HeldOut, decoded, encoded
 from ablab.core.store.result import STATUSES, Result
 
 Say = Callable[[str], None]
@@ -42,6 +45,7 @@ class Record:
         self.run = run
         self.metrics_path = folder / "metrics.jsonl"
         self.pace_path = folder / "pace.jsonl"
+        self.held_out_path = folder / "held_out.npz"
         self.result_path = folder / "result.json"
         self.about_path = folder / "run.json"
         self.recipe_path = folder / "recipe.yaml"
@@ -72,11 +76,12 @@ class Record:
         )
 
     def sound_result(self, say: Say) -> Result | None:
-        """As `result`; a damaged one, or one whose log lost lines, is named, set aside, and counts as none."""
+        """As `result`; a damaged one, or one whose log or losses changed, is named, set aside, and counts as none."""
         try:
             result = self.result()
             if result:
                 self._check_log(result)
+                self._kept_losses(result)
         except Damaged as damage:
             say(str(damage))
             set_aside(self.result_path)
@@ -102,6 +107,33 @@ class Record:
                 "`ablab run` trains the run again"
             )
 
+    def held_out(self, result: Result) -> HeldOut | None:
+        """The losses of the last evaluation; None of a run that kept none.  Raises Damaged: lost or changed."""
+        content = self._kept_losses(result)
+        try:
+            return decoded(content) if content else None
+        except ValueError as flaw:
+            raise Damaged(
+                f"{self.held_out_path} is damaged ({flaw}); delete {self.folder} to train that run again"
+            ) from None
+
+    def _kept_losses(self, result: Result) -> bytes:
+        if not result.held_out:
+            return b""
+        content = _content(self.held_out_path)
+        if digest_of(content) != result.held_out:
+            raise Damaged(
+                f"{self.held_out_path} is not what the run left: it is lost or changed; "
+                "`ablab run` trains the run again"
+            )
+        return content
+
+    def keep(self, held_out: HeldOut) -> str:
+        """Write the losses of the last evaluation; their digest, for the result."""
+        content = encoded(held_out)
+        write_atomically(self.held_out_path, content)
+        return digest_of(content)
+
     def stamp(self) -> int:
         """Tells one result from the next: its time in nanoseconds, 0 while there is none."""
         try:
@@ -124,7 +156,8 @@ class Record:
             first_start = time.time()
         error = self.folder / "error.txt"
         self._clear_the_places_of_files(error, say)
-        for old in (self.result_path, error, *self.folder.glob(".*.partial")):
+        partial = self.folder.glob(".*.partial")
+        for old in (self.result_path, self.held_out_path, error, *partial):
             old.unlink(missing_ok=True)
         told = {**about, "started": first_start}
         if self.run:
@@ -136,7 +169,8 @@ class Record:
     def _clear_the_places_of_files(self, error: Path, say: Say) -> None:
         """A folder where a file should be, or a file where checkpoints should be, goes aside."""
         files = (self.recipe_path, self.about_path, self.metrics_path, self.pace_path)
-        wrong = [path for path in (*files, self.result_path, error) if path.is_dir()]
+        ends = (self.held_out_path, self.result_path, error)
+        wrong = [path for path in (*files, *ends) if path.is_dir()]
         checkpoints = self.folder / "checkpoints"
         if checkpoints.exists() and not checkpoints.is_dir():
             wrong.append(checkpoints)
@@ -214,9 +248,9 @@ def holds(logged: bytes, known: str) -> bool:
     return length.isdecimal() and extent(logged[: int(length)]) == known
 
 
-def digest_of(logged: bytes) -> str:
-    """sha256 of a log, 16 hex digits: what a result keeps of it."""
-    return hashlib.sha256(logged).hexdigest()[:16]
+def digest_of(content: bytes) -> str:
+    """sha256 of a file, 16 hex digits: what a result keeps of it."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _content(path: Path) -> bytes:

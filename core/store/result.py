@@ -43,4 +43,5 @@ class Result:
     # digest of the weights that were evaluated, where these are others: an average of them
     evaluated: str = ""
     log: str = ""  # digest of metrics.jsonl
+    held_out: str = ""  # digest of held_out.npz
     kernels: dict[str, str] = field(default_factory=dict)  # place -> what served it

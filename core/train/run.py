@@ -81,6 +81,8 @@ def run(
     result = _result(recipe, settled, kernels, trainer, status, error, metrics)
     record.sync(warn)
     result = replace(result, log=digest_of(record.logged()))
+    if trainer and status == FINISHED:
+        result = replace(result, held_out=record.keep(trainer.held_out()))
     if trainer and status == FINISHED and settled.keep_weights:
         _keep_weights(trainer, record.folder)
     record.finish(result)

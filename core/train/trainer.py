@@ -22,6 +22,7 @@ from ablab.core.runtime.compilation import compile_kernels, compiled
 from ablab.core.runtime.fingerprint import code_fingerprint
 from ablab.core.runtime.replay import CudaGraphs, use_recordable_stream
 from ablab.core.runtime.runtime import Runtime, environment, repeat_bits, settle
+from ablab.core.store.held_out import HeldOut
 from ablab.core.store.record import extent, holds
 from ablab.core.train import checkpoint
 from ablab.core.train.banks import Optimizer
@@ -85,6 +86,8 @@ class Trainer:
         self.recipe = recipe
         self.tokens = Tokens(recipe, data_folder)
         self.step = 0
+        # Of the held-out tokens, float16 [rows,T], as the last evaluation found them.
+        self.losses: Tensor | None = None
         self.watch = Stopwatch()
         initialise(self.model, recipe)
         self.training_step.restart(recipe)
@@ -145,7 +148,16 @@ class Trainer:
         return self._held_out_loss()
 
     def _held_out_loss(self) -> dict[str, float]:
-        return held_out_loss(self.nats, self.tokens, self.runtime.micro_batch, self.device)
+        rows = self.runtime.micro_batch
+        measured = held_out_loss(self.nats, self.tokens, rows, self.device)
+        self.losses = measured.nats
+        return measured.scores
+
+    def held_out(self) -> HeldOut:
+        """What the last evaluation found, token by token: of the weights whose metrics it calls val."""
+        assert self.losses is not None, "nothing was evaluated yet"
+        sizes, documents = self.tokens.held_out_targets()
+        return HeldOut(self.losses.cpu().numpy(), sizes, documents)
 
     @property
     def averages(self) -> bool:

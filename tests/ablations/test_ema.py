@@ -259,9 +259,12 @@ def test_held_out_metrics_are_those_of_a_model_that_holds_the_average(
     ):
         for name, value in zip(bank.names, average, strict=True):
             model.get_parameter(name).data.copy_(value)
-    expected = held_out_loss(
+    expected, losses = held_out_loss(
         of_rows(model, heads_of(model)[1]), trainer.tokens, 4, torch.device("cpu")
     )
     assert scores["val/loss"] == pytest.approx(expected["loss"], abs=1e-9)
     assert scores["val/bits_per_byte"] == pytest.approx(expected["bits_per_byte"], abs=1e-9)
     assert abs(scores["raw/val/loss"] - scores["val/loss"]) > 1e-4
+    kept = trainer.held_out().nats  # those of the average
+    assert np.allclose(kept, losses.numpy(), rtol=2e-3)
+    assert abs(kept.mean(dtype=float) - scores["val/loss"]) < 1e-3

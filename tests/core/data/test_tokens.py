@@ -251,3 +251,25 @@ def test_tokens_replaced_or_deleted_meanwhile_are_read_to_the_end(
     os.unlink(folder / "val.bin")
     assert torch.equal(tokens.rows(0, 0, 4), first[0])
     assert torch.equal(tokens.held_out_batch(0, 4), first[1])
+
+
+# ---- what a held-out token is ----
+
+
+def test_held_out_targets_say_their_bytes_and_their_document(tiny, token_folder):
+    """Documents end with token 0, and are counted over the whole file, whatever rows are read."""
+    ids = np.fromfile(token_folder / "val.bin", "<u2").astype(np.int64)
+    sizes = np.load(token_folder / "token_bytes.npy")
+    numbers = []  # document of each token: a loop
+    number = 0
+    for token in ids:
+        numbers.append(number)
+        number += token == 0
+    assert number > 5
+    for held_out in (100, 10_000):
+        tokens = open_tokens(tiny, token_folder, data__held_out=held_out)
+        found_sizes, documents = tokens.held_out_targets()
+        for row, start in enumerate(tokens.held_out_starts):
+            targets = slice(start + 1, start + 17)
+            assert np.array_equal(found_sizes[row], sizes[ids[targets]])
+            assert np.array_equal(documents[row], numbers[targets])

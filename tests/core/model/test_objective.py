@@ -135,7 +135,7 @@ def scored(nats, sizes, rows=1) -> dict[str, float]:
     logits = others[:, None].repeat(1, vocab)
     logits[torch.arange(len(nats)), torch.arange(1, vocab)] = target
     model = nats_by(lambda x: logits.expand(len(x), -1, -1))
-    return held_out_loss(model, tokens, rows, CPU)
+    return held_out_loss(model, tokens, rows, CPU).scores
 
 
 def test_bits_per_byte_hand_example():
@@ -167,7 +167,7 @@ def test_held_out_metrics_count_every_row_once_however_they_are_batched(
     """20 rows of 16: 3 leaves 2 over, 64 is padded by repetition.  Logits depend on the token, so every row differs."""
     tokens = Tokens(tiny(), token_folder)
     table = 2 * randn(64, 64)
-    scores = held_out_loss(nats_by(lambda x: table[x]), tokens, rows, CPU)
+    scores, every = held_out_loss(nats_by(lambda x: table[x]), tokens, rows, CPU)
     ids = np.fromfile(token_folder / "val.bin", "<u2").astype(np.int64)
     # Of the 24 windows of its 400 tokens, all but 5, 11, 17 and 23: 1.2 from one to the next, rounded down.
     starts = [16 * window for window in range(24) if window % 6 != 5]
@@ -183,6 +183,8 @@ def test_held_out_metrics_count_every_row_once_however_they_are_batched(
     bits_per_byte = nats[text].sum() / math.log(2) / size.sum()
     assert abs(scores["loss"] - nats.mean()) < 1e-6
     assert abs(scores["bits_per_byte"] - bits_per_byte) < 1e-6
+    assert every.shape == (20, 16)
+    assert np.abs(every.flatten().double().numpy() / nats - 1).max() < 2**-10
 
 
 def test_held_out_losses_are_summed_in_fp64():
@@ -198,6 +200,6 @@ def test_held_out_losses_are_summed_in_fp64():
     zero = torch.zeros(1, dtype=torch.int64)
     one = token_losses(logits[None], zero).item()
     model = nats_by(lambda x: logits.expand(*x.shape, 2))
-    scores = held_out_loss(model, tokens, 3, CPU)
+    scores, _ = held_out_loss(model, tokens, 3, CPU)
     assert abs(scores["loss"] - one) < 1e-10
     assert abs(scores["bits_per_byte"] - one / math.log(2)) < 1e-10

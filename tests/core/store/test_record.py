@@ -1,14 +1,17 @@
 """Records: what is damaged, another's or impossible is never taken for a run's own."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ablab.core.errors import UserError
 from ablab.core.store.files import set_aside
-from ablab.core.store.record import Record, digest_of, extent, holds
+from ablab.core.store.held_out import TYPES, HeldOut, decoded, encoded
+from ablab.core.store.record import Damaged, Record, digest_of, extent, holds
 from ablab.core.store.result import FINISHED, STATUSES, Result
 from ablab.core.store.store import Store
 from ablab.core.store.study_record import read as read_study
@@ -142,3 +145,83 @@ def test_a_damaged_plan_or_study_is_one_line_with_its_cure(tmp_path, content):
         ) as said:
             read("grid")
         assert "\n" not in str(said.value)
+
+
+# ---- the losses of the last evaluation ----
+
+
+def losses(rows=4, context=8, seed=0) -> HeldOut:
+    draw = np.random.default_rng(seed)
+    return HeldOut(
+        nats=draw.gamma(1.0, 3.0, (rows, context)).astype(np.float16),
+        bytes=draw.integers(0, 9, (rows, context), dtype=np.int32),
+        document=np.sort(draw.integers(0, 5, rows * context, dtype=np.int32)).reshape(rows, -1),
+    )
+
+
+def finished(folder, held_out) -> tuple[Record, Result]:
+    record = logged(folder)
+    kept = record.keep(held_out)
+    result = Result("mine", FINISHED, 3, 192, log=digest_of(record.logged()), held_out=kept)
+    record.finish(result)
+    return record, result
+
+
+def test_losses_are_read_as_they_were_kept_and_the_same_ones_are_the_same_bytes(tmp_path):
+    record, result = finished(tmp_path / "a", losses())
+    found = record.held_out(result)
+    for name, kind in TYPES.items():
+        array = getattr(found, name)
+        assert array.dtype == kind and np.array_equal(array, getattr(losses(), name))
+    assert record.sound_result(pytest.fail) == result
+    again, _ = finished(tmp_path / "b", losses())
+    assert again.held_out_path.read_bytes() == record.held_out_path.read_bytes()
+
+
+def test_a_run_of_before_has_no_losses_and_is_whole(tmp_path):
+    record = logged(tmp_path)
+    result = Result("mine", FINISHED, 3, 192, log=digest_of(record.logged()))
+    record.finish(result)
+    assert record.held_out(result) is None
+    assert record.sound_result(pytest.fail) == result
+
+
+DAMAGES = {
+    "lost": lambda path: path.unlink(),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "another's": lambda path: path.write_bytes(encoded(losses(seed=1))),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_losses_that_are_not_what_the_run_left_are_said_and_the_run_is_trained_again(
+    tmp_path, damage
+):
+    record, result = finished(tmp_path, losses())
+    DAMAGES[damage](record.held_out_path)
+    with pytest.raises(Damaged, match="held_out.npz is not what the run left"):
+        record.held_out(result)
+    said = []
+    assert record.sound_result(said.append) is None
+    assert len(said) == 1 and str(record.held_out_path) in said[0]
+    record.begin("", {}, said.append)
+    assert not record.held_out_path.exists()
+
+
+@given(st.binary(max_size=200), st.integers(0, 10_000))
+def test_no_bytes_but_those_of_losses_are_taken_for_losses(junk, place):
+    whole = bytearray(encoded(losses()))
+    cut = place % len(whole)
+    for content in (junk, bytes(whole[:cut]), bytes(whole[:cut]) + junk):
+        with pytest.raises(ValueError, match="archive of losses|its arrays are"):
+            decoded(content)
+
+
+def test_arrays_of_other_kinds_or_shapes_are_refused():
+    for wrong in (
+        replace(losses(), nats=np.zeros((4, 7), np.float16)),
+        replace(losses(), document=np.zeros((3, 8), np.int32)),
+    ):
+        with pytest.raises(ValueError, match="its arrays are"):
+            decoded(encoded(wrong))

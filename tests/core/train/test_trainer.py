@@ -190,8 +190,9 @@ def uninterrupted(tiny, token_folder, tmp_path_factory):
 
 
 def same(one, other) -> None:
-    """Two runs (result, record): equal weights' bits, final numbers and metrics file."""
+    """Two runs (result, record): equal weights' bits, final numbers, losses kept and metrics file."""
     assert one[0].weights == other[0].weights and one[0].metrics == other[0].metrics
+    assert one[0].held_out == other[0].held_out != ""
     assert one[1].metrics_path.read_bytes() == other[1].metrics_path.read_bytes()
     assert (one[1].folder / "weights.safetensors").read_bytes() == (
         other[1].folder / "weights.safetensors"
@@ -687,6 +688,29 @@ def test_kept_weights_are_those_that_were_evaluated_and_the_trained_ones_stand_b
         assert trainer.digest() == getattr(result, digest)
         assert safe_open(path, "pt").metadata() == {"digest": getattr(result, digest)}
     assert result.evaluated != result.weights
+
+
+@pytest.mark.parametrize("treatment", [[], [{"ema": {"horizon": 5}}]])
+def test_the_kept_losses_are_those_that_the_metrics_sum(
+    tiny, token_folder, tmp_path, treatment
+):
+    """To the 2^-11 of float16; with an average, those of the average."""
+    recipe = tiny(treatment, optim__lr=0.02)
+    result, record = train(recipe, token_folder, tmp_path)
+    kept = record.held_out(result)
+    nats = kept.nats.astype(float)
+    text = kept.bytes > 0
+    assert kept.nats.shape == (20, 16) and not text.all()
+    assert abs(nats.mean() / result.metrics["val/loss"] - 1) < 2**-11
+    bits_per_byte = nats[text].sum() / math.log(2) / kept.bytes.sum()
+    assert abs(bits_per_byte / result.metrics["val/bits_per_byte"] - 1) < 2**-11
+
+
+def test_only_a_finished_run_keeps_losses(tiny, token_folder, tmp_path):
+    recipe = tiny(optim__lr=1e9, optim__clip=None)
+    result, record = train(recipe, token_folder, tmp_path)
+    assert result.status == DIVERGED and result.held_out == ""
+    assert not record.held_out_path.exists()
 
 
 def test_the_mean_loss_of_a_window_is_over_all_its_tokens(tiny, token_folder, tmp_path):
