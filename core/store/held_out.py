@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 # What numpy and zipfile raise of a damaged archive.
-FLAWS = (BadZipFile, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, zlib.error)
+FLAWS = (
+    BadZipFile,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zlib.error,
+)
 TYPES = {"nats": "float16", "bytes": "int32", "document": "int32"}
 
 
