@@ -18,24 +18,32 @@ from ablab.core.data.tokens import Tokens
 def held_out_loss(
     nats_of: Callable[[Tensor], Tensor], tokens: Tokens, rows: int, device: torch.device
 ) -> dict[str, float]:
-    """loss, in nats a token over all tokens, and bits_per_byte.
+    """loss, in nats a token over all tokens, and bits_per_byte; of a mix also bits_per_byte/SOURCE.
 
     nats_of: tokens, int [rows,T+1] -> cross-entropy of each from those before it, [rows,T].
     Every batch has `rows` rows, the last one padded by repetition and cut after the forward: one compiled shape.
     """
     table = tokens.token_bytes.to(device)
-    total = tokens.held_out_rows()
-    nats, counted, size = torch.zeros(3, dtype=torch.float64, device=device).unbind()
-    for first in range(0, total, rows):
-        count = min(rows, total - first)
+    sums = torch.zeros(len(tokens.sources), 3, dtype=torch.float64, device=device)
+    for source, first, count in tokens.held_out_spans(rows):
         block = tokens.held_out_batch(first, count)
         block = block[torch.arange(rows) % count].to(device, non_blocking=True)
         losses = nats_of(block)[:count].double()
         weight = table[block[:count, 1:]]
+        nats, counted, size = sums[source].unbind()
         nats += losses.sum()
         counted += (losses * (weight > 0)).sum()
         size += weight.sum()
-    return {
-        "loss": nats.item() / (total * tokens.context),
-        "bits_per_byte": counted.item() / (math.log(2) * size.item()),
+    nats, counted, size = sums.sum(dim=0).tolist()
+    scores = {
+        "loss": nats / (tokens.held_out_rows() * tokens.context),
+        "bits_per_byte": bits_per_byte(counted, size),
     }
+    if len(tokens.sources) > 1:
+        for own, (_, counted, size) in zip(tokens.sources, sums.tolist(), strict=True):
+            scores[f"bits_per_byte/{own.name}"] = bits_per_byte(counted, size)
+    return scores
+
+
+def bits_per_byte(nats: float, size: float) -> float:
+    return nats / (math.log(2) * size)
