@@ -148,8 +148,12 @@ def write_tokens(
     vocab=VOCAB,
     top=None,
     seed=0,
+    like=None,
 ):
-    """A token folder as core/data/corpus.py leaves it: uint16 ids below `top`, drawn with falling frequency."""
+    """A token folder as core/data/corpus.py leaves it: uint16 ids below `top`, drawn with falling frequency.
+
+    like: a folder of the same tokenizer.
+    """
     draw = np.random.default_rng(seed)
     top = top or vocab
     odds = 1 / np.arange(1, top + 1)
@@ -159,6 +163,8 @@ def write_tokens(
         ids.astype("<u2").tofile(folder / f"{name}.bin")
     token_bytes = draw.integers(1, 6, vocab).astype(np.int32)
     token_bytes[SPECIAL] = 0
+    if like:
+        token_bytes = np.load(like / "token_bytes.npy")
     np.save(folder / "token_bytes.npy", token_bytes)
     meta = {
         "schema": 1,

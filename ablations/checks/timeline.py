@@ -47,7 +47,8 @@ def timeline(
 def _constants(recipe: Recipe) -> tuple[object, ...]:
     """Which tokens are read in which batches, and on which of them a run is judged."""
     data = recipe.data
-    return data.digest or data.name, data.held_out, recipe.seed, _shapes(recipe.batches)
+    tokens = data.digest or data.name, sorted(data.mix.items()), data.held_out
+    return *tokens, recipe.seed, _shapes(recipe.batches)
 
 
 def _shapes(batches: Batches) -> list[tuple[int, int, int]]:

@@ -128,14 +128,9 @@ def _check_contents(folder: Path, meta: Meta, digest: str) -> Meta:
     return meta
 
 
-def check_meta(recipe: Recipe, meta: Meta, folder: Path) -> Meta:
-    """Raises UserError where a token folder is not what the recipe asks for: other text, other ids, too little."""
+def check_meta(recipe: Recipe, meta: Meta, folder: Path) -> None:
+    """Raises UserError where a token folder cannot serve the recipe: other ids, too little text."""
     data = recipe.data
-    if data.digest and data.digest != meta.digest:
-        raise UserError(
-            f"{folder} holds data {meta.digest}, but the recipe names {data.digest}; "
-            "restore that text, or load the recipe anew"
-        )
     if data.vocab != meta.vocab:
         raise UserError(
             f"data.vocab={data.vocab}, but {folder} was tokenized with {meta.vocab} ids; "
@@ -144,7 +139,6 @@ def check_meta(recipe: Recipe, meta: Meta, folder: Path) -> Meta:
     held_out = min(meta.val_tokens, data.held_out + 1)
     _check_length(folder / "train.bin", meta.train_tokens, data.context, 2 * data.context)
     _check_length(folder / "val.bin", held_out, data.context, data.context + 1)
-    return meta
 
 
 def _check_length(file: Path, tokens: int, context: int, needed: int) -> None:

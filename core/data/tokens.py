@@ -2,40 +2,49 @@
 
 import hashlib
 import os
-from functools import lru_cache
+from collections.abc import Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ablab.core.data.corpus import check_meta, load_verified
+from ablab.core.data.mixture import Shares
+from ablab.core.data.sources import Source, opened, windows_in
 from ablab.core.errors import UserError
 from ablab.core.recipe.recipe import Recipe
 
 
 class Tokens:
-    """The training and held-out tokens of a recipe, memory-mapped.
+    """The training and held-out tokens of a recipe, memory-mapped: one folder's, or those of the sources of a mix.
 
-    Raises UserError when the folder is not the one that the recipe's digest names, was changed, or is too short
+    folder: STORE/data/NAME.
+    Raises UserError when a folder is not the one that the recipe's digest names, was changed, or is too short
     for one row.
     """
 
     def __init__(self, recipe: Recipe, folder: Path):
         data, self.folder = recipe.data, folder
-        self.meta = check_meta(recipe, load_verified(folder), folder)
         self.batches = recipe.batches
         self.context = data.context
         self.vocab = data.vocab
-        self.seed = recipe.seed
-        self.train = Mapped(folder / "train.bin", self.meta.dtype, self.meta.train_tokens)
-        self.held_out = Mapped(folder / "val.bin", self.meta.dtype, self.meta.val_tokens)
-        wanted = data.held_out // data.context
-        self.held_out_starts = spread_rows(len(self.held_out), data.context, wanted)
+        sources = opened(recipe, folder)
+        # All sources alike, whatever their shares: arms that differ in shares are measured on the same tokens.
+        rows = data.held_out // len(sources) // data.context
+        self.sources = [SourceTokens(one, data.context, recipe.seed, rows) for one in sources]
+        self.shares = Shares(data.mix or {data.name: 1.0})
+        self.held_out = [
+            (source, start) for source in self.sources for start in source.held_out_starts
+        ]
         self.token_bytes = torch.from_numpy(
-            np.load(folder / "token_bytes.npy").astype(np.int64)
+            np.load(sources[0].folder / "token_bytes.npy").astype(np.int64)
         )
-        self.windows = (len(self.train) - self.context) // self.context  # an epoch
+
+    @property
+    def windows(self) -> int:
+        """Windows of all sources, each seen once: an epoch where there is one source."""
+        return sum(source.windows for source in self.sources)
 
     def rows(self, step: int, first: int, count: int) -> Tensor:
         """The rows of windows `first`..`first+count-1` of optimizer step `step` (from 0).
@@ -45,41 +54,92 @@ class Tokens:
         pieces = self.batches.at(step).pieces
         context = self.context // pieces
         window = self.batches.windows_before(step) + first
-        starts = [
-            self._start(*divmod(index, self.windows)) + piece * context
-            for index in range(window, window + count)
-            for piece in range(pieces)
-        ]
-        return self._take(self.train, starts, context)
-
-    def _start(self, epoch: int, position: int) -> int:
-        """Each epoch visits every window once, in its own order and at its own phase."""
-        order, phase = _epoch(self.seed, epoch, self.windows, self.context)
-        return phase + int(order[position]) * self.context
+        turns = [self.shares.at(number) for number in range(window, window + count)]
+        rows = np.empty((count * pieces, context + 1), np.int64)
+        for place, source in enumerate(self.sources):
+            mine = [(i, own) for i, (taken, own) in enumerate(turns) if taken == place]
+            if not mine:
+                continue
+            begins = [source.start(own) for _, own in mine]
+            starts = [begin + piece * context for begin in begins for piece in range(pieces)]
+            places = [i * pieces + piece for i, _ in mine for piece in range(pieces)]
+            rows[places] = self._checked(source, source.train.take(starts, context + 1))
+        return torch.from_numpy(rows)
 
     def held_out_rows(self) -> int:
-        return len(self.held_out_starts)
+        return len(self.held_out)
 
     def held_out_batch(self, first: int, count: int) -> Tensor:
-        """Held-out rows, spread over the validation file, in its order: int64 [count, context + 1]."""
-        starts = self.held_out_starts[first : first + count]
-        return self._take(self.held_out, starts, self.context)
+        """Held-out rows, spread over the validation file of each source in turn: int64 [count, context + 1]."""
+        rows = [
+            self._checked(source, source.held_out.take([start], self.context + 1))
+            for source, start in self.held_out[first : first + count]
+        ]
+        return torch.from_numpy(np.concatenate(rows).astype(np.int64))
 
     def held_out_targets(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each held-out token to predict: the bytes it stands for, its document.  int32 [rows, context] each."""
+        """Of each held-out token to predict: the bytes it stands for, its document.  int32 [rows, context] each.
+
+        Documents are counted on from source to source.
+        """
         table = self.token_bytes.numpy().astype(np.int32)
         targets = self.held_out_batch(0, self.held_out_rows())[:, 1:].numpy()
-        places = np.array(self.held_out_starts)[:, None] + np.arange(1, self.context + 1)
-        return table[targets], self.held_out.documents(places, self.meta.end_of_text)
+        documents = []
+        before = 0
+        for source in self.sources:
+            own = source.held_out_documents()
+            documents.append(own + before)
+            before += int(own.max()) + 1
+        return table[targets], np.concatenate(documents).astype(np.int32)
 
-    def _take(self, tokens: "Mapped", starts: list[int], context: int) -> Tensor:
-        block = tokens.take(starts, context + 1).astype(np.int64)
+    def held_out_spans(self, rows: int) -> Iterator[tuple[int, int, int]]:
+        """Batches of at most `rows` held-out rows, each of one source: its number, first row, count."""
+        begin = 0
+        for number, source in enumerate(self.sources):
+            end = begin + len(source.held_out_starts)
+            for first in range(begin, end, rows):
+                yield number, first, min(rows, end - first)
+            begin = end
+
+    def _checked(self, source: "SourceTokens", block: np.ndarray) -> np.ndarray:
         if (top := int(block.max())) >= self.vocab:
             raise UserError(
-                f"{self.folder} holds token {top}, beyond data.vocab={self.vocab}; "
+                f"{source.folder} holds token {top}, beyond data.vocab={self.vocab}; "
                 "tokenize again with the recipe's tokenizer"
             )
-        return torch.from_numpy(block)
+        return block
+
+
+class SourceTokens:
+    """One source: its files, the order of its windows, its held-out rows.  It knows of no other source."""
+
+    def __init__(self, source: Source, context: int, seed: int, held_out_rows: int):
+        meta = source.meta
+        self.name = source.name
+        self.folder = source.folder
+        self.context = context
+        self.seed = seed
+        self.train = Mapped(source.folder / "train.bin", meta.dtype, meta.train_tokens)
+        self.held_out = Mapped(source.folder / "val.bin", meta.dtype, meta.val_tokens)
+        self.windows = windows_in(meta, context)  # an epoch
+        self.end_of_text = meta.end_of_text
+        self.held_out_starts = spread_rows(meta.val_tokens, context, held_out_rows)
+        # A batch may straddle two epochs.
+        self._order = lru_cache(maxsize=2)(partial(_epoch, seed, self.windows, context))
+
+    def held_out_documents(self) -> np.ndarray:
+        """The document of the validation file that each held-out token to predict is in, int32 [rows, context]."""
+        places = np.array(self.held_out_starts)[:, None] + np.arange(1, self.context + 1)
+        return self.held_out.documents(places, self.end_of_text)
+
+    def start(self, window: int) -> int:
+        """First token of a window, counted over the run from 0.
+
+        Each epoch visits every window once, in its own order and at its own phase.
+        """
+        epoch, position = divmod(window, self.windows)
+        order, phase = self._order(epoch)
+        return phase + int(order[position]) * self.context
 
 
 def spread_rows(tokens: int, context: int, wanted: int) -> list[int]:
@@ -129,8 +189,7 @@ class Mapped:
         return status.st_size, status.st_mtime_ns
 
 
-@lru_cache(maxsize=4)  # a batch may straddle two epochs
-def _epoch(seed: int, epoch: int, windows: int, context: int) -> tuple[np.ndarray, int]:
+def _epoch(seed: int, windows: int, context: int, epoch: int) -> tuple[np.ndarray, int]:
     """The order in which the windows are visited, [windows], and the token at which the first of them begins."""
     digest = hashlib.sha256(f"{seed}/data/{epoch}".encode()).digest()
     key = int.from_bytes(digest[:16], "big")

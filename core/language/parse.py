@@ -140,6 +140,8 @@ def _wants(leaf: type, hint: Any) -> bool:
 
 
 def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
     return value if isinstance(value, (list, tuple)) else (value,)
 
 

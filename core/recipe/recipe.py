@@ -121,7 +121,10 @@ class Optim:
 
 @dataclass(frozen=True)
 class Data:
-    """Which tokens, in which batches.  `digest` names the exact token files and tokenizer."""
+    """Which tokens, in which batches.  `digest` names the exact token files and tokenizer.
+
+    `name` is a folder of tokens; with a mix it is a label, and the sources are folders beside it.
+    """
 
     name: str
     digest: str | None = None  # null in a config: filled in from the token folder
@@ -130,6 +133,8 @@ class Data:
     batch: Whole = 192  # rows of a full optimizer step
     shape: ShapesBatches = silent(factory=shape.Fixed)  # how steps grow to the full one
     held_out: Whole = 1_000_000  # validation tokens, spread over the file; all of a shorter one
+    mix: dict[str, Positive] = silent(factory=dict)  # token folder -> weight: tokens or shares
+    epochs: Positive = silent(1.0)  # passes that a mix may take over any one of its sources
 
 
 @dataclass(frozen=True)
@@ -186,11 +191,25 @@ def check_folder_name(where: str, name: str) -> None:
 def check(recipe: Recipe) -> Recipe:
     """Refuse names, shapes and budgets that cannot be built; returns the recipe.  Raises UserError."""
     check_folder_name("data.name=", recipe.data.name)
+    _check_mix(recipe.data)
     _check_slots(recipe)  # first: the others ask the parts
     _check_heads(recipe.model)
     _check_budget(recipe)
     _check_chains(recipe.optim)
     return recipe
+
+
+def _check_mix(data: Data) -> None:
+    for source, weight in data.mix.items():
+        check_folder_name("data.mix: ", source)
+        if not (math.isfinite(weight) and weight > 0):
+            raise UserError(
+                f"data.mix.{source}={weight} must be a finite number > 0; drop the source instead"
+            )
+    if not data.mix and data.epochs != 1:
+        raise UserError(
+            f"data.epochs={data.epochs:g} limits a mix, and data.mix is empty; drop one, or name sources"
+        )
 
 
 def _check_heads(model: Model) -> None:
@@ -324,7 +343,9 @@ def structure(recipe: Recipe, runtime: Any) -> str:
         recipe,
         seed=0,
         budget=Budget(recipe.tokens_per_step),
-        data=dataclasses.replace(recipe.data, name="", digest=None, held_out=1),
+        data=dataclasses.replace(
+            recipe.data, name="", digest=None, held_out=1, mix={}, epochs=1.0
+        ),
         optim=dataclasses.replace(recipe.optim, lr=1.0),
         schedule=schedule.Constant(),
         parametrization=parametrize.Standard(),

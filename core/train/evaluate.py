@@ -26,7 +26,7 @@ class Measured(NamedTuple):
 def held_out_loss(
     nats_of: Callable[[Tensor], Tensor], tokens: Tokens, rows: int, device: torch.device
 ) -> Measured:
-    """The losses of the held-out rows of `tokens`, on the device.
+    """The losses of the held-out rows of `tokens`, on the device; of a mix also bits_per_byte/SOURCE.
 
     nats_of: tokens, int [rows,T+1] -> cross-entropy of each from those before it, [rows,T].
     Every batch has `rows` rows, the last one padded by repetition and cut after the forward: one compiled shape.
@@ -34,19 +34,27 @@ def held_out_loss(
     table = tokens.token_bytes.to(device)
     total = tokens.held_out_rows()
     every = torch.empty(total, tokens.context, dtype=torch.float16, device=device)
-    nats, counted, size = torch.zeros(3, dtype=torch.float64, device=device).unbind()
-    for first in range(0, total, rows):
-        count = min(rows, total - first)
+    sums = torch.zeros(len(tokens.sources), 3, dtype=torch.float64, device=device)
+    for source, first, count in tokens.held_out_spans(rows):
         block = tokens.held_out_batch(first, count)
         block = block[torch.arange(rows) % count].to(device, non_blocking=True)
         losses = nats_of(block)[:count].double()
         weight = table[block[:count, 1:]]
         every[first : first + count] = losses
+        nats, counted, size = sums[source].unbind()
         nats += losses.sum()
         counted += (losses * (weight > 0)).sum()
         size += weight.sum()
+    nats, counted, size = sums.sum(dim=0).tolist()
     scores = {
-        "loss": nats.item() / (total * tokens.context),
-        "bits_per_byte": counted.item() / (math.log(2) * size.item()),
+        "loss": nats / (total * tokens.context),
+        "bits_per_byte": bits_per_byte(counted, size),
     }
+    if len(tokens.sources) > 1:
+        for own, (_, counted, size) in zip(tokens.sources, sums.tolist(), strict=True):
+            scores[f"bits_per_byte/{own.name}"] = bits_per_byte(counted, size)
     return Measured(scores, every)
+
+
+def bits_per_byte(nats: float, size: float) -> float:
+    return nats / (math.log(2) * size)

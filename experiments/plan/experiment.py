@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from ablab.ablations.design import Cell, layout_of
+from ablab.core.data.mixture import digest_of_data
 from ablab.core.errors import UserError
 from ablab.core.recipe.edit import diff
 from ablab.core.recipe.intervention import resolve, treatment_of
@@ -130,7 +131,7 @@ def load(
         sheet.runtime, base.batches.largest_micro_batch
     )  # refused here, before a worker would
     if base.data.digest is None:
-        digest = digest_of(base.data.name)
+        digest = digest_of_data(base.data, digest_of)
         base = replace(base, data=replace(base.data, digest=digest))
     layout = buildable(base, layout_of(sheet.design, asked.on_treatment(treatment)))
     return Experiment(

@@ -96,8 +96,8 @@ def _owner(path: str) -> str:
 
 
 def _with_open_digest(edits: Mapping[str, Any]) -> dict[str, Any]:
-    """The digest in a config is of the data named there: another name leaves it open."""
-    open_digest = {"data.digest": None} if "data.name" in edits else {}
+    """The digest in a config is of the data named there: another name, or other sources, leave it open."""
+    open_digest = {"data.digest": None} if {"data.name", "data.mix"} & edits.keys() else {}
     return open_digest | dict(edits)
 
 

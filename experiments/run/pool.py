@@ -234,13 +234,17 @@ def _named(run: PlannedRun) -> str:
 
 
 def data_folder(recipe: Recipe, store: Store, note: Callable[[str], None]) -> Path:
-    """The token folder of a recipe; the shipped text is tokenized on first use.  Raises UserError where none fits."""
-    from ablab.core.data.corpus import check_meta, ensure_embedded, load_verified
+    """STORE/data/NAME, beside which the sources of a mix stand; the shipped text is tokenized on first use.
+
+    Raises UserError where the tokens do not fit the recipe.
+    """
+    from ablab.core.data.corpus import ensure_embedded
+    from ablab.core.data.sources import opened, sources_of
 
     folder = store.root / "data" / recipe.data.name
-    if recipe.data.name == "embedded":
-        if not folder.exists():
-            note(f"tokenizing the shipped text into {folder} (once, about 15 s) ...")
+    if shipped := sources_of(recipe, folder).get("embedded"):
+        if not shipped.exists():
+            note(f"tokenizing the shipped text into {shipped} (once, about 15 s) ...")
         ensure_embedded(store.root)
-    check_meta(recipe, load_verified(folder), folder)
+    opened(recipe, folder)
     return folder

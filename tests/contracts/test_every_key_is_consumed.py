@@ -44,10 +44,14 @@ BASE = Recipe(
 INERT_BY_NATURE = {
     "data.name": "a label for people, and the name of a folder; the digest says which tokens",
     "data.digest": "names the tokens: a wrong one is refused (below), null takes what is there",
+    "data.epochs": "allows a mix to repeat a source: fewer than it takes are refused",
 }
 # Values that must show, where a number near or far would be refused or would not show.
 TELLING = {
     "data.vocab": [72],
+    "data.mix.tiny": [1.0],
+    "data.mix.second": [3.0],
+    "data.epochs": [2.0],
     "data.digest": [None],
     "data.shape.batch_ramp.stages": [0.75],
     "optim.clip": [0.05, None],
@@ -120,6 +124,11 @@ RICH = {
     ),
     # Of two layers the last sees all, and a pattern has one letter to say.
     "windows": ({"model.layers": 3}, ["sliding_window"]),
+    # The first source is the folder of the others.
+    "sources": (
+        {"data.mix": {"tiny": 3.0, "second": 1.0}, "data.digest": None, "data.held_out": 320},
+        [],
+    ),
 }
 LISTED = {name for _, listed in RICH.values() for name in treatment_of(listed)}
 RICH |= {
@@ -205,6 +214,11 @@ def changed(recipe: Recipe, path: tuple[str | int, ...], value: Any) -> Recipe:
 def folder_of(token_folder, write_token_folder, tmp_path_factory):
     """recipe -> a token folder with its vocabulary; the tokens are the same."""
     wider = write_token_folder(tmp_path_factory.mktemp("data") / "wider", vocab=72, top=64)
+    for folder in (token_folder, wider):
+        vocab = 72 if folder == wider else 64
+        second = folder.with_name("second")
+        write_token_folder(second, vocab=vocab, top=64, seed=1, like=folder)
+    wider.with_name("tiny").symlink_to(wider)
     return lambda recipe: {64: token_folder, 72: wider}[recipe.data.vocab]
 
 

@@ -124,9 +124,9 @@ def test_held_out_rows_are_spread_over_the_file_in_its_order_whatever_the_seed(
         expected = np.stack([ids[16 * window : 16 * window + 17] for window in (3, 4, 6, 7, 8)])
         assert np.array_equal(tokens.held_out_batch(3, 5).numpy(), expected)
     quarter = open_tokens(tiny, token_folder, data__held_out=100)
-    assert quarter.held_out_starts == [0, 64, 128, 192, 256, 320]
+    assert quarter.sources[0].held_out_starts == [0, 64, 128, 192, 256, 320]
     whole = open_tokens(tiny, token_folder, data__held_out=10_000)
-    assert whole.held_out_starts == list(range(0, 384, 16))
+    assert whole.sources[0].held_out_starts == list(range(0, 384, 16))
 
 
 @settings(max_examples=100)
@@ -269,7 +269,7 @@ def test_held_out_targets_say_their_bytes_and_their_document(tiny, token_folder)
     for held_out in (100, 10_000):
         tokens = open_tokens(tiny, token_folder, data__held_out=held_out)
         found_sizes, documents = tokens.held_out_targets()
-        for row, start in enumerate(tokens.held_out_starts):
+        for row, start in enumerate(tokens.sources[0].held_out_starts):
             targets = slice(start + 1, start + 17)
             assert np.array_equal(found_sizes[row], sizes[ids[targets]])
             assert np.array_equal(documents[row], numbers[targets])

@@ -33,7 +33,8 @@ def slots_in(cls: Any, path: str = ""):
         here = f"{path}{name}"
         options = get_args(hint)
         if get_origin(hint) is dict:
-            yield from slots_in(options[1], f"{here}.*.")
+            if is_dataclass(options[1]):
+                yield from slots_in(options[1], f"{here}.*.")
         elif is_dataclass(hint):
             yield from slots_in(hint, f"{here}.")
         elif get_origin(hint) is tuple and Asked in options[0].__mro__:
