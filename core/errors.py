@@ -42,6 +42,13 @@ class Diverged(Exception):
         self.step, self.last_good = step, last_good
 
 
+class ParentDiverged(Exception):
+    """The run from which one goes on has diverged: so has this one, before its first step."""
+
+    def __init__(self, run: str, why: str):
+        super().__init__(f"run {run}, from which it goes on, diverged: {why}")
+
+
 def told(flaw: BaseException) -> str:
     """`ValueError: what it says`, in one line; also of one that fails to say anything."""
     said = said_by(flaw)

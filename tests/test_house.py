@@ -56,6 +56,7 @@ TORCH = {  # the files that work on tensors; everything else can be imported, li
     "core/train/banks.py",
     "core/train/checkpoint.py",
     "core/train/evaluate.py",
+    "core/train/handover.py",
     "core/train/run.py",
     "core/train/step.py",
     "core/train/stopwatch.py",

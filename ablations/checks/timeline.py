@@ -45,10 +45,14 @@ def timeline(
 
 
 def _constants(recipe: Recipe) -> tuple[object, ...]:
-    """Which tokens are read in which batches, and on which of them a run is judged."""
+    """Which tokens are read in which batches, on which of them a run is judged, and what it takes over from another.
+
+    Which run that is does not count: its own trace says whether it is alive.
+    """
     data = recipe.data
     tokens = data.digest or data.name, sorted(data.mix.items()), data.held_out
-    return *tokens, recipe.seed, _shapes(recipe.batches)
+    taken = replace(recipe.before, run="")
+    return *tokens, recipe.seed, _shapes(recipe.batches), taken
 
 
 def _shapes(batches: Batches) -> list[tuple[int, int, int]]:

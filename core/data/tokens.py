@@ -27,6 +27,7 @@ class Tokens:
     def __init__(self, recipe: Recipe, folder: Path):
         data, self.folder = recipe.data, folder
         self.batches = recipe.batches
+        self.read_before = recipe.before.windows
         self.context = data.context
         self.vocab = data.vocab
         sources = opened(recipe, folder)
@@ -53,7 +54,7 @@ class Tokens:
         """
         pieces = self.batches.at(step).pieces
         context = self.context // pieces
-        window = self.batches.windows_before(step) + first
+        window = self.read_before + self.batches.windows_before(step) + first
         turns = [self.shares.at(number) for number in range(window, window + count)]
         rows = np.empty((count * pieces, context + 1), np.int64)
         for place, source in enumerate(self.sources):

@@ -42,6 +42,7 @@ from ablab.core.recipe.asks import (
 )
 from ablab.core.recipe.batches import Batches, batches_of
 from ablab.core.recipe.slots import held
+from ablab.core.recipe.stage import NOTHING, Handover
 
 LONGEST_NAME = 200  # bytes of a token folder's name; beside it stands .NAME.partial, and a file's name has 255
 SCHEMA = 2  # part of every identity: raise it when the meaning of a field changes
@@ -153,6 +154,12 @@ class Recipe:
     after_step: tuple[Advances, ...] = ()
     budget: Budget = field(default_factory=Budget)
     seed: Natural = 0
+    init: Handover | None = silent(None)  # what it goes on from; null: the weights of its seed
+
+    @property
+    def before(self) -> Handover:
+        """What it goes on from, or nothing."""
+        return self.init or NOTHING
 
     @property
     def tokens_per_step(self) -> int:
@@ -350,5 +357,7 @@ def structure(recipe: Recipe, runtime: Any) -> str:
         schedule=schedule.Constant(),
         parametrization=parametrize.Standard(),
         after_step=(),
+        init=None,
     )
-    return f"{run_id(same)} {recipe.parametrization.multipliers(recipe.model)} {runtime}"
+    apart = dataclasses.replace(runtime, keep_weights=False, keep_state=False)
+    return f"{run_id(same)} {recipe.parametrization.multipliers(recipe.model)} {apart}"

@@ -41,6 +41,7 @@ class Runtime:
     )
     save_seconds: NonNegative = 60.0  # a kill loses at most this much work
     keep_weights: bool = False  # leave weights.safetensors behind
+    keep_state: bool = False  # leave the whole last state behind, for runs that go on from it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,13 @@ class GridPlan:
     infeasible: dict[str, str] = field(default_factory=dict)
     # The smallest effect of interest, in the metric's unit; None: nothing is called equivalent.
     equivalence: float | None = None
+    # Runs of earlier stages, from which those of `rows` go on: each once, whoever shares it.
+    trunks: list[Planned] = field(default_factory=list)
+
+    @property
+    def all_rows(self) -> list[Planned]:
+        """What is compared, and what it goes on from."""
+        return [*self.rows, *self.trunks]
 
 
 def command(experiment: str, verb: str = "run", sheet: str | None = None) -> str:

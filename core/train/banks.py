@@ -133,6 +133,8 @@ class Optimizer:
         self.lr = recipe.optim.lr
         self.schedule = recipe.schedule
         self.steps = recipe.steps
+        self.before = recipe.before.steps
+        self.refreshed = self.before if "optimizer" in recipe.before.takes else 0
         for bank in self.banks:
             rates = rates_of(bank.names, bank.declared, recipe)
             bank.lr.copy_(per_member(rates.lr, bank.weight))
@@ -152,11 +154,12 @@ class Optimizer:
         """
         multiplier = self.schedule.multiplier(t, self.steps)
         progress = (t - 1) / self.steps
-        numbers = torch.tensor([self.lr * multiplier, fraction, t, progress, multiplier])
-        norm = self.launch(numbers)
+        now = Now(step=t + self.before, progress=progress, multiplier=multiplier)
+        norm = self.launch(torch.tensor([self.lr * multiplier, fraction, *now]))
+        since_first = t - 1 + self.refreshed
         for bank, part in self.periodic:
-            if (t - 1) % part.refresh_every == 0:
-                part.refresh(bank.state[part.kind], bank, t)
+            if since_first % part.refresh_every == 0:
+                part.refresh(bank.state[part.kind], bank, since_first + 1)
         return norm
 
     @torch.no_grad()

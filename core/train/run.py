@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ablab.core.errors import Diverged, Pruned
+from ablab.core.errors import Diverged, ParentDiverged, Pruned
 from ablab.core.fusion.places import places
 from ablab.core.language.written import dump
 from ablab.core.model.cost import cost_of
@@ -21,7 +21,7 @@ from ablab.core.runtime.runtime import Runtime, Settled, environment, settle
 from ablab.core.store.files import write_atomically
 from ablab.core.store.record import Record, digest_of
 from ablab.core.store.result import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, Result
-from ablab.core.train import checkpoint
+from ablab.core.train import checkpoint, handover
 from ablab.core.train.trainer import Trainer, Warm
 
 # Whoever watches a run is told (step, scalars, seconds of training); it may raise Pruned.
@@ -43,12 +43,14 @@ def run(
     warn: Warn = print,
     warm: Warm | None = None,
     turn: AbstractContextManager = nullcontext(),
+    parent: Path | None = None,
 ) -> Result:
     """Train to the end, from the last checkpoint if there is one, and leave a result.
 
     Divergence and lack of memory are results too.
     about: what run.json should say besides runtime and versions.  warm: shared by the runs of one process.
     turn: held from the first step to the last; whoever shares the device waits for it.
+    parent: folder of what the recipe's `init` goes on from; None: the run folder beside ours that it names.
     Raises UserError for data that does not fit the recipe and for a folder that cannot be written.
     """
     settled = settle(runtime, recipe.batches.largest_micro_batch)
@@ -66,10 +68,13 @@ def run(
     try:
         trainer = (warm or Warm()).trainer_for(recipe, settled, data_folder)
         trainer.restore(checkpoints, warn, record.logged())
+        if recipe.init and trainer.step == 0:
+            source = parent or record.folder.parent / recipe.init.run
+            handover.take_over(trainer, source, warn)
         record.rewind(trainer.step)
         with turn:
             metrics = Loop(trainer, record, log, warn).train()
-    except Diverged as end:
+    except (Diverged, ParentDiverged) as end:
         status, error = DIVERGED, str(end)
     except Pruned:
         assert trainer, "only a log raises it"
@@ -85,6 +90,8 @@ def run(
         result = replace(result, held_out=record.keep(trainer.held_out()))
     if trainer and status == FINISHED and settled.keep_weights:
         _keep_weights(trainer, record.folder)
+    if trainer and status == FINISHED and settled.keep_state:
+        handover.keep(trainer, record.folder)
     record.finish(result)
     if status != PRUNED:
         checkpoint.clear(checkpoints)

@@ -42,6 +42,7 @@ class TrainingStep:
     def restart(self, recipe: Recipe) -> None:
         """The state of step 0, for the weights as they are now; recipes of one structure share a step."""
         self.steps = recipe.steps
+        self.averaged = recipe.before.averaged
         self.optimizer.restart(recipe)
         self.after = [(part, part.begin(self.weights)) for part in recipe.after_step]
         self.window.zero_()
@@ -61,7 +62,7 @@ class TrainingStep:
         tokens = self.tokens if tokens is None else tokens
         norm = self.optimizer.step(t, tokens / self.tokens)
         for part, state in self.after:
-            part.advance(state, self.weights, t, self.steps)
+            part.advance(state, self.weights, t + self.averaged, self.steps + self.averaged)
         self.window[1] += tokens
         return norm
 

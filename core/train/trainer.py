@@ -3,7 +3,7 @@
 import gc
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ablab.core.data.tokens import Tokens
+from ablab.core.errors import UserError
 from ablab.core.fusion.places import plan_with, served
 from ablab.core.model.init import initialise
 from ablab.core.model.objective import heads_of
@@ -42,6 +43,7 @@ BITS_STAY = (
     "evaluations",
     "save_seconds",
     "keep_weights",
+    "keep_state",
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -199,8 +201,8 @@ class Trainer:
     def save(self, folder: Path, logged: bytes = b"") -> None:
         """logged: what metrics.jsonl holds now."""
         watch = torch.tensor([self.watch.seconds, self.watch.tokens], dtype=torch.float64)
-        origin = self._origin(extent(logged))
-        checkpoint.write(folder, self.step, self.tensors() | {"watch": watch}, origin)
+        tensors = self.tensors() | {"watch": watch}
+        checkpoint.write(folder, self.step, tensors, self.origin(extent(logged)))
 
     @torch.no_grad()
     def restore(self, folder: Path, warn: Callable[[str], None], logged: bytes = b"") -> None:
@@ -212,7 +214,25 @@ class Trainer:
             for name, value in self.tensors().items():
                 value.copy_(saved[name])
 
-    def _origin(self, log: str) -> Origin:
+    def begin_with(self, weights: Mapping[str, Tensor]) -> None:
+        """Step 0 with these weights, by name, in the place of those of the seed.
+
+        Raises UserError where one is missing or of another shape.
+        """
+        with torch.no_grad():
+            for name, value in self.model.named_parameters():
+                given = weights.get(name)
+                if given is None or given.shape != value.shape:
+                    found = "are missing" if given is None else f"are {list(given.shape)}"
+                    raise UserError(
+                        f"the weights to begin with cannot be used: {name} must be "
+                        f"{list(value.shape)}, and they {found}; keep the model as it was"
+                    )
+                value.copy_(given)
+        self.training_step.restart(self.recipe)
+
+    def origin(self, log: str = "") -> Origin:
+        """Who writes a checkpoint now.  log: `extent` of metrics.jsonl."""
         runtime = asdict(self.runtime)
         return Origin(
             run=run_id(self.recipe),
@@ -225,7 +245,7 @@ class Trainer:
 
     def _refusal(self, logged: bytes, origin: Origin, saved: dict[str, Tensor]) -> str:
         """Why a checkpoint is not this run's; empty where it is."""
-        if why := origin.differs(self._origin(origin.log)):
+        if why := origin.differs(self.origin(origin.log)):
             return why
         if not holds(logged, origin.log):
             return "is later than metrics.jsonl, of which lines are lost or changed"

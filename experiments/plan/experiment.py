@@ -1,22 +1,27 @@
 """Experiments: a sheet with its overrides, resolved to a base recipe, its cells, and the runs that answer them."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from ablab.ablations.design import Cell, layout_of
-from ablab.core.data.mixture import digest_of_data
 from ablab.core.errors import UserError
 from ablab.core.recipe.edit import diff
-from ablab.core.recipe.intervention import resolve, treatment_of
-from ablab.core.recipe.load import blaming, recipe_from
+from ablab.core.recipe.load import blaming
 from ablab.core.recipe.recipe import Recipe, plain, run_id
-from ablab.core.runtime.runtime import rows_at_once
 from ablab.core.store.planned import CATALOG, Factors
 from ablab.experiments.plan.feasible import buildable
 from ablab.experiments.plan.overrides import Overrides
 from ablab.experiments.plan.sheets import Sheet, catalog, find_sheet, read_sheet
+from ablab.experiments.plan.stages import (
+    Point,
+    Reader,
+    Stage,
+    chained,
+    recipes_of,
+    whole_treatment,
+)
 
 MOST_SEEDS = 1000  # each is planned and hashed in every cell before one is run
 REPLICA = 1000  # how far the seeds of A/A replicas lie apart
@@ -24,19 +29,34 @@ REPLICA = 1000  # how far the seeds of A/A replicas lie apart
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One recipe of one cell; `id` is its content hash.  Runs of one `pair` see the same rows at the same step."""
+    """One recipe of one cell; `id` is its content hash.  Runs of one `pair` see the same rows at the same step.
+
+    stage: empty where the experiment has none.  before: the runs of the stages before it, the first one first.
+    """
 
     cell: str
     pair: int
     recipe: Recipe
     id: str
+    stage: str = ""
+    before: tuple["PlannedRun", ...] = ()
+
+    @property
+    def chain(self) -> tuple["PlannedRun", ...]:
+        """All stages, this one last."""
+        return (*self.before, self)
+
+    @property
+    def title(self) -> str:
+        """The cell, and the stage where there are several."""
+        return f"{self.cell} · {self.stage}" if self.stage else self.cell
 
 
 @dataclass(frozen=True)
 class Experiment:
     name: str
     sheet: Sheet
-    base: Recipe
+    stages: list[Stage]  # one, without a name, where the sheet has none
     cells: list[Cell]
     # Its file, or "catalog".
     origin: str | None = field(default=None, kw_only=True)
@@ -44,9 +64,22 @@ class Experiment:
     factors: Factors | None = field(default=None, kw_only=True)
     infeasible: dict[str, str] = field(default_factory=dict, kw_only=True)
 
+    @property
+    def base(self) -> Recipe:
+        """Of the last stage, which is the one that is compared."""
+        return self.stages[-1].base
+
     @cached_property
     def recipes(self) -> dict[str, Recipe]:
-        """Cell -> recipe.  Raises UserError where one cannot be built."""
+        """Cell -> recipe of its last stage, before what that goes on from.
+
+        Raises UserError where one cannot be built.
+        """
+        return {name: recipes[-1] for name, recipes in self.stage_recipes.items()}
+
+    @cached_property
+    def stage_recipes(self) -> dict[str, list[Recipe]]:
+        """Cell -> a recipe for each stage."""
         return {cell.name: self._resolve(cell) for cell in self.cells}
 
     @cached_property
@@ -75,12 +108,28 @@ class Experiment:
     def run(self, cell: Cell, pair: int) -> PlannedRun:
         """Replica k of an A/A arm takes seeds 1000 k + pair, so that its seeds are its own."""
         seed = pair + REPLICA * cell.replica
-        seeded = replace(self.recipes[cell.name], seed=seed)
-        return PlannedRun(cell.name, pair, seeded, run_id(seeded))
+        return self.planned(cell, pair, self.stage_recipes[cell.name], seed)
 
-    def _resolve(self, cell: Cell) -> Recipe:
+    def planned(
+        self, cell: Cell, pair: int, recipes: Sequence[Recipe], seed: int
+    ) -> PlannedRun:
+        """The run of the last stage.  recipes: one for each stage."""
+        before: list[PlannedRun] = []
+        for stage, recipe in zip(self.stages, chained(self.stages, recipes, seed), strict=True):
+            run = PlannedRun(cell.name, pair, recipe, run_id(recipe), stage.name, tuple(before))
+            before.append(run)
+        return run
+
+    def resolved(self, cell: Cell, point: Point = {}) -> list[Recipe]:
+        """A recipe for each stage, before what it goes on from.
+
+        point: recipe paths and doses (`with.NAME.DOSE`) that a search has set.
+        """
+        return recipes_of(self.stages, cell.treatment, point)
+
+    def _resolve(self, cell: Cell) -> list[Recipe]:
         try:
-            return resolve(self.base, cell.treatment)
+            return self.resolved(cell)
         except UserError as flaw:
             raise UserError(
                 f"cell {cell.name!r} of {self.name} cannot be built: {flaw}"
@@ -89,7 +138,8 @@ class Experiment:
     def params(self, run: PlannedRun) -> dict[str, Any]:
         """What a tracker shows of a run: each leaf that differs from the base, the common dials, each toggle."""
         recipe = run.recipe
-        differences = diff(plain(self.base), plain(recipe))
+        (stage,) = (one for one in self.stages if one.name == run.stage)
+        differences = diff(plain(stage.base), plain(recipe))
         changed = {path: str(new) for path, (_, new) in differences.items() if new is not None}
         dials = {
             "optim.lr": recipe.optim.lr,
@@ -103,7 +153,8 @@ class Experiment:
         toggles = {
             f"with.{name}": name in own for cell in self.cells for name in cell.treatment
         }
-        return changed | dials | toggles
+        staged = {"stage": run.stage} if run.stage else {}
+        return changed | dials | toggles | staged
 
 
 def _unknown(data: str) -> None:
@@ -124,20 +175,15 @@ def load(
     asked = Overrides(overrides)
     with blaming(path):
         sheet = read_sheet(path)
-        treatment = treatment_of(sheet.treatment)
+        treatment = whole_treatment(sheet)
     sheet = asked.on_sheet(sheet)
-    base = recipe_from(sheet.base, asked.recipe_edits(sheet), beside=path.parent)
-    rows_at_once(
-        sheet.runtime, base.batches.largest_micro_batch
-    )  # refused here, before a worker would
-    if base.data.digest is None:
-        digest = digest_of_data(base.data, digest_of)
-        base = replace(base, data=replace(base.data, digest=digest))
-    layout = buildable(base, layout_of(sheet.design, asked.on_treatment(treatment)))
+    stages = Reader(sheet, asked, path.parent, digest_of).stages()
+    layout = layout_of(sheet.design, asked.on_treatment(treatment))
+    layout = buildable(lambda cell: recipes_of(stages, cell.treatment), layout)
     return Experiment(
         asked.title(path.stem),
         sheet,
-        base,
+        stages,
         layout.cells,
         origin=CATALOG if path in catalog().values() else str(path.resolve()),
         factors=layout.factors,

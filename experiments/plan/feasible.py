@@ -1,15 +1,17 @@
 """Which cells of a design can be built: the others are listed with the reason, and the grid goes on without them."""
 
+from collections.abc import Callable
+
 from ablab.ablations.design import Cell, Layout
 from ablab.ablations.designs.crossed import factors_of
 from ablab.core.errors import UserError
-from ablab.core.recipe.intervention import resolve
-from ablab.core.recipe.recipe import Recipe
 from ablab.core.store.planned import Factors
 
 
-def buildable(base: Recipe, layout: Layout) -> Layout:
+def buildable(build: Callable[[Cell], object], layout: Layout) -> Layout:
     """The cells that can be built, and for each other one why not.
+
+    build: raises UserError for a cell that cannot be.
 
     What nothing can be compared without stays, whether or not it can be built: the cell without a reference, and all
     arms where none of them can be built.  Who asks for its recipe is then told why.
@@ -19,7 +21,7 @@ def buildable(base: Recipe, layout: Layout) -> Layout:
     for arm in arms:  # a reference stands before its arms
         if arm.reference in infeasible:
             infeasible[arm.name] = f"it is measured against {arm.reference}, which cannot be"
-        elif flaw := _flaw(base, arm):
+        elif flaw := _flaw(build, arm):
             infeasible[arm.name] = flaw
     if not infeasible or len(infeasible) == len(arms):
         return layout
@@ -28,10 +30,10 @@ def buildable(base: Recipe, layout: Layout) -> Layout:
     return Layout(cells, factors, layout.infeasible | infeasible)
 
 
-def _flaw(base: Recipe, cell: Cell) -> str:
+def _flaw(build: Callable[[Cell], object], cell: Cell) -> str:
     """Why it cannot be built; empty where it can."""
     try:
-        resolve(base, cell.treatment)
+        build(cell)
     except UserError as flaw:
         return str(flaw)
     return ""

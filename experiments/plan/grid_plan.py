@@ -1,6 +1,6 @@
 """The grid plan of an experiment: which run answers which cell, as the store keeps it and the reports read it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +11,8 @@ from ablab.core.store.planned import GridPlan, Planned
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 
 
-def grid_plan_of(experiment: Experiment, runs: Iterable[PlannedRun]) -> GridPlan:
-    """The plan of these runs alone."""
+def grid_plan_of(experiment: Experiment, runs: Sequence[PlannedRun]) -> GridPlan:
+    """The plan of these runs alone, and of the stages before them."""
     sheet = experiment.sheet
     named = [name for cell in experiment.cells for name in cell.treatment]
     return GridPlan(
@@ -22,6 +22,7 @@ def grid_plan_of(experiment: Experiment, runs: Iterable[PlannedRun]) -> GridPlan
         better=sheet.metric.better,
         design=name_of(sheet.design),
         rows=[_row(experiment, run) for run in runs],
+        trunks=_trunks(experiment, runs),
         treatments={
             cell.name: {name: _dose(one) for name, one in cell.treatment.items()}
             for cell in experiment.cells
@@ -47,7 +48,8 @@ def merged_plan(
     """
     plan = grid_plan_of(experiment, runs)
     before = old.rows if old else []
-    kept = _still_wanted(experiment, before, plan.rows)
+    still = _still_wanted(experiment, before, plan.rows)
+    kept = [_row(experiment, run) for run in still]
     noted = {row.run: row.note for row in before}
     found = {cell: _note(reference) for cell, reference in inert.items()}
 
@@ -55,13 +57,13 @@ def merged_plan(
         return found.get(row.cell, noted.get(row.run, ""))
 
     rows = [replace(row, note=note_of(row)) for row in plan.rows + kept]
-    return replace(plan, rows=rows)
+    return replace(plan, rows=rows, trunks=_trunks(experiment, [*runs, *still]))
 
 
 def _still_wanted(
     experiment: Experiment, before: list[Planned], now: list[Planned]
-) -> list[Planned]:
-    """Rows of an earlier plan that this one lacks, and whose runs the experiment would ask for again."""
+) -> list[PlannedRun]:
+    """The runs of an earlier plan that this one lacks, where the experiment would ask for them again."""
     asked = {(row.cell, row.pair) for row in now}
     kept = []
     for row in before:
@@ -70,7 +72,7 @@ def _still_wanted(
             continue
         run = experiment.run(cell, row.pair)
         if run.id == row.run:
-            kept.append(_row(experiment, run))
+            kept.append(run)
     return kept
 
 
@@ -78,18 +80,33 @@ def _note(reference: str) -> str:
     return f"inert: no difference from {reference} in the liveness check" if reference else ""
 
 
+def _trunks(experiment: Experiment, runs: Iterable[PlannedRun]) -> list[Planned]:
+    """The runs of earlier stages; of arms that share one, the first names it."""
+    found: dict[str, Planned] = {}
+    for run in runs:
+        for one in run.before:
+            if one.id not in found:
+                found[one.id] = _trunk(experiment, one)
+    return list(found.values())
+
+
+def _trunk(experiment: Experiment, run: PlannedRun) -> Planned:
+    tags = {"ablab.stage": run.stage}
+    params = experiment.params(run)
+    return Planned(run.title, run.pair, run.recipe.seed, run.id, tags=tags, params=params)
+
+
 def _row(experiment: Experiment, run: PlannedRun) -> Planned:
     reference = experiment.cell_named[run.cell].reference
     params = experiment.params(run)
+    tags = _levels(experiment, run.cell) | _staged(run)
     return Planned(
-        run.cell,
-        run.pair,
-        run.recipe.seed,
-        run.id,
-        reference,
-        tags=_levels(experiment, run.cell),
-        params=params,
+        run.cell, run.pair, run.recipe.seed, run.id, reference, tags=tags, params=params
     )
+
+
+def _staged(run: PlannedRun) -> dict[str, str]:
+    return {"ablab.stage": run.stage} if run.stage else {}
 
 
 def _levels(experiment: Experiment, cell: str) -> dict[str, str]:

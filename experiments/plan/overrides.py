@@ -1,7 +1,7 @@
 """Overrides: dotted paths and values given beside an experiment file, each handed to what its first word names."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ from ablab.core.language.parse import near
 from ablab.core.language.written import typed
 from ablab.core.recipe.intervention import Treatment
 from ablab.core.recipe.load import assign
-from ablab.experiments.plan.sheets import Sheet
+from ablab.experiments.plan.sheets import Sheet, StageSheet
 
 OF_THE_SHEET = ("runtime", "seeds", "design", "study", "equivalence")
+STAGES = "stages"
 # How and how often a recipe runs and what is made of it, not what it computes.
 RENAMES_NOTHING = ("runtime", "seeds", "equivalence")
 LONGEST_NAME = 150  # bytes; with an ending, a file's name may have 255
@@ -23,6 +24,7 @@ class Overrides:
     """What is asked to differ from the file.
 
     with.NAME.DOSE       a dose of an intervention
+    stages.NAME.PATH     a leaf of the recipe, or a dose, in one stage
     runtime.X, study.X, seeds, design, equivalence
                          a key of the sheet
     any other path       a leaf of the recipe
@@ -41,8 +43,12 @@ class Overrides:
         return {path: value for path, value in self.given.items() if path.startswith("with.")}
 
     @property
+    def of_stages(self) -> dict[str, Any]:
+        return {path: value for path, value in self.given.items() if _owner(path) == STAGES}
+
+    @property
     def of_recipe(self) -> dict[str, Any]:
-        others = self.of_sheet | self.of_doses
+        others = self.of_sheet | self.of_doses | self.of_stages
         return {path: value for path, value in self.given.items() if path not in others}
 
     def on_sheet(self, sheet: Sheet) -> Sheet:
@@ -53,16 +59,7 @@ class Overrides:
 
     def on_treatment(self, treatment: Treatment) -> Treatment:
         """Raises UserError for a dose that no intervention of the experiment has."""
-        dosed = dict(treatment)
-        for path, value in self.of_doses.items():
-            _, name, *dose = path.split(".")
-            if name not in dosed or len(dose) != 1:
-                known = [f"with.{one}.<dose>" for one in dosed]
-                raise UserError(
-                    f"unknown path {path!r}. {near(path, known)}This experiment has: {', '.join(known)}"
-                )
-            dosed[name] = assign(dosed[name], dose[0], value)
-        return dosed
+        return dosed(treatment, self.of_doses)
 
     def recipe_edits(self, sheet: Sheet) -> dict[str, Any]:
         """What follows the base configs: `set` in the file, then these overrides.  Raises UserError for a seed."""
@@ -72,7 +69,40 @@ class Overrides:
                 f"seed={written['seed']} would be overwritten: each run has its own; "
                 "write seeds: [3], or give --seeds 3"
             )
-        return _with_open_digest(sheet.set) | _with_open_digest(self.of_recipe)
+        return with_open_digest(sheet.set) | with_open_digest(self.of_recipe)
+
+    def of_stage(self, stage: StageSheet) -> dict[str, Any]:
+        """What one stage sets, in the file and here."""
+        own = f"{STAGES}.{stage.name}."
+        asked = {
+            path.removeprefix(own): value
+            for path, value in self.of_stages.items()
+            if path.startswith(own)
+        }
+        if "seed" in stage.set | asked:
+            raise UserError(
+                f"stages.{stage.name}.seed would be overwritten: each run has its own, in all stages; "
+                "write seeds: [3], or give --seeds 3"
+            )
+        return stage.set | asked
+
+    def check_stages(self, stages: Sequence[StageSheet]) -> None:
+        """Raises UserError for a stage that is not there, and for a path that a stage sets for itself."""
+        names = [stage.name for stage in stages]
+        for path in self.of_stages:
+            _, name, *below = [*path.split("."), ""]
+            if name not in names or not any(below):
+                known = [f"{STAGES}.{one}.<path>" for one in names]
+                raise UserError(
+                    f"unknown path {path!r}. {near(path, known)}"
+                    f"This experiment has: {', '.join(known) or 'no stages'}"
+                )
+        for path in self.of_recipe | self.of_doses:
+            if own := [stage.name for stage in stages if path in stage.set]:
+                raise UserError(
+                    f"{path} is set by {'each of ' if len(own) > 1 else ''}stage {', '.join(own)} for itself; "
+                    f"write {STAGES}.{own[0]}.{path}=..."
+                )
 
     def title(self, stem: str) -> str:
         """quickstart@optim.lr=0.01; where that would be too long for a file's name, its digest.
@@ -95,7 +125,26 @@ def _owner(path: str) -> str:
     return path.split(".")[0]
 
 
-def _with_open_digest(edits: Mapping[str, Any]) -> dict[str, Any]:
+def dosed(treatment: Treatment, doses: Mapping[str, Any]) -> Treatment:
+    """doses: with.NAME.DOSE -> value.  Raises UserError for one that no intervention has."""
+    changed = dict(treatment)
+    for path, value in doses.items():
+        _, name, *dose = path.split(".")
+        if name not in changed or len(dose) != 1:
+            known = [f"with.{one}.<dose>" for one in changed]
+            raise UserError(
+                f"unknown path {path!r}. {near(path, known)}This experiment has: {', '.join(known)}"
+            )
+        changed[name] = assign(changed[name], dose[0], value)
+    return changed
+
+
+def of_recipe(edits: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are no doses."""
+    return {path: value for path, value in edits.items() if not path.startswith("with.")}
+
+
+def with_open_digest(edits: Mapping[str, Any]) -> dict[str, Any]:
     """The digest in a config is of the data named there: another name, or other sources, leave it open."""
     open_digest = {"data.digest": None} if {"data.name", "data.mix"} & edits.keys() else {}
     return open_digest | dict(edits)

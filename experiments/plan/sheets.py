@@ -1,5 +1,6 @@
 """Sheets: the experiment files as they are written, and the catalog of those that are shipped."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any, Literal
 from ablab.core.errors import UserError
 from ablab.core.language.numbers import Natural, NonNegative, Positive, Whole
 from ablab.core.language.parse import near, parse
+from ablab.core.model.heritage import Wanted
 from ablab.core.recipe.load import read_yaml
+from ablab.core.recipe.stage import Read
 from ablab.core.runtime.runtime import Runtime
 
 CATALOG = Path(str(files("ablab.experiments"))) / "catalog"
@@ -41,6 +44,20 @@ class StudySheet:
 
 
 @dataclass(frozen=True)
+class StageSheet:
+    """One of `stages:`: how it differs from the experiment's recipe, and what it takes over from the one before."""
+
+    name: str
+    base: list[str] = field(default_factory=list)  # configs, after those of the experiment
+    # `with` in the file: interventions that act in this stage alone
+    treatment: list[Any] = field(default_factory=list)
+    # recipe paths, and doses as with.NAME.DOSE
+    set: dict[str, Any] = field(default_factory=dict)
+    takes: tuple[Wanted, ...] = ("optimizer", "steps")  # besides the weights
+    read: Read = "trained"  # which weights of the stage before
+
+
+@dataclass(frozen=True)
 class Sheet:
     """The keys of an experiment file."""
 
@@ -55,6 +72,7 @@ class Sheet:
     equivalence: Positive | None = None
     # dotted recipe path -> value, after the base configs
     set: dict[str, Any] = field(default_factory=dict)
+    stages: tuple[StageSheet, ...] = ()  # one after another; none: the recipe is all
     runtime: Runtime = field(default_factory=Runtime)
     study: StudySheet | None = None  # tune before comparing: `ablab study`
     command: str = ""  # how it is started, with the time and the result once measured
@@ -95,13 +113,25 @@ def read_sheet(path: Path) -> Sheet:
 
     Raises UserError: not YAML, an unknown key, a value of another type.
     """
-    content = read_yaml(path)
-    listed = content.pop("with", None) or []
+    content = _renamed(read_yaml(path), "with")
+    stages = content.get("stages")
+    if isinstance(stages, list):
+        content["stages"] = [
+            _renamed(stage, f"stages[{i}].with") if isinstance(stage, Mapping) else stage
+            for i, stage in enumerate(stages)
+        ]
+    sheet: Sheet = parse(Sheet, content, "")
+    return sheet
+
+
+def _renamed(content: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """With what stands under `with` under `treatment`.  path: of `with`, for messages."""
     if "treatment" in content:
         raise UserError("unknown key 'treatment'; interventions are listed under `with`")
+    renamed = dict(content)
+    listed = renamed.pop("with", None) or []
     if not isinstance(listed, list):
         raise UserError(
-            f"with={listed!r} must be a list of interventions, such as [qk_norm, {{gating: {{per: head}}}}]"
+            f"{path}={listed!r} must be a list of interventions, such as [qk_norm, {{gating: {{per: head}}}}]"
         )
-    sheet: Sheet = parse(Sheet, content | {"treatment": listed}, "")
-    return sheet
+    return renamed | {"treatment": listed}

@@ -14,6 +14,7 @@ from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.run.capacity import default_jobs, gpus_for, training_at_once
 from ablab.experiments.run.progress import duration
+from ablab.experiments.run.succession import needed, once
 from ablab.experiments.text import count
 
 # FLOP/s of one worker while nothing of the experiment has been measured
@@ -56,18 +57,21 @@ def forecast(
 ) -> Forecast:
     """Seconds go by the pace of the runs that this store holds, or by a guess where it holds none."""
     runtime = experiment.sheet.runtime
-    unique = {run.id: run for run in runs}
+    stages = once(one for run in runs for one in run.chain)
+    unique = {run.id: run for run in stages}
     results = {id: _peek(store, id) for id in unique}
     flops = {id: _flops(run.recipe) for id, run in unique.items()}
     measured = _measured_rate(results, flops)
     rate = measured or _guessed_rate(runtime)
-    missing = [run for id, run in unique.items() if _is_missing(results[id])]
+    shown = _with_stages(runs)
+    claims, _ = needed(runs, lambda id: None if _is_missing(results[id]) else results[id])
+    missing = once(claims)
     jobs = jobs or default_jobs(runtime)
     workers = max(min(training_at_once(runtime, jobs), len(missing)), 1)
     flops_to_do = sum(flops[run.id] for run in missing)
     return Forecast(
         experiment=experiment.name,
-        rows=[_row(run, results[run.id], flops[run.id], rate) for run in runs],
+        rows=[_row(run, results[run.id], flops[run.id], rate) for run in shown],
         runs=len(unique),
         missing=len(missing),
         jobs=jobs,
@@ -78,6 +82,19 @@ def forecast(
         factors=experiment.factors,
         infeasible=experiment.infeasible,
     )
+
+
+def _with_stages(runs: list[PlannedRun]) -> list[PlannedRun]:
+    """As asked, each after those that it goes on from and that have not been named yet."""
+    before = {one.id for run in runs for one in run.before}
+    shown: list[PlannedRun] = []
+    named: set[str] = set()
+    for run in runs:
+        for one in run.chain:
+            if one.id not in named or one.id not in before:
+                shown.append(one)
+                named.add(one.id)
+    return shown
 
 
 def _peek(store: Store, id: str) -> Result | None:
@@ -118,7 +135,7 @@ def _guessed_rate(runtime: Runtime) -> float:
 
 def _row(run: PlannedRun, result: Result | None, flops: int, rate: float) -> ForecastRow:
     return ForecastRow(
-        cell=run.cell,
+        cell=run.title,
         seed=run.recipe.seed,
         run=run.id,
         state=result.status if result else "missing",

@@ -48,10 +48,9 @@ class Gate:
             if cell.reference and not _acts_late(cell, experiment.cell_named[cell.reference])
         }
         self.traced = self._runs_to_trace(experiment)
+        stages = [run for chain in self.traced.values() for run in chain]
         # run id -> run, for those whose trace nobody knows
-        self.missing = {
-            run.id: run for run in self.traced.values() if self.traces.get(run.id) is None
-        }
+        self.missing = {run.id: run for run in stages if self.traces.get(run.id) is None}
 
     def passing(self) -> list[PlannedRun]:
         """The runs that wait for no trace: all that are alive, or those of references while a trace is missing."""
@@ -72,22 +71,27 @@ class Gate:
         arms = (run for run in self.runs if run.cell in self.reference_of)
         return [run for run in arms if run.cell not in inert]
 
-    def _runs_to_trace(self, experiment: Experiment) -> dict[str, PlannedRun]:
-        """Cell -> its run of the first seed, for every arm that waits here and for its reference."""
+    def _runs_to_trace(self, experiment: Experiment) -> dict[str, tuple[PlannedRun, ...]]:
+        """Cell -> its stages of the first seed, for every arm that waits here and for its reference."""
         wanted = set()
         for run in self.runs:
             if reference := self.reference_of.get(run.cell):
                 wanted |= {run.cell, reference}
         seeds = experiment.sheet.seeds[:1] or [run.pair for run in self.runs[:1]]
-        return {run.cell: run for run in experiment.runs(seeds) if run.cell in wanted}
+        return {run.cell: run.chain for run in experiment.runs(seeds) if run.cell in wanted}
 
     def _judge(self) -> dict[str, str]:
-        """Cell -> reference of the arms whose traces are equal."""
-        trace = {cell: self.traces.get(run.id) for cell, run in self.traced.items()}
+        """Cell -> reference of the arms whose traces are equal, in every stage."""
+        traces = {
+            cell: [self.traces.get(run.id) for run in chain]
+            for cell, chain in self.traced.items()
+        }
         inert = {
             cell: reference
             for cell, reference in self.reference_of.items()
-            if trace.get(cell) is not None and trace[cell] == trace.get(reference)
+            if cell in traces
+            and None not in traces[cell]
+            and traces[cell] == traces.get(reference)
         }
         self.told(inert)
         return inert

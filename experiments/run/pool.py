@@ -1,7 +1,7 @@
 """The pool: runs of one experiment become jobs, and what their executor says of them becomes what a person sees."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -9,8 +9,8 @@ from typing import assert_never
 
 from ablab.core.errors import UserError
 from ablab.core.recipe.recipe import Recipe, plain, structure
-from ablab.core.runtime.runtime import NO_GPU
-from ablab.core.store.result import RETRY, Result
+from ablab.core.runtime.runtime import NO_GPU, Runtime
+from ablab.core.store.result import DIVERGED, FINISHED, RETRY, Result
 from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.run.capacity import default_jobs, gpus_for
@@ -34,6 +34,7 @@ from ablab.experiments.run.messages import (
 from ablab.experiments.run.processes import local_processes
 from ablab.experiments.run.progress import Watcher
 from ablab.experiments.run.service import settle_service
+from ablab.experiments.run.succession import Succession, once
 from ablab.experiments.track.trackers import Trackers
 
 Stops = Callable[[PlannedRun, int, dict[str, float]], bool]
@@ -73,12 +74,18 @@ class Pool:
         self.watcher = watcher
         asked = experiment.sheet.runtime
         self.before: dict[str, int] = {}  # run id -> the stamp of the result that it had
+        self.parents: set[str] = set()  # ids of the runs from which others go on
         self.jobs = jobs or default_jobs(asked)
         self.gpus = gpus_for(asked)
         if asked.device == "cuda" and not self.gpus:
             raise UserError(NO_GPU)  # a worker would say so too, after seconds
-        self.runtime = settle_service(asked, experiment.recipes.values(), plugins)
-        self.data = data_folder(experiment.base, store, watcher.note)
+        recipes = [one for chain in experiment.stage_recipes.values() for one in chain]
+        self.runtime = settle_service(asked, recipes, plugins)
+        # Name of the data -> their folder.
+        self.data: dict[str, Path] = {}
+        for stage in experiment.stages:
+            folder = data_folder(stage.base, store, watcher.note)
+            self.data[stage.base.data.name] = folder
         self.executor: Executor = local_processes(self.runtime, self.jobs, plugins)
         self.trackers: Trackers | None = None
 
@@ -99,14 +106,16 @@ class Pool:
     def train(
         self, runs: list[PlannedRun], stops: Stops = never, gate: Gate | None = None
     ) -> Outcome:
-        """Train them.
+        """Train them; a run that goes on from another of them, or from none.
 
+        A run may be named for each of its cells.
         stops: asked at every log whether the run should end there.  gate: holds runs back until their cells are known
         to be alive.  Raises UserError where a worker refuses one.
         """
         self.before |= {run.id: self.store.run(run.id).stamp() for run in runs}
+        self.parents |= {run.recipe.before.run for run in runs}
         reception = Reception(self, runs, stops, gate)
-        self.executor.execute(self._first_tasks(runs, gate), reception.heard)
+        self.executor.execute(reception.first_tasks(), reception.heard)
         return reception.outcome
 
     def training(self, run: PlannedRun) -> Task:
@@ -117,31 +126,27 @@ class Pool:
         affinity = structure(run.recipe, self.runtime) if self.gpus else ""
         return Task(partial(self._train_job, run), affinity)
 
-    def _tracing(self, run: PlannedRun) -> Task:
+    def tracing(self, run: PlannedRun) -> Task:
         return Task(partial(self._trace_job, run), "trace" if self.gpus else "")
-
-    def _first_tasks(self, runs: list[PlannedRun], gate: Gate | None) -> list[Task]:
-        """What may begin at once: the missing traces, and the runs that wait for none."""
-        if gate is None:
-            return [self.training(run) for run in runs]
-        if gate.missing:
-            self.watcher.note(f"checking that {len(gate.missing)} arms are alive ...")
-        traces = [self._tracing(run) for run in gate.missing.values()]
-        return traces + [self.training(run) for run in gate.passing()]
 
     def _train_job(self, run: PlannedRun) -> TrainJob:
         return TrainJob(
             run=run.id,
             recipe=plain(run.recipe),
-            runtime=asdict(self.runtime),
+            runtime=asdict(self._runtime_of(run)),
             folder=self.store.run(run.id).folder,
-            data=self.data,
+            data=self.data[run.recipe.data.name],
             before=self.before[run.id],
             about={
                 "experiment": self.experiment.name,
                 "params": self.experiment.params(run),
             },
         )
+
+    def _runtime_of(self, run: PlannedRun) -> Runtime:
+        """A run from which others go on leaves its state."""
+        kept = self.runtime.keep_state or run.id in self.parents
+        return replace(self.runtime, keep_state=kept)
 
     def _trace_job(self, run: PlannedRun) -> TraceJob:
         return TraceJob(run.id, plain(run.recipe), asdict(self.runtime))
@@ -152,11 +157,27 @@ class Reception:
 
     def __init__(self, pool: Pool, runs: list[PlannedRun], stops: Stops, gate: Gate | None):
         self.pool = pool
-        self.runs = {run.id: run for run in runs}
+        self.asked = runs
+        self.runs = {run.id: run for run in once(runs)}
+        self.succession = Succession(runs)
         self.stops = stops
         self.gate = gate
         self.outcome = Outcome()
         self.said: set[str] = set()  # what is said once: warnings of a cell, runs waited for
+
+    def first_tasks(self) -> list[Task]:
+        """What may begin at once: the missing traces, and the runs that wait for none and for no other run."""
+        if self.gate is None:
+            return self._admitted(self.asked)
+        missing = self.gate.missing.values()
+        if missing:
+            cells = len({run.cell for run in missing})
+            self.pool.watcher.note(f"checking that {cells} arms are alive ...")
+        traces = [self.pool.tracing(run) for run in missing]
+        return traces + self._admitted(self.gate.passing())
+
+    def _admitted(self, runs: Iterable[PlannedRun]) -> list[Task]:
+        return [self.pool.training(run) for run in self.succession.admit(runs)]
 
     def heard(self, job: Job, message: Message) -> Iterable[Task]:
         """An executor's Listener."""
@@ -169,13 +190,17 @@ class Reception:
                 return self._let_through(job.run, None)
             case Refused(why):
                 raise UserError(f"{self._title(job)}: {why}")
+            case Done(result):
+                return self._ended(self.runs[job.run], result, self.outcome.trained)
+            case Found(result):
+                return self._ended(self.runs[job.run], result, self.outcome.reused)
             case _:
                 self._follow(self.runs[job.run], message)
                 return ()
 
     def _let_through(self, run: str, trace: str | None) -> list[Task]:
         assert self.gate, "only a gate asks for traces"
-        return [self.pool.training(freed) for freed in self.gate.traced_as(run, trace)]
+        return self._admitted(self.gate.traced_as(run, trace))
 
     def _title(self, job: Job) -> str:
         match job:
@@ -183,25 +208,19 @@ class Reception:
                 return _named(self.runs[job.run])
             case TraceJob():
                 assert self.gate, "only a gate asks for traces"
-                return self.gate.missing[job.run].cell
+                return self.gate.missing[job.run].title
 
-    def _follow(
-        self, run: PlannedRun, message: Began | Logged | Warned | Done | Found | Busy
-    ) -> None:
+    def _follow(self, run: PlannedRun, message: Began | Logged | Warned | Busy) -> None:
         match message:
             case Began():
                 self.pool.watcher.started(run)
             case Logged():
                 self._logged(run, message)
             case Warned(line):
-                self._say_once(f"{run.cell}: {line}", f"{_named(run)}: {line}")
+                self._say_once(f"{run.title}: {line}", f"{_named(run)}: {line}")
             case Busy():
                 holder = f"another process holds run {run.id}; waiting for it"
                 self._say_once(run.id, f"{_named(run)}: {holder}")
-            case Done(result):
-                self._ended(run, result, self.outcome.trained)
-            case Found(result):
-                self._ended(run, result, self.outcome.reused)
             case _:
                 assert_never(message)
 
@@ -213,14 +232,22 @@ class Reception:
         if self.stops(run, step, scalars):
             self.pool.executor.stop(run.id)
 
-    def _ended(self, run: PlannedRun, result: Result, among: list[str]) -> None:
-        """among: where the run belongs, unless it is to be tried again."""
+    def _ended(self, run: PlannedRun, result: Result, among: list[str]) -> list[Task]:
+        """among: where the run belongs, unless it is to be tried again.  Returns those that waited for it."""
         if result.status in RETRY:
             among = self.outcome.failed
         among.append(run.id)
         self.pool.watcher.finished(run, result)
         if self.pool.trackers:
             self.pool.trackers.close(run.id)
+        if result.status in (FINISHED, DIVERGED):  # of a parent that diverged, each says so
+            return [self.pool.training(one) for one in self.succession.ended(run.id)]
+        for one in self.succession.lost(run.id):
+            self.pool.watcher.say(
+                f"{_named(one)}: not trained, for {_named(run)}, from which it goes on, "
+                f"ended as {result.status.replace('_', ' ')}; the same command tries both again"
+            )
+        return []
 
     def _say_once(self, what: str, line: str) -> None:
         """what: of two lines about the same, the first is said; seeds of a cell share their warnings."""
@@ -230,7 +257,7 @@ class Reception:
 
 
 def _named(run: PlannedRun) -> str:
-    return f"{run.cell}, seed {run.recipe.seed}"
+    return f"{run.title}, seed {run.recipe.seed}"
 
 
 def data_folder(recipe: Recipe, store: Store, note: Callable[[str], None]) -> Path:

@@ -95,7 +95,7 @@ class Lines(Quiet):
 
 
 def line_of(run: PlannedRun, result: Result, metric: str) -> str:
-    head = f"{run.cell}, seed {run.recipe.seed}"
+    head = f"{run.title}, seed {run.recipe.seed}"
     if result.status != FINISHED:
         return f"{head}: {result.status.upper()}: {result.error}"
     value = result.metrics.get(metric, float("nan"))
@@ -139,7 +139,7 @@ class Live(Lines):
         if not self.steps:
             self.steps = steps
             self.bars.update(self.grid, total=self.left * steps)
-        title = f"{run.cell} · seed {run.recipe.seed}"
+        title = f"{run.title} · seed {run.recipe.seed}"
         self.tasks[run.id] = self.bars.add_task(title, total=steps, note="")
 
     def logged(self, run: PlannedRun, step: int, scalars: dict[str, float]) -> None:

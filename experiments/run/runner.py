@@ -17,6 +17,7 @@ from ablab.experiments.plan.grid_plan import merged_plan
 from ablab.experiments.run.gate import Gate
 from ablab.experiments.run.pool import Outcome, Pool
 from ablab.experiments.run.progress import Watcher
+from ablab.experiments.run.succession import check_parents, needed, once
 from ablab.experiments.track.trackers import trackers_for
 
 CHECKED = "the schedule, batches and optimizer of every step and four steps of the model"
@@ -36,21 +37,22 @@ def execute(
     only: list[PlannedRun] | None = None,
 ) -> Outcome:
     """Train what is missing of `runs` (or of `only`); what was done.  Raises UserError, KeyboardInterrupt."""
-    wanted = {run.id: run for run in (runs if only is None else only)}
+    asked = runs if only is None else only
     with Pool(experiment, store, watcher, jobs, plugins) as pool:
-        results = {id: result_of(store.run(id), watcher.say) for id in wanted}
-        known = {id: result for id, result in results.items() if result}
-        missing = [run for id, run in wanted.items() if id not in known]
-        done = [*known]
+        claims, known = needed(asked, lambda id: result_of(store.run(id), watcher.say))
+        missing = once(claims)
+        check_parents(missing, known, store)
+        done = [run.id for run in once(asked) if run.id in known]
         for line in unheeded(pool.runtime, known).values():
             watcher.say(line)
-        watcher.planned(len(wanted), len(done), min(pool.jobs, len(missing)))
-        desired = DesiredState(experiment, store, runs, missing, watcher.say)
+        total = len(done) + len(missing)
+        watcher.planned(total, len(done), min(pool.jobs, len(missing)))
+        desired = DesiredState(experiment, store, runs, claims, watcher.say)
         plan = desired.write(all_alive=run_inert)
         pool.trackers = trackers_for(store, plan, watcher.say) if mlflow else None
         gate = None
         if missing and not run_inert:
-            gate = Gate(experiment, store, missing, desired.judged, pool.runtime)
+            gate = Gate(experiment, store, claims, desired.judged, pool.runtime)
         outcome = pool.train(missing, gate=gate)
     if pool.trackers:
         pool.trackers.finish(watcher.note)
@@ -64,7 +66,7 @@ class DesiredState:
     experiment: Experiment
     store: Store
     runs: list[PlannedRun]  # all that the plan shall name
-    missing: list[PlannedRun]  # those that train now
+    missing: list[PlannedRun]  # those that train now, for each cell that has them
     say: Callable[[str], None]
     inert: dict[str, str] = field(default_factory=dict)  # cell -> reference
 

@@ -74,7 +74,7 @@ def _sync_experiment(view: MlflowView, plan: GridPlan) -> list[str]:
     """One of OUTCOMES, or DAMAGED, for each planned run."""
     # Newest first: of twins, the oldest stays.
     held = {identity(run.data.tags): run for run in view.runs(plan.name)}
-    cards = [card_of(view.store, plan, row) for row in plan.rows]
+    cards = [card_of(view.store, plan, row) for row in plan.all_rows]
     planned = {identity(tags_of(card)) for card in cards}
     for who, run in held.items():
         if who not in planned:

@@ -48,7 +48,7 @@ COLOURS = (  # Tableau's ten
 
 def colour_of(plan: GridPlan, cell: str) -> str:
     """One colour for all seeds of a cell, so that arms can be told apart before anything is grouped."""
-    cells = list(dict.fromkeys(row.cell for row in plan.rows))
+    cells = list(dict.fromkeys(row.cell for row in plan.all_rows))
     return COLOURS[cells.index(cell) % len(COLOURS)]
 
 

@@ -98,7 +98,7 @@ class Trackers:
         from ablab.experiments.track.mlflow_tracker import MlflowTracker
 
         tracker = MlflowTracker(self.view)
-        row = next(row for row in plan.rows if row.run == run)
+        row = next(row for row in plan.all_rows if row.run == run)
         replay(self.store.run(run), card_of(self.store, plan, row), tracker)
         return tracker
 

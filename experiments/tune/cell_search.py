@@ -1,16 +1,13 @@
 """The search of one cell: what was tried, what comes next, and which trials are stopped early."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ablab.ablations.design import Cell
 from ablab.analysis.tuning.winners import widen, winner
 from ablab.core.errors import UserError
-from ablab.core.recipe.intervention import resolve
-from ablab.core.recipe.load import assign
-from ablab.core.recipe.recipe import Recipe, run_id
+from ablab.core.recipe.recipe import Recipe
 from ablab.core.store.planned import Planned
 from ablab.core.store.result import Result
 from ablab.core.store.store import Store
@@ -72,7 +69,7 @@ class CellSearch:
             "metric": self.metric.name,
             "better": self.metric.better,
             "pruner": sheet.pruner,
-            "recipe": run_id(self._untuned),
+            "recipe": self._run(0, self.experiment.resolved(self.cell), seed=0).id,
         }
         if sheet.sampler == "qmc":
             facts["trials_per_cell"] = self.total
@@ -84,9 +81,8 @@ class CellSearch:
             described.append(axis.points)
         return described
 
-    @property
-    def _untuned(self) -> Recipe:
-        return resolve(self.experiment.base, self.cell.treatment)
+    def _run(self, pair: int, recipes: Sequence[Recipe], seed: int) -> PlannedRun:
+        return self.experiment.planned(self.cell, pair, recipes, seed)
 
     def open(self, held: "BaseStorage") -> None:
         """Take up the study where it was, or make it."""
@@ -101,8 +97,9 @@ class CellSearch:
     def stored(self) -> list["FrozenTrial"]:
         return self.study.get_trials(deepcopy=False)
 
-    def recipe(self, params: Point) -> Recipe:
-        return tuned_recipe(self.experiment, self.cell, params)
+    def recipes(self, params: Point) -> list[Recipe]:
+        """One for each stage."""
+        return self.experiment.resolved(self.cell, params)
 
     def generation(self) -> list[Candidate]:
         """The candidates that come next, those of an interrupted generation first; empty when the search is over."""
@@ -138,12 +135,10 @@ class CellSearch:
         return [self._candidate(stored, won.params | {won.path: tidy(value)})]
 
     def _candidate(self, number: int, params: Point) -> Candidate:
-        recipe = self.recipe(params)
+        recipes = self.recipes(params)
         seeds = self.sheet.seeds
-        runs = []
-        for pair, seed in enumerate(seeds, number * len(seeds)):
-            seeded = replace(recipe, seed=seed)
-            runs.append(PlannedRun(self.cell.name, pair, seeded, run_id(seeded)))
+        pairs = enumerate(seeds, number * len(seeds))
+        runs = [self._run(pair, recipes, seed) for pair, seed in pairs]
         return Candidate(self.cell, number, params, runs)
 
     # -- pruning ---------------------------------------------------------------------------------------------------
@@ -155,7 +150,8 @@ class CellSearch:
             return None
         evaluations = self.experiment.sheet.runtime.evaluations
         better = direction(self.metric.better)
-        return Past(self.sheet.pruner, better, self._untuned.steps, evaluations)
+        steps = self.experiment.resolved(self.cell)[-1].steps
+        return Past(self.sheet.pruner, better, steps, evaluations)
 
     def verdict(self, candidate: Candidate, store: Store) -> int | None:
         """The step after which the candidate is pruned, as far as its curve has got; None: it may go on."""
@@ -219,8 +215,7 @@ class CellSearch:
     def _params(self, point: Point, seed: int, id: str) -> dict[str, Any]:
         """What trackers show of a run: seen from this study, also where another experiment has trained it."""
         if id not in self.shown:
-            recipe = replace(self.recipe(point), seed=seed)
-            run = PlannedRun(self.cell.name, 0, recipe, id)
+            run = self._run(0, self.recipes(point), seed)
             self.shown[id] = self.experiment.params(run)
         return self.shown[id]
 
@@ -236,16 +231,3 @@ def _ended(store: Store, run: PlannedRun) -> Result:
     result = store.run(run.id).result()
     assert result is not None, f"run {run.id} is told before it has ended"
     return result
-
-
-def tuned_recipe(experiment: Experiment, cell: Cell, params: Point) -> Recipe:
-    """The cell's recipe with searched values in place; `with.NAME.DOSE` sets a dose, any other path the base recipe."""
-    base = experiment.base
-    treatment = dict(cell.treatment)
-    for path, value in params.items():
-        if path.startswith("with."):
-            _, name, dose = path.split(".")
-            treatment[name] = assign(treatment[name], dose, value)
-        else:
-            base = assign(base, path, value)
-    return resolve(base, treatment)

@@ -13,7 +13,6 @@ from ablab.core.store.study_record import WIDTH, StudyRecord, finished
 from ablab.experiments.plan.experiment import Experiment
 from ablab.experiments.run.progress import Watcher
 from ablab.experiments.run.runner import execute
-from ablab.experiments.tune.cell_search import tuned_recipe
 from ablab.experiments.tune.space import Point
 
 
@@ -23,8 +22,8 @@ class Tuned(Experiment):
 
     best: dict[str, Point]  # by cell
 
-    def _resolve(self, cell: Cell) -> Recipe:
-        return tuned_recipe(self, cell, self.best[cell.name])
+    def _resolve(self, cell: Cell) -> list[Recipe]:
+        return self.resolved(cell, self.best[cell.name])
 
 
 def confirm(
@@ -44,7 +43,7 @@ def confirm(
     tuned = Tuned(
         name=f"{experiment.name}@tuned",
         sheet=experiment.sheet,
-        base=experiment.base,
+        stages=experiment.stages,
         cells=[_among(cell, best) for cell in experiment.cells if cell.name in best],
         best=best,
         origin=experiment.origin,

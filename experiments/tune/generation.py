@@ -30,7 +30,8 @@ class Generation:
         ] = {}  # run id -> the candidates that it answers
         for one in proposed:
             for run in one.candidate.runs:
-                self.runs.setdefault(run.id, run)
+                for stage in run.chain:
+                    self.runs.setdefault(stage.id, stage)
                 self.answered.setdefault(run.id, []).append(one)
 
     @property
@@ -39,9 +40,9 @@ class Generation:
 
     def is_pruned(self, run: str) -> bool:
         """Whether every candidate that the run answers would end early, as far as its curve has got."""
-        return all(
-            search.verdict(candidate, self.store) is not None
-            for search, candidate in self.answered[run]
+        answered = self.answered.get(run, [])  # none by an earlier stage, which is never judged
+        return bool(answered) and all(
+            search.verdict(candidate, self.store) is not None for search, candidate in answered
         )
 
     def stops(self, run: PlannedRun, step: int, scalars: Mapping[str, float]) -> bool:

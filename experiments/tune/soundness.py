@@ -9,7 +9,7 @@ from ablab.core.language.parse import fields_of, near
 from ablab.core.recipe.load import assign
 from ablab.core.store.study_record import WIDTH
 from ablab.experiments.plan.experiment import Experiment
-from ablab.experiments.plan.sheets import StudySheet
+from ablab.experiments.plan.sheets import StageSheet, StudySheet
 from ablab.experiments.tune.cell_search import CellSearch
 from ablab.experiments.tune.space import Axis, Point, corners
 
@@ -57,6 +57,7 @@ def check_paths(experiment: Experiment, axes: Sequence[Axis]) -> None:
     for axis in axes:
         if why := FIXED.get(axis.path):
             raise UserError(f"study.space: {axis.path} cannot be searched: {why}")
+        check_stages(experiment.sheet.stages, axis)
         holder, path = experiment.base, axis.path
         if axis.path.startswith("with."):
             if axis.path not in holders:
@@ -67,6 +68,16 @@ def check_paths(experiment: Experiment, axes: Sequence[Axis]) -> None:
             holder, path = holders[axis.path], axis.path.split(".")[2]
         for end in axis.ends:
             assign(holder, path, end)
+
+
+def check_stages(stages: Sequence[StageSheet], axis: Axis) -> None:
+    """Refuse a path that some stage sets for itself: the search would move the others alone."""
+    own = [stage.name for stage in stages if axis.path in stage.set]
+    if own:
+        raise UserError(
+            f"study.space: {axis.path} is set by stage {', '.join(own)} for itself; "
+            "search a path that all stages share"
+        )
 
 
 def check_width(experiment: Experiment, axes: Sequence[Axis]) -> None:
@@ -107,7 +118,7 @@ def check_points(search: CellSearch) -> None:
     """Every corner of the space must build, and so must the hard bounds and whole numbers between."""
     for what, point in _telling_points(search.axes, search.sheet.hard):
         try:
-            search.recipe(point)
+            search.recipes(point)
         except UserError as flaw:
             where = ", ".join(f"{path}={value}" for path, value in point.items())
             raise UserError(

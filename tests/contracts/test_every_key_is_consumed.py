@@ -54,6 +54,7 @@ TELLING = {
     "data.epochs": [2.0],
     "data.digest": [None],
     "data.shape.batch_ramp.stages": [0.75],
+    "init": [{"run": "0" * 16, "steps": 5, "windows": 3}],
     "optim.clip": [0.05, None],
     "model.attention.mix.sliding_window.pattern": ["SLLL"],
 }

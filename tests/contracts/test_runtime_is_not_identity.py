@@ -8,6 +8,7 @@ import torch
 from ablab.core.errors import UserError
 from ablab.core.runtime.runtime import Runtime, settle
 from ablab.core.store.record import Record
+from ablab.core.store.state import left_state
 from ablab.core.train import checkpoint
 from ablab.core.train.run import run
 from ablab.core.train.trainer import Trainer
@@ -28,6 +29,7 @@ OTHER = {
     "evaluations": 3,
     "save_seconds": 0.0,
     "keep_weights": True,
+    "keep_state": True,
 }
 # The other fields may round differently; `deterministic` and `kernels` do so on a GPU alone.
 KEEP_THE_BITS = (
@@ -39,6 +41,7 @@ KEEP_THE_BITS = (
     "evaluations",
     "save_seconds",
     "keep_weights",
+    "keep_state",
 )
 every_field = pytest.mark.parametrize("field", [field.name for field in fields(Runtime)])
 
@@ -102,6 +105,7 @@ class Seen:
         self.result = run(recipe, runtime, folder, record)
         self.lines, self.about = list(record.metrics()), record.about()
         self.kept = (place / "weights.safetensors").exists()
+        self.left = left_state(place)
         self.deterministic = torch.are_deterministic_algorithms_enabled()
         patch.undo()
 
@@ -122,6 +126,7 @@ OBSERVED = {
     "evaluations": lambda seen: [line["step"] for line in seen.lines if "val/loss" in line],
     "save_seconds": lambda seen: seen.saves,
     "keep_weights": lambda seen: seen.kept,
+    "keep_state": lambda seen: seen.left,
 }
 
 

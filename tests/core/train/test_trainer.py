@@ -308,7 +308,7 @@ def test_what_is_no_checkpoint_is_set_aside_and_the_run_goes_on(
     if flaw == "no watch":
         own = Trainer(tiny(FULL), CPU, token_folder)
         del tensors["watch"]
-        checkpoint.write(folder, 9, tensors, own._origin(extent(b"")))
+        checkpoint.write(folder, 9, tensors, own.origin(extent(b"")))
     said = []
     runtime = how(keep_weights=True)
     same(uninterrupted, train(tiny(FULL), token_folder, tmp_path, runtime, warn=said.append))

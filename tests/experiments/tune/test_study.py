@@ -277,7 +277,7 @@ def test_a_pruned_run_ends_early_and_a_grid_that_asks_for_it_finishes_it_to_the_
         held.experiment, name="grid", sheet=replace(held.experiment.sheet, study=None)
     )
     base = replace(grid.base, optim=replace(grid.base.optim, lr=1e-7))
-    grid = replace(grid, base=base)
+    grid = replace(grid, stages=[replace(grid.stages[0], base=base)])
     runs = grid.runs([100])
     execute(grid, held.store, runs, watcher(), 1, mlflow=False)
     (wanted,) = runs
