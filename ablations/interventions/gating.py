@@ -14,7 +14,7 @@ from ablab.core.errors import UserError
 from ablab.core.language.declare import Stage, Where, linear
 from ablab.core.language.numbers import Natural
 from ablab.core.language.offers import HeadFactors
-from ablab.core.language.part import Part
+from ablab.core.language.part import Part, silent
 from ablab.core.recipe.edit import append, edit
 from ablab.core.recipe.intervention import register
 
@@ -35,6 +35,8 @@ class Gating(Part):
     activation: Literal["sigmoid", "2sigmoid"] = "2sigmoid"
     init: Literal["zero", "normal"] = "zero"
     channels: Natural = 0
+    # `hidden`: moved as the hidden matrices are, which IMU-1's released code does
+    role: Literal["gate", "hidden"] = silent("gate")
 
     def apply(self, recipe):
         return edit(recipe, "model.attention.on_heads", append(self))
@@ -53,7 +55,7 @@ class Gating(Part):
         return Stage(
             gate,
             offer=HeadFactors(strengths, gates),
-            project=linear(read, gates, role="gate", fill=start),
+            project=linear(read, gates, role=self.role, fill=start),
             factor={"sigmoid": 1.0, "2sigmoid": 2.0}[self.activation],
             channels=read,
         )

@@ -9,7 +9,8 @@ the rest.
 
 from typing import Literal
 
-from ablab.core.language.numbers import Memory, Positive, Whole
+from ablab.core.language.numbers import Memory, Natural, Positive, Whole
+from ablab.core.language.part import silent
 from ablab.core.parts.transforms import Adam, Momentum, Orthogonalize
 from ablab.core.recipe.edit import edit, put, swap
 from ablab.core.recipe.intervention import register
@@ -35,9 +36,16 @@ class Muon:
     ns: Literal["kj5", "polar5", "polar7", "you5", "exact"] = "polar7"
     scale: Literal["spectral", "keller", "rms"] = "keller"
     split: Literal["joint", "blocks", "heads"] = "blocks"
+    warmup_behind: Natural = silent(0)  # steps that the rise of momentum counts too few
 
     def apply(self, recipe):
-        momentum = Momentum(self.momentum, self.nesterov, self.warmup_from, self.warmup_steps)
+        momentum = Momentum(
+            self.momentum,
+            self.nesterov,
+            self.warmup_from,
+            self.warmup_steps,
+            behind=self.warmup_behind,
+        )
         orthogonal = Orthogonalize(self.ns, self.scale, self.split)
         moved = edit(recipe, "optim.chains.hidden.steps", swap(Adam, momentum, orthogonal))
         return edit(moved, "optim.chains.hidden.lr", put(self.lr))

@@ -7,14 +7,17 @@
     sparse      the same, fixed at (1, 5), in the last third of the layers alone, rounded up: 6 to 8 of 8, as the source
 
 Layer 1 keeps its own values, untouched by any weight of the mix.  Mixed per key-value head, before the attention.
+With first_layer `mixed` (normalised form alone) layer 1 mixes its values with themselves, by weights of its own, and
+what it attends with is what later layers get: V_1 <- s (a + b) V_1 / sqrt(a^2 + b^2), as IMU-1's released code does.
 """
 
 import math
 from typing import Literal
 
+from ablab.core.errors import UserError
 from ablab.core.language.declare import Param, Stage, Where
 from ablab.core.language.offers import Mixed, Remembered, only
-from ablab.core.language.part import Part
+from ablab.core.language.part import Part, silent
 from ablab.core.recipe.edit import append, edit
 from ablab.core.recipe.intervention import register
 
@@ -43,12 +46,18 @@ class ValueResidual(Part):
     form: Literal["normalised", "learnable", "identity", "constant", "sparse"] = "normalised"
     own: float | None = None  # start of a; null: as the form says
     first: float | None = None  # start of b
+    first_layer: Literal["plain", "mixed"] = silent("plain")
 
     def apply(self, recipe):
         return edit(recipe, "model.attention.on_values", append(self))
 
     def build(self, where: Where) -> Stage | None:
-        if where.layer == 0:
+        if self.first_layer == "mixed" and self.form != "normalised":
+            raise UserError(
+                f"value_residual.first_layer=mixed has no weights to mix by in the form {self.form}; "
+                "use the form normalised"
+            )
+        if where.layer == 0 and self.first_layer == "plain":
             return Stage(remember, offer=Remembered(CARRIED))
         if self.form == "sparse" and where.layer < where.layers - math.ceil(where.layers / 3):
             return None
@@ -61,6 +70,8 @@ class ValueResidual(Part):
         learned = {"own": _number(own), "first": _number(first)}
         if self.form == "learnable":
             return Stage(mix, offer=plain, **learned)
+        if where.layer == 0:
+            return Stage(mix_and_remember, scale=_number(1.0), **learned)
         unit = Mixed(CARRIED, unit_weights)
         return Stage(mix_normalised, offer=unit, scale=_number(1.0), **learned)
 
@@ -82,6 +93,12 @@ def mix(v, carry, *, own, first):
 def mix_normalised(v, carry, **bound):
     own, first = unit_weights(**bound)
     return mix(v, carry, own=own, first=first)
+
+
+def mix_and_remember(v, carry, **bound):
+    own, first = unit_weights(**bound)
+    mixed = ((own + first) * v).to(v.dtype)
+    return mixed, {**carry, CARRIED: mixed}
 
 
 def unit_weights(*, scale, own, first):

@@ -5,11 +5,13 @@ else they switch on or off.  Drawn on the CPU, so the device does not matter.
 """
 
 import hashlib
+import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ablab.core.model.layers import declaration
+from ablab.core.parts.parametrize import Scales
 from ablab.core.recipe.recipe import Recipe
 
 
@@ -21,9 +23,17 @@ def initialise(model: nn.Module, recipe: Recipe) -> None:
             value.fill_(declared.fill)
         else:
             scales = recipe.parametrization.scales(name, declared, recipe.model, "adam")
-            drawn = torch.empty(declared.shape)
-            drawn.normal_(0.0, scales.std, generator=generator(recipe.seed, name))
-            value.copy_(drawn)
+            value.copy_(_drawn(declared.shape, scales, generator(recipe.seed, name)))
+
+
+def _drawn(shape: tuple[int, ...], scales: Scales, source: torch.Generator) -> Tensor:
+    """Where the tails are cut, what lies there is drawn again: everything else keeps its bits."""
+    drawn = torch.empty(shape).normal_(0.0, scales.std, generator=source)
+    end = scales.cut * scales.std if scales.cut else math.inf
+    while (outside := drawn.abs() > end).any():
+        again = torch.empty(shape).normal_(0.0, scales.std, generator=source)
+        drawn = torch.where(outside, again, drawn)
+    return drawn
 
 
 def generator(seed: int, name: str) -> torch.Generator:

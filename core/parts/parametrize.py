@@ -23,11 +23,15 @@ class Sizes(Protocol):
 
 @dataclass(frozen=True)
 class Scales:
-    """For one parameter: init std, and the factors on its chain's learning rate and decay."""
+    """For one parameter: init std, and the factors on its chain's learning rate and decay.
+
+    cut: the normal is drawn within so many std of 0; 0: the whole of it.
+    """
 
     std: float
     lr: float = 1.0
     decay: float = 1.0
+    cut: float = 0.0
 
 
 @dataclass(frozen=True)

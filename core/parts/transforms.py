@@ -10,9 +10,9 @@ chain once per value (6 for 6), a 0-D tensor once.
 import math
 from typing import Any, Literal, NamedTuple
 
-from ablab.core.language.numbers import Memory, NonNegative, Positive, Whole
+from ablab.core.language.numbers import Memory, Natural, NonNegative, Positive, Whole
 from ablab.core.language.offers import AdamDirection, Decays, PolarFactor, RunningMean, offers
-from ablab.core.language.part import Part, part
+from ablab.core.language.part import Part, part, silent
 
 
 class Now(NamedTuple):
@@ -129,18 +129,23 @@ class Momentum(Transform):
     """Averaged momentum M = b M + (1-b) G; with Nesterov the update is (1-b) G + b M.
 
     b rises linearly from `warmup_from` to `momentum` over `warmup_steps` optimizer steps (1: no rise).
+    A step counts as `per_step` of them, and `behind` are left out: where a trainer counts micro-batches, or from 0 and
+    stops before the last, b ends at (warmup_steps - behind) / warmup_steps of its rise.
     """
 
     momentum: Memory = 0.95
     nesterov: bool = True
     warmup_from: Memory = 0.95
     warmup_steps: Whole = 1
+    per_step: Whole = silent(1)
+    behind: Natural = silent(0)
 
     def state(self, weight, bank):
         return {"mean": weight.new_zeros(weight.shape)}
 
     def keep(self, now):
-        rise = (now.step / self.warmup_steps).clamp(max=1.0)
+        counted = now.step * self.per_step - self.behind
+        rise = (counted / self.warmup_steps).clamp(max=1 - self.behind / self.warmup_steps)
         return self.warmup_from + (self.momentum - self.warmup_from) * rise
 
     @offers(lambda momentum: RunningMean(momentum.keep, momentum.nesterov))

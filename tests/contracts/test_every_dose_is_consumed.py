@@ -52,9 +52,19 @@ PRECONDITIONS = {
     "mup.rms_lr": Given(
         "the rule for Muon under the rms scale", beside=({"muon": {"scale": "rms"}},)
     ),
+    "micro_steps.base": Given(
+        "a schedule, not a number",
+        value={"kind": "wsd", "decay_fraction": 0.5, "warmup_steps": 3},
+    ),
+    "muon.warmup_behind": Given(
+        "a rise of one step has nothing to leave out", {"warmup_steps": 8, "warmup_from": 0.5}
+    ),
     "muon.warmup_from": Given("a rise of one step has no beginning", {"warmup_steps": 8}),
     "muon.warmup_steps": Given("a rise from 0.95 to 0.95 has no length", {"warmup_from": 0.5}),
     "sliding_window.pattern": Given("letters, not a number", value="SLLL"),
+    "truncated_init.base": Given(
+        "a parametrization, not a number", value={"kind": "standard", "gain": 0.5}
+    ),
     "wsd.power": Given("the exponent of one shape", {"shape": "power"}),
     "zero_init_projections.base": Given(
         "a parametrization, not a number", value={"kind": "standard", "gain": 0.5}
