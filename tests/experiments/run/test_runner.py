@@ -115,7 +115,8 @@ def test_a_grid_leaves_results_a_plan_and_a_report(lab, first):
 
 
 def test_a_run_folder_is_complete_and_holds_no_litter(lab, first):
-    complete = {"recipe.yaml", "run.json", "metrics.jsonl", "pace.jsonl", "result.json"}
+    logs = {"metrics.jsonl", "pace.jsonl"}
+    complete = {"recipe.yaml", "run.json", "held_out.npz", "result.json"} | logs
     for folder in (lab.store / "runs").iterdir():
         assert {path.name for path in folder.iterdir()} - {".lock"} == complete
         lines = (folder / "metrics.jsonl").read_text().splitlines()
