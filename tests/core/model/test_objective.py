@@ -1,7 +1,6 @@
 """Cross-entropy, penalties and bits per byte against fp64 sums and hand examples."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,15 +120,33 @@ def nats_by(logits_of):
     return nats
 
 
+class Rows:
+    """Held-out rows of one source, all alike."""
+
+    sources = ("the only one",)
+
+    def __init__(self, row: torch.Tensor, count: int, sizes: torch.Tensor):
+        self.row = row
+        self.count = count
+        self.token_bytes = sizes
+        self.context = len(row) - 1
+
+    def held_out_rows(self) -> int:
+        return self.count
+
+    def held_out_spans(self, rows: int):
+        return (
+            (0, first, min(rows, self.count - first)) for first in range(0, self.count, rows)
+        )
+
+    def held_out_batch(self, first: int, count: int) -> torch.Tensor:
+        return self.row.expand(count, -1)
+
+
 def scored(nats, sizes, rows=1) -> dict[str, float]:
     """Held-out metrics of one row whose i-th target costs nats[i] and stands for sizes[i] bytes."""
     vocab = len(nats) + 1
-    tokens = SimpleNamespace(
-        token_bytes=torch.tensor([7, *sizes]),
-        context=len(nats),
-        held_out_rows=lambda: 1,
-        held_out_batch=lambda first, count: torch.arange(vocab)[None],
-    )
+    tokens = Rows(torch.arange(vocab), 1, torch.tensor([7, *sizes]))
     target = -torch.tensor(nats, dtype=torch.float64)
     others = ((1 - target.exp()) / (vocab - 1)).log()
     logits = others[:, None].repeat(1, vocab)
@@ -190,12 +207,8 @@ def test_held_out_metrics_count_every_row_once_however_they_are_batched(
 def test_held_out_losses_are_summed_in_fp64():
     """A million losses near 4: sums in fp32 would lose the seventh digit, in bf16 the second."""
     length, rows = 50_001, 21
-    tokens = SimpleNamespace(
-        token_bytes=torch.ones(2, dtype=torch.int64),
-        context=length,
-        held_out_rows=lambda: rows,
-        held_out_batch=lambda first, count: torch.zeros(count, length + 1, dtype=torch.int64),
-    )
+    row = torch.zeros(length + 1, dtype=torch.int64)
+    tokens = Rows(row, rows, torch.ones(2, dtype=torch.int64))
     logits = torch.tensor([0.0, math.log(math.exp(4.000001) - 1)])
     zero = torch.zeros(1, dtype=torch.int64)
     one = token_losses(logits[None], zero).item()
