@@ -31,6 +31,16 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class TokenEffect:
+    """What the choice of held-out text owes to a delta (tokens.py).  delta, se: in the metric's unit."""
+
+    delta: float
+    se: float  # over documents, the seeds held fixed
+    documents: int
+    tokens: int  # that are counted
+
+
+@dataclass(frozen=True)
 class Effect:
     """One cell against its reference, over the seeds that both finished.  Values in the metric's unit."""
 
@@ -51,6 +61,7 @@ class Effect:
     delta: float | None = None  # cell minus reference
     interval: Interval | None = None  # None below two seeds, and for inert cells
     spread: float | None = None  # sd of the differences over shared seeds
+    tokens: TokenEffect | None = None  # None where the runs kept no losses
     correlation: float | None = None  # of cell and reference over shared seeds, from three on
     p_adjusted: float | None = None  # Holm's, over all arms that have a verdict
     p_equivalent: float | None = None  # of a difference as large as `equivalence` (TOST)
@@ -69,6 +80,16 @@ class Effect:
     @property
     def high(self) -> float | None:
         return self.interval.high if self.interval else None
+
+    @property
+    def seed_error(self) -> float | None:
+        """Standard error of the delta over seeds."""
+        return self.interval.standard_error if self.interval else None
+
+    @property
+    def token_error(self) -> float | None:
+        """Standard error of the delta over documents of the held-out text."""
+        return self.tokens.se if self.tokens else None
 
     @property
     def counts(self) -> str:

@@ -89,6 +89,8 @@ def verdicts(report: Report) -> Verdicts:
     columns = [
         Column("mean", "num spare"),
         Column("sd", "num spare", "between seeds"),
+        Column("SE seeds", "num spare", "standard error of the delta over seeds"),
+        Column("SE tokens", "num spare", "of the delta over documents of the held-out text"),
         Column("seeds", "num", "pairs of arm and reference that both finished"),
         Column("tokens/s", "num spare"),
         Column("x reference", "num spare", "throughput over that of the reference"),
@@ -121,6 +123,8 @@ def _verdict(report: Report, effect: Effect) -> Verdict:
         cells=[
             Cell(number(effect.mean, ".4f"), effect.mean, "num spare"),
             Cell(number(effect.sd, ".4f"), effect.sd, "num spare"),
+            Cell(number(effect.seed_error, ".4f"), effect.seed_error, "num spare"),
+            Cell(number(effect.token_error, ".4f"), effect.token_error, "num spare"),
             Cell(f"{effect.n}", effect.n, f"num {few}"),
             Cell(
                 number(effect.tokens_per_second, ",.0f"), effect.tokens_per_second, "num spare"
@@ -147,6 +151,8 @@ def _effects_frame(effects: Iterable[Effect]) -> pd.DataFrame:
         "delta",
         "low",
         "high",
+        "seed_error",
+        "token_error",
         "method",
         "p_adjusted",
         "p_equivalent",

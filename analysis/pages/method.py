@@ -33,7 +33,11 @@ EQUIVALENCE = """
 LIMITS = """\
 What the intervals do not cover.  *Same hyper-parameters, not tuned*: the learning rate was not re-tuned per arm, so
 an arm that wants another one is judged too harshly.  One size, one dataset, one token budget: nothing here says that
-a delta survives scale.  All runs share one held-out set, so its own sampling error is not in the interval."""
+a delta survives scale.  All runs share one held-out text: what another text would change is not in the interval."""
+
+TOKENS = """\
+*SE tokens* is that: the standard error of a delta over the {documents} documents of the held-out text, tokens of one
+document taken together (Miller 2024), the seeds held fixed.  A delta below twice its size may be this text's alone."""
 
 
 def how_to_read(effects: Sequence[Effect], equivalence: float | None = None) -> str:
@@ -44,7 +48,10 @@ def how_to_read(effects: Sequence[Effect], equivalence: float | None = None) -> 
     if judged:
         declared = "" if equivalence is None else EQUIVALENCE.format(margin=equivalence)
         parts.append(VERDICTS.format(judged=judged, equivalent=declared))
-    return "\n\n".join([*parts, LIMITS])
+    limits = [LIMITS]
+    if texts := [arm.tokens.documents for arm in arms if arm.tokens]:
+        limits.append(TOKENS.format(documents=max(texts)))
+    return "\n\n".join([*parts, "  ".join(limits)])
 
 
 def methods_of(arms: Sequence[Effect]) -> str:

@@ -32,6 +32,7 @@ from ablab.analysis.effects.effects import measure, noisy_arms
 from ablab.analysis.effects.intervals import MODERATED_FROM, PLAIN_FROM
 from ablab.analysis.effects.service import COLUMN as KERNELS
 from ablab.analysis.effects.service import in_words, server
+from ablab.analysis.effects.tokens import TokenEffects
 from ablab.analysis.pages.answer import answer
 from ablab.analysis.pages.method import how_to_read
 from ablab.analysis.pages.text import NONE, bullets, markdown_table, number
@@ -90,8 +91,11 @@ def read(store: Store, experiment: str, mixed: bool = False) -> Report:
     if mixtures and not mixed:
         again = shlex.join(["ablab", "report", experiment, "--mixed"])
         raise UserError(f"{experiment!r}: {mixtures[0]}; to read it all the same: {again}")
-    effects = measure(runs, plan.metric, plan.better, plan.equivalence, plan.looks)
-    return Report(plan, runs, effects, list(_warnings(plan, runs, effects)), mixtures)
+    tokens = TokenEffects(store, runs, plan.metric)
+    measured = measure(runs, plan.metric, plan.better, plan.equivalence, plan.looks)
+    effects = tokens.added(measured)
+    warnings = [*_warnings(plan, runs, effects), *dict.fromkeys(tokens.damages)]
+    return Report(plan, runs, effects, warnings, mixtures)
 
 
 def write(store: Store, experiment: str, out: str | Path, mixed: bool = False) -> Path:
@@ -131,6 +135,8 @@ def _row(effect: Effect, mark: str) -> dict[str, str]:
         "sd": number(effect.sd, ".4f"),
         "delta": number(effect.delta, "+.4f"),
         "95 % interval": _between(effect.interval, "+.4f"),
+        "SE seeds": number(effect.seed_error, ".4f"),
+        "SE tokens": number(effect.token_error, ".4f"),
         "p (Holm)": _probability(effect.p_adjusted),
         "ingredient": verdict_in_words(effect),
         "tokens/s": number(effect.tokens_per_second, ",.0f", mark),

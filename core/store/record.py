@@ -81,7 +81,8 @@ class Record:
             result = self.result()
             if result:
                 self._check_log(result)
-                self._kept_losses(result)
+            if result and result.held_out:
+                self._kept_losses(result.held_out)
         except Damaged as damage:
             say(str(damage))
             set_aside(self.result_path)
@@ -107,21 +108,19 @@ class Record:
                 "`ablab run` trains the run again"
             )
 
-    def held_out(self, result: Result) -> HeldOut | None:
-        """The losses of the last evaluation; None of a run that kept none.  Raises Damaged: lost or changed."""
-        content = self._kept_losses(result)
+    def held_out(self, digest: str) -> HeldOut:
+        """The losses of the last evaluation, whose digest the result has.  Raises Damaged: lost or changed."""
+        content = self._kept_losses(digest)
         try:
-            return decoded(content) if content else None
+            return decoded(content)
         except ValueError as flaw:
             raise Damaged(
                 f"{self.held_out_path} is damaged ({flaw}); delete {self.folder} to train that run again"
             ) from None
 
-    def _kept_losses(self, result: Result) -> bytes:
-        if not result.held_out:
-            return b""
+    def _kept_losses(self, digest: str) -> bytes:
         content = _content(self.held_out_path)
-        if digest_of(content) != result.held_out:
+        if digest_of(content) != digest:
             raise Damaged(
                 f"{self.held_out_path} is not what the run left: it is lost or changed; "
                 "`ablab run` trains the run again"

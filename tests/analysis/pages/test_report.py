@@ -41,7 +41,8 @@ def test_the_page_holds_question_verdict_control_numbers_and_pictures(lab, tmp_p
     assert control == "queries and keys as projected"
     numbers = row(text, "- qk_norm", "Numbers")
     assert numbers[1:5] == ["3", "3.0210", "0.0010", "+0.0200"]
-    assert numbers[6:] == [
+    assert numbers[7] == "–"  # no losses were kept
+    assert numbers[8:] == [
         p,
         "helps",
         "110,000",
@@ -73,7 +74,7 @@ def test_the_first_screen_answers_the_question(lab, tmp_path):
     assert "no run of `lost` finished" in first
     assert "Smallest effect of interest: 0.01." in first
     assert "*Equivalent*: the 90 % interval lies within +-0.01" in text
-    assert row(text, "- young", "Numbers")[7] == "too few seeds (+2)"
+    assert row(text, "- young", "Numbers")[9] == "too few seeds (+2)"
 
 
 def test_each_method_is_named_once_with_the_arms_that_it_serves(lab, tmp_path):
@@ -322,9 +323,9 @@ def test_an_arm_served_by_other_kernels_is_named_before_any_number(lab, tmp_path
 
 def test_both_throughputs_are_marked_and_the_mark_is_explained(lab, tmp_path):
     text = page(served(lab), tmp_path)
-    assert row(text, "- x", "Numbers")[8:10] == ["100,000 †", "0.67 †"]
-    assert row(text, "full", "Numbers")[8:10] == ["150,000 †", "–"]
-    assert row(text, "- y", "Numbers")[8:10] == ["120,000", "0.80"]
+    assert row(text, "- x", "Numbers")[10:12] == ["100,000 †", "0.67 †"]
+    assert row(text, "full", "Numbers")[10:12] == ["150,000 †", "–"]
+    assert row(text, "- y", "Numbers")[10:12] == ["120,000", "0.80"]
     assert text.split("## Numbers")[1].count("\n† arm and reference were served by") == 1
 
 

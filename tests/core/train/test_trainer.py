@@ -697,7 +697,7 @@ def test_the_kept_losses_are_those_that_the_metrics_sum(
     """To the 2^-11 of float16; with an average, those of the average."""
     recipe = tiny(treatment, optim__lr=0.02)
     result, record = train(recipe, token_folder, tmp_path)
-    kept = record.held_out(result)
+    kept = record.held_out(result.held_out)
     nats = kept.nats.astype(float)
     text = kept.bytes > 0
     assert kept.nats.shape == (20, 16) and not text.all()
