@@ -29,6 +29,7 @@ from ablab.analysis.effects.effect import (
     ingredient,
 )
 from ablab.analysis.effects.effects import measure, noisy_arms
+from ablab.analysis.effects.factorial import FactorEffect, factorial_effects
 from ablab.analysis.effects.intervals import MODERATED_FROM, PLAIN_FROM
 from ablab.analysis.effects.service import COLUMN as KERNELS
 from ablab.analysis.effects.service import in_words, server
@@ -50,6 +51,9 @@ MIXED = {  # column -> what it is: runs that differ in one of these compute diff
     "runtime/kernels": "runtime/kernels",
 }
 SERVED_OTHERWISE = "†"  # beside throughputs that compare kernels as well as ideas
+CROSSED = """\
+A main effect is the mean with minus the mean without, over all cells; an interaction half of what one ingredient
+changes about the effect of the other.  One model of all finished runs, with a block for each seed."""
 FOOTNOTE = (
     f"{SERVED_OTHERWISE} arm and reference were served by different kernels (named above): "
     "this throughput compares the kernels too."
@@ -65,10 +69,13 @@ class Report:
     effects: list[Effect]
     warnings: list[str]
     mixed: list[str]  # how runs that stand in one verdict differ; said before the answer
+    crossed: list[
+        FactorEffect
+    ]  # main effects and interactions; empty unless the design crosses factors
 
     @property
     def answer(self) -> str:
-        return answer(self.effects, self.plan.metric)
+        return answer(self.effects, self.plan.metric, self.crossed)
 
 
 def read(store: Store, experiment: str, mixed: bool = False) -> Report:
@@ -91,7 +98,12 @@ def read(store: Store, experiment: str, mixed: bool = False) -> Report:
         again = shlex.join(["ablab", "report", experiment, "--mixed"])
         raise UserError(f"{experiment!r}: {mixtures[0]}; to read it all the same: {again}")
     effects = measure(runs, plan.metric, plan.better, plan.equivalence, plan.looks)
-    return Report(plan, runs, effects, list(_warnings(plan, runs, effects)), mixtures)
+    crossed = []
+    if plan.factors:
+        judging = (plan.metric, plan.factors, plan.better, plan.equivalence)
+        crossed = factorial_effects(runs, *judging)
+    warnings = list(_warnings(plan, runs, effects))
+    return Report(plan, runs, effects, warnings, mixtures, crossed)
 
 
 def write(store: Store, experiment: str, out: str | Path, mixed: bool = False) -> Path:
@@ -179,6 +191,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "answer": report.answer,
         "mixed": report.mixed,
         "tuning": "same hyper-parameters, not tuned",
+        "crossed": [asdict(effect) for effect in report.crossed],
         "effects": [asdict(effect) | {"off": off(plan, effect)} for effect in report.effects],
         "warnings": report.warnings,
         "runs": runs.where(runs.notna(), None).to_dict("records"),
@@ -326,6 +339,7 @@ def _markdown(report: Report, pictures: list[str]) -> str:
         f"**{report.answer}**",
         _summary(report, arms),
         "## Read first\n\n" + bullets(report.warnings) if report.warnings else "",
+        _crossed(report),
         "## Verdicts\n\n" + markdown_table([_verdict(plan, arm) for arm in arms]),
         *(f"![{name.removesuffix('.png')}]({name})" for name in pictures),
         "## Numbers\n\n" + markdown_table(table(report.effects)),
@@ -337,6 +351,22 @@ def _markdown(report: Report, pictures: list[str]) -> str:
         "## Runs\n\n" + markdown_table(_listed(report.runs, plan.metric)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _crossed(report: Report) -> str:
+    """The section of a design that crosses factors."""
+    if not report.crossed:
+        return ""
+    rows = [
+        {
+            "effect": one.term,
+            "what it says": one.sentence,
+            "p (Holm)": _probability(one.p_adjusted),
+            "cannot be told from": ", ".join(one.aliases) or NONE,
+        }
+        for one in report.crossed
+    ]
+    return f"## Main effects and interactions\n\n{CROSSED}\n\n{markdown_table(rows)}"
 
 
 def _summary(report: Report, arms: list[Effect]) -> str:
