@@ -368,3 +368,20 @@ def test_a_crossed_design_is_answered_by_its_effects(lab, tmp_path):
     assert row(text, "a x b", section)[1].startswith("a x b: inconclusive, ")
     told = json.dumps(report.as_json(report.read(lab.write(), "loo")), allow_nan=False)
     assert [one["term"] for one in json.loads(told)["crossed"]] == ["a", "b", "a x b"]
+
+
+def test_what_an_arm_saves_or_costs_in_compute_has_an_interval(lab, tmp_path):
+    lab.cell("full", FULL, None, points=8)
+    lab.cell("- x", WITHOUT, points=8, speed=2e5)
+    text = page(lab, tmp_path)
+    tokens, flops, seconds = row(text, "- x", "Effect in compute")[1:]
+    assert float(tokens.split(" x")[0]) < 1
+    assert "[" in tokens and flops == "–"
+    assert float(seconds.split(" x")[0]) > float(tokens.split(" x")[0])
+    assert "a schedule that still has to decay" in " ".join(text.split())
+
+
+def test_without_curves_nothing_is_said_of_compute(lab, tmp_path):
+    lab.cell("full", FULL, None)
+    lab.cell("- x", WITHOUT)
+    assert "Effect in compute" not in page(lab, tmp_path)
