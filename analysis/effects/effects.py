@@ -99,15 +99,19 @@ def _spread(arm: tuple[float, Effect]) -> float:
     return arm[0]
 
 
-def _by_cell(runs: pd.DataFrame, metric: str) -> dict[str, pd.DataFrame]:
-    """The rows of each cell by seed.  A run that a cell lists twice is one observation."""
+def with_numbers(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Where a finished run lacks a finite value of the metric, its status says so."""
     unmeasured = runs.status == FINISHED
     if metric in runs:
         unmeasured &= ~np.isfinite(runs[metric].astype(float))
-    told = runs.assign(status=runs.status.where(~unmeasured, UNMEASURED))
+    return runs.assign(status=runs.status.where(~unmeasured, UNMEASURED))
+
+
+def _by_cell(runs: pd.DataFrame, metric: str) -> dict[str, pd.DataFrame]:
+    """The rows of each cell by seed.  A run that a cell lists twice is one observation."""
     return {
         str(cell): rows.drop_duplicates("run").set_index("seed")
-        for cell, rows in told.groupby("cell", sort=False)
+        for cell, rows in with_numbers(runs, metric).groupby("cell", sort=False)
     }
 
 

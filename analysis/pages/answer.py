@@ -14,6 +14,7 @@ from ablab.analysis.effects.effect import (
     Effect,
     ingredient,
 )
+from ablab.analysis.effects.factorial import FactorEffect
 from ablab.analysis.effects.frame import unit
 
 SHOWN = {  # of one, of several
@@ -25,12 +26,17 @@ SHOWN = {  # of one, of several
 MOST_NAMED = 4  # ingredients that a sentence names; of more it says how many
 
 
-def answer(effects: Sequence[Effect], metric: str) -> str:
-    """One sentence.  Names stand in backticks."""
-    arms = [effect for effect in effects if effect.verdict != REFERENCE]
+Judged = Effect | FactorEffect
+
+
+def answer(effects: Sequence[Effect], metric: str, crossed: Sequence[FactorEffect] = ()) -> str:
+    """One sentence.  Names stand in backticks.  crossed: what a design that crosses factors says, where it is one."""
+    arms: list[Judged] = [effect for effect in effects if effect.verdict != REFERENCE]
+    if crossed:
+        arms = [*crossed]
     if not arms:
         return _of_one_cell(effects, metric)
-    by_word: dict[str, list[Effect]] = {}
+    by_word: dict[str, list[Judged]] = {}
     for arm in arms:
         by_word.setdefault(arm.word, []).append(arm)
     told = {word: by_word.pop(word) for word in SHOWN if word in by_word}
@@ -57,14 +63,14 @@ def _of_one_cell(effects: Sequence[Effect], metric: str) -> str:
     return f"Nothing is compared here: {values}."
 
 
-def _shown(word: str, arms: Sequence[Effect], metric: str) -> str:
+def _shown(word: str, arms: Sequence[Judged], metric: str) -> str:
     """What makes a difference, and how large a one."""
     one, several = SHOWN[word]
     verb = one if len(arms) == 1 else several
     return f"{_named(arms)} {verb} ({_sizes(arms, metric)})"
 
 
-def _others(word: str, arms: Sequence[Effect]) -> str:
+def _others(word: str, arms: Sequence[Judged]) -> str:
     """What neither helps nor hurts."""
     if word == EQUIVALENT:
         return (
@@ -81,12 +87,15 @@ def _others(word: str, arms: Sequence[Effect]) -> str:
     return f"{seeds} cannot tell for {_named(arms)}"
 
 
-def _named(arms: Sequence[Effect]) -> str:
+def _named(arms: Sequence[Judged]) -> str:
     """By name; many are counted."""
     names = [f"`{arm.subject}`" for arm in arms]
     if len(names) <= MOST_NAMED:
         return _listed(names)
-    return f"{len(names)} {'ingredients' if ingredient(arms[0].cell)[0] else 'arms'}"
+    first = arms[0]
+    if isinstance(first, FactorEffect):
+        return f"{len(names)} effects"
+    return f"{len(names)} {'ingredients' if ingredient(first.cell)[0] else 'arms'}"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -94,7 +103,7 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _sizes(arms: Sequence[Effect], metric: str) -> str:
+def _sizes(arms: Sequence[Judged], metric: str) -> str:
     """By how much, the largest first or from the smallest to the largest."""
     sizes = sorted((abs(arm.delta) for arm in arms if arm.delta is not None), reverse=True)
     if not sizes:

@@ -22,7 +22,6 @@ import pandas as pd
 
 from ablab.analysis.effects import frame
 from ablab.analysis.effects.effect import INERT, REFERENCE
-from ablab.analysis.pages.answer import answer
 from ablab.analysis.pages.bands import bands, differences, metrics_of
 from ablab.analysis.pages.html_tables import (
     Table,
@@ -117,7 +116,7 @@ def main(page: Page) -> str:
         .render(
             plan=plan,
             unit=frame.unit(plan.metric),
-            answer=answer(report.effects, plan.metric),
+            answer=report.answer,
             warnings=[*report.mixed, *report.warnings],
             look=page.look,
             facts=_facts(report),

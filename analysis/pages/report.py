@@ -29,9 +29,11 @@ from ablab.analysis.effects.effect import (
     ingredient,
 )
 from ablab.analysis.effects.effects import measure, noisy_arms
+from ablab.analysis.effects.factorial import FactorEffect, factorial_effects
 from ablab.analysis.effects.intervals import MODERATED_FROM, PLAIN_FROM
 from ablab.analysis.effects.service import COLUMN as KERNELS
 from ablab.analysis.effects.service import in_words, server
+from ablab.analysis.effects.speedup import FLOPS, SECONDS, TOKENS, Speedup, speedups
 from ablab.analysis.effects.tokens import TokenEffects
 from ablab.analysis.pages.answer import answer
 from ablab.analysis.pages.method import how_to_read
@@ -51,6 +53,13 @@ MIXED = {  # column -> what it is: runs that differ in one of these compute diff
     "runtime/kernels": "runtime/kernels",
 }
 SERVED_OTHERWISE = "†"  # beside throughputs that compare kernels as well as ideas
+CROSSED = """\
+A main effect is the mean with minus the mean without, over all cells; an interaction half of what one ingredient
+changes about the effect of the other.  One model of all finished runs, with a block for each seed."""
+IN_COMPUTE = """\
+How many times less of it an arm needs than its reference for the worse one's final loss, with a 95 % interval over
+seeds; above 1 the arm is cheaper.  Seconds hold what the arm costs in throughput.  Losses before the end are those of
+a schedule that still has to decay, higher than a run of that length would end with."""
 FOOTNOTE = (
     f"{SERVED_OTHERWISE} arm and reference were served by different kernels (named above): "
     "this throughput compares the kernels too."
@@ -66,10 +75,13 @@ class Report:
     effects: list[Effect]
     warnings: list[str]
     mixed: list[str]  # how runs that stand in one verdict differ; said before the answer
+    crossed: list[
+        FactorEffect
+    ]  # main effects and interactions; empty unless the design crosses factors
 
     @property
     def answer(self) -> str:
-        return answer(self.effects, self.plan.metric)
+        return answer(self.effects, self.plan.metric, self.crossed)
 
 
 def read(store: Store, experiment: str, mixed: bool = False) -> Report:
@@ -94,8 +106,12 @@ def read(store: Store, experiment: str, mixed: bool = False) -> Report:
     tokens = TokenEffects(store, runs, plan.metric)
     measured = measure(runs, plan.metric, plan.better, plan.equivalence, plan.looks)
     effects = tokens.added(measured)
+    crossed = []
+    if plan.factors:
+        judging = (plan.metric, plan.factors, plan.better, plan.equivalence)
+        crossed = factorial_effects(runs, *judging)
     warnings = [*_warnings(plan, runs, effects), *dict.fromkeys(tokens.damages)]
-    return Report(plan, runs, effects, warnings, mixtures)
+    return Report(plan, runs, effects, warnings, mixtures, crossed)
 
 
 def write(store: Store, experiment: str, out: str | Path, mixed: bool = False) -> Path:
@@ -115,7 +131,7 @@ def write_markdown(report: Report, logged: pd.DataFrame, folder: Path) -> Path:
     metric = plan.metric if plan.metric in logged else "val/loss"
     if metric in logged and logged[metric].notna().any():
         pictures.append(draw_curves(logged, folder / "curves.png", metric))
-    page = _markdown(report, [path.name for path in pictures])
+    page = _markdown(report, logged, [path.name for path in pictures])
     write_atomically(folder / "report.md", page.encode())
     return folder / "report.md"
 
@@ -170,9 +186,12 @@ def _served_otherwise(effects: list[Effect]) -> set[str]:
     return {arm.cell for arm in arms} | {arm.reference for arm in arms if arm.reference}
 
 
-def as_json(report: Report) -> dict[str, Any]:
-    """The report as plain data: numbers, strings, lists and None."""
+def as_json(report: Report, logged: pd.DataFrame | None = None) -> dict[str, Any]:
+    """The report as plain data: numbers, strings, lists and None.  logged: of `frame.curves`, for the speedups."""
     plan = report.plan
+    in_compute = []
+    if logged is not None:
+        in_compute = speedups(report.runs, logged, plan.metric, plan.better)
     told = ["cell", "pair", "seed", "run", "status", plan.metric]
     told += ["tokens", "tokens_per_second", "code"]
     runs = report.runs.reindex(columns=told).astype(object)
@@ -185,6 +204,8 @@ def as_json(report: Report) -> dict[str, Any]:
         "answer": report.answer,
         "mixed": report.mixed,
         "tuning": "same hyper-parameters, not tuned",
+        "speedups": [asdict(speedup) for speedup in in_compute],
+        "crossed": [asdict(effect) for effect in report.crossed],
         "effects": [asdict(effect) | {"off": off(plan, effect)} for effect in report.effects],
         "warnings": report.warnings,
         "runs": runs.where(runs.notna(), None).to_dict("records"),
@@ -322,7 +343,7 @@ def _noise(effects: list[Effect]) -> Iterator[str]:
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def _markdown(report: Report, pictures: list[str]) -> str:
+def _markdown(report: Report, logged: pd.DataFrame, pictures: list[str]) -> str:
     plan = report.plan
     arms = [effect for effect in report.effects if effect.verdict != REFERENCE]
     parts = [
@@ -332,6 +353,8 @@ def _markdown(report: Report, pictures: list[str]) -> str:
         f"**{report.answer}**",
         _summary(report, arms),
         "## Read first\n\n" + bullets(report.warnings) if report.warnings else "",
+        _crossed(report),
+        _in_compute(report, logged),
         "## Verdicts\n\n" + markdown_table([_verdict(plan, arm) for arm in arms]),
         *(f"![{name.removesuffix('.png')}]({name})" for name in pictures),
         "## Numbers\n\n" + markdown_table(table(report.effects)),
@@ -343,6 +366,48 @@ def _markdown(report: Report, pictures: list[str]) -> str:
         "## Runs\n\n" + markdown_table(_listed(report.runs, plan.metric)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _in_compute(report: Report, logged: pd.DataFrame) -> str:
+    """The section on what an arm saves or costs; empty where no curve tells."""
+    by_arm: dict[str, dict[str, Speedup]] = {}
+    for one in speedups(report.runs, logged, report.plan.metric, report.plan.better):
+        by_arm.setdefault(one.cell, {})[one.unit] = one
+    if not by_arm:
+        return ""
+    rows = [
+        {"arm": cell} | {unit: _times(told.get(unit)) for unit in (TOKENS, FLOPS, SECONDS)}
+        for cell, told in by_arm.items()
+    ]
+    return f"## Effect in compute\n\n{IN_COMPUTE}\n\n{markdown_table(rows)}"
+
+
+def _times(speedup: Speedup | None) -> str:
+    """A factor and its interval; one that was passed before the first evaluation is a bound."""
+    if speedup is None:
+        return NONE
+    interval = ""
+    if speedup.low is not None and speedup.high is not None:
+        interval = f" [{speedup.low:.2f}, {speedup.high:.2f}]"
+    bound = " (or more)" if speedup.at_least and speedup.factor > 1 else ""
+    bound = " (or less)" if speedup.at_least and speedup.factor < 1 else bound
+    return f"{speedup.factor:.2f} x{interval}{bound}"
+
+
+def _crossed(report: Report) -> str:
+    """The section of a design that crosses factors."""
+    if not report.crossed:
+        return ""
+    rows = [
+        {
+            "effect": one.term,
+            "what it says": one.sentence,
+            "p (Holm)": _probability(one.p_adjusted),
+            "cannot be told from": ", ".join(one.aliases) or NONE,
+        }
+        for one in report.crossed
+    ]
+    return f"## Main effects and interactions\n\n{CROSSED}\n\n{markdown_table(rows)}"
 
 
 def _summary(report: Report, arms: list[Effect]) -> str:

@@ -112,6 +112,7 @@ def show_report(
 
     more: what else to say in JSON.  mixed: also where runs of different code, precision or kernels stand together.
     """
+    from ablab.analysis.effects import frame
     from ablab.analysis.pages import report as reports
     from ablab.core.store.study_record import study_path
 
@@ -120,7 +121,8 @@ def show_report(
         return show_study(store, name, as_json)
     found = reports.read(store, name, mixed)
     if as_json:
-        return typer.echo(json.dumps(reports.as_json(found) | more, indent=1))
+        logged = frame.curves(store, name)
+        return typer.echo(json.dumps(reports.as_json(found, logged) | more, indent=1))
     folder = store.root / "reports" / name
     pages = _kept(lambda: _write_pages(store, found, folder))
     typer.echo(f"\n{found.plan.question}")

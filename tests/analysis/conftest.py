@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ablab.core.store.planned import GridPlan, Planned
+from ablab.core.store.planned import Factors, GridPlan, Planned
 from ablab.core.store.result import FINISHED, Result
 from ablab.core.store.store import Store
 
@@ -26,6 +26,7 @@ class Lab:
     treatments: dict = field(default_factory=dict)
     off: dict = field(default_factory=dict)
     equivalence: float | None = None
+    factors: Factors | None = None
 
     def cell(
         self,
@@ -98,6 +99,7 @@ class Lab:
                 self.treatments,
                 self.off,
                 equivalence=self.equivalence,
+                factors=self.factors,
             )
         )
         return self.store

@@ -4,7 +4,7 @@ import pytest
 
 from ablab.analysis.pages import report
 from ablab.core.errors import UserError
-from ablab.core.store.planned import command
+from ablab.core.store.planned import Factors, command
 from ablab.core.store.result import DIVERGED
 
 FULL = [3.000, 3.001, 3.002]
@@ -344,3 +344,45 @@ def test_the_terminal_and_json_tell_who_served(lab):
     arms = {arm["cell"]: arm["service"] for arm in report.as_json(found)["effects"]}
     assert arms["- x"] == {"attention": ("torch: no RoPE", "triton")}
     assert arms["- y"] == {}
+
+
+# Designs that cross factors.
+
+
+def test_a_crossed_design_is_answered_by_its_effects(lab, tmp_path):
+    cells = {"base": (-1, -1), "+ a": (1, -1), "+ b": (-1, 1), "full": (1, 1)}
+    noise = iter([0, 3, -2, 1, -1, 2, 0, -3, 1, -1, 2, -2])
+    for name, (a, _) in cells.items():
+        values = [3 + 0.01 * seed - 0.01 * a + 1e-4 * next(noise) for seed in range(3)]
+        lab.cell(name, values, None if name == "base" else "base")
+    lab.factors = Factors(
+        names={"a": ["off", "on"], "b": ["off", "on"]},
+        levels={cell: {"a": a, "b": b} for cell, (a, b) in cells.items()},
+        interactions=[["a", "b"]],
+        aliases=["b = c x d"],
+    )
+    text = page(lab, tmp_path)
+    assert "**`a` helps (by 0.02" in text.partition("## ")[0]
+    section = "Main effects and interactions"
+    assert row(text, "a", section)[1].startswith("a helps: on against off -0.0")
+    assert row(text, "b", section)[3] == "c x d"
+    assert row(text, "a x b", section)[1].startswith("a x b: inconclusive, ")
+    told = json.dumps(report.as_json(report.read(lab.write(), "loo")), allow_nan=False)
+    assert [one["term"] for one in json.loads(told)["crossed"]] == ["a", "b", "a x b"]
+
+
+def test_what_an_arm_saves_or_costs_in_compute_has_an_interval(lab, tmp_path):
+    lab.cell("full", FULL, None, points=8)
+    lab.cell("- x", WITHOUT, points=8, speed=2e5)
+    text = page(lab, tmp_path)
+    tokens, flops, seconds = row(text, "- x", "Effect in compute")[1:]
+    assert float(tokens.split(" x")[0]) < 1
+    assert "[" in tokens and flops == "–"
+    assert float(seconds.split(" x")[0]) > float(tokens.split(" x")[0])
+    assert "a schedule that still has to decay" in " ".join(text.split())
+
+
+def test_without_curves_nothing_is_said_of_compute(lab, tmp_path):
+    lab.cell("full", FULL, None)
+    lab.cell("- x", WITHOUT)
+    assert "Effect in compute" not in page(lab, tmp_path)
