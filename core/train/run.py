@@ -122,27 +122,37 @@ class Loop:
             norm = trainer.advance()
             t = trainer.step
             trainer.watch.step(norm, self._tokens_of(t))
-            if t % self.runtime.log_every == 0 or t in self.evaluations:
+            if self._ends_a_window(t) or t in self.evaluations:
                 scalars = self._report(t, norm)
             if t < self.steps and self._must_save():
                 self._save()
         return {name: value for name, value in scalars.items() if name != "tokens"}
 
+    def _ends_a_window(self, t: int) -> bool:
+        """Whether train/loss is read after step `t`: windows are even, and the last one takes in a short rest.
+
+        An evaluation between two such steps closes none: its line has no train/loss.
+        """
+        left = self.steps - t
+        every = self.runtime.log_every
+        return left == 0 or (t % every == 0 and 2 * left >= every)
+
     def _report(self, t: int, norm: Tensor) -> dict[str, float]:
         """Read what the device has counted since the last report; the only wait for it."""
         trainer, watch = self.trainer, self.trainer.watch
-        scalars = {
-            "tokens": self.recipe.tokens_after(t),
-            "train/loss": trainer.close_window(),
-            "train/grad_norm": norm.item(),
-            "optim/lr": self.recipe.optim.lr * self.recipe.schedule.multiplier(t, self.steps),
-        }
+        loss = trainer.window_loss()
+        scalars: dict[str, float] = {"tokens": self.recipe.tokens_after(t)}
+        if self._ends_a_window(t):
+            scalars["train/loss"] = trainer.close_window()
+        scalars["train/grad_norm"] = norm.item()
+        scalars["optim/lr"] = self._lr(t)
         watch.stop()
-        if math.isfinite(scalars["train/loss"]):
-            self.last_good = scalars["train/loss"]
+        sound = math.isfinite(loss)
+        if sound:
+            self.last_good = loss
             if t in self.evaluations:
                 scalars |= trainer.evaluate()
-        if not all(math.isfinite(value) for value in scalars.values()):
+        if not (sound and all(math.isfinite(value) for value in scalars.values())):
             # This very step may have broken the weights: its own loss is older.
             raise Diverged(t, self.last_good)
         rate = watch.rate
@@ -150,6 +160,9 @@ class Loop:
         self.log(t, scalars | {"tokens_per_second": rate}, watch.seconds)
         watch.go_on()
         return scalars
+
+    def _lr(self, t: int) -> float:
+        return self.recipe.optim.lr * self.recipe.schedule.multiplier(t, self.steps)
 
     def _tokens_of(self, t: int) -> int:
         return self.recipe.tokens_after(t) - self.recipe.tokens_after(t - 1)

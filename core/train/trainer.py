@@ -186,11 +186,16 @@ class Trainer:
         for weight, value in zip(weights, kept, strict=True):
             weight.copy_(value)
 
-    def close_window(self) -> float:
-        """Mean training loss since the last log, nats/token.  Waits for the device."""
+    def window_loss(self) -> float:
+        """Mean training loss since the window was opened, nats/token.  Waits for the device."""
         nats, tokens = self.training_step.window.tolist()
-        self.training_step.window.zero_()
         return nats / tokens
+
+    def close_window(self) -> float:
+        """As `window_loss`; the next step opens another window."""
+        loss = self.window_loss()
+        self.training_step.window.zero_()
+        return loss
 
     # -- saving ----------------------------------------------------------------------------------------------------
     def tensors(self) -> dict[str, Tensor]:

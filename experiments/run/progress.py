@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ablab.core.store.result import FINISHED, Result
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress, Task, TaskID
     from rich.table import Table
+
+
+CADENCE = 30.0  # seconds between two lines of one run, off a terminal
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,10 @@ class ArmProgress:
     best: float | None  # until a trial has finished
     at: dict[str, Any]  # path -> value of that trial
     ends: dict[str, int]  # how the trials ended that did not finish, and how many did so
+    last: dict[str, Any] = field(
+        default_factory=dict
+    )  # path -> value of the trial that ended last
+    outcome: str = ""  # of that trial: its value, or how it ended
 
 
 class Watcher(Protocol):
@@ -65,13 +72,18 @@ class Quiet:
 
 
 class Lines(Quiet):
-    """One plain line for every run that ends: for logs and pipes."""
+    """Plain lines for logs and pipes: one for every run that ends, and at a cadence one for each that goes on."""
 
     def __init__(self, metric: str):
         self.metric = metric
         self.began = time.monotonic()
         self.total = 0
         self.done = 0
+        self.marks: dict[str, Mark] = {}  # run id -> where it was when a line last said so
+        self.losses: dict[str, str] = {}  # run id -> its last loss in words
+        self.trials: dict[
+            str, int
+        ] = {}  # arm of a study -> its trials when a line last said so
 
     def planned(self, total: int, done: int, jobs: int) -> None:
         self.total = total
@@ -83,7 +95,33 @@ class Lines(Quiet):
     def note(self, line: str) -> None:
         self.say(line)
 
+    def started(self, run: PlannedRun) -> None:
+        self.marks[run.id] = Mark(time.monotonic())
+
+    def logged(self, run: PlannedRun, step: int, scalars: dict[str, float]) -> None:
+        mark = self.marks.setdefault(run.id, Mark(time.monotonic()))
+        said = self._said_of(run, scalars)
+        pace = mark.at(step, run.recipe.steps)
+        if pace:
+            self.say(
+                f"{run.cell}, seed {run.recipe.seed}: step {step}/{run.recipe.steps}, {said}{pace}"
+            )
+
+    def _said_of(self, run: PlannedRun, scalars: dict[str, float]) -> str:
+        """Its last loss, which an evaluation between two windows does not carry, and its pace."""
+        if "train/loss" in scalars:
+            self.losses[run.id] = f"loss {scalars['train/loss']:.3f}  "
+        return f"{self.losses.get(run.id, '')}{scalars.get('tokens_per_second', 0.0):,.0f} tokens/s"
+
+    def arms(self, arms: list[ArmProgress], metric: str) -> None:
+        for arm in arms:
+            if arm.done != self.trials.get(arm.cell, 0):
+                self.trials[arm.cell] = arm.done
+                self.say(_trials_of(arm, metric))
+
     def finished(self, run: PlannedRun, result: Result) -> None:
+        self.marks.pop(run.id, None)
+        self.losses.pop(run.id, None)
         self.done += 1
         self.say(f"[{self.done}/{self.total}] {line_of(run, result, self.metric)}")
 
@@ -92,6 +130,43 @@ class Lines(Quiet):
 
     def clock(self) -> str:
         return f"{time.monotonic() - self.began:6.0f}s  "
+
+
+@dataclass
+class Mark:
+    """Where a run was when a line last spoke of it."""
+
+    since: float  # seconds on the clock
+    step: int = 0
+
+    def at(self, step: int, steps: int) -> str:
+        """The time left in words where a line is due again; empty before, and at the end, which has its own."""
+        now = time.monotonic()
+        elapsed = now - self.since
+        if elapsed < CADENCE or not self.step < step < steps:
+            return ""
+        left = elapsed / (step - self.step) * (steps - step)
+        self.since = now
+        self.step = step
+        return f", about {duration(left)} left"
+
+
+def _trials_of(arm: ArmProgress, metric: str) -> str:
+    """Trial 5 of 8 of - muon: optim.lr=0.008 -> 3.4012; best val/loss 3.2109 at optim.lr=0.004."""
+    tried = (
+        f"trial {arm.done} of {arm.total} of {arm.cell}: {_point(arm.last)} -> {arm.outcome}"
+    )
+    if arm.best is None:
+        return f"{tried}; none has finished"
+    return f"{tried}; best {metric} {arm.best:.4f} at {_point(arm.at)}"
+
+
+def _point(values: dict[str, Any]) -> str:
+    return ", ".join(f"{path}={_short(value)}" for path, value in values.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def line_of(run: PlannedRun, result: Result, metric: str) -> str:
@@ -145,8 +220,7 @@ class Live(Lines):
     def logged(self, run: PlannedRun, step: int, scalars: dict[str, float]) -> None:
         task = self.tasks[run.id]
         gained = step - self._bar(task).completed
-        rate = scalars.get("tokens_per_second", 0.0)
-        note = f"loss {scalars['train/loss']:.3f}  {rate:,.0f} tokens/s"
+        note = self._said_of(run, scalars)
         self.bars.update(task, completed=step, note=note)
         self.bars.update(self.grid, advance=gained)
 
@@ -245,6 +319,5 @@ def _table_of(arms: list[ArmProgress], metric: str, title: str) -> "Table":
         ends = "".join(f", {count} {state}" for state, count in arm.ends.items())
         trials = f"{arm.done}/{arm.total}{ends.replace('_', ' ')}"
         best = "–" if arm.best is None else f"{arm.best:.4f}"
-        at = ", ".join(f"{path}={value}" for path, value in arm.at.items())
-        table.add_row(arm.cell, trials, best, at)
+        table.add_row(arm.cell, trials, best, _point(arm.at))
     return table

@@ -73,7 +73,10 @@ class Leaderboard(Watcher):
     def _count(self, cell: str, state: str, value: float | None, point: Point) -> None:
         line = self.lines[cell]
         done = line.done + 1
-        line = replace(line, done=done, total=max(line.total, done))
+        outcome = state if value is None else f"{value:.4f}"
+        line = replace(
+            line, done=done, total=max(line.total, done), last=point, outcome=outcome
+        )
         if state != COMPLETE or value is None:
             ends = line.ends | {state: line.ends.get(state, 0) + 1}
             line = replace(line, ends=ends)

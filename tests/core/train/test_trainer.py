@@ -713,6 +713,25 @@ def test_only_a_finished_run_keeps_losses(tiny, token_folder, tmp_path):
     assert not record.held_out_path.exists()
 
 
+def test_windows_of_the_training_loss_are_even_whenever_evaluations_fall(
+    tiny, token_folder, tmp_path
+):
+    """12 steps, windows of 5: one of 5, then one of 7, for a rest of 2 would be a spike; evaluations close none."""
+    each, windows = (
+        list(train(tiny(), token_folder, tmp_path / str(every), how(**settings))[1].metrics())
+        for every, settings in (
+            (1, {"log_every": 1, "evaluations": 1}),
+            (5, {"log_every": 5, "evaluations": 3}),
+        )
+    )
+    means = {line["step"]: line["train/loss"] for line in windows if "train/loss" in line}
+    assert list(means) == [5, 12]
+    assert [line["step"] for line in windows if "val/loss" in line] == [4, 8, 12]
+    losses = [line["train/loss"] for line in each]
+    assert abs(means[5] - sum(losses[:5]) / 5) < 1e-9
+    assert abs(means[12] - sum(losses[5:]) / 7) < 1e-9
+
+
 def test_the_mean_loss_of_a_window_is_over_all_its_tokens(tiny, token_folder, tmp_path):
     each, windows = (
         [

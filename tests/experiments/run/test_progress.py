@@ -117,3 +117,43 @@ def test_a_study_on_a_terminal_shows_its_arms_their_best_so_far_and_the_time_lef
     for word in ("best val/loss", "5/8", "3.2500", "optim.lr=0.01", "1/8, 1 diverged"):
         assert word in said
     assert "6 of 16 trials, about 3 min left" in said  # 3 trials took a minute, and 10 are left
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a test sets by hand."""
+    now = [100.0]
+    monkeypatch.setattr("ablab.experiments.run.progress.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_off_a_terminal_a_run_says_its_step_and_the_time_left_at_a_cadence(runs, clock, capsys):
+    """12 steps; 3 of them in 45 s: nine more take 135 s."""
+    watching = watcher("val/loss", quiet=False)
+    watching.planned(2, 0, 1)
+    watching.started(runs[0])
+    pace = {"tokens_per_second": 1234.0}
+    for seconds, step in ((10, 1), (20, 2), (45, 3), (50, 4), (110, 11), (200, 12)):
+        clock[0] = 100.0 + seconds
+        scalars = {"val/loss": 3.0} if step == 3 else {"train/loss": 5.0 - step / 10}
+        watching.logged(runs[0], step, scalars | pace)
+    said = [line for line in capsys.readouterr().err.splitlines() if "step" in line]
+    assert said == [
+        "    45s  base, seed 0: step 3/12, loss 4.800  1,234 tokens/s, about 2 min left",
+        "   110s  base, seed 0: step 11/12, loss 3.900  1,234 tokens/s, about 8 s left",
+    ]
+
+
+def test_off_a_terminal_a_study_says_each_trial_its_point_and_the_best(clock, capsys):
+    watching = watcher("val/loss", quiet=False)
+    first = ArmProgress("full", 1, 8, None, {}, {"diverged": 1}, {"optim.lr": 0.5}, "diverged")
+    second = ArmProgress(
+        "full", 2, 8, 3.25, {"optim.lr": 0.0123456}, {}, {"optim.lr": 0.0123456}, "3.2500"
+    )
+    for arm in (first, first, second):
+        watching.arms([arm], "val/loss")
+    assert capsys.readouterr().err.splitlines() == [
+        "     0s  trial 1 of 8 of full: optim.lr=0.5 -> diverged; none has finished",
+        "     0s  trial 2 of 8 of full: optim.lr=0.01235 -> 3.2500; "
+        "best val/loss 3.2500 at optim.lr=0.01235",
+    ]

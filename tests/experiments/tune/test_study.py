@@ -497,7 +497,7 @@ def test_an_experiment_without_a_study_says_what_to_add(lab):
     experiment = asked(lab, "plain")
     with pytest.raises(
         UserError,
-        match="has no study: block; add one with a space, or start it with: ablab run plain",
+        match="has no study: block; add one with a space, or start it with: ablab run .*/plain.yaml",
     ):
         Study(experiment, Store(lab.store), watcher())
 
