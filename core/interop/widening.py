@@ -157,7 +157,7 @@ def widened_recipe(
 
 @torch.no_grad()
 def widened(tensors: Tensors, old: Recipe, new: Recipe, asked: Widening) -> Tensors:
-    """The tensors of `new`, a recipe of `widened_recipe`, from those of `old`.  What only `new` has starts as always."""
+    """The tensors of `new`, from `widened_recipe`, out of those of `old`.  What only `new` has starts as always."""
     model = Transformer(new)
     initialise(model, new)
     axes = Axes(Sizes.of(old), Sizes.of(new), asked)

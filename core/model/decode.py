@@ -41,8 +41,9 @@ class Sampling:
 def _nucleus(odds: Tensor, share: float) -> Tensor:
     """The fewest tokens of each row that have the share together, scaled to sum to 1."""
     falling, order = odds.sort(descending=True, stable=True)
-    before = falling.cumsum(-1) - falling
-    kept = falling.masked_fill(before >= share, 0.0)
+    beyond = falling.cumsum(-1) - falling >= share
+    beyond[:, 0] = False  # the likeliest stays, whatever the share
+    kept = falling.masked_fill(beyond, 0.0)
     cut = torch.zeros_like(odds).scatter(-1, order, kept)
     return cut / cut.sum(-1, keepdim=True)
 
@@ -53,9 +54,10 @@ class Draws:
     def __init__(self, rows: int, seed: int):
         self.generators = [torch.Generator().manual_seed(seed + row) for row in range(rows)]
 
-    def __call__(self, odds: Tensor) -> list[int]:
-        """odds [B,V] -> a token a row: the first whose cumulative probability exceeds a uniform number."""
-        draws = [torch.rand(1, generator=one, dtype=torch.float64) for one in self.generators]
+    def __call__(self, odds: Tensor, rows: Sequence[int]) -> list[int]:
+        """odds [B,V] of these rows -> a token each: the first whose cumulative probability exceeds a uniform number."""
+        chosen = [self.generators[row] for row in rows]
+        draws = [torch.rand(1, generator=one, dtype=torch.float64) for one in chosen]
         reached = odds.cumsum(-1)
         heights = torch.stack(draws).to(odds.device) * reached[:, -1:]
         found = torch.searchsorted(reached, heights, right=True).squeeze(1)
@@ -81,24 +83,25 @@ def stream(
     device = model.embedding.table.device
     draws = Draws(len(prompts), seed)
     left = [count] * len(prompts)
+    last = [0] * len(prompts)
     place = min(map(len, prompts))
     begun = torch.tensor([list(prompt[:place]) for prompt in prompts], device=device)
     logits, cache = model.extend(begun, None)
     while True:
-        drawn = draws(sampling.odds(logits[:, -1]))
+        # a row that is over goes on with what it said last, which nobody hears
+        rows = [row for row, prompt in enumerate(prompts) if place >= len(prompt) and left[row]]
         told: list[int | None] = [None] * len(prompts)
-        fed = []
-        for row, prompt in enumerate(prompts):
-            token = drawn[row] if place >= len(prompt) else prompt[place]
-            if place >= len(prompt) and left[row]:
-                told[row] = token
+        if rows:
+            odds = sampling.odds(logits[rows, -1])
+            for row, token in zip(rows, draws(odds, rows), strict=True):
+                told[row] = last[row] = token
                 left[row] = 0 if token in ends else left[row] - 1
-            fed.append(token)
         yield told
         if not any(left):
             return
-        new = torch.tensor(fed, device=device)[:, None]
-        logits, cache = model.extend(new, cache)
+        reading = [prompt[place : place + 1] for prompt in prompts]
+        fed = [list(one) or [spoken] for one, spoken in zip(reading, last, strict=True)]
+        logits, cache = model.extend(torch.tensor(fed, device=device), cache)
         place += 1
 
 
