@@ -66,6 +66,7 @@ TORCH = {  # the files that work on tensors; everything else can be imported, li
     "core/train/trainer.py",
     "experiments/bench/ceilings.py",
     "experiments/bench/clocks.py",
+    "experiments/bench/decode.py",
     "experiments/bench/hugging_face.py",
     "experiments/bench/kernels/attention.py",
     "experiments/bench/kernels/case.py",

@@ -37,6 +37,12 @@ class Sampling:
         odds = scaled.softmax(-1)
         return odds if self.top_p >= 1 else _nucleus(odds, self.top_p)
 
+    def chosen(self, logits: Tensor, draws: "Draws", rows: Sequence[int]) -> list[int]:
+        """A token for each of these rows; logits [B,V].  The likeliest needs no draw."""
+        if self.temperature == 0:
+            return logits.argmax(-1).tolist()
+        return draws(self.odds(logits), rows)
+
 
 def _nucleus(odds: Tensor, share: float) -> Tensor:
     """The fewest tokens of each row that have the share together, scaled to sum to 1."""
@@ -92,8 +98,8 @@ def stream(
         rows = [row for row, prompt in enumerate(prompts) if place >= len(prompt) and left[row]]
         told: list[int | None] = [None] * len(prompts)
         if rows:
-            odds = sampling.odds(logits[rows, -1])
-            for row, token in zip(rows, draws(odds, rows), strict=True):
+            chosen = sampling.chosen(logits[rows, -1], draws, rows)
+            for row, token in zip(rows, chosen, strict=True):
                 told[row] = last[row] = token
                 left[row] = 0 if token in ends else left[row] - 1
         yield told
