@@ -195,7 +195,7 @@ class TransformersScorer(Batched):
                 "models of transformers need it installed: pip install 'ablab[hf]'"
             ) from None
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, trust_remote_code=trust_remote_code
             )
             tokenizer = AutoTokenizer.from_pretrained(name)

@@ -27,9 +27,11 @@ class Words:
     def ids(self, text: str) -> list[int]:
         """An empty text is what follows the end of another.  Raises UserError where there is no such end."""
         ids = self.tokenizer.encode(text).ids
-        if not ids and self.end is None:
+        if ids:
+            return ids
+        if self.end is None:
             raise UserError(f"an empty prompt needs a tokenizer with {END}; write a word")
-        return ids or [self.end]
+        return [self.end]
 
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
