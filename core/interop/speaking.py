@@ -104,11 +104,13 @@ class Spoken:
     def _heard(self, row: int, token: int) -> Iterator[tuple[int, str | None]]:
         self.tokens[row] += 1
         self.ended[row] = token in self.ends
+        over = self.ended[row] or self.tokens[row] == self.count
         piece = "" if self.ended[row] else self.pieces[row](token)
+        piece += self.pieces[row].rest() if over else ""
         self.said[row] += piece
         if piece:
             yield row, piece
-        if self.ended[row] or self.tokens[row] == self.count:
+        if over:
             yield row, None
 
     def told(self, prompts: Sequence[str]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from ablab.core.errors import UserError
 from ablab.core.interop.folder import BESIDE, Source, read_json, refuse_other_vocabulary
 from ablab.core.recipe.recipe import Recipe
 
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # of bytes that are no text, or not yet
+
 
 class Words:
     """Text -> ids and back, as the model's own tokenizer has it.
@@ -43,11 +45,21 @@ class Pieces:
     def __init__(self, words: Words):
         from tokenizers.decoders import DecodeStream
 
-        self.tokenizer = words.tokenizer
+        self.words = words
         self.decoder = DecodeStream(skip_special_tokens=True)
+        self.ids: list[int] = []
+        self.said = ""
 
     def __call__(self, token: int) -> str:
-        return self.decoder.step(self.tokenizer, token) or ""
+        self.ids.append(token)
+        piece = self.decoder.step(self.words.tokenizer, token) or ""
+        self.said += piece
+        return piece
+
+    def rest(self) -> str:
+        """What was held back: a character that never became whole is left out."""
+        whole = self.words.text(self.ids).rstrip(BROKEN)
+        return whole.removeprefix(self.said) if whole.startswith(self.said) else ""
 
 
 def ends_of(folder: Path, source: Source, words: Words) -> frozenset[int]:

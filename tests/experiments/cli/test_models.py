@@ -111,7 +111,8 @@ def greedy(lab, trained, prompt: str, count: int) -> str:
     start = len(row)
     for _ in range(count):
         row.append(model(torch.tensor([row]))[0, -1].argmax().item())
-    return tokenizer.decode(row[start:])
+    # a character that is cut off at the end is left out
+    return tokenizer.decode(row[start:]).rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def test_a_text_goes_on_as_the_model_would_write_it(lab, ablab, trained):
