@@ -49,6 +49,7 @@ COMMANDS = {
     "ablab sync": WRITTEN,
     "ablab ui": HELP,
     "ablab check coords": HELP,
+    "ablab check stats": HELP,
     "ablab bench overhead": HELP,
     "ablab bench study": HELP,
     "ablab bench step loo_70m --against hf": HELP,

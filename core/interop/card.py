@@ -18,7 +18,7 @@ def card(folder: Path, recipe: Recipe, source: Source, verdicts: Iterable[str] =
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [ablab]\n---",
         f"# {folder.name}",
-        "Exported by [ablab](https://pypi.org/project/ablab/) as `ARCHITECTURE`.",
+        "Exported by ablab as `ARCHITECTURE`.",
         "NOTES",
         _provenance(folder, recipe, source),
     ]

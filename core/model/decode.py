@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from ablab.core.errors import UserError
@@ -28,46 +28,68 @@ class Sampling:
 
     def odds(self, logits: Tensor) -> Tensor:
         """logits [B,V] -> probabilities [B,V], fp64; at temperature 0, one of 1."""
+        vocab = logits.shape[-1]
         if self.temperature == 0:
-            return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+            likeliest = logits.argmax(-1)
+            return F.one_hot(likeliest, vocab).double()
         scaled = logits.double() / self.temperature
-        if self.top_k and self.top_k < scaled.shape[-1]:
-            least = scaled.topk(self.top_k).values[:, -1:]
-            scaled = scaled.masked_fill(scaled < least, -torch.inf)
+        if self.top_k and self.top_k < vocab:
+            kept = scaled.topk(self.top_k).values
+            scaled = scaled.masked_fill(scaled < kept[:, -1:], -torch.inf)
         odds = scaled.softmax(-1)
         return odds if self.top_p >= 1 else _nucleus(odds, self.top_p)
 
-    def chosen(self, logits: Tensor, draws: "Draws", rows: Sequence[int]) -> list[int]:
-        """A token for each of these rows; logits [B,V].  The likeliest needs no draw."""
+    def chosen(self, logits: Tensor, draws: list[Generator]) -> list[int]:
+        """A token for each row of logits [B,V], by a generator each; the likeliest needs none."""
         if self.temperature == 0:
             return logits.argmax(-1).tolist()
-        return draws(self.odds(logits), rows)
+        return drawn(self.odds(logits), draws)
 
 
 def _nucleus(odds: Tensor, share: float) -> Tensor:
     """The fewest tokens of each row that have the share together, scaled to sum to 1."""
     falling, order = odds.sort(descending=True, stable=True)
-    beyond = falling.cumsum(-1) - falling >= share
+    before = falling.cumsum(-1) - falling
+    beyond = before >= share
     beyond[:, 0] = False  # the likeliest stays, whatever the share
     kept = falling.masked_fill(beyond, 0.0)
     cut = torch.zeros_like(odds).scatter(-1, order, kept)
     return cut / cut.sum(-1, keepdim=True)
 
 
-class Draws:
-    """Each row has a generator of its own: what it draws does not depend on the rows beside it."""
+def drawn(odds: Tensor, draws: list[Generator]) -> list[int]:
+    """odds [B,V] -> a token a row: the first whose cumulative probability exceeds a uniform number of its generator."""
+    uniform = [torch.rand(1, generator=one, dtype=torch.float64) for one in draws]
+    reached = odds.cumsum(-1)
+    heights = torch.stack(uniform).to(odds.device) * reached[:, -1:]
+    found = torch.searchsorted(reached, heights, right=True)
+    last = odds.shape[-1] - 1
+    return found.squeeze(1).clamp(max=last).tolist()
 
-    def __init__(self, rows: int, seed: int):
-        self.generators = [torch.Generator().manual_seed(seed + row) for row in range(rows)]
 
-    def __call__(self, odds: Tensor, rows: Sequence[int]) -> list[int]:
-        """odds [B,V] of these rows -> a token each: the first whose cumulative probability exceeds a uniform number."""
-        chosen = [self.generators[row] for row in rows]
-        draws = [torch.rand(1, generator=one, dtype=torch.float64) for one in chosen]
-        reached = odds.cumsum(-1)
-        heights = torch.stack(draws).to(odds.device) * reached[:, -1:]
-        found = torch.searchsorted(reached, heights, right=True).squeeze(1)
-        return found.clamp(max=odds.shape[-1] - 1).tolist()
+class Text:
+    """One row on its way: it reads its prompt to the end, then says up to `left` tokens.
+
+    It draws by a generator of its own, so that it says the same beside other rows and alone.
+    """
+
+    def __init__(self, prompt: Ids, left: int, seed: int):
+        self.prompt = prompt
+        self.left = left
+        self.draw = torch.Generator().manual_seed(seed)
+        self.last = 0  # token that it said
+
+    def speaks(self, place: int) -> bool:
+        """Whether the token at this place is its own to say."""
+        return self.left > 0 and place >= len(self.prompt)
+
+    def say(self, token: int, ends: frozenset[int]) -> None:
+        self.last = token
+        self.left = 0 if token in ends else self.left - 1
+
+    def token_at(self, place: int) -> int:
+        """What the model reads there.  A text that is over repeats itself, and nobody hears it."""
+        return self.prompt[place] if place < len(self.prompt) else self.last
 
 
 @torch.inference_mode()
@@ -87,27 +109,24 @@ def stream(
     """
     _refuse_what_does_not_fit(model, prompts, count)
     device = model.embedding.table.device
-    draws = Draws(len(prompts), seed)
-    left = [count] * len(prompts)
-    last = [0] * len(prompts)
+    texts = [Text(prompt, count, seed + row) for row, prompt in enumerate(prompts)]
     place = min(map(len, prompts))
-    begun = torch.tensor([list(prompt[:place]) for prompt in prompts], device=device)
-    logits, cache = model.extend(begun, None)
+    begun = [list(prompt[:place]) for prompt in prompts]
+    logits, cache = model.extend(torch.tensor(begun, device=device), None)
     while True:
-        # a row that is over goes on with what it said last, which nobody hears
-        rows = [row for row, prompt in enumerate(prompts) if place >= len(prompt) and left[row]]
-        told: list[int | None] = [None] * len(prompts)
+        told: list[int | None] = [None] * len(texts)
+        rows = [row for row, text in enumerate(texts) if text.speaks(place)]
         if rows:
-            chosen = sampling.chosen(logits[rows, -1], draws, rows)
-            for row, token in zip(rows, chosen, strict=True):
-                told[row] = last[row] = token
-                left[row] = 0 if token in ends else left[row] - 1
+            draws = [texts[row].draw for row in rows]
+            tokens = sampling.chosen(logits[rows, -1], draws)
+            for row, token in zip(rows, tokens, strict=True):
+                texts[row].say(token, ends)
+                told[row] = token
         yield told
-        if not any(left):
+        if not any(text.left for text in texts):
             return
-        reading = [prompt[place : place + 1] for prompt in prompts]
-        fed = [list(one) or [spoken] for one, spoken in zip(reading, last, strict=True)]
-        logits, cache = model.extend(torch.tensor(fed, device=device), cache)
+        new = [[text.token_at(place)] for text in texts]
+        logits, cache = model.extend(torch.tensor(new, device=device), cache)
         place += 1
 
 
@@ -126,6 +145,7 @@ def generate(
     model: Transformer, tokens: Tensor, count: int, temperature: float = 1.0, seed: int = 0
 ) -> Tensor:
     """Sample `count` tokens after tokens: int [B,T]; temperature 0 is greedy.  Returns int [B, T + count]."""
-    steps = stream(model, tokens.tolist(), count, Sampling(temperature), seed)
+    sampling = Sampling(temperature)
+    steps = stream(model, tokens.tolist(), count, sampling, seed)
     new = torch.tensor(list(steps), device=tokens.device)
     return torch.cat((tokens, new.T), dim=1)
