@@ -55,16 +55,28 @@ class Foreign:
 def import_from(
     path: Path, out: Path, context: int | None = None, qk_scale: float | None = None
 ) -> Foreign:
-    """Leave the weights folder `out`.
+    """Leave the weights folder `out`.  Raises UserError where `out` exists, and as `read` does."""
+    refuse_existing(out)
+    model = read(path, out.name, context, qk_scale)
+    leave(model, path, out)
+    return model
+
+
+def read(
+    path: Path, name: str, context: int | None = None, qk_scale: float | None = None
+) -> Foreign:
+    """A model of the other side; name: what its recipe shall call its data.
 
     context: tokens that it shall be good for.  qk_scale: of an IMU-1 model, the factor on q k / sqrt(head_dim) besides
-    its gain.  Raises UserError: `out` exists, a file that is absent or damaged, a model that cannot be held.
+    its gain.  Raises UserError: a file that is absent or damaged, a model that cannot be held.
     """
-    refuse_existing(out)
     if path.is_file():
-        read = _checkpoint(path, out.name, context, qk_scale)
-    else:
-        read = _folder(path, out.name, context, qk_scale)
+        return _checkpoint(path, name, context, qk_scale)
+    return _folder(path, name, context, qk_scale)
+
+
+def leave(model: Foreign, path: Path, out: Path) -> None:
+    """Write the weights folder `out`, with the tokenizer and what else stands beside the model in `path`."""
     tokenizer = path / TOKENIZER
     with TemporaryDirectory() as beside:
         for name in HANDED_ON:
@@ -72,13 +84,12 @@ def import_from(
                 copyfile(path / name, Path(beside) / name)
         weights.write(
             out,
-            read.recipe,
-            read.tensors,
-            read.source,
+            model.recipe,
+            model.tensors,
+            model.source,
             tokenizer if tokenizer.is_file() else None,
             Path(beside),
         )
-    return read
 
 
 # -- a folder ----------------------------------------------------------------------------------------------------------

@@ -136,6 +136,11 @@ def built(
     return model.to(device).eval()
 
 
+def built_of(recipe: Recipe, tensors: Mapping[str, Tensor]) -> Transformer:
+    """A model of tensors that stand in no folder yet."""
+    return built(Weights(Path("these tensors"), recipe, dict(tensors)))
+
+
 @torch.no_grad()
 def take_over(model: Transformer, weights: Weights) -> None:
     """Copy every parameter by name, bit for bit.

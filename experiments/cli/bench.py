@@ -11,7 +11,7 @@ from ablab.experiments.cli.options import Plugins
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Measure on this machine: ablab's own cost, a study's, a training step, the kernels, a whole grid.",
+    help="Measure on this machine: ablab's own cost, a study's, a training step, decoding, the kernels, a whole grid.",
 )
 
 Name = Annotated[
@@ -93,6 +93,29 @@ def kernels(
 
     found = bench_kernels(only, device)
     show_kernels(found)
+    _write(found, out)
+
+
+@app.command()
+def decode(
+    name: Name = None,
+    overrides: Overrides = None,
+    cell: Annotated[
+        str | None, typer.Option(help="one arm of the experiment (full, else the first)")
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="tokens before the first new one")] = 448,
+    tokens: Annotated[int, typer.Option(min=1, help="new ones a row")] = 64,
+    rows: Annotated[int, typer.Option(min=1, help="at once")] = 1,
+    plugins: Plugins = None,
+    out: Out = None,
+) -> None:
+    """Tokens/s of decoding with a cache, beside running the row again for each token; data.context is 512."""
+    subject, given = _asked(name, overrides, plugins)
+    from ablab.experiments.bench.decode import bench_decode, show_decode
+
+    usual = {"data.context": 512, "budget.tokens": 10**9}
+    found = bench_decode(subject, usual | given, cell, prompt, tokens, rows)
+    show_decode(found)
     _write(found, out)
 
 

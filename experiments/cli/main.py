@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ablab.core.errors import UserError, one_line, told
-from ablab.experiments.cli import bench, check, data, look, new, stored, view, work
+from ablab.experiments.cli import bench, check, data, look, models, new, stored, view, work
 
 INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # refusals of a disk that name no file
@@ -62,6 +62,10 @@ app.command()(stored.rm)
 app.command()(stored.export)
 app.command()(view.sync)
 app.command()(view.ui)
+app.command()(models.generate)
+app.command("export-hf")(models.export_hf)
+app.command("import-hf")(models.import_hf)
+app.add_typer(models.convert, name="convert")
 app.add_typer(data.app, name="data")
 app.add_typer(check.app, name="check")
 app.add_typer(bench.app, name="bench")

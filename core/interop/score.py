@@ -1,0 +1,214 @@
+"""How likely a model finds the continuations of texts: what evaluations are built on.
+
+One Protocol, two who satisfy it: a weights folder of ours, and any causal model that transformers loads.  Rows are
+sorted by length and padded on the right, which no earlier token sees; the caller's order is given back.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ablab.core.errors import UserError
+from ablab.core.interop.speaking import Speaker
+from ablab.core.store.store import Store
+
+
+@dataclass(frozen=True)
+class Row:
+    """Ids that are given, one at least, and those to score after them."""
+
+    given: tuple[int, ...]
+    scored: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of each scored token: its cross-entropy in nats, and whether it was the likeliest after the true ones before."""
+
+    nats: tuple[float, ...]
+    likeliest: tuple[bool, ...]
+
+    @property
+    def log_likelihood(self) -> float:
+        return -sum(self.nats)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the model would have written exactly this."""
+        return all(self.likeliest)
+
+
+class Scorer(Protocol):
+    """context: tokens that a row may have; of a longer one the first are left out.
+
+    first: the id that stands before a text which has nothing before it; None: there is none.
+    """
+
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def first(self) -> int | None: ...
+
+    def ids(self, text: str) -> list[int]:
+        """Of a text, without anything before or after it."""
+        ...
+
+    def scores(self, rows: Sequence[Row]) -> list[Score]:
+        """In the order of the rows.  Raises UserError: nothing given, more to score than the context has."""
+        ...
+
+
+# tokens, int [B,T]; how many of each row are no pads; place of each logit that is wanted, (rows, columns) -> [N,V]
+LogitsAt = Callable[[Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
+
+
+class Batched:
+    """Scores rows a batch at a time, those of like length together."""
+
+    def __init__(self, logits_at: LogitsAt, context: int, device: torch.device, batch: int):
+        self.logits_at = logits_at
+        self.context = context
+        self.device = device
+        self.batch = batch
+
+    @torch.inference_mode()
+    def scores(self, rows: Sequence[Row]) -> list[Score]:
+        for row in rows:
+            self._refuse(row)
+        order = sorted(range(len(rows)), key=lambda one: -_length(rows[one]))
+        found: dict[int, Score] = {}
+        for first in range(0, len(order), self.batch):
+            chosen = order[first : first + self.batch]
+            scores = self._scored([rows[one] for one in chosen])
+            found.update(zip(chosen, scores, strict=True))
+        return [found[one] for one in range(len(rows))]
+
+    def _refuse(self, row: Row) -> None:
+        if not row.given:
+            raise UserError(
+                "a row to score needs a token that is given; begin it with the end of text"
+            )
+        if len(row.scored) > self.context:
+            raise UserError(
+                f"{len(row.scored)} tokens to score exceed the model's context of {self.context}"
+            )
+
+    def _scored(self, rows: list[Row]) -> Iterator[Score]:
+        read = [(*row.given, *row.scored)[:-1][-self.context :] for row in rows]
+        lengths = torch.tensor([len(tokens) for tokens in read])
+        tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+        for row, ids in enumerate(read):
+            tokens[row, : len(ids)] = torch.tensor(ids)
+        counts = torch.tensor([len(row.scored) for row in rows])
+        numbers = torch.arange(len(rows)).repeat_interleave(counts)
+        targets = torch.tensor([one for row in rows for one in row.scored], dtype=torch.long)
+        nth = torch.cat([torch.arange(count) for count in counts.tolist()])
+        places = lengths[numbers] - counts[numbers] + nth
+        there = (numbers.to(self.device), places.to(self.device))
+        logits = self.logits_at(tokens.to(self.device), lengths.to(self.device), there).float()
+        targets = targets.to(self.device)
+        nats = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        likeliest = logits.argmax(-1) == targets
+        pairs = zip(
+            nats.cpu().split(counts.tolist()),
+            likeliest.cpu().split(counts.tolist()),
+            strict=True,
+        )
+        for losses, hits in pairs:
+            yield Score(tuple(losses.tolist()), tuple(hits.tolist()))
+
+
+def _length(row: Row) -> int:
+    return len(row.given) + len(row.scored)
+
+
+class AblabScorer(Batched):
+    """A weights folder of ours."""
+
+    def __init__(self, speaker: Speaker, batch: int = 16):
+        model = speaker.model
+        super().__init__(self._logits_at, model.context, model.embedding.table.device, batch)
+        self.model = model
+        self.words = speaker.words
+        self.first = speaker.words.end
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        store: Store,
+        device: str = "auto",
+        dtype: str = "fp32",
+        batch: int = 16,
+    ) -> "AblabScorer":
+        """Raises UserError as Speaker.of does."""
+        return cls(Speaker.of(folder, store, None, device, dtype), batch)
+
+    def ids(self, text: str) -> list[int]:
+        return self.words.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _logits_at(
+        self, tokens: Tensor, lengths: Tensor, places: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Read out where it is asked for alone: the vocabulary is wide."""
+        features = self.model.features(tokens)[places]
+        return self.model.logits(features[None])[0]
+
+
+class TransformersScorer(Batched):
+    """Any causal model that transformers loads.
+
+    model, tokenizer: as AutoModelForCausalLM and AutoTokenizer give them.  context: None: what its config says.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, context: int | None = None, batch: int = 16):
+        most = context or getattr(model.config, "max_position_embeddings", None)
+        if not most:
+            raise UserError("its config says nothing of a context; name one")
+        super().__init__(self._logits_at, most, model.device, batch)
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        begin = tokenizer.bos_token_id
+        self.first: int | None = tokenizer.eos_token_id if begin is None else begin
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        device: str = "auto",
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        batch: int = 16,
+    ) -> "TransformersScorer":
+        """name: a folder, or a model of the hub.  Raises UserError without transformers, and as it refuses."""
+        from ablab.core.interop.speaking import device_of
+
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ImportError:
+            raise UserError(
+                "models of transformers need it installed: pip install 'ablab[hf]'"
+            ) from None
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as flaw:
+            raise UserError(f"transformers cannot load {name}: {flaw}") from None
+        return cls(model.to(device_of(device)), tokenizer, None, batch)
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _logits_at(
+        self, tokens: Tensor, lengths: Tensor, places: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        there = (place < lengths[:, None]).long()
+        return self.model(tokens, attention_mask=there, use_cache=False).logits[places]
