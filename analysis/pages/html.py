@@ -10,7 +10,7 @@ travels in the page, gzipped (4.8 MB -> 1.9 MB), and is unpacked after the first
 import base64
 import gzip
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -54,7 +54,7 @@ class Look:
     progress: str  # 14 of 36 runs finished, 2 training
     left: str  # about 4 min
     share: float  # of all training that is done, in [0, 1]
-    training: list[dict[str, str]] = field(default_factory=list)  # a row a run that trains now
+    training: Table  # a row a run that trains now
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def main(page: Page) -> str:
             facts=_facts(report),
             verdicts=verdicts(report),
             costs=costs(report, page.logged),
-            failures=failures(report),
+            failures=failures(report, live=bool(page.look)),
             sources=page.sources,
             runs=run_list(report),
             method=how_to_read(arms, plan.equivalence),
@@ -281,15 +281,15 @@ def _with_code(text: str) -> str:
     if len(parts) % 2 == 0:  # a backtick without its twin
         return escape(text)
     marked = [f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts)]
-    return Markup("".join(marked))  # noqa: S704 (its parts are escaped or plain tags)
+    return Markup("".join(marked))  # noqa: S704 (its parts are escaped above)
 
 
 def _breakable(text: str) -> str:
-    """A narrow column breaks a name behind its underscores and dots, not in numbers and not behind its sign."""
+    """A narrow column breaks a name behind its underscores and dots and before a bracket, not in numbers."""
     from markupsafe import Markup, escape
 
-    whole = re.sub(r"^([-+]) ", "\\1\N{NO-BREAK SPACE}", str(escape(text)))
-    return Markup(re.sub(r"(?<=[A-Za-z])([_.])(?=\w)", r"\1<wbr>", whole))  # noqa: S704 (escaped above)
+    places = r"((?<=[A-Za-z])[_.](?=\w)| (?=\())"
+    return Markup(re.sub(places, r"\1<wbr>", str(escape(text))))  # noqa: S704 (escaped)
 
 
 @cache

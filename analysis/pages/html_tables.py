@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ablab.analysis.effects.effect import REFERENCE, Effect
+from ablab.analysis.effects.frame import INTERRUPTED, MISSING
 from ablab.analysis.effects.intervals import MODERATED_FROM
 from ablab.analysis.pages.report import Report, off
 from ablab.analysis.pages.text import NONE, number
@@ -91,7 +92,7 @@ def verdicts(report: Report) -> Verdicts:
         Column("sd", "num spare", "between seeds"),
         Column("SE seeds", "num spare", "standard error of the delta over seeds"),
         Column("SE tokens", "num spare", "of the delta over documents of the held-out text"),
-        Column("seeds", "num", "pairs of arm and reference that both finished"),
+        Column("seeds", "num spare", "pairs of arm and reference that both finished"),
         Column("tokens/s", "num spare"),
         Column("x reference", "num spare", "throughput over that of the reference"),
         Column("method", "spare"),
@@ -125,7 +126,7 @@ def _verdict(report: Report, effect: Effect) -> Verdict:
             Cell(number(effect.sd, ".4f"), effect.sd, "num spare"),
             Cell(number(effect.seed_error, ".4f"), effect.seed_error, "num spare"),
             Cell(number(effect.token_error, ".4f"), effect.token_error, "num spare"),
-            Cell(f"{effect.n}", effect.n, f"num {few}"),
+            Cell(f"{effect.n}", effect.n, f"num spare {few}"),
             Cell(
                 number(effect.tokens_per_second, ",.0f"), effect.tokens_per_second, "num spare"
             ),
@@ -235,10 +236,11 @@ def hours(seconds: float) -> str:
 # -- what was lost, and where all of it comes from ---------------------------------------------------------------------
 
 
-def failures(report: Report) -> Table:
-    """The runs that left no final number."""
+def failures(report: Report, live: bool = False) -> Table:
+    """The runs that left no final number; of a grid that is still running, those that will leave none."""
     runs = report.runs
-    lost = runs[runs.status != FINISHED] if len(runs) else runs
+    still_to_come = (MISSING, INTERRUPTED) if live else ()
+    lost = runs[~runs.status.isin([FINISHED, *still_to_come])] if len(runs) else runs
     columns = [
         Column("arm"),
         Column("seed", "num"),

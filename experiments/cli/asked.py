@@ -39,6 +39,33 @@ def prepare(
     return experiment, experiment.runs(seeds_of(seeds))
 
 
+def held_name(
+    store: Store, name: str, overrides: list[str] | None, plugins: list[Path] | None
+) -> str:
+    """The name under which the store holds an experiment, or would: that of its sheet and overrides.
+
+    UserError for a name that neither the store nor the catalog knows, and for a sheet whose name is another's.
+    """
+    from ablab.core.language.parse import near
+    from ablab.experiments.plan.sheets import catalog
+
+    held: list[str] = []
+    for one in store.experiments():
+        held += [one.removesuffix("@study"), one]
+    held = list(dict.fromkeys(held))
+    known = [*held, *catalog()]
+    if not name.endswith((".yaml", ".yml")) and name not in known:
+        raise UserError(
+            f"no experiment {name!r} in {store.root} (--store or $ABLAB_STORE names another). "
+            f"{near(name, known)}It holds: {', '.join(held) or 'none'}"
+        )
+    if overrides or name not in held:
+        experiment, _ = prepare(name, overrides, plugins, store)
+        name = experiment.name
+        store.check_owner(name, experiment.origin)
+    return name
+
+
 def _digest(store: Store, data: str) -> str | None:
     """None while the tokens are not there: a recipe can be shown before its data exists, but not run."""
     from ablab.core.data.corpus import load_meta

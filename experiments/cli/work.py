@@ -8,7 +8,7 @@ import typer
 
 from ablab.core.errors import UserError
 from ablab.core.store.planned import notes_on_design
-from ablab.experiments.cli.asked import folders_of, prepare, store_of
+from ablab.experiments.cli.asked import folders_of, held_name, prepare, store_of
 from ablab.experiments.cli.options import (
     Jobs,
     Json,
@@ -148,24 +148,9 @@ def report(
     store: Where = None,
     as_json: Json = False,
 ) -> None:
-    """The verdict table; writes report.md, a forest plot and the loss curves into STORE/reports/NAME."""
-    from ablab.core.language.parse import near
+    """The verdict table; writes report.html, report.md and its plots into STORE/reports/NAME."""
     from ablab.experiments.cli.printing import show_report
-    from ablab.experiments.plan.sheets import catalog
 
     where = store_of(store)
-    held: list[str] = []
-    for one in where.experiments():
-        held += [one.removesuffix("@study"), one]
-    held = list(dict.fromkeys(held))
-    known = [*held, *catalog()]
-    if not name.endswith((".yaml", ".yml")) and name not in known:
-        raise UserError(
-            f"no experiment {name!r} in {where.root} (--store or $ABLAB_STORE names another). "
-            f"{near(name, known)}It holds: {', '.join(held) or 'none'}"
-        )
-    if overrides or name not in held:
-        experiment, _ = prepare(name, overrides, plugins, where)
-        name = experiment.name
-        where.check_owner(name, experiment.origin)
+    name = held_name(where, name, overrides, plugins)
     show_report(where, name, as_json, mixed=mixed)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ablab.core.errors import UserError
-from ablab.core.recipe.load import read_yaml
 from ablab.core.store.planned import GridPlan, Planned
 from ablab.core.store.record import Record
 from ablab.core.store.result import Result
@@ -122,6 +121,8 @@ def started(folder: Path) -> float:
 
 def data_of(recipe: Path) -> tuple[str, str] | None:
     """Name and digest of the data that a recipe.yaml names; None where it names none, or cannot be read."""
+    from ablab.core.recipe.load import read_yaml
+
     try:
         data = read_yaml(recipe).get("data")
     except UserError:  # damaged: the run's next start writes it again

@@ -1,10 +1,8 @@
 """`ablab ui`: the MLflow UI over the local store."""
 
-import errno
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -27,11 +25,11 @@ from ablab.experiments.track.mlflow_home import (
     tracking_uri,
 )
 from ablab.experiments.track.mlflow_view import ARMS, PREFIX
+from ablab.experiments.track.ports import check_port
 
 START_SECONDS = 60.0  # a first start on two busy cores takes about 8 s
 STOP_SECONDS = 5.0  # of patience with each signal
 USUAL_PORT = 5000
-LAST_PORT = 65535
 EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104  hosts that listen on every address, where asked for
 
 
@@ -53,7 +51,7 @@ def serve(
         )
     if uri == local_uri(store_root):
         _check_database(store_root)
-    _check_port(host, port)
+    check_port(host, port, USUAL_PORT, "ablab ui")
     address = f"http://{'127.0.0.1' if host in EVERYWHERE else host}:{port}"
     with tempfile.TemporaryFile() as log, _server(uri, store_root, host, port, log) as server:
         # `kill` and a closed terminal end us like Ctrl-C, also where a shell made us ignore that.
@@ -94,42 +92,6 @@ def _nothing_to_show(root: Path) -> str:
     if (root / "experiments").is_dir():
         return f"{root} has runs but no {database(root).name}; make it with: ablab sync"
     return f"{root} holds no runs yet; start one with `ablab run`, or name another store with --store"
-
-
-def _check_port(host: str, port: int) -> None:
-    """Refuse a port that cannot be listened on, and name one that can."""
-    if not 0 < port <= LAST_PORT:
-        raise UserError(f"--port {port} is not in 1-{LAST_PORT}; the usual one is {USUAL_PORT}")
-    refusal = _refusal(host, port)
-    if refusal is None:
-        return
-    advice = "choose another with --host and --port"
-    if refusal.errno in (errno.EADDRINUSE, errno.EACCES) and (free := _free(host, port)):
-        advice = f"try: ablab ui --port {free}"
-    why = str(refusal.strerror).lower()
-    raise UserError(f"port {port} on {host} cannot be used: {why}; {advice}")
-
-
-def _free(host: str, port: int) -> int | None:
-    """The next port that can be listened on, of a hundred."""
-    first, last = max(port + 1, USUAL_PORT), min(port + 99, LAST_PORT)
-    for other in range(first, last + 1):
-        if _refusal(host, other) is None:
-            return other
-    return None
-
-
-def _refusal(host: str, port: int) -> OSError | None:
-    """Why the server could not listen there; None if it could."""
-    try:
-        family = socket.getaddrinfo(host, port)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            # As the server will: a port just left is free.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError as refusal:
-        return refusal
-    return None
 
 
 def _server(

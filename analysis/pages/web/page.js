@@ -371,23 +371,36 @@ function prepare() {
 
 // -- a grid that is still running -----------------------------------------------------------------------------------
 let version = "";
-async function ask() {
-  const state = document.getElementById("state");
-  try {
-    const answer = await fetch(`state?known=${version}`);
-    if (answer.status === 200) {
-      const found = await answer.json();
-      version = found.version;
-      data = JSON.parse(found.data);
-      const top = scrollY;
-      document.getElementById("main").innerHTML = found.main;
-      prepare();
-      scrollTo(0, top);
-    }
-    if (state) state.textContent = "";
-  } catch {
-    if (state) state.textContent = "ablab watch has ended; this is what it last saw.";
+
+function show(found) {
+  version = found.version;
+  data = JSON.parse(found.data);
+  const top = scrollY;
+  const open = [...document.querySelectorAll("details")].map((one) => one.open);
+  const charts = [...document.querySelectorAll("#main [id^=chart-]")];
+  document.getElementById("main").innerHTML = found.main;
+  // What is drawn stays where it is, and moves on from there.
+  for (const chart of charts) {
+    const place = document.getElementById(chart.id);
+    if (place) place.replaceWith(chart);
+    else document.getElementById("small")?.append(chart);
   }
+  document.querySelectorAll("details").forEach((one, i) => { one.open = open[i] ?? false; });
+  prepare();
+  scrollTo(0, top);
+}
+
+async function ask() {
+  let word = "";
+  try {
+    const busy = document.activeElement?.tagName === "SELECT"; // a list that is open would close
+    const answer = busy ? null : await fetch(`state?known=${encodeURIComponent(version)}`);
+    if (answer?.status === 200) show(await answer.json());
+  } catch {
+    word = "ablab watch has ended: this is what it last saw.";
+  }
+  const state = document.getElementById("state");
+  if (state) state.textContent = word;
   setTimeout(ask, ASK_EVERY);
 }
 
@@ -400,7 +413,7 @@ requestAnimationFrame(() => setTimeout(async () => {
     document.body.dataset.drawn = "no";
     console.error(fault);
   }
-  if (document.body.dataset.live) setTimeout(ask, ASK_EVERY);
+  if (document.body.dataset.live) ask();
 }));
 dark.onchange = () => { paintNames(); drawAll(); };
 addEventListener("beforeprint", () => { printing = true; paintNames(); drawAll(); });

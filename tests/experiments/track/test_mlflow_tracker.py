@@ -21,7 +21,7 @@ from ablab.core.errors import UserError, without_password
 from ablab.core.store.planned import GridPlan, Planned
 from ablab.core.store.result import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, PRUNED, Result
 from ablab.core.store.store import Store
-from ablab.experiments.track import mlflow_tracker, ui
+from ablab.experiments.track import mlflow_tracker, ports, ui
 from ablab.experiments.track import trackers as trackers_module
 from ablab.experiments.track.cards import card_of, summary_of
 from ablab.experiments.track.mlflow_home import database, local_uri
@@ -766,7 +766,7 @@ def test_the_ui_links_to_the_arms_and_leaves_nothing_behind_after_ctrl_c(store, 
         said = served.stop()
     assert (said, served.process.returncode) == ("stopped\n", 0)
     time.sleep(0.2)
-    assert ui._refusal("127.0.0.1", served.port) is None
+    assert ports.refusal("127.0.0.1", served.port) is None
     processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True)
     assert str(store.root) not in processes.stdout
 
