@@ -87,20 +87,25 @@ def read(store: Store, experiment: str, mixed: bool = False) -> Page:
     return Page(report, logged, provenance(store, report.runs))
 
 
-def render(page: Page, plotly: str = "") -> str:
-    """The whole page.  plotly: an address that serves plotly.js; empty: it travels in the page."""
+def render(page: Page) -> str:
+    """The whole page, plotly.js in it."""
+    return shell(page.report.plan.name, main(page), data(page))
+
+
+def shell(title: str, main: str, data: str, plotly: str = "") -> str:
+    """The page around what `main` and `data` made.  plotly: an address that serves plotly.js to a page that lives."""
     return (
         _templates()
         .get_template("page.html")
         .render(
-            title=page.report.plan.name,
+            title=title,
             css=_asset("page.css"),
             script=_asset("page.js"),
-            main=main(page),
-            data=data(page),
+            main=main,
+            data=data,
             plotly=plotly,
             plotly_packed="" if plotly else _packed_plotly(),
-            live=bool(page.look),
+            live=bool(plotly),
         )
     )
 

@@ -54,7 +54,8 @@ class Watched:
 
     def whole(self) -> str:
         """The page for a browser that has just come: what is known, at once; the curves follow."""
-        return html.render(self.page, plotly="plotly.js")
+        state = self.state
+        return html.shell(self.name, state.main, state.data, plotly="plotly.js")
 
     def look(self) -> State:
         """The state, renewed where records have changed and the last look is long enough ago."""

@@ -11,7 +11,7 @@ from ablab.experiments.cli.options import Plugins
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Measure on this machine: ablab's own cost, a study's, a training step, decoding, the kernels, a whole grid.",
+    help="Measure on this machine: ablab's own cost, a study's, a report's, a step, decoding, the kernels, a whole grid.",
 )
 
 Name = Annotated[
@@ -43,6 +43,19 @@ def study(out: Out = None) -> None:
     from ablab.experiments.bench.targets import show_costs
 
     show_costs(bench_study(), out)
+
+
+@app.command()
+def report(
+    runs: Annotated[int, typer.Option(min=10, help="finished runs of the store")] = 1000,
+    points: Annotated[int, typer.Option(min=10, help="logged lines a run")] = 500,
+    out: Out = None,
+) -> None:
+    """What a report and the page of a watched grid cost at many runs, against their targets."""
+    from ablab.experiments.bench.report import bench_report
+    from ablab.experiments.bench.targets import show_costs
+
+    show_costs(bench_report(runs, points), out)
 
 
 @app.command()

@@ -31,6 +31,13 @@ def _free(host: str, port: int, usual: int) -> int | None:
     return None
 
 
+def free_port(host: str) -> int:
+    """Any that is free now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
 def refusal(host: str, port: int) -> OSError | None:
     """Why the server could not listen there; None if it could."""
     try:
