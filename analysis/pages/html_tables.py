@@ -92,7 +92,8 @@ def verdicts(report: Report) -> Verdicts:
         Column("sd", "num spare", "between seeds"),
         Column("SE seeds", "num spare", "standard error of the delta over seeds"),
         Column("SE tokens", "num spare", "of the delta over documents of the held-out text"),
-        Column("seeds", "num spare", "pairs of arm and reference that both finished"),
+        Column("seeds", "num spare", "that arm and reference both finished"),
+        Column("p (Holm)", "num spare", "of no difference, adjusted for all arms together"),
         Column("tokens/s", "num spare"),
         Column("x reference", "num spare", "throughput over that of the reference"),
         Column("method", "spare"),
@@ -127,6 +128,7 @@ def _verdict(report: Report, effect: Effect) -> Verdict:
             Cell(number(effect.seed_error, ".4f"), effect.seed_error, "num spare"),
             Cell(number(effect.token_error, ".4f"), effect.token_error, "num spare"),
             Cell(f"{effect.n}", effect.n, f"num spare {few}"),
+            Cell(number(effect.p_adjusted, ".2g"), effect.p_adjusted, "num spare"),
             Cell(
                 number(effect.tokens_per_second, ",.0f"), effect.tokens_per_second, "num spare"
             ),

@@ -102,8 +102,8 @@ class Watched:
 def _report(store: Store, plan: GridPlan, runs: pd.DataFrame) -> report.Report:
     """The verdicts so far; without any where no run has finished."""
     if len(runs) and (runs.status == FINISHED).any():
-        return report.read(store, plan.name)
-    return report.Report(plan, runs, effects=[], warnings=[])
+        return report.read(store, plan.name, mixed=True)
+    return report.Report(plan, runs, effects=[], warnings=[], mixed=[])
 
 
 def _state(page: Page, version: str) -> State:
