@@ -30,6 +30,7 @@ from ablab.analysis.effects.effects import measure
 from ablab.analysis.pages.text import NONE, bullets, markdown_table, number
 from ablab.analysis.pictures.study_rates import draw_rates, draw_widths
 from ablab.analysis.pictures.study_search import draw_history, draw_importance
+from ablab.analysis.pictures.study_space import axes_of, draw_heat, draw_slices
 from ablab.analysis.tuning.transfer import AtWidth, movements, transfer
 from ablab.analysis.tuning.winners import Winner, axis, seed_sd, winner
 from ablab.core.store import study_record
@@ -47,6 +48,7 @@ from ablab.core.store.study_record import (
     counts,
 )
 
+FEWEST_OF_A_CURVE = 3  # trials
 METHOD = """\
 The winner is an arm's best finished trial.  It is read only if it beats what was tried on both sides of it; a
 diverged or pruned neighbour was tried and is worse.  The optimum is that of a quadratic in log2 of the learning rate
@@ -138,14 +140,23 @@ def _draw(report: StudyReport, folder: Path) -> dict[str, str]:
     study = report.study
     along = axis(study.space)
     paths = {}
-    if along and any(won.path == along for won in report.winners.values()):
+    if along and any(_has_a_curve(won) for won in report.winners.values()):
         paths["curves"] = draw_rates(study, folder / "lr.png")
+    searched = axes_of(study)
+    if len(searched) > 1:
+        paths["slices"] = draw_slices(study, folder / "slices.png")
+        paths["map"] = draw_heat(study, folder / "map.png")
     if report.transfer:
         paths["widths"] = draw_widths(study, folder / "lr_width.png")
     if any(study.importance.values()):
         paths["importance"] = draw_importance(study, folder / "importance.png")
     paths["history"] = draw_history(study, folder / "history.png")
     return {name: f"![{name}]({path.name})" for name, path in paths.items()}
+
+
+def _has_a_curve(won: Winner) -> bool:
+    """Whether trials beside the winner differ from it along one axis alone; two dots are no curve."""
+    return won.line is not None and len(won.line.complete) >= FEWEST_OF_A_CURVE
 
 
 def table(store: Store, name: str) -> list[dict[str, str]]:
@@ -265,7 +276,8 @@ def _markdown(report: StudyReport, pictures: dict[str, str]) -> str:
     read_first = bullets(report.warnings)
     width = _width_section(report, pictures.get("widths", "")) if report.moves else ""
     compared = _compared_section(report) if report.shared else ""
-    search = [pictures[name] for name in ("importance", "history") if name in pictures]
+    shown = ("slices", "map", "importance", "history")
+    search = [pictures[name] for name in shown if name in pictures]
     several_seeds = any(len(trial.values) > 1 for trial in study.trials)
     method = METHOD.format(seeds="" if several_seeds else ", each of one seed")
     trials = [_listed(study, trial) for trials in study.cells.values() for trial in trials]

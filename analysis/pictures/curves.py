@@ -16,15 +16,15 @@ from ablab.analysis.pictures.style import (
     NEUTRAL,
     Colours,
     canvas,
+    drawn,
     label_ends,
     legible,
-    save,
-    styled,
 )
 from ablab.core.store.result import FINISHED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MANY_CELLS = 10  # above, colours would repeat
 HIGHLIGHTED = 3  # arms that keep a colour then
@@ -97,7 +97,12 @@ class Curve:
 
 
 def draw_curves(logged: pd.DataFrame, path: Path, metric: str = "val/loss") -> Path:
-    """Held-out loss against tokens (top) and each arm minus its reference on the same seeds (bottom).  Writes a PNG.
+    """`curves` as a PNG."""
+    return drawn(curves, logged, metric, path=path)
+
+
+def curves(logged: pd.DataFrame, metric: str = "val/loss") -> "Figure":
+    """Held-out loss against tokens (top) and each arm minus its reference on the same seeds (bottom).
 
     logged: from `frame.curves`.  Line: mean over the finished seeds; band: lowest to highest seed.  A run that did not
     finish is dashed and ends in a cross.  Above ten cells only the reference and the three arms that end farthest from
@@ -107,22 +112,21 @@ def draw_curves(logged: pd.DataFrame, path: Path, metric: str = "val/loss") -> P
     cells = {str(cell): Curve(own, metric) for cell, own in rows.groupby("cell", sort=False)}
     deltas = _deltas(cells)
     colours = _colours(cells, deltas)
-    with styled():
-        panels = 2 if deltas else 1
-        figure, axes = canvas(6.8, 6.6 if deltas else 3.8, rows=panels, sharex=True)
-        _losses(axes[0], cells, colours)
-        axes[0].set(ylabel=f"{metric} ({unit(metric)})", title="On held-out text")
-        if deltas:
-            references = {cells[cell].reference for cell in deltas}
-            reference = references.pop() if len(references) == 1 else "its reference"
-            _differences(axes[1], deltas, colours, reference)
-            axes[1].set_ylabel(f"difference ({unit(metric)})")
-            axes[1].set_title(f"Minus {reference}, same seeds")
-        key = _key(deltas, colours)
-        axes[-1].set_xlim(0, logged.tokens.max())
-        axes[-1].set_xlabel(f"training tokens\n{key}")
-        axes[-1].xaxis.set_major_formatter(lambda tokens, _: _count(tokens))
-        return save(figure, path)
+    panels = 2 if deltas else 1
+    figure, axes = canvas(6.8, 6.6 if deltas else 3.8, rows=panels, sharex=True)
+    _losses(axes[0], cells, colours)
+    axes[0].set(ylabel=f"{metric} ({unit(metric)})", title="On held-out text")
+    if deltas:
+        references = {cells[cell].reference for cell in deltas}
+        reference = references.pop() if len(references) == 1 else "its reference"
+        _differences(axes[1], deltas, colours, reference)
+        axes[1].set_ylabel(f"difference ({unit(metric)})")
+        axes[1].set_title(f"Minus {reference}, same seeds")
+    key = _key(deltas, colours)
+    axes[-1].set_xlim(0, logged.tokens.max() or 1)
+    axes[-1].set_xlabel(f"training tokens\n{key}")
+    axes[-1].xaxis.set_major_formatter(lambda tokens, _: _count(tokens))
+    return figure
 
 
 def _deltas(cells: dict[str, Curve]) -> dict[str, Seeds]:
@@ -162,7 +166,10 @@ def _losses(axes: "Axes", cells: dict[str, Curve], colours: Colours) -> None:
     late = [seeds.late() for seeds in drawn.values()]
     low = min((values.min() for values in late), default=0.0)
     high = max((values.max() for values in late), default=1.0)
-    axes.set_ylim(low - 0.05 * (high - low), high)
+    room = (
+        high - low or 0.01 * abs(high) or 1.0
+    )  # one evaluation of one seed has no range of its own
+    axes.set_ylim(low - 0.05 * room, low + room)
     for cell, curve in cells.items():
         for _, points in curve.lost:
             _lost_run(axes, points, legible(colours[cell]), (low, high))

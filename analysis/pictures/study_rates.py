@@ -14,11 +14,10 @@ from ablab.analysis.pictures.style import (
     NEUTRAL,
     Colours,
     canvas,
+    drawn,
     legible,
     light_grid,
     rows_of_names,
-    save,
-    styled,
 )
 from ablab.analysis.pictures.trial_panel import TrialPanel, colours_of
 from ablab.analysis.tuning.winners import Line, Winner, axis, winner
@@ -28,6 +27,7 @@ from ablab.core.store.study_record import COMPLETE, WIDTH, StudyRecord, Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PANELS = 4  # side by side
 
@@ -40,10 +40,12 @@ class Judged(NamedTuple):
 
 
 def draw_rates(study: StudyRecord, path: Path) -> Path:
-    """Each arm's loss against the learning rate, beside its winner; below, where the quadratics put the optima.
+    """`rates` as a PNG."""
+    return drawn(rates, study, path=path)
 
-    Writes a PNG.
-    """
+
+def rates(study: StudyRecord) -> "Figure":
+    """Each arm's loss against the learning rate, beside its winner; below, where the quadratics put the optima."""
     along = _along(study)
     wins = {
         cell: judged
@@ -58,28 +60,45 @@ def draw_rates(study: StudyRecord, path: Path) -> Path:
     colours = colours_of(study)
     lines = [line.trials for _, line in wins.values()]
     rows = 0.24 * len(wins)  # inches, of the optima
-    with styled():
-        ratios = [3.3, 0.3 + rows]
-        figure, (top, strip) = canvas(6.8, 4.1 + rows, 2, sharex=True, height_ratios=ratios)
-        panel = TrialPanel(top, study.better)
-        panel.limits(lines)
-        for cell, (won, line) in wins.items():
-            panel.line(won, line, colours[cell])
-        shared, own = _elsewhere(wins)
-        top.set_title(shared, pad=panel.room_above)
-        top.set_ylabel(f"{study.metric} ({unit(study.metric)})")
-        _optima(strip, wins, {cell: legible(colour) for cell, colour in colours.items()})
-        strip.set_yticklabels([cell + own[cell] for cell in wins])
-        _rate_axis(strip, along, lines)
-        strip.set_xlabel(
-            f"{along}\nlarge dot: the arm's best, hollow: not to be read\n"
-            f"dashed: quadratic around it; diamond: its optimum{panel.key(lines)}"
-        )
-        return save(figure, path)
+    ratios = [3.3, 0.3 + rows]
+    figure, (top, strip) = canvas(6.8, 4.1 + rows, 2, sharex=True, height_ratios=ratios)
+    panel = TrialPanel(top, study.better)
+    apart = {cell: _apart(study.cells[cell], line) for cell, (_, line) in wins.items()}
+    panel.limits([*lines, *apart.values()])
+    for cell, (won, line) in wins.items():
+        panel.beside(apart[cell], along, colours[cell])
+        panel.line(won, line, colours[cell])
+    lines += apart.values()
+    shared, own = _elsewhere(wins)
+    top.set_title(shared, pad=panel.room_above)
+    top.set_ylabel(f"{study.metric} ({unit(study.metric)})")
+    _optima(strip, wins, {cell: legible(colour) for cell, colour in colours.items()})
+    strip.set_yticklabels([cell + own[cell] for cell in wins])
+    _rate_axis(strip, along, lines)
+    faint = "\nfaint: trials that differ elsewhere too" if any(apart.values()) else ""
+    strip.set_xlabel(
+        f"{along}\nlarge dot: the arm's best, hollow: not to be read\n"
+        f"dashed: quadratic around it; diamond: its optimum{faint}{panel.key(lines)}"
+    )
+    return figure
+
+
+def _apart(trials: list[Trial], line: Line) -> list[Trial]:
+    """The finished trials that stand on no line with the winner: they differ from it elsewhere too."""
+    return [
+        trial
+        for trial in trials
+        if trial.state == COMPLETE and line.path in trial.params and trial not in line.trials
+    ]
 
 
 def draw_widths(study: StudyRecord, path: Path) -> Path:
-    """The learning rate at every width, a panel per arm; minima ringed and joined.  Writes a PNG.
+    """`widths` as a PNG."""
+    return drawn(widths, study, path=path)
+
+
+def widths(study: StudyRecord) -> "Figure":
+    """The learning rate at every width, a panel per arm; minima ringed and joined.
 
     The minima stay in a column where the rate transfers.
     """
@@ -98,42 +117,36 @@ def draw_widths(study: StudyRecord, path: Path) -> Path:
     lines = [line.trials for by_width in cells.values() for _, line in by_width.values()]
     rows = -(-len(cells) // PANELS)
     columns = -(-len(cells) // rows)
-    with styled():
-        size = (1.6 + 2.2 * columns, 0.6 + 2.8 * rows)
-        figure, axes = canvas(*size, rows, columns, sharex=True, sharey=True)
-        panels = [TrialPanel(one, study.better) for one in axes]
-        panels[0].limits(lines)
-        for panel, by_width in zip(panels, cells.values(), strict=False):
-            for width, (won, line) in by_width.items():
-                panel.line(won, line, shades[width], quadratic=False)
-            minima = np.array(
-                [(line.at(won.best), won.value) for won, line in by_width.values()]
-            )
-            dashes = (0, (2, 2))
-            panel.axes.plot(*minima.T, color=FAINT, linewidth=1, linestyle=dashes, zorder=2)
-            _rate_axis(panel.axes, along, lines)
-        pad = max(panel.room_above for panel in panels)
-        for panel, cell in zip(panels, cells, strict=False):
-            panel.axes.set_title(cell, pad=pad)
-        _hide_the_rest(axes, len(cells), columns)
-        for first in axes[::columns]:
-            first.set_ylabel(f"{study.metric} ({unit(study.metric)})")
-        figure.supxlabel(
-            f"{along}\nlarge dot: the width's best, hollow: not to be read\n"
-            f"dashed: how it moves with width{panels[0].key(lines)}",
-            fontsize=9,
-        )
-        figure.legend(
-            [
-                axes[0].plot([], [], "o-", color=shade, markersize=4)[0]
-                for shade in shades.values()
-            ],
-            [f"{width:g}" for width in shades],
-            title=WIDTH,
-            loc="outside right upper",
-            frameon=False,
-        )
-        return save(figure, path)
+    size = (1.6 + 2.2 * columns, 0.6 + 2.8 * rows)
+    figure, axes = canvas(*size, rows, columns, sharex=True, sharey=True)
+    panels = [TrialPanel(one, study.better) for one in axes]
+    panels[0].limits(lines)
+    for panel, by_width in zip(panels, cells.values(), strict=False):
+        for width, (won, line) in by_width.items():
+            panel.line(won, line, shades[width], quadratic=False)
+        minima = np.array([(line.at(won.best), won.value) for won, line in by_width.values()])
+        dashes = (0, (2, 2))
+        panel.axes.plot(*minima.T, color=FAINT, linewidth=1, linestyle=dashes, zorder=2)
+        _rate_axis(panel.axes, along, lines)
+    pad = max(panel.room_above for panel in panels)
+    for panel, cell in zip(panels, cells, strict=False):
+        panel.axes.set_title(cell, pad=pad)
+    _hide_the_rest(axes, len(cells), columns)
+    for first in axes[::columns]:
+        first.set_ylabel(f"{study.metric} ({unit(study.metric)})")
+    figure.supxlabel(
+        f"{along}\nlarge dot: the width's best, hollow: not to be read\n"
+        f"dashed: how it moves with width{panels[0].key(lines)}",
+        fontsize=9,
+    )
+    figure.legend(
+        [axes[0].plot([], [], "o-", color=shade, markersize=4)[0] for shade in shades.values()],
+        [f"{width:g}" for width in shades],
+        title=WIDTH,
+        loc="outside right upper",
+        frameon=False,
+    )
+    return figure
 
 
 def _hide_the_rest(axes: "list[Axes]", used: int, columns: int) -> None:

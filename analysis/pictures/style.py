@@ -4,7 +4,7 @@ matplotlib is imported when a picture is drawn, without pyplot: no global state,
 Ito's set and Tol's "muted" set, without their pale ones: legible as text on white, and without red-green vision.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.typing import RcKeyType
+
+    Picture = Callable[..., Figure]
 
 INK = "#222222"
 FAINT = "#9a9a9a"
@@ -74,6 +76,20 @@ def canvas(
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(rows, columns, squeeze=False, **layout).ravel())
+
+
+def drawn(picture: "Picture", *given: Any, path: Path) -> Path:
+    """A picture as a PNG."""
+    with styled():
+        return save(picture(*given), path)
+
+
+def shown(picture: "Picture", *given: Any) -> "Figure":
+    """A picture to look at where it was asked for: drawn once here, so that all of it has the house's style."""
+    with styled():
+        figure = picture(*given)
+        figure.draw_without_rendering()
+        return figure
 
 
 def save(figure: "Figure", path: Path) -> Path:

@@ -91,6 +91,14 @@ class TrialPanel:
         )
         self.lost([(line.at(trial), trial.state) for trial in line.trials], colour)
 
+    def beside(self, trials: Sequence[Trial], along: str, colour: str) -> None:
+        """Faint dots: finished trials that are on no line."""
+        points = np.array([(trial.params[along], trial.final) for trial in trials])
+        if len(points):
+            faint: dict[str, Any] = {"markersize": 4, "markeredgewidth": 0, "alpha": 0.35}
+            self.axes.plot(*points.T, "o", color=colour, zorder=1, **faint)
+            self.off_scale(points, colour)
+
     def off_scale(self, points: np.ndarray, colour: str) -> None:
         """A triangle on the edge for each of the points [N, 2] that the value axis leaves out."""
         low, high = self.axes.get_ylim()

@@ -31,6 +31,8 @@ SMALL = {  # one batch of 512 tokens; the feed-forward is 8/3 widths to within 3
     "model.layers": 2,
     "model.ffn.multiple": 16,
 }
+# Below, muP's logits are not flat either (-0.38 at widths 16-64, base 4; -0.07 at 64-512, base 16): too few directions.
+SMALLEST_TELLING = 64  # channels
 STANDARD = "standard"  # the control: where it passes, the check cannot fail and shows nothing
 ARMS = {"mup": "mup"}
 # Zero readouts: Muon's features move so far that a random one shows its own m^-1/2 (ablations/checks/coords.py).
@@ -217,6 +219,20 @@ def _finite(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
+def _doubt(found: dict[str, Any]) -> str:
+    """Why a failure need not mean that muP is broken: the widths are ones for which it promises nothing."""
+    smallest, base = min(found["widths"]), found["base_width"]
+    if smallest < base:
+        why = f"width {smallest} is below the base width {base}"
+        cure = f"give --base-width {smallest} or less, or wider --widths"
+    elif smallest < SMALLEST_TELLING:
+        why = f"width {smallest} is below {SMALLEST_TELLING}"
+        cure = "try --widths 64,128,256,512"
+    else:
+        return ""
+    return f"; that need not be muP's fault: {why}, where its rule does not show yet; {cure}"
+
+
 def _flaw(found: dict[str, Any]) -> str | None:
     """What keeps the check from passing, on one line."""
     flat = f"{found['flat']:g}"
@@ -227,7 +243,7 @@ def _flaw(found: dict[str, Any]) -> str | None:
             said = "has no finite slope"
             if slope is not None:
                 said = f"changes as width^{slope:+.2f}, beyond {flat} either way"
-            return f"arm {arm['name']!r} fails: {worst} {said}"
+            return f"arm {arm['name']!r} fails: {worst} {said}{_doubt(found)}"
         if arm["control"] and not arm["failing"]:
             return (
                 "the standard parametrization passes, so the check shows nothing: "

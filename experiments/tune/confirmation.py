@@ -75,5 +75,7 @@ def winners(experiment: Experiment, record: StudyRecord, watcher: Watcher) -> di
             continue
         best[cell] = won.params
         if not won.admissible:
-            watcher.say(f"{cell}: INADMISSIBLE: {won.reason}")
+            watcher.say(
+                f"{cell}: its best setting says nothing yet (inadmissible): {won.reason}"
+            )
     return best

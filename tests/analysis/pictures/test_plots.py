@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,7 +8,7 @@ from matplotlib.image import imread
 from ablab.analysis.effects import frame
 from ablab.analysis.effects.effects import measure
 from ablab.analysis.pictures.curves import Curve, draw_curves
-from ablab.analysis.pictures.forest import draw_forest
+from ablab.analysis.pictures.forest import draw_forest, forest
 from ablab.analysis.pictures.style import BACKGROUND, DISTINCT, VERDICT_COLOUR, label_ends
 from ablab.core.errors import UserError
 
@@ -77,6 +79,25 @@ def test_a_single_evaluation_is_a_dot(lab, tmp_path):
     store = lab.write()
     picture = imread(draw_curves(frame.curves(store, "loo"), tmp_path / "curves.png"))
     assert shows(picture, DISTINCT[0]) > 200  # the letters beside it alone: 35
+
+
+def test_one_evaluation_of_one_seed_draws_without_a_warning(lab, tmp_path):
+    lab.cell("only", [3.0], None, points=1)
+    logged = frame.curves(lab.write(), "loo")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_curves(logged, tmp_path / "curves.png")
+
+
+def test_of_very_many_arms_the_farthest_are_drawn(lab):
+    lab.cell("full", [3.0, 3.1], None)
+    for arm in range(70):
+        lab.cell(f"- part_{arm}", [3.0 + arm / 100, 3.1 + arm / 100])
+    effects = measure(frame.load(lab.write(), "loo"), "val/loss")
+    (axes,) = forest(effects).axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == [f"- part_{arm}" for arm in range(69, 9, -1)]
+    assert "the 60 of 70 arms that lie farthest from zero" in axes.get_xlabel()
 
 
 def test_one_cell_alone_has_a_curve(lab, tmp_path):

@@ -139,8 +139,9 @@ def test_an_edge_that_wins_is_widened_within_the_hard_bounds_and_then_called_ina
     assert widened == sorted(widened)
     assert widened[0] > 4e-4
     assert widened[-1] == 1.2e-3
-    wrong = "base: INADMISSIBLE: lr=0.0012 won, but it is the edge of the hard bounds"
-    assert any(wrong in line for line in held.watcher.said)
+    wrong = "base: its best setting says nothing yet (inadmissible): "
+    why = "lr=0.0012 won, but it is the edge of the hard bounds"
+    assert any(wrong + why in line for line in held.watcher.said)
 
 
 def test_the_winners_are_confirmed_on_other_seeds_beside_the_shared_values(lab, tuned):
