@@ -111,6 +111,9 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "tuning": {"effects"},
         "pictures": {"effects", "tuning"},
         "pages": {"effects", "tuning", "pictures"},
+        "mlflow_runs": {"effects"},
+        "api": {"effects", "tuning", "pictures", "pages", "mlflow_runs"},
+        "": {"api"},
     },
     "experiments": {
         "text": set(),

@@ -22,7 +22,6 @@ import pandas as pd
 
 from ablab.analysis.effects import frame
 from ablab.analysis.effects.effect import INERT, REFERENCE
-from ablab.analysis.pages.bands import bands, differences, metrics_of
 from ablab.analysis.pages.html_tables import (
     Table,
     costs,
@@ -34,6 +33,7 @@ from ablab.analysis.pages.html_tables import (
 from ablab.analysis.pages.method import how_to_read
 from ablab.analysis.pages.report import Report
 from ablab.analysis.pages.report import read as read_report
+from ablab.analysis.pictures.bands import bands, differences, metrics_of
 from ablab.core.store.files import write_atomically
 from ablab.core.store.result import FINISHED
 from ablab.core.store.store import Store

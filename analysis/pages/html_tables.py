@@ -103,7 +103,7 @@ def verdicts(report: Report) -> Verdicts:
         rows=[_verdict(report, effect) for effect in effects],
         low=min([0.0, *known]),
         high=max([0.0, *known]),
-        csv=csv_address(_effects_frame(effects)),
+        csv=csv_address(effects_frame(effects)),
     )
 
 
@@ -143,32 +143,36 @@ def signed(value: float) -> str:
     return f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _effects_frame(effects: Iterable[Effect]) -> pd.DataFrame:
-    told = [
-        "cell",
-        "reference",
-        "n",
-        "mean",
-        "sd",
-        "reference_mean",
-        "delta",
-        "low",
-        "high",
-        "seed_error",
-        "token_error",
-        "method",
-        "p_adjusted",
-        "p_equivalent",
-        "tokens_per_second",
-        "tokens_per_second_ratio",
-        "sentence",
-    ]
-    return pd.DataFrame(
-        [
-            {name: getattr(effect, name) for name in told} | {"verdict": effect.word}
-            for effect in effects
-        ]
-    )
+EFFECT_COLUMNS = [
+    "cell",
+    "reference",
+    "n",
+    "mean",
+    "sd",
+    "reference_mean",
+    "delta",
+    "low",
+    "high",
+    "seed_error",
+    "token_error",
+    "method",
+    "p_adjusted",
+    "p_equivalent",
+    "tokens_per_second",
+    "tokens_per_second_ratio",
+    "sentence",
+]
+
+
+def effects_frame(effects: Iterable[Effect]) -> pd.DataFrame:
+    """A row a cell; `low` and `high` are the ends of the 95 % interval, `p` is that of the comparison alone."""
+    rows = []
+    for effect in effects:
+        told = {name: getattr(effect, name) for name in EFFECT_COLUMNS}
+        told["verdict"] = effect.word
+        told["p"] = effect.interval.p if effect.interval else None
+        rows.append(told)
+    return pd.DataFrame(rows)
 
 
 def csv_address(table: pd.DataFrame) -> str:

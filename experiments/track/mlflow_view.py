@@ -61,11 +61,17 @@ def experiment_tags(store: Store, name: str) -> dict[str, str]:
     except UserError:  # a run outside any plan
         return kind
     view = study_view(store, plan) if plan.design == "study" else grid_view(plan)
-    return kind | {
-        NOTE: plan.question,
-        "mlflow.experiment.primaryMetric.name": plan.metric,
-        f"mlflow.sharedViewState.{ARMS}": json.dumps(view),
-    }
+    margin = {} if plan.equivalence is None else {"ablab.equivalence": f"{plan.equivalence:g}"}
+    return (
+        kind
+        | margin
+        | {
+            "ablab.better": plan.better,
+            NOTE: plan.question,
+            "mlflow.experiment.primaryMetric.name": plan.metric,
+            f"mlflow.sharedViewState.{ARMS}": json.dumps(view),
+        }
+    )
 
 
 def _to_stderr(line: str) -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ablab.analysis.effects import frame
-from ablab.analysis.pages.bands import bands, differences, metrics_of, points_for
+from ablab.analysis.pictures.bands import bands, differences, metrics_of, points_for
 
 METRIC = "val/loss"
 
