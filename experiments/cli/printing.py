@@ -1,5 +1,6 @@
 """What the commands print of recipes, verdicts, studies and the coordinate check."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -167,6 +168,18 @@ def _kept(write: Callable[[], Written]) -> Written | None:
     except (UserError, OSError) as refusal:
         typer.echo(f"warning: no page is written: {refusal}", err=True)
         return None
+
+
+def show_in_mlflow(store: Store, name: str) -> None:
+    """Attach the report to the experiment's summary run; a view that cannot be written costs a warning."""
+    if not importlib.util.find_spec("mlflow"):
+        return
+    from ablab.experiments.track.mlflow_sync import show_report as attach
+
+    try:
+        attach(store, name)
+    except UserError as lost:
+        typer.echo(f"warning: the report is not in MLflow: {lost}", err=True)
 
 
 def show_study(store: Store, name: str, as_json: bool) -> None:

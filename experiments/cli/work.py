@@ -71,7 +71,7 @@ def run(
         if as_json:
             return typer.echo(json.dumps(asdict(found), indent=1))
         return show_forecast(found)
-    from ablab.experiments.cli.printing import show_outcome
+    from ablab.experiments.cli.printing import show_in_mlflow, show_outcome
     from ablab.experiments.run.progress import watcher
     from ablab.experiments.run.runner import execute
 
@@ -93,6 +93,8 @@ def run(
     finally:
         watching.close()
     show_outcome(where, experiment.name, outcome, as_json)
+    if mlflow:
+        show_in_mlflow(where, experiment.name)
     if outcome.failed:
         raise typer.Exit(1)
 

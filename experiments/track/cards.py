@@ -47,12 +47,26 @@ def card_of(store: Store, plan: GridPlan, planned: Planned) -> Card:
         folder=record.folder,
         tags=tags | _mapping(about.get("tags")) | planned.tags,
         params=planned.params or _mapping(about.get("params")),
+        description=description_of(plan, planned),
     )
 
 
 def _mapping(said: Any) -> dict[str, Any]:
     """What run.json holds there, unless something else wrote that file."""
     return said if isinstance(said, dict) else {}
+
+
+def description_of(plan: GridPlan, planned: Planned) -> str:
+    """Which arm a run is, beside which it stands, and what stands where an ingredient is off."""
+    beside = f", beside `{planned.reference}` on the same seed" if planned.reference else ""
+    sentences = [f"Arm `{planned.cell}`, seed {planned.seed}{beside}."]
+    ours = plan.treatments.get(planned.cell, {})
+    theirs = plan.treatments.get(planned.reference or planned.cell, {})
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        has = "with" if name in ours else "without"
+        off = f" (off: {plan.off[name]})" if name in plan.off else ""
+        sentences.append(f"It is trained {has} `{name}`{off}.")
+    return " ".join(sentences)
 
 
 def tags_of(card: Card) -> dict[str, str]:

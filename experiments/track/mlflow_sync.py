@@ -21,6 +21,7 @@ from ablab.experiments.track.cards import (
 from ablab.experiments.track.mlflow_home import cure, errors
 from ablab.experiments.track.mlflow_tracker import MlflowTracker
 from ablab.experiments.track.mlflow_view import MlflowView
+from ablab.experiments.track.summary import attach
 from ablab.experiments.track.tracker import Card, Tracker
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def sync(
         plan = store.read_plan(name)
         try:
             counts.update(_sync_experiment(view, plan))
+            attach(view, plan)
         except errors() as cause:
             raise UserError(f"{view.describe(cause)}; {cure(view.uri, store.root)}") from cause
     return dict(counts)
@@ -109,3 +111,12 @@ def _sync_run(view: MlflowView, card: Card, shown: "Mapping[Identity, Run]") -> 
     if run is None:
         return "added"
     return "continued" if tracker.points or result else "current"
+
+
+def show_report(store: Store, experiment: str) -> None:
+    """Attach the report that was just written.  UserError when MLflow cannot be written."""
+    view = MlflowView(store)
+    try:
+        attach(view, store.read_plan(experiment))
+    except errors() as cause:
+        raise UserError(f"{view.describe(cause)}; {cure(view.uri, store.root)}") from cause

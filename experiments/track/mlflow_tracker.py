@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec
 from ablab.core.store.record import Record
 from ablab.core.store.result import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, PRUNED
 from ablab.experiments.track.cards import (
+    CHARACTERS,
     changed,
     data_of,
     fingerprint,
@@ -133,6 +134,7 @@ class MlflowTracker:
     @_isolated
     def open(self, card: Card) -> None:
         self._folder = card.folder
+        self._description = card.description
         start = started(card.folder)
         tags = tags_of(card) | {"ablab.status": RUNNING}
         run = self._found(card, tags) or self._created(card, tags, start)
@@ -165,7 +167,7 @@ class MlflowTracker:
         return self.view.client.create_run(
             self.view.experiment(card.experiment),
             start_time=round(start * 1000),
-            tags={**tags, **source},
+            tags={**tags, **source, NOTE: _note(card.description)},
             run_name=name_of(card),
         )
 
@@ -262,6 +264,11 @@ class MlflowTracker:
         closing = {
             "ablab.status": status,
             "ablab.result": fingerprint(self._folder),
-            NOTE: result.error if result else "",
+            NOTE: _note(self._description, result.error if result else ""),
         }
         self._outbox.send(closing)
+
+
+def _note(description: str, error: str = "") -> str:
+    """What the UI shows as a run's description."""
+    return "\n\n".join(part for part in (description, error) if part)[:CHARACTERS]

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 PREFIX = "ablab/"  # of our experiments' names, on a server that others use too
 ARMS = "arms"  # the key of the saved view of an experiment: ...?viewStateShareKey=arms
 NOTE = "mlflow.note.content"  # the description of a run or an experiment
+KIND = "ablab.kind"
+SUMMARY = "summary"  # kind of the run that holds an experiment's report
 PLANNED = "ablab.planned"  # "no": the experiment no longer asks for this run
 PAGE = 1000  # runs asked for at a time
 COLOURS = (  # Tableau's ten
@@ -183,11 +185,20 @@ class MlflowView:
         """The mlflow Runs of an experiment, or those of one recipe in it; newest first."""
         return self._search(experiment, run, "ACTIVE_ONLY")
 
+    def summary(self, experiment: str) -> "Run | None":
+        """The run that holds the report."""
+        held = self._found(experiment, f"tags.`{KIND}` = '{SUMMARY}'", "ACTIVE_ONLY")
+        return held[0] if held else None
+
     def _search(self, experiment: str, run: str | None, which: str) -> "list[Run]":
+        where = f"tags.`ablab.run_id` = '{run}'" if run else ""
+        found = self._found(experiment, where, which)
+        return [one for one in found if one.data.tags.get(KIND) != SUMMARY]
+
+    def _found(self, experiment: str, where: str, which: str) -> "list[Run]":
         """which: of MLflow's view types."""
         from mlflow.entities import ViewType
 
-        where = f"tags.`ablab.run_id` = '{run}'" if run else ""
         ask = functools.partial(
             self.client.search_runs,
             [self.experiment(experiment)],

@@ -26,7 +26,8 @@ def grid_view(plan: GridPlan) -> View:
         "groupByKeys": [{"mode": "tag", "groupByData": "ablab.cell"}],
     }
     curves = ["train/loss", "tokens_per_second", "train/grad_norm", "optim/lr"]
-    charts = [_curve(metric) for metric in (plan.metric, *curves)]
+    charts = [_curve(plan.metric), _curve(plan.metric, over="tokens")]
+    charts += [_curve(metric) for metric in curves]
     return _rows(plan, columns, GRID_WIDTH, by_cell) | _section("arms", charts)
 
 
@@ -95,16 +96,21 @@ def _section(name: str, charts: Sequence[Chart]) -> View:
     }
 
 
-def _curve(metric: str) -> Chart:
-    """A metric over steps."""
-    return {
+def _curve(metric: str, over: str = "") -> Chart:
+    """A metric over steps, or over another metric."""
+    axis = {"xAxisKey": "step", "useGlobalXaxisKey": True}
+    if over:
+        axis = {
+            "xAxisKey": "metric",
+            "selectedXAxisMetricKey": over,
+            "useGlobalXaxisKey": False,
+        }
+    return axis | {
         "type": "LINE",
-        "xAxisKey": "step",
         "xAxisScaleType": "linear",
         "yAxisKey": "metric",
         "scaleType": "linear",
         "lineSmoothness": 0,
-        "useGlobalXaxisKey": True,
         "metricKey": metric,
         "selectedMetricKeys": [metric],
     }

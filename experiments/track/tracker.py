@@ -20,6 +20,7 @@ class Card:
     params: Mapping[str, str | int | float | bool] = field(
         default_factory=dict
     )  # what differs from the base recipe
+    description: str = ""  # a sentence or two about the run, for a person
 
 
 class Tracker(Protocol):

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,40 @@ def photograph(tmp_path):
         return done.stdout
 
     return look
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory) -> tuple[Path, str]:
+    """A database made by another process, once (3 s), and all that this process said."""
+    folder = tmp_path_factory.mktemp("migrated")
+    code = (
+        "from pathlib import Path; from ablab.core.store.store import Store; "
+        "from ablab.experiments.track.mlflow_view import MlflowView; "
+        "assert MlflowView(Store(Path('store'))).ensure()"
+    )
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    return folder / "store" / "mlflow.db", done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def lacking():
+    return words_lacking
+
+
+def words_lacking(words: set[str], look: Callable[[], str]) -> set[str]:
+    """The words that a page does not show.  A busy machine loads its tables late, so look up to three times."""
+    for _ in range(3):
+        html = look()
+        absent = {word for word in words if word not in html}
+        if not absent:
+            break
+    return absent

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import socket
 import sqlite3
@@ -35,28 +34,6 @@ RECIPE = "data: {name: web, digest: 0123abcd}\nseed: 0\n"
 
 
 # -- a store, a plan, and two ways of showing it -----------------------------------------------------------------------
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory) -> tuple[Path, str]:
-    """A database made by another process, once (3 s), and all that this process said."""
-    folder = tmp_path_factory.mktemp("migrated")
-    code = (
-        "from pathlib import Path; from ablab.core.store.store import Store; "
-        "from ablab.experiments.track.mlflow_view import MlflowView; "
-        "assert MlflowView(Store(Path('store'))).ensure()"
-    )
-    environment = {
-        key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    return folder / "store" / "mlflow.db", done.stdout + done.stderr
-
-
 @pytest.fixture
 def store(tmp_path, migrated, monkeypatch) -> Store:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -263,7 +240,8 @@ def test_each_status_has_its_mlflow_word_and_a_failure_its_reason(store, status,
     train(store, plan, plan.rows[0], range(10, 31, 10), tracker, status)
     run = only_run(store)
     assert (run.info.status, run.data.tags["ablab.status"]) == (shown, status)
-    assert run.data.tags["mlflow.note.content"] == ("" if status == FINISHED else "why")
+    why = "" if status == FINISHED else "\n\nwhy"
+    assert run.data.tags["mlflow.note.content"] == f"Arm `base`, seed 0.{why}"
 
 
 def test_a_value_that_is_not_finite_leaves_a_gap_and_spares_its_batch(store):

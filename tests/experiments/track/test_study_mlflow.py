@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
@@ -164,7 +163,7 @@ COMPARED = {
 
 
 @pytest.mark.slow
-def test_the_ui_answers_which_rate_at_which_width(shown, serve, photograph):
+def test_the_ui_answers_which_rate_at_which_width(shown, serve, photograph, lacking):
     held, _, runs = shown
     twelve = [run for run in runs if run.data.tags["ablab.cell"] == "base"]
     assert len(twelve) == 12
@@ -193,13 +192,3 @@ def compared(address: str, runs: list) -> str:
     ids = json.dumps([run.info.run_id for run in runs])
     experiments = json.dumps([runs[0].info.experiment_id])
     return f"{address}/#/compare-runs?runs={quote(ids)}&experiments={quote(experiments)}"
-
-
-def lacking(words: set[str], look: Callable[[], str]) -> set[str]:
-    """The words that a page does not show.  A busy machine loads its tables late, so look up to three times."""
-    for _ in range(3):
-        html = look()
-        absent = {word for word in words if word not in html}
-        if not absent:
-            break
-    return absent
