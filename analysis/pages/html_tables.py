@@ -187,9 +187,7 @@ def csv_address(table: pd.DataFrame) -> str:
 def costs(report: Report, logged: pd.DataFrame) -> Table:
     """A row a cell, and their sum."""
     runs = report.runs
-    flops: dict[str, float] = {}
-    if len(logged):
-        flops = logged.groupby("run").flops.max().to_dict()
+    flops = logged.groupby("run").flops.max() if len(logged) else pd.Series(dtype=float)
     spent = runs.assign(flops=runs.run.map(flops).astype(float)) if len(runs) else runs
     rows = [_cost(str(cell), own) for cell, own in spent.groupby("cell", sort=False)]
     # A run that several cells share was trained once.
@@ -255,16 +253,18 @@ def failures(report: Report, live: bool = False) -> Table:
         Column("what happened"),
         Column("run", "spare"),
     ]
+    told = ["cell", "seed", "status", "step", "error", "note", "run"]
+    listed = lost.reindex(columns=told).itertuples(index=False, name=None)
     rows = [
         [
-            Cell(run.cell),
-            Cell(f"{run.seed}", run.seed, "num"),
-            Cell(run.status.replace("_", " ")),
-            Cell(f"{run.step}" if run.step else NONE, run.step, "num spare"),
-            Cell(run.error or run.note or NONE),
-            Cell(run.run, kind="code spare"),
+            Cell(cell),
+            Cell(f"{seed}", seed, "num"),
+            Cell(status.replace("_", " ")),
+            Cell(f"{step}" if step else NONE, step, "num spare"),
+            Cell(error or note or NONE),
+            Cell(run, kind="code spare"),
         ]
-        for run in lost.itertuples()
+        for cell, seed, status, step, error, note, run in listed
     ]
     return Table(columns, rows)
 

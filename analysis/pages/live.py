@@ -175,32 +175,77 @@ class Training:
     seconds_left: float | None
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a grid has to do, in runs and in tokens."""
+
+    runs: int
+    ended: int
+    wanted: float  # tokens of all runs
+    read: float  # of those
+    training: list[Training]
+
+    @property
+    def share(self) -> float:
+        return self.read / self.wanted if self.wanted else 0.0
+
+    @property
+    def rate(self) -> float:
+        """Tokens/s of all runs that train now."""
+        return sum(one.rate for one in self.training)
+
+    @property
+    def progress(self) -> str:
+        return f"{self.ended} of {self.runs} runs have ended, {len(self.training)} train now"
+
+    def left(self, again: str) -> str:
+        """How long it takes yet, at the pace of what trains; again: what to type where nothing does."""
+        if self.ended == self.runs:
+            return "this is the result"
+        if not self.rate:
+            return f"nothing trains just now; go on with: {again}"
+        return f"about {duration((self.wanted - self.read) / self.rate)} of training left"
+
+
 def progress_of(store: Store, plan: GridPlan, runs: pd.DataFrame, logged: pd.DataFrame) -> Look:
     """How many runs have ended, which train, and how long the rest takes at the pace of those."""
-    once = runs.drop_duplicates("run") if len(runs) else runs
-    ended = once[~once.status.isin([frame.MISSING, frame.INTERRUPTED])] if len(once) else once
-    open_runs = once[once.status == frame.INTERRUPTED] if len(once) else once
-    lines = {run: own for run, own in logged.groupby("run")} if len(logged) else {}
-    sizes = {run: _planned_tokens(store, run) for run in once.run} if len(once) else {}
-    usual = max([*sizes.values(), *(ended.tokens if len(ended) else ()), 0])
-    training = [
-        _training(store, row, lines[row.run], sizes[row.run] or usual)
-        for row in open_runs.itertuples()
-        if row.run in lines and not _has_stopped(store.run(row.run), lines[row.run])
-    ]
-    wanted = sum((sizes[run] or usual) for run in once.run) if len(once) else 0
-    read = sum(lines[run].tokens.max() for run in open_runs.run if run in lines)
-    over = sum(sizes[run] or usual for run in ended.run) if len(ended) else 0
-    left = wanted - over - read
-    rate = sum(one.rate for one in training)
-    words = f"{len(ended)} of {len(once)} runs have ended, {len(training)} train now"
+    work = _work(store, plan, runs, logged)
     return Look(
         at=time.strftime("%H:%M:%S"),
-        progress=words,
-        left=_time_left(plan, left, rate, finished=len(ended) == len(once)),
-        share=float((over + read) / wanted) if wanted else 0.0,
-        training=_training_table(training),
+        progress=work.progress,
+        left=work.left(command(plan.name, sheet=plan.sheet)),
+        share=work.share,
+        training=_training_table(work.training),
     )
+
+
+def _work(store: Store, plan: GridPlan, runs: pd.DataFrame, logged: pd.DataFrame) -> Work:
+    rows = _once(plan)
+    statuses = dict(zip(runs.run, runs.status, strict=True)) if rows else {}
+    lines = {str(run): own for run, own in logged.groupby("run")} if len(logged) else {}
+    sizes = {row.run: _planned_tokens(store, row.run) for row in rows}
+    # A run that has not begun takes as long as the longest that has; before any has, nothing is known.
+    usual = max([*sizes.values(), *(runs.tokens if rows else ())], default=0.0)
+    wanted = read = 0.0
+    ended = 0
+    training = []
+    for row in rows:
+        tokens = sizes[row.run] or usual
+        wanted += tokens
+        if statuses[row.run] not in (frame.MISSING, frame.INTERRUPTED):
+            ended += 1
+            read += tokens
+        elif row.run in lines:
+            own = lines[row.run]
+            read += float(own.tokens.max())
+            if not _has_stopped(store.run(row.run), own):
+                training.append(_training(store, row, own, tokens))
+    return Work(len(rows), ended, wanted, read, training)
+
+
+def _once(plan: GridPlan) -> list[Planned]:
+    """A row a run, though several cells may share it."""
+    return list({row.run: row for row in reversed(plan.rows)}.values())[::-1]
 
 
 def _planned_tokens(store: Store, run: str) -> float:
@@ -218,7 +263,7 @@ def _has_stopped(record: Record, lines: pd.DataFrame) -> bool:
     return time.time() - written / 1e9 > patience
 
 
-def _training(store: Store, row: "pd.Series", lines: pd.DataFrame, tokens: float) -> Training:
+def _training(store: Store, row: Planned, lines: pd.DataFrame, tokens: float) -> Training:
     last = lines.iloc[-1]
     rate = last.get("tokens_per_second", 0.0)
     rate = float(rate) if rate == rate else 0.0
@@ -233,14 +278,6 @@ def _training(store: Store, row: "pd.Series", lines: pd.DataFrame, tokens: float
         rate=rate,
         seconds_left=max(tokens - last.tokens, 0.0) / rate if rate else None,
     )
-
-
-def _time_left(plan: GridPlan, tokens: float, rate: float, finished: bool) -> str:
-    if finished:
-        return "this is the result"
-    if not rate:
-        return f"nothing trains just now; go on with: {command(plan.name)}"
-    return f"about {duration(tokens / rate)} of training left"
 
 
 def duration(seconds: float) -> str:
