@@ -77,6 +77,8 @@ class GridPlan:
     infeasible: dict[str, str] = field(default_factory=dict)
     # The smallest effect of interest, in the metric's unit; None: nothing is called equivalent.
     equivalence: float | None = None
+    # Hash of the ledger's entry that holds what was asked before the last runs; "" where nothing was.
+    registered: str = ""
     # Runs of earlier stages, from which those of `rows` go on: each once, whoever shares it.
     trunks: list[Planned] = field(default_factory=list)
 
