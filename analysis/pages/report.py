@@ -11,13 +11,14 @@ one only when it is asked for (--mixed), and says so before anything else.
 import shlex
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ablab.analysis.effects import frame
+from ablab.analysis.effects import frame, promises
+from ablab.analysis.effects.aa import false_alarms
 from ablab.analysis.effects.comparison import UNMEASURED, finished
 from ablab.analysis.effects.effect import (
     ENDED_BADLY,
@@ -65,6 +66,8 @@ class Report:
     effects: list[Effect]
     warnings: list[str]
     mixed: list[str]  # how runs that stand in one verdict differ; said before the answer
+    # When it was registered, and how often this store calls A/A arms different: a sentence each.
+    provenance: list[str] = field(default_factory=list)
 
     @property
     def answer(self) -> str:
@@ -91,7 +94,15 @@ def read(store: Store, experiment: str, mixed: bool = False) -> Report:
         again = shlex.join(["ablab", "report", experiment, "--mixed"])
         raise UserError(f"{experiment!r}: {mixtures[0]}; to read it all the same: {again}")
     effects = measure(runs, plan.metric, plan.better, plan.equivalence, plan.looks)
-    return Report(plan, runs, effects, list(_warnings(plan, runs, effects)), mixtures)
+    standing = promises.standing_of(store, plan)
+    warnings = [
+        *promises.look_of(plan, effects),
+        *standing.deviations,
+        *_warnings(plan, runs, effects),
+        *promises.challenges(store, plan),
+    ]
+    provenance = [promises.registered(standing), str(false_alarms(store))]
+    return Report(plan, runs, effects, warnings, mixtures, provenance)
 
 
 def write(store: Store, experiment: str, out: str | Path, mixed: bool = False) -> Path:
@@ -181,6 +192,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "tuning": "same hyper-parameters, not tuned",
         "effects": [asdict(effect) | {"off": off(plan, effect)} for effect in report.effects],
         "warnings": report.warnings,
+        "provenance": report.provenance,
         "runs": runs.where(runs.notna(), None).to_dict("records"),
     }
 
@@ -334,6 +346,7 @@ def _markdown(report: Report, pictures: list[str]) -> str:
             [f"`{effect.cell}`: {effect.note}" for effect in report.effects if effect.note]
         ),
         "## How to read the intervals\n\n" + how_to_read(arms, plan.equivalence),
+        "## How far to trust it\n\n" + bullets(report.provenance),
         "## Runs\n\n" + markdown_table(_listed(report.runs, plan.metric)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

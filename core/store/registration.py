@@ -65,7 +65,7 @@ def standing(ledger: Ledger, plan: GridPlan) -> Standing:
     if lost and ledger.exists:
         raise ledger.missing(plan.registered)
     if not known:
-        return Standing(None, None, [_unregistered(ledger, plan)])
+        return Standing(None, None, _gone(ledger, plan))
     unseen = [entry for entry in known if not _promise_of(entry).seen]
     entry = unseen[-1] if unseen else known[0]
     promise = _promise_of(entry)
@@ -84,15 +84,14 @@ def _promise_of(entry: Entry) -> Promise:
     return msgspec.convert(entry.content, Promise)
 
 
-def _unregistered(ledger: Ledger, plan: GridPlan) -> str:
-    if plan.registered:
-        return (
-            f"{ledger.path.name} is gone, in which this experiment was entry {plan.registered}: "
-            "nothing says what was asked before its runs"
-        )
-    return (
-        f"not registered: no entry of {ledger.path.name} says what was asked before these runs"
-    )
+def _gone(ledger: Ledger, plan: GridPlan) -> list[str]:
+    """A plan of an older store names no entry, and deviates from nothing."""
+    if not plan.registered:
+        return []
+    return [
+        f"{ledger.path.name} is gone, in which this experiment was entry {plan.registered}: "
+        "nothing says what was asked before its runs"
+    ]
 
 
 def _late(entry: Entry, promise: Promise) -> str:

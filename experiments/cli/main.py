@@ -13,7 +13,18 @@ from typing import Annotated
 import typer
 
 from ablab.core.errors import UserError, one_line, told
-from ablab.experiments.cli import bench, check, data, look, new, stored, view, work
+from ablab.experiments.cli import (
+    bench,
+    challenge,
+    check,
+    data,
+    look,
+    new,
+    planner,
+    stored,
+    view,
+    work,
+)
 
 INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # refusals of a disk that name no file
@@ -57,6 +68,8 @@ app.command()(look.show)
 app.command()(work.run)
 app.command(help=work.STUDY)(work.study)
 app.command()(work.report)
+app.command()(planner.plan)
+app.command()(challenge.challenge)
 app.command()(stored.runs)
 app.command()(stored.rm)
 app.command()(stored.export)

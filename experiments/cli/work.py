@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,10 @@ from ablab.experiments.cli.options import (
     Quiet,
     Where,
 )
+
+if TYPE_CHECKING:
+    from ablab.experiments.plan.experiment import Experiment, PlannedRun
+    from ablab.experiments.run.pool import Outcome
 
 STUDY = (
     "Tune each arm of an experiment over its study's space, confirm the winners on other seeds, and report.  "
@@ -41,6 +45,17 @@ def run(
     seeds: Annotated[
         str | None, typer.Option(help="such as 0-4 or 0,3,7 (the experiment's)")
     ] = None,
+    until_decided: Annotated[
+        bool,
+        typer.Option(
+            "--until-decided",
+            help="look at 3, 5 and 8 seeds, and add seeds to undecided arms alone; needs --budget",
+        ),
+    ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="of training for --until-decided, all runs together: 90m, 4h, 2d"),
+    ] = None,
     jobs: Jobs = None,
     mlflow: Annotated[bool, typer.Option(help="show the runs in MLflow")] = True,
     run_inert: Annotated[
@@ -56,9 +71,14 @@ def run(
 ) -> None:
     """Train what is missing of an experiment, then print the verdicts.  Ask twice, run once."""
     from ablab.experiments.plan.selection import chosen
+    from ablab.experiments.run.sequential import Looked, Looking, with_looks
 
     where = store_of(store)
+    hours = _hours(until_decided, budget, seeds, only)
     experiment, runs = prepare(name, overrides, plugins, where, seeds)
+    if hours:
+        experiment = with_looks(experiment, hours)
+        runs = experiment.runs(experiment.stopping.seeds)
     if not runs:
         raise UserError(
             f"{experiment.name} names no seeds; write seeds: [0, 1, 2], or give --seeds 0-2"
@@ -74,27 +94,53 @@ def run(
     from ablab.experiments.cli.printing import show_outcome
     from ablab.experiments.run.progress import watcher
     from ablab.experiments.run.runner import execute
+    from ablab.experiments.run.verdicts import note_final_verdicts
 
     watching = watcher(experiment.sheet.metric.name, quiet or as_json)
+    folders = folders_of(plugins)
+
+    def train(
+        asked: "Experiment", wanted: "list[PlannedRun]", only: "list[PlannedRun] | None" = None
+    ) -> "Outcome":
+        return execute(asked, where, wanted, watching, jobs, folders, mlflow, run_inert, only)
+
     try:
         for note in notes_on_design(experiment.factors, experiment.infeasible):
             watching.say(f"design: {note}")
-        outcome = execute(
-            experiment,
-            where,
-            runs,
-            watching,
-            jobs,
-            folders_of(plugins),
-            mlflow,
-            run_inert,
-            picked,
-        )
+        looked = Looked()
+        if hours:
+            looked = Looking(experiment, where, watching, jobs, train).until_decided()
+            outcome = looked.outcome
+        else:
+            outcome = train(experiment, runs, picked)
+            note_final_verdicts(where, experiment.name, outcome, watching.say)
     finally:
         watching.close()
     show_outcome(where, experiment.name, outcome, as_json)
+    if looked.stopped:
+        typer.echo(looked.stopped, err=True)
     if outcome.failed:
         raise typer.Exit(1)
+
+
+def _hours(
+    until_decided: bool, budget: str | None, seeds: str | None, only: list[str] | None
+) -> float | None:
+    """What the looks may spend; None where all seeds are wanted at once.  Raises UserError for words that clash."""
+    from ablab.experiments.run.sequential import hours_of
+
+    if not until_decided:
+        if budget:
+            raise UserError("--budget is what --until-decided may spend; give both, or neither")
+        return None
+    if budget is None:
+        raise UserError(
+            "--until-decided adds seeds until its arms are decided; say what it may spend: --budget 4h"
+        )
+    if seeds or only:
+        flag = "--seeds" if seeds else "--only"
+        raise UserError(f"--until-decided chooses cells and seeds itself; drop {flag}")
+    return hours_of(budget)
 
 
 def study(

@@ -136,9 +136,10 @@ def test_what_was_registered_after_its_differences_could_be_read_says_so_first(l
     assert "2 differences" in late
 
 
-def test_an_experiment_of_an_old_store_is_told_to_be_unregistered(ledger):
-    (said,) = standing(ledger, plan()).deviations
-    assert said.startswith("not registered: no entry of ledger.jsonl")
+def test_an_experiment_of_an_old_store_has_no_entry_and_deviates_from_nothing(ledger):
+    found = standing(ledger, plan())
+    assert found.entry is None
+    assert found.deviations == []
 
 
 def test_a_ledger_that_lost_its_last_lines_is_refused_and_one_that_is_gone_is_told(ledger):
