@@ -23,6 +23,7 @@ from ablab.experiments.cli import (
     planner,
     stored,
     view,
+    why,
     work,
 )
 
@@ -70,6 +71,7 @@ app.command(help=work.STUDY)(work.study)
 app.command()(work.report)
 app.command()(planner.plan)
 app.command()(challenge.challenge)
+app.command()(why.why)
 app.command()(stored.runs)
 app.command()(stored.rm)
 app.command()(stored.export)

@@ -1,6 +1,7 @@
 """A challenge: the arm and what it is measured against, again, on as many seeds that nothing has used."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from ablab.core.language.parse import near
 from ablab.core.store.ledger import CHALLENGE, Ledger
 from ablab.core.store.planned import CHALLENGED, GridPlan
 from ablab.core.store.registration import Stopping
-from ablab.core.store.result import FINISHED
+from ablab.core.store.result import FINISHED, said
 from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment
 from ablab.experiments.plan.overrides import LONGEST_NAME
@@ -92,7 +93,7 @@ class Challenge:
         fresh = runs[runs.pair.isin(self.seeds)]
         if not (fresh.status == FINISHED).any():
             raise UserError(
-                f"no run of the challenge of {self.arm!r} has finished; see why: ablab report {plan.name!r}"
+                f"no run of the challenge of {self.arm!r} has finished: {said(Counter(fresh.status))}"
             )
         effects = measure(fresh, plan.metric, plan.better, self.plan.equivalence)
         after = next(one for one in effects if one.cell == self.arm)

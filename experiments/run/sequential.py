@@ -16,6 +16,7 @@ from ablab.analysis.effects.effects import measure
 from ablab.analysis.effects.looks import LOOKS
 from ablab.core.errors import UserError
 from ablab.core.store.ledger import Ledger
+from ablab.core.store.planned import command
 from ablab.core.store.registration import Stopping
 from ablab.core.store.result import FINISHED
 from ablab.core.store.store import Store
@@ -135,8 +136,9 @@ class Looking:
         table = frame.load(self.store, plan.name)
         seen = table[table.pair.isin(self.experiment.stopping.seeds[:seeds])]
         if not (seen.status == FINISHED).any():
+            again = command(plan.name, "report", plan.sheet)
             raise UserError(
-                f"no run of {plan.name} has finished, so there is nothing to look at; see why: ablab report {plan.name}"
+                f"no run of {plan.name} has finished, so there is nothing to look at; see why: {again}"
             )
         return measure(seen, plan.metric, plan.better, plan.equivalence, plan.looks)
 
