@@ -76,7 +76,7 @@ class Ledger:
     def note(
         self, kind: str, experiment: str, content: dict[str, Any], say: Callable[[str], None]
     ) -> Entry:
-        """As `append`, unless the last entry of that kind and experiment has the same content: then that one."""
+        """As `append`, unless an entry of that kind and experiment has the same content: then the last such one."""
         return self._append(kind, experiment, content, say, always=False)
 
     def _append(
@@ -95,10 +95,8 @@ class Ledger:
             with FileLock(self.path.with_name(f".{self.path.name}.lock")):
                 lines = self._lines()
                 known = list(self._checked(lines))
-                alike = [
-                    one for one in known if (one.kind, one.experiment) == (kind, experiment)
-                ]
-                if alike and alike[-1].content == content and not always:
+                alike = [one for one in known if _says(one, kind, experiment, content)]
+                if alike and not always:
                     return alike[-1]
                 before = known[-1].hash if known else ""
                 entry = _sealed(Entry(kind, experiment, time.time(), content, before))
@@ -155,6 +153,10 @@ class Ledger:
             f"{self.path}{flaw}; put the file back from a copy, or rename it: "
             "reports then say that nothing is registered"
         )
+
+
+def _says(entry: Entry, kind: str, experiment: str, content: dict[str, Any]) -> bool:
+    return (entry.kind, entry.experiment, entry.content) == (kind, experiment, content)
 
 
 def _sealed(entry: Entry) -> Entry:

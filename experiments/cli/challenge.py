@@ -28,6 +28,7 @@ def challenge(
 
     where = store_of(store)
     experiment, _ = prepare(name, overrides, plugins, where)
+    arm = arm.strip()
     asked = Challenge(experiment, where, arm)
     runs = asked.experiment.runs(asked.seeds)
     watching = watcher(experiment.sheet.metric.name, quiet or as_json)

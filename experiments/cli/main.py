@@ -26,6 +26,7 @@ from ablab.experiments.cli import (
     why,
     work,
 )
+from ablab.experiments.cli.arms import TakesArms
 
 INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # refusals of a disk that name no file
@@ -70,8 +71,8 @@ app.command()(work.run)
 app.command(help=work.STUDY)(work.study)
 app.command()(work.report)
 app.command()(planner.plan)
-app.command()(challenge.challenge)
-app.command()(why.why)
+app.command(cls=TakesArms)(challenge.challenge)
+app.command(cls=TakesArms)(why.why)
 app.command()(stored.runs)
 app.command()(stored.rm)
 app.command()(stored.export)

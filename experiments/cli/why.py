@@ -37,7 +37,7 @@ def why(
         experiment, _ = prepare(first, overrides, plugins, where)
         seeds = experiment.sheet.seeds[:1] or [0]
         runs = experiment.runs(seeds if seed is None else [seed])
-        lines = why_not_reused(where, run_of(runs, second))
+        lines = why_not_reused(where, run_of(runs, second.strip()))
     if as_json:
         return typer.echo(json.dumps({"why": lines}, indent=1))
     for line in lines:

@@ -105,9 +105,7 @@ class Challenge:
             "before": verdict_of(self.before),
             "after": verdict_of(after),
         }
-        ledger = Ledger(self.store.root)
-        if content not in [one.content for one in ledger.entries(self.plan.name, CHALLENGE)]:
-            ledger.append(CHALLENGE, self.plan.name, content, say)
+        Ledger(self.store.root).note(CHALLENGE, self.plan.name, content, say)
         return found
 
 

@@ -9,6 +9,7 @@ all is said.
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from ablab.analysis.effects import frame
 from ablab.analysis.effects.effect import INCONCLUSIVE, TOO_FEW, Effect
@@ -83,6 +84,7 @@ class Looking:
         self.watcher = watcher
         self.jobs = jobs
         self.train = train
+        self.asked: set[tuple[str, int]] = set()  # (cell, seed), by all looks so far
 
     def until_decided(self) -> Looked:
         """Raises UserError, KeyboardInterrupt; the same call goes on."""
@@ -107,9 +109,13 @@ class Looking:
                 break
         return looked
 
-    def _runs(self, cells: Iterable[str], seeds: int) -> list[PlannedRun]:
+    def _runs(self, cells: set[str], seeds: int) -> list[PlannedRun]:
+        """What this look and those before it ask for, the first seed of all cells before the second."""
         first = self.experiment.stopping.seeds[:seeds]
-        return [run for run in self.experiment.runs(first) if run.cell in cells]
+        self.asked |= set(product(cells, first))
+        return [
+            run for run in self.experiment.runs(first) if (run.cell, run.pair) in self.asked
+        ]
 
     def _too_dear(self, runs: list[PlannedRun], seeds: int) -> str:
         """Why the budget does not carry the look; empty where it does."""

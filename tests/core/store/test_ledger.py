@@ -50,14 +50,14 @@ def test_a_store_without_a_ledger_has_no_entries_and_gets_no_file_by_being_asked
     assert not (tmp_path / "old").exists()
 
 
-def test_the_same_content_is_noted_once_until_another_stands_between(tmp_path):
+def test_the_same_content_of_a_kind_and_an_experiment_is_noted_once(tmp_path):
     ledger = Ledger(tmp_path)
     first = ledger.note("verdicts", "exp", {"n": 1}, silent)
+    second = ledger.note("verdicts", "exp", {"n": 2}, silent)
     assert ledger.note("verdicts", "exp", {"n": 1}, silent) == first
-    ledger.note("verdicts", "other", {"n": 2}, silent)
-    assert ledger.note("verdicts", "exp", {"n": 1}, silent) == first
-    ledger.note("verdicts", "exp", {"n": 2}, silent)
-    assert ledger.note("verdicts", "exp", {"n": 1}, silent) != first
+    assert ledger.note("verdicts", "exp", {"n": 2}, silent) == second
+    assert ledger.note("verdicts", "other", {"n": 1}, silent) != first
+    assert ledger.note("challenge", "exp", {"n": 1}, silent) != first
     assert len(ledger.entries()) == 4
 
 
