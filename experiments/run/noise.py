@@ -77,7 +77,7 @@ def tree_of(recipe: Recipe) -> dict:
 
 def measured(store: Store, metric: str, setting: Setting) -> list[ArmNoise]:
     """Every finished arm of that setting in the store.  A plan or run that cannot be read is passed over."""
-    found = []
+    found: list[ArmNoise] = []
     for name in store.experiments():
         try:
             plan = store.read_plan(name)

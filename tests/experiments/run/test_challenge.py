@@ -112,3 +112,13 @@ def test_two_seeds_are_no_verdict_to_challenge(experiment, store):
     Drawn(store)(experiment, experiment.runs([0, 1]))
     with pytest.raises(UserError, match=r"no verdict to challenge: it has too few seeds \(2\)"):
         Challenge(experiment, store, ARM)
+
+
+def test_an_arm_is_typed_as_it_is_named_whatever_letters_follow_its_dash(lab, ablab):
+    """- qk_norm holds the letter of -q, --quiet."""
+    sheet = lab.sheet("doubted", arms=["qk_norm"])
+    for command in ("challenge", "why"):
+        ended = ablab(command, sheet, "- qk_nrm", *(["-q"] if command == "challenge" else []))
+        assert ended.code == 2
+        assert "No such option" not in ended.err
+    assert "- qk_norm, seed 0: run " in ablab("why", sheet, "- qk_norm").out
