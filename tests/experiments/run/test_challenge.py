@@ -117,8 +117,8 @@ def test_two_seeds_are_no_verdict_to_challenge(experiment, store):
 def test_an_arm_is_typed_as_it_is_named_whatever_letters_follow_its_dash(lab, ablab):
     """- qk_norm holds the letter of -q, --quiet."""
     sheet = lab.sheet("doubted", arms=["qk_norm"])
-    for command in ("challenge", "why"):
-        ended = ablab(command, sheet, "- qk_nrm", *(["-q"] if command == "challenge" else []))
+    for verb, *options in (["challenge", "-q"], ["why"]):
+        ended = ablab(verb, sheet, "- qk_nrm", *options)
         assert ended.code == 2
         assert "No such option" not in ended.err
     assert "- qk_norm, seed 0: run " in ablab("why", sheet, "- qk_norm").out
