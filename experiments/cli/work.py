@@ -1,8 +1,8 @@
 """`ablab run`, `ablab study` and `ablab report`: train what is missing, and say what came of it."""
 
 import json
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,8 +20,10 @@ from ablab.experiments.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from ablab.core.store.store import Store
     from ablab.experiments.plan.experiment import Experiment, PlannedRun
     from ablab.experiments.run.pool import Outcome
+    from ablab.experiments.run.progress import Watcher
 
 STUDY = (
     "Tune each arm of an experiment over its study's space, confirm the winners on other seeds, and report.  "
@@ -71,12 +73,13 @@ def run(
 ) -> None:
     """Train what is missing of an experiment, then print the verdicts.  Ask twice, run once."""
     from ablab.experiments.plan.selection import chosen
-    from ablab.experiments.run.sequential import Looked, Looking, with_looks
 
     where = store_of(store)
     hours = _hours(until_decided, budget, seeds, only)
     experiment, runs = prepare(name, overrides, plugins, where, seeds)
     if hours:
+        from ablab.experiments.run.sequential import with_looks
+
         experiment = with_looks(experiment, hours)
         runs = experiment.runs(experiment.stopping.seeds)
     if not runs:
@@ -93,34 +96,76 @@ def run(
         return show_forecast(found)
     from ablab.experiments.cli.printing import show_outcome
     from ablab.experiments.run.progress import watcher
-    from ablab.experiments.run.runner import execute
-    from ablab.experiments.run.verdicts import note_final_verdicts
 
     watching = watcher(experiment.sheet.metric.name, quiet or as_json)
-    folders = folders_of(plugins)
-
-    def train(
-        asked: "Experiment", wanted: "list[PlannedRun]", only: "list[PlannedRun] | None" = None
-    ) -> "Outcome":
-        return execute(asked, where, wanted, watching, jobs, folders, mlflow, run_inert, only)
-
+    train = Training(where, watching, jobs, folders_of(plugins), mlflow, run_inert)
     try:
         for note in notes_on_design(experiment.factors, experiment.infeasible):
             watching.say(f"design: {note}")
-        looked = Looked()
         if hours:
-            looked = Looking(experiment, where, watching, jobs, train).until_decided()
-            outcome = looked.outcome
+            outcome, look = train.until_decided(experiment)
         else:
-            outcome = train(experiment, runs, picked)
-            note_final_verdicts(where, experiment.name, outcome, watching.say)
+            outcome, look = train.all_at_once(experiment, runs, picked), {}
     finally:
         watching.close()
-    show_outcome(where, experiment.name, outcome, as_json)
-    if looked.stopped:
-        typer.echo(looked.stopped, err=True)
+    show_outcome(where, experiment.name, outcome, as_json, look)
     if outcome.failed:
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the runs of one command are trained, whichever they are."""
+
+    store: "Store"
+    watcher: "Watcher"
+    jobs: int | None
+    plugins: list[str]
+    mlflow: bool
+    run_inert: bool
+
+    def __call__(
+        self,
+        experiment: "Experiment",
+        runs: "list[PlannedRun]",
+        only: "list[PlannedRun] | None" = None,
+    ) -> "Outcome":
+        from ablab.experiments.run.runner import execute
+
+        return execute(
+            experiment,
+            self.store,
+            runs,
+            self.watcher,
+            self.jobs,
+            self.plugins,
+            self.mlflow,
+            self.run_inert,
+            only,
+        )
+
+    def all_at_once(
+        self, experiment: "Experiment", runs: "list[PlannedRun]", only: "list[PlannedRun]"
+    ) -> "Outcome":
+        from ablab.experiments.run.verdicts import note_final_verdicts
+
+        outcome = self(experiment, runs, only)
+        note_final_verdicts(self.store, experiment.name, outcome, self.watcher.say)
+        return outcome
+
+    def until_decided(self, experiment: "Experiment") -> "tuple[Outcome, dict[str, Any]]":
+        """Also what JSON says of the looks."""
+        from ablab.experiments.run.sequential import Looking
+
+        looked = Looking(experiment, self.store, self.watcher, self.jobs, self).until_decided()
+        if looked.stopped:
+            self.watcher.say(looked.stopped)
+        told = {
+            "seeds": looked.seeds,
+            "undecided": looked.undecided,
+            "stopped": looked.stopped,
+        }
+        return looked.outcome, {"look": told}
 
 
 def _hours(

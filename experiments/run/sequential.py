@@ -131,10 +131,10 @@ class Looking:
         )
 
     def _spent(self) -> float:
-        """Seconds that the runs of all looks have trained, whoever asked for them."""
-        runs = {run.id for run in self.experiment.runs(self.experiment.stopping.seeds)}
-        results = (_peek(self.store, run) for run in runs)
-        return sum(results)
+        """Seconds that the runs of all looks have trained, earlier stages among them, whoever asked for them."""
+        runs = self.experiment.runs(self.experiment.stopping.seeds)
+        ids = {one.id for run in runs for one in run.chain}
+        return sum(_seconds(self.store, id) for id in ids)
 
     def _effects(self, seeds: int) -> list[Effect]:
         """As the look sees them: later seeds, which another call may have left, are not peeked at."""
@@ -173,8 +173,8 @@ def _add(all_of_it: Outcome, more: Outcome) -> None:
     all_of_it.inert |= more.inert
 
 
-def _peek(store: Store, run: str) -> float:
-    """Seconds of training; a damaged result counts as none."""
+def _seconds(store: Store, run: str) -> float:
+    """Of training; a damaged result counts as none."""
     try:
         result = store.run(run).result()
     except UserError:
