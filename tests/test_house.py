@@ -29,8 +29,10 @@ MAY_IMPORT = {
 }
 READ_ONLY_CORE = {  # all that analysis may use of core
     "ablab.core.store.held_out",
+    "ablab.core.store.ledger",
     "ablab.core.store.planned",
     "ablab.core.store.record",
+    "ablab.core.store.registration",
     "ablab.core.store.result",
     "ablab.core.store.store",
     "ablab.core.store.study_record",

@@ -11,13 +11,14 @@ one only when it is asked for (--mixed), and says so before anything else.
 import shlex
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ablab.analysis.effects import frame
+from ablab.analysis.effects import frame, promises
+from ablab.analysis.effects.aa import false_alarms
 from ablab.analysis.effects.comparison import UNMEASURED, finished
 from ablab.analysis.effects.effect import (
     ENDED_BADLY,
@@ -75,9 +76,10 @@ class Report:
     effects: list[Effect]
     warnings: list[str]
     mixed: list[str]  # how runs that stand in one verdict differ; said before the answer
-    crossed: list[
-        FactorEffect
-    ]  # main effects and interactions; empty unless the design crosses factors
+    # Main effects and interactions; empty unless the design crosses factors.
+    crossed: list[FactorEffect] = field(default_factory=list)
+    # When it was registered, and how often this store calls A/A arms different: a sentence each.
+    provenance: list[str] = field(default_factory=list)
 
     @property
     def answer(self) -> str:
@@ -110,8 +112,16 @@ def read(store: Store, experiment: str, mixed: bool = False) -> Report:
     if plan.factors:
         judging = (plan.metric, plan.factors, plan.better, plan.equivalence)
         crossed = factorial_effects(runs, *judging)
-    warnings = [*_warnings(plan, runs, effects), *dict.fromkeys(tokens.damages)]
-    return Report(plan, runs, effects, warnings, mixtures, crossed)
+    standing = promises.standing_of(store, plan)
+    warnings = [
+        *promises.look_of(plan, effects),
+        *standing.deviations,
+        *_warnings(plan, runs, effects),
+        *dict.fromkeys(tokens.damages),
+        *promises.challenges(store, plan),
+    ]
+    provenance = [promises.registered(standing), str(false_alarms(store))]
+    return Report(plan, runs, effects, warnings, mixtures, crossed, provenance)
 
 
 def write(store: Store, experiment: str, out: str | Path, mixed: bool = False) -> Path:
@@ -208,6 +218,7 @@ def as_json(report: Report, logged: pd.DataFrame | None = None) -> dict[str, Any
         "crossed": [asdict(effect) for effect in report.crossed],
         "effects": [asdict(effect) | {"off": off(plan, effect)} for effect in report.effects],
         "warnings": report.warnings,
+        "provenance": report.provenance,
         "runs": runs.where(runs.notna(), None).to_dict("records"),
     }
 
@@ -363,6 +374,7 @@ def _markdown(report: Report, logged: pd.DataFrame, pictures: list[str]) -> str:
             [f"`{effect.cell}`: {effect.note}" for effect in report.effects if effect.note]
         ),
         "## How to read the intervals\n\n" + how_to_read(arms, plan.equivalence),
+        "## How far to trust it\n\n" + bullets(report.provenance),
         "## Runs\n\n" + markdown_table(_listed(report.runs, plan.metric)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

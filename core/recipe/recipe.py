@@ -335,13 +335,25 @@ def run_id(recipe: Recipe) -> str:
     Empty lists and silent fields at their default are left out, so that a new slot or field renames no run that was
     before it.  A part from a user's own file brings the digest of that file: an idea that was edited is another run.
     """
-    _refuse_exotic(recipe, "recipe")
-    tree = {"schema": SCHEMA, "recipe": _said(recipe)}
-    canonical = msgspec.json.encode(tree, order="deterministic")
-    for kind, digest in sorted(Part.foreign.items()):
-        if f'"kind":"{kind}"'.encode() in canonical:
-            canonical += f"{kind} {digest}".encode()
+    identity = identity_of(recipe)
+    plugins = identity.pop("plugins")
+    canonical = msgspec.json.encode(identity, order="deterministic")
+    for kind, digest in plugins.items():
+        canonical += f"{kind} {digest}".encode()
     return hashlib.sha256(canonical).hexdigest()[:16]
+
+
+def identity_of(recipe: Recipe) -> dict[str, Any]:
+    """All that `run_id` hashes: the schema, what the recipe says, and kind -> digest of the users' files it holds."""
+    _refuse_exotic(recipe, "recipe")
+    said = _said(recipe)
+    canonical = msgspec.json.encode(said)
+    plugins = {
+        kind: digest
+        for kind, digest in sorted(Part.foreign.items())
+        if f'"kind":"{kind}"'.encode() in canonical
+    }
+    return {"schema": SCHEMA, "recipe": said, "plugins": plugins}
 
 
 def structure(recipe: Recipe, runtime: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 CATALOG = "catalog"  # the sheet of a plan whose experiment is shipped
 STUDY_PARTS = ("study", "tuned")  # what a study appends to the name of its experiment
+CHALLENGED = "challenge="  # what a challenge appends, before the name of the arm
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class GridPlan:
     infeasible: dict[str, str] = field(default_factory=dict)
     # The smallest effect of interest, in the metric's unit; None: nothing is called equivalent.
     equivalence: float | None = None
+    # Hash of the ledger's entry that holds what was asked before the last runs; "" where nothing was.
+    registered: str = ""
     # Runs of earlier stages, from which those of `rows` go on: each once, whoever shares it.
     trunks: list[Planned] = field(default_factory=list)
 
@@ -94,10 +97,14 @@ def command(experiment: str, verb: str = "run", sheet: str | None = None) -> str
     name, *parts = experiment.split("@")
     if set(STUDY_PARTS) & set(parts):
         verb = "study"
-    overrides = [part for part in parts if part not in STUDY_PARTS]
+    arm = [part.removeprefix(CHALLENGED) for part in parts if part.startswith(CHALLENGED)]
+    if arm:
+        verb = "challenge"
+    own = [*STUDY_PARTS, *(CHALLENGED + one for one in arm)]
+    overrides = [part for part in parts if part not in own]
     # A digest stands where the overrides are too long for a name.
     typed = [part if "=" in part else "..." for part in overrides]
-    return f"ablab {verb} {shlex.join([_from_here(sheet) or name, *typed])}"
+    return f"ablab {verb} {shlex.join([_from_here(sheet) or name, *arm, *typed])}"
 
 
 def _from_here(sheet: str | None) -> str | None:

@@ -3,6 +3,7 @@
 STORE/runs/ID/                a run's folder, `Record`; ID is the hash of its recipe
 STORE/experiments/NAME.json   the plan: which cells an experiment wants, and which run answers each
 STORE/studies/NAME.json       the record of a study (core/store/study_record.py)
+STORE/ledger.jsonl            what was asked before the runs, and what was said after them (core/store/ledger.py)
 """
 
 import os

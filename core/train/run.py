@@ -15,7 +15,7 @@ from ablab.core.errors import Diverged, ParentDiverged, Pruned
 from ablab.core.fusion.places import places
 from ablab.core.language.written import dump
 from ablab.core.model.cost import cost_of
-from ablab.core.recipe.recipe import Recipe, plain, run_id
+from ablab.core.recipe.recipe import SCHEMA, Recipe, identity_of, plain, run_id
 from ablab.core.runtime.fingerprint import code_fingerprint
 from ablab.core.runtime.runtime import Runtime, Settled, environment, settle
 from ablab.core.store.files import write_atomically
@@ -57,7 +57,9 @@ def run(
     service = places(recipe, settled)
     kernels: dict[str, str] = {place: one.why for place, one in service.items()}
     how = {"runtime": asdict(settled), "kernels": kernels, "environment": environment()}
-    record.begin(dump(plain(recipe)), {**about, **how, "size": size_of(recipe)}, warn)
+    identity = {"schema": SCHEMA, "plugins": identity_of(recipe)["plugins"]}
+    told = {**about, **how, "size": size_of(recipe), "identity": identity}
+    record.begin(dump(plain(recipe)), told, warn)
     for place, one in service.items():
         if one.flaw:
             warn(f"the {place} kernel cannot serve this recipe: {one.why}")

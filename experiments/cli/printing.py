@@ -94,9 +94,11 @@ def _kernels(runtime: "Runtime", recipe: "Recipe") -> None:
 
 
 # -- verdicts ----------------------------------------------------------------------------------------------------------
-def show_outcome(store: Store, name: str, outcome: "Outcome", as_json: bool) -> None:
-    """The report after `ablab run`; that every run diverged or failed is an answer too."""
-    done = {"outcome": asdict(outcome)}
+def show_outcome(
+    store: Store, name: str, outcome: "Outcome", as_json: bool, more: dict[str, Any] = {}
+) -> None:
+    """The report after `ablab run`; that every run diverged or failed is an answer too.  more: what else JSON says."""
+    done = {"outcome": asdict(outcome), **more}
     try:
         show_report(store, name, as_json, done)
     except UserError as lacking:

@@ -1,8 +1,8 @@
 """`ablab run`, `ablab study` and `ablab report`: train what is missing, and say what came of it."""
 
 import json
-from dataclasses import asdict
-from typing import Annotated
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,12 @@ from ablab.experiments.cli.options import (
     Quiet,
     Where,
 )
+
+if TYPE_CHECKING:
+    from ablab.core.store.store import Store
+    from ablab.experiments.plan.experiment import Experiment, PlannedRun
+    from ablab.experiments.run.pool import Outcome
+    from ablab.experiments.run.progress import Watcher
 
 STUDY = (
     "Tune each arm of an experiment over its study's space, confirm the winners on other seeds, and report.  "
@@ -41,6 +47,17 @@ def run(
     seeds: Annotated[
         str | None, typer.Option(help="such as 0-4 or 0,3,7 (the experiment's)")
     ] = None,
+    until_decided: Annotated[
+        bool,
+        typer.Option(
+            "--until-decided",
+            help="look at 3, 5 and 8 seeds, and add seeds to undecided arms alone; needs --budget",
+        ),
+    ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="of training for --until-decided, all runs together: 90m, 4h, 2d"),
+    ] = None,
     jobs: Jobs = None,
     mlflow: Annotated[bool, typer.Option(help="show the runs in MLflow")] = True,
     run_inert: Annotated[
@@ -58,7 +75,13 @@ def run(
     from ablab.experiments.plan.selection import chosen
 
     where = store_of(store)
+    hours = _hours(until_decided, budget, seeds, only)
     experiment, runs = prepare(name, overrides, plugins, where, seeds)
+    if hours:
+        from ablab.experiments.run.sequential import with_looks
+
+        experiment = with_looks(experiment, hours)
+        runs = experiment.runs(experiment.stopping.seeds)
     if not runs:
         raise UserError(
             f"{experiment.name} names no seeds; write seeds: [0, 1, 2], or give --seeds 0-2"
@@ -73,30 +96,102 @@ def run(
         return show_forecast(found)
     from ablab.experiments.cli.printing import show_in_mlflow, show_outcome
     from ablab.experiments.run.progress import watcher
-    from ablab.experiments.run.runner import execute
 
     watching = watcher(experiment.sheet.metric.name, quiet or as_json)
+    train = Training(where, watching, jobs, folders_of(plugins), mlflow, run_inert)
     try:
         for note in notes_on_design(experiment.factors, experiment.infeasible):
             watching.say(f"design: {note}")
-        outcome = execute(
-            experiment,
-            where,
-            runs,
-            watching,
-            jobs,
-            folders_of(plugins),
-            mlflow,
-            run_inert,
-            picked,
-        )
+        if hours:
+            outcome, look = train.until_decided(experiment)
+        else:
+            outcome, look = train.all_at_once(experiment, runs, picked), {}
     finally:
         watching.close()
+<<<<<<< HEAD
     show_outcome(where, experiment.name, outcome, as_json)
     if mlflow:
         show_in_mlflow(where, experiment.name)
+=======
+    show_outcome(where, experiment.name, outcome, as_json, look)
+>>>>>>> plan
     if outcome.failed:
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the runs of one command are trained, whichever they are."""
+
+    store: "Store"
+    watcher: "Watcher"
+    jobs: int | None
+    plugins: list[str]
+    mlflow: bool
+    run_inert: bool
+
+    def __call__(
+        self,
+        experiment: "Experiment",
+        runs: "list[PlannedRun]",
+        only: "list[PlannedRun] | None" = None,
+    ) -> "Outcome":
+        from ablab.experiments.run.runner import execute
+
+        return execute(
+            experiment,
+            self.store,
+            runs,
+            self.watcher,
+            self.jobs,
+            self.plugins,
+            self.mlflow,
+            self.run_inert,
+            only,
+        )
+
+    def all_at_once(
+        self, experiment: "Experiment", runs: "list[PlannedRun]", only: "list[PlannedRun]"
+    ) -> "Outcome":
+        from ablab.experiments.run.verdicts import note_final_verdicts
+
+        outcome = self(experiment, runs, only)
+        note_final_verdicts(self.store, experiment.name, outcome, self.watcher.say)
+        return outcome
+
+    def until_decided(self, experiment: "Experiment") -> "tuple[Outcome, dict[str, Any]]":
+        """Also what JSON says of the looks."""
+        from ablab.experiments.run.sequential import Looking
+
+        looked = Looking(experiment, self.store, self.watcher, self.jobs, self).until_decided()
+        if looked.stopped:
+            self.watcher.say(looked.stopped)
+        told = {
+            "seeds": looked.seeds,
+            "undecided": looked.undecided,
+            "stopped": looked.stopped,
+        }
+        return looked.outcome, {"look": told}
+
+
+def _hours(
+    until_decided: bool, budget: str | None, seeds: str | None, only: list[str] | None
+) -> float | None:
+    """What the looks may spend; None where all seeds are wanted at once.  Raises UserError for words that clash."""
+    from ablab.experiments.run.sequential import hours_of
+
+    if not until_decided:
+        if budget:
+            raise UserError("--budget is what --until-decided may spend; give both, or neither")
+        return None
+    if budget is None:
+        raise UserError(
+            "--until-decided adds seeds until its arms are decided; say what it may spend: --budget 4h"
+        )
+    if seeds or only:
+        flag = "--seeds" if seeds else "--only"
+        raise UserError(f"--until-decided chooses cells and seeds itself; drop {flag}")
+    return hours_of(budget)
 
 
 def study(

@@ -11,6 +11,7 @@ from ablab.core.recipe.edit import diff
 from ablab.core.recipe.load import blaming
 from ablab.core.recipe.recipe import Recipe, plain, run_id
 from ablab.core.store.planned import CATALOG, Factors
+from ablab.core.store.registration import Stopping
 from ablab.experiments.plan.feasible import buildable
 from ablab.experiments.plan.overrides import Overrides
 from ablab.experiments.plan.sheets import Sheet, catalog, find_sheet, read_sheet
@@ -63,6 +64,7 @@ class Experiment:
     # What the design says of its cells besides, and of those that cannot be built: ablations/designs/cell.py:Layout.
     factors: Factors | None = field(default=None, kw_only=True)
     infeasible: dict[str, str] = field(default_factory=dict, kw_only=True)
+    stopping: Stopping = field(default=Stopping(), kw_only=True)
 
     @property
     def base(self) -> Recipe:

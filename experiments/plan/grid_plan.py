@@ -32,6 +32,7 @@ def grid_plan_of(experiment: Experiment, runs: Sequence[PlannedRun]) -> GridPlan
         factors=experiment.factors,
         infeasible=experiment.infeasible,
         equivalence=sheet.equivalence,
+        looks=list(experiment.stopping.looks),
     )
 
 
@@ -57,7 +58,8 @@ def merged_plan(
         return found.get(row.cell, noted.get(row.run, ""))
 
     rows = [replace(row, note=note_of(row)) for row in plan.rows + kept]
-    return replace(plan, rows=rows, trunks=_trunks(experiment, [*runs, *still]))
+    trunks = _trunks(experiment, [*runs, *still])
+    return replace(plan, rows=rows, trunks=trunks, registered=old.registered if old else "")
 
 
 def _still_wanted(

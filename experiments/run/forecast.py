@@ -48,6 +48,7 @@ class Forecast:
     flops: int
     seconds: float
     rate: str  # "measured" or "guessed"
+    device_seconds: float = 0.0  # of one device that does all that is missing
     factors: Factors | None = None  # of a crossed design
     infeasible: dict[str, str] = field(default_factory=dict)  # cell -> why it cannot be built
 
@@ -79,6 +80,7 @@ def forecast(
         flops=flops_to_do,
         seconds=flops_to_do / rate / workers,
         rate="measured" if measured else "guessed",
+        device_seconds=flops_to_do / rate,
         factors=experiment.factors,
         infeasible=experiment.infeasible,
     )

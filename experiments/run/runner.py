@@ -17,6 +17,7 @@ from ablab.experiments.plan.grid_plan import merged_plan
 from ablab.experiments.run.gate import Gate
 from ablab.experiments.run.pool import Outcome, Pool
 from ablab.experiments.run.progress import Watcher
+from ablab.experiments.run.registering import registered
 from ablab.experiments.run.succession import check_parents, needed, once
 from ablab.experiments.track.trackers import trackers_for
 
@@ -47,7 +48,8 @@ def execute(
             watcher.say(line)
         total = len(done) + len(missing)
         watcher.planned(total, len(done), min(pool.jobs, len(missing)))
-        desired = DesiredState(experiment, store, runs, claims, watcher.say)
+        entry = registered(experiment, store, runs, watcher.say) if missing else ""
+        desired = DesiredState(experiment, store, runs, claims, watcher.say, entry)
         plan = desired.write(all_alive=run_inert)
         pool.trackers = trackers_for(store, plan, watcher.say) if mlflow else None
         gate = None
@@ -68,6 +70,7 @@ class DesiredState:
     runs: list[PlannedRun]  # all that the plan shall name
     missing: list[PlannedRun]  # those that train now, for each cell that has them
     say: Callable[[str], None]
+    registered: str  # hash of the ledger's entry; "" where nothing trains, and the plan keeps the one it has
     inert: dict[str, str] = field(default_factory=dict)  # cell -> reference
 
     def write(self, all_alive: bool) -> GridPlan:
@@ -85,11 +88,11 @@ class DesiredState:
         self._write({run.cell: self.inert.get(run.cell, "") for run in self.missing})
 
     def _write(self, judged: Mapping[str, str]) -> GridPlan:
-        return self.store.change_plan(
-            self.experiment.name,
-            lambda old: merged_plan(self.experiment, self.runs, old, judged),
-            self.say,
-        )
+        def change(old: GridPlan | None) -> GridPlan:
+            plan = merged_plan(self.experiment, self.runs, old, judged)
+            return replace(plan, registered=self.registered or plan.registered)
+
+        return self.store.change_plan(self.experiment.name, change, self.say)
 
 
 def unheeded(asked: Runtime, results: Mapping[str, Result]) -> dict[str, str]:
