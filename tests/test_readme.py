@@ -43,16 +43,12 @@ COMMANDS = {
     "ablab study lr_width_tiny": SMALL,
     "ablab study lr_width_70m": HELP,
     "ablab report loo_70m": HELP,
-<<<<<<< HEAD
     "ablab export-hf RUN --out DIR": HELP,
     "ablab import-hf DIR --out NEW": HELP,
     'ablab generate RUN --prompt "The cat"': HELP,
     "ablab convert smollm2 DIR --width 1152 --n-heads 18 --out NEW": HELP,
     "ablab bench decode": HELP,
     "ablab runs": WRITTEN,
-=======
-    "ablab runs": HELP,
->>>>>>> plan
     "ablab rm": HELP,
     "ablab export": HELP,
     "ablab sync": WRITTEN,

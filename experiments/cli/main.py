@@ -15,31 +15,20 @@ import typer
 from ablab.core.errors import UserError, one_line, told
 from ablab.experiments.cli import (
     bench,
-<<<<<<< HEAD
+    challenge,
     check,
     data,
     look,
     models,
     new,
-    stored,
-    view,
-    watch,
-    work,
-)
-=======
-    challenge,
-    check,
-    data,
-    look,
-    new,
     planner,
     stored,
     view,
+    watch,
     why,
     work,
 )
 from ablab.experiments.cli.arms import TakesArms
->>>>>>> plan
 
 INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # refusals of a disk that name no file
@@ -83,13 +72,10 @@ app.command()(look.show)
 app.command()(work.run)
 app.command(help=work.STUDY)(work.study)
 app.command()(work.report)
-<<<<<<< HEAD
 app.command()(watch.watch)
-=======
 app.command()(planner.plan)
 app.command(cls=TakesArms)(challenge.challenge)
 app.command(cls=TakesArms)(why.why)
->>>>>>> plan
 app.command()(stored.runs)
 app.command()(stored.rm)
 app.command()(stored.export)

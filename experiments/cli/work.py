@@ -108,13 +108,9 @@ def run(
             outcome, look = train.all_at_once(experiment, runs, picked), {}
     finally:
         watching.close()
-<<<<<<< HEAD
-    show_outcome(where, experiment.name, outcome, as_json)
+    show_outcome(where, experiment.name, outcome, as_json, look)
     if mlflow:
         show_in_mlflow(where, experiment.name)
-=======
-    show_outcome(where, experiment.name, outcome, as_json, look)
->>>>>>> plan
     if outcome.failed:
         raise typer.Exit(1)
 
