@@ -45,28 +45,36 @@ class Text:
 
 
 def effect_of(arm, reference, metric=METRIC):
-    return token_effect(
-        [sums_of(one, metric) for one in arm], [sums_of(one, metric) for one in reference]
-    )
+    ours = [sums_of(one, metric) for one in arm]
+    theirs = [sums_of(one, metric) for one in reference]
+    return token_effect(ours, theirs)
+
+
+def mean_nats(runs):
+    return np.mean([run.nats.astype(float) for run in runs], axis=0).ravel()
 
 
 def regression(arm, reference, metric):
     """Weighted least squares of each token's difference on a constant, with errors clustered by document."""
-    ours = np.mean([one.nats.astype(float) for one in arm], axis=0).ravel()
-    theirs = np.mean([one.nats.astype(float) for one in reference], axis=0).ravel()
-    sizes = arm[0].bytes.ravel() * LN2 if metric == METRIC else np.ones(ours.shape)
+    apart = mean_nats(arm) - mean_nats(reference)
+    sizes = np.ones(apart.shape)
+    if metric == METRIC:
+        sizes = LN2 * arm[0].bytes.ravel()
     counted = sizes > 0
     weight = sizes[counted]
-    y = (ours - theirs)[counted] / weight
+    y = apart[counted] / weight
     cluster = arm[0].document.ravel()[counted]
     x = np.ones((len(y), 1))
-    bread = np.linalg.inv(x.T @ (weight[:, None] * x))
-    beta = bread @ (x.T @ (weight * y))
-    scores = x * (weight * (y - x @ beta))[:, None]
+    weighted = weight[:, None] * x
+    bread = np.linalg.inv(x.T @ weighted)
+    beta = bread @ (weighted.T @ y)
+    residuals = y - x @ beta
+    scores = weighted * residuals[:, None]
     groups = np.unique(cluster)
     sums = np.array([scores[cluster == group].sum(axis=0) for group in groups])
+    meat = sums.T @ sums
     count = len(groups)
-    covariance = bread @ (sums.T @ sums) @ bread * count / (count - 1)
+    covariance = bread @ meat @ bread * count / (count - 1)
     return beta[0], math.sqrt(covariance[0, 0]), count, int(counted.sum())
 
 
@@ -80,7 +88,14 @@ def test_it_is_the_clustered_regression_of_the_tokens(metric, seed, runs, docume
     delta, se, count, tokens = regression(arm, reference, metric)
     assert found.delta == pytest.approx(delta, abs=1e-12)
     assert found.se == pytest.approx(se, rel=1e-9)
-    assert (found.documents, found.tokens) == (count, tokens)
+    assert found.documents == count
+    assert found.tokens == tokens
+
+
+def token_by_token(run: HeldOut) -> HeldOut:
+    """As if each token were a document."""
+    count = run.document.size
+    return replace(run, document=np.arange(count).reshape(run.document.shape))
 
 
 def test_it_tells_how_far_the_delta_lies_apart_on_other_texts():
@@ -90,12 +105,11 @@ def test_it_tells_how_far_the_delta_lies_apart_on_other_texts():
     naive = []
     for seed in range(300):
         text = Text(seed)
-        arm, reference = [text.read(0.05)], [text.read()]
-        found = effect_of(arm, reference)
-        alone = [
-            replace(one, document=np.arange(960).reshape(30, 32)) for one in (*arm, *reference)
-        ]
-        naive.append(effect_of(alone[:1], alone[1:]).se)
+        arm = text.read(0.05)
+        reference = text.read()
+        found = effect_of([arm], [reference])
+        apart = effect_of([token_by_token(arm)], [token_by_token(reference)])
+        naive.append(apart.se)
         deltas.append(found.delta)
         errors.append(found.se)
     spread = np.std(deltas)
@@ -167,52 +181,56 @@ def experiment(lab):
 def token_effects(lab):
     runs = frame.load(lab.store, lab.name)
     tokens = TokenEffects(lab.store, runs, METRIC)
-    return {effect.cell: effect for effect in tokens.added(measure(runs, METRIC))}, tokens
+    measured = tokens.added(measure(runs, METRIC))
+    return {effect.cell: effect for effect in measured}, tokens
+
+
+def losses_of(lab, cell):
+    records = [lab.store.run(row.run) for row in lab.rows if row.cell == cell]
+    return [record.held_out(record.result().held_out) for record in records]
 
 
 def test_each_arm_has_that_of_the_runs_behind_its_delta(experiment):
     effects, tokens = token_effects(experiment)
     assert effects["full"].tokens is None
     assert not tokens.damages
+    reference = losses_of(experiment, "full")
     for cell in ("- muon", "- gating"):
-        records = {
-            name: [experiment.store.run(row.run) for row in experiment.rows if row.cell == name]
-            for name in (cell, "full")
-        }
-        read_again = {
-            name: [record.held_out(record.result().held_out) for record in those]
-            for name, those in records.items()
-        }
-        assert effects[cell].tokens == effect_of(read_again[cell], read_again["full"])
-        assert effects[cell].token_error == effects[cell].tokens.se
+        tokens = effects[cell].tokens
+        assert tokens == effect_of(losses_of(experiment, cell), reference)
+        assert effects[cell].token_error == tokens.se
 
 
 def test_the_report_shows_it_beside_the_error_over_seeds(experiment):
-    rows = {row["arm"]: row for row in table(read(experiment.store, experiment.name).effects)}
+    report = read(experiment.store, experiment.name)
+    rows = {row["arm"]: row for row in table(report.effects)}
     effects, _ = token_effects(experiment)
     for cell in ("- muon", "- gating"):
-        assert rows[cell]["SE seeds"] == f"{effects[cell].interval.standard_error:.4f}"
-        assert rows[cell]["SE tokens"] == f"{effects[cell].tokens.se:.4f}"
+        effect = effects[cell]
+        assert rows[cell]["SE seeds"] == f"{effect.seed_error:.4f}"
+        assert rows[cell]["SE tokens"] == f"{effect.token_error:.4f}"
     assert rows["full"]["SE tokens"] == "–"
 
 
 def test_losses_that_were_lost_or_changed_are_said_once_and_cost_only_the_arms_that_need_them(
     experiment,
 ):
-    [lost] = [row for row in experiment.rows if row.cell == "- muon" and row.pair == 1]
-    experiment.store.run(lost.run).held_out_path.write_bytes(b"PK")
-    report = read(experiment.store, experiment.name)
-    tokens = {effect.cell: effect.token_error for effect in report.effects}
-    assert tokens["- muon"] is None and tokens["- gating"] > 0
-    [said] = [one for one in report.warnings if "held_out.npz" in one]
-    assert said.startswith(f"`- muon`, seed {lost.seed}: ") and lost.run in said
-    experiment.store.run(lost.run).held_out_path.unlink()
-    assert [one for one in read(experiment.store, experiment.name).warnings if "lost" in one]
+    muon = [row for row in experiment.rows if row.cell == "- muon"]
+    path = experiment.store.run(muon[1].run).held_out_path
+    for damage in (lambda: path.write_bytes(b"PK"), path.unlink):
+        damage()
+        report = read(experiment.store, experiment.name)
+        errors = {effect.cell: effect.token_error for effect in report.effects}
+        assert errors["- muon"] is None and errors["- gating"] > 0
+        [said] = [one for one in report.warnings if "held_out.npz" in one]
+        assert said.startswith("`- muon`, seed 1: ")
+        assert str(path) in said
 
 
 def test_runs_of_before_have_none_and_nothing_is_said(lab):
     lab.metric = METRIC
-    lab.cell("full", [1.0, 1.1, 1.2], reference=None).cell("- muon", [1.05, 1.16, 1.24])
+    lab.cell("full", [1.0, 1.1, 1.2], reference=None)
+    lab.cell("- muon", [1.05, 1.16, 1.24])
     lab.write()
     effects, tokens = token_effects(lab)
     assert effects["- muon"].tokens is None and not tokens.damages
