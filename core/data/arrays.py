@@ -49,10 +49,14 @@ def array_files(paths: Iterable[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         found = _in_folder(path) if path.is_dir() else [path]
         if not found:
-            raise UserError(f"no arrays in {path}; name a folder of {', '.join(SUFFIXES)} files")
+            raise UserError(
+                f"no arrays in {path}; name a folder of {', '.join(SUFFIXES)} files"
+            )
         for file in found:
             if not file.is_file():
-                raise UserError(f"no array {file}; name a file or a folder of {', '.join(SUFFIXES)}")
+                raise UserError(
+                    f"no array {file}; name a file or a folder of {', '.join(SUFFIXES)}"
+                )
             if file.suffix not in SUFFIXES:
                 raise UserError(f"{file}: unknown suffix; known: {', '.join(SUFFIXES)}")
             files.setdefault(file.resolve(), file)
@@ -80,9 +84,7 @@ def fill(out: Path, arrays: Arrays, codec: Codec) -> Meta:
             "name another end with --end-of-text, or hold arrays out with --val"
         )
     contents = _contents(arrays, codec)
-    return assemble(
-        contents, codec, Told(out.name), out, tail, documents, arrays.shard_tokens
-    )
+    return assemble(contents, codec, Told(out.name), out, tail, documents, arrays.shard_tokens)
 
 
 def _contents(arrays: Arrays, codec: Codec) -> Iterator[Content]:
@@ -143,7 +145,7 @@ def _read(file: Path, arrays: Arrays, codec: Codec) -> "tuple[ndarray, ndarray |
         elif file.suffix == ".npz":
             with numpy.load(file, allow_pickle=False) as packed:
                 ids = packed["values"]
-                offsets = packed["offsets"] if "offsets" in packed else None
+                offsets = packed.get("offsets")
         else:
             ids = numpy.load(file, mmap_mode="r", allow_pickle=False)
             beside = file.with_name(f"{OFFSETS}{file.name}")

@@ -112,10 +112,9 @@ def assemble(
                 content.held_out | (numbers >= documents - tail) if tail else content.held_out
             )
             of_ids = numpy.repeat(held_out, content.tokens)
-            for side, documents_in, ids_in in (
-                ("train", ~held_out, ~of_ids),
-                ("val", held_out, of_ids),
-            ):
+            for side in SIDES:
+                documents_in = held_out if side == "val" else ~held_out
+                ids_in = of_ids if side == "val" else ~of_ids
                 size = int(content.bytes[documents_in].sum())
                 sides[side].add(content.ids[ids_in], content.tokens[documents_in], size)
     finally:

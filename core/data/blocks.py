@@ -22,7 +22,7 @@ from typing import IO, Any
 from ablab.core.data.formats import UNREADABLE, Unpacked, format_of, packing, told_unreadable
 from ablab.core.errors import UserError
 
-BLOCK = 8_000_000  # bytes of a block, about; a document is never cut
+BLOCK = 4_000_000  # bytes of a block, about; a document is never cut
 LINES = "lines"
 PARAGRAPHS = "paragraphs"
 BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ablab.core.data.documents import documents
+from ablab.core.data.folder import Meta
 from ablab.core.data.words import Words, splitting_of
 from ablab.core.errors import UserError
 from ablab.core.store.files import write_atomically
@@ -120,6 +121,34 @@ class Codec:
         self.told: dict[str, Any] = json.loads(self.tokenizer.to_str())
         splitting = splitting_of(self.told)
         self.words = Words(self, splitting) if splitting else None
+
+    @classmethod
+    def of_folder(cls, folder: Path, meta: Meta) -> "Codec":
+        """The tokenizer that a token folder was made by.  Raises UserError where it is not there, or another."""
+        from tokenizers import Tokenizer
+
+        path = folder / "tokenizer.json"
+        try:
+            end = Tokenizer.from_file(str(path)).id_to_token(meta.end_of_text)
+        except Exception as flaw:  # the library raises bare Exception
+            raise UserError(
+                f"cannot read the tokenizer {path}: {flaw}; copy it there"
+            ) from None
+        codec = cls(path, end or END)
+        if codec.vocab != meta.vocab:
+            raise UserError(
+                f"{path} has {codec.vocab} ids, but the tokens beside it are of {meta.vocab}; restore it"
+            )
+        return codec
+
+    def shown(self, ids: list[int]) -> str:
+        """The text of ids; special ones as they are written."""
+        pieces = []
+        for number in ids:
+            special = not self.spelling[number]
+            written = self.tokenizer.id_to_token(number) if special else ""
+            pieces.append((written or "").encode() or self.spelling[number])
+        return b"".join(pieces).decode(errors="replace")
 
     def _other_ends(self, end: str) -> str:
         """What may have been meant."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ablab.core.data import assembly, blocks
+from ablab.core.data.arrays import Arrays, fill
 from ablab.core.data.assembly import Told, assemble
 from ablab.core.data.blocks import Block, Reading, cut
 from ablab.core.data.codec import END, Codec, train_tokenizer
@@ -29,6 +30,7 @@ from ablab.core.data.folder import (
     load_verified,
     verify,
 )
+from ablab.core.data.formats import packing
 from ablab.core.data.hub import HUB, HubText
 from ablab.core.data.parts import Content, Named, Part, Work, content_of, finished
 from ablab.core.data.workers import encoded
@@ -51,6 +53,7 @@ __all__ = [
 ]
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
+UNPACKED = 4  # times the size of a packed file, about
 HELD_OUT = 0.01  # fraction of documents, when no validation text is named
 Paths = Iterable[str | Path]
 HoldOut = Literal["hash", "tail"]
@@ -179,6 +182,27 @@ def _fill_embedded(
     filling.fill(progress or no_progress, pinned)
 
 
+def import_arrays(arrays: Arrays, tokenizer: Path, out: Path) -> Meta:
+    """Fill the token folder `out` from tokens that were made elsewhere, in one step.
+
+    Raises UserError: `out` exists, whatever `arrays.fill` and `Codec` refuse, a full disk.
+    """
+    codec = Codec(tokenizer, arrays.end_of_text)
+    with _alone(out):
+        if out.exists():
+            raise UserError(f"{out} exists already; delete it or choose another --name")
+        partial = out.with_name(f".{out.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        folder = partial / out.name
+        folder.mkdir(parents=True)
+        try:
+            meta = fill(folder, arrays, codec)
+            folder.rename(out)
+            return meta
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class Text:
     """One file, or one data set of the Hub.  mark: changes with its contents."""
@@ -284,10 +308,20 @@ class Filling:
 
     def _encode(self, progress: Progress) -> None:
         files = [partial(self._open_blocks, number) for number in range(len(self.texts))]
-        for part, named in encoded(files, self.work, self.settings.jobs):
+        for part, named in encoded(files, self.work, self._jobs()):
             self._note(part, named.block.done)
             self._check_skipped()
             progress(self._done())
+
+    def _jobs(self) -> int:
+        """No more processes than there are blocks, about: each takes a second to begin."""
+        size = sum(
+            text.size * (UNPACKED if packing(text.path) else 1) for _, text in self.texts
+        )
+        named = any(not text.size for _, text in self.texts)  # a data set of unknown size
+        return (
+            self.settings.jobs if named else min(self.settings.jobs, size // blocks.BLOCK + 1)
+        )
 
     def _open_blocks(self, number: int) -> Iterator[Named]:
         """The blocks of a text that are not done."""
@@ -385,6 +419,7 @@ def _alone(folder: Path) -> Iterator[None]:
 def _holds(lock: "FileLock", path: Path) -> bool:
     """Whether the file that is locked is the one that others find."""
     try:
-        return os.path.samestat(os.fstat(lock._context.lock_file_fd), path.stat())  # noqa: SLF001
-    except (OSError, TypeError):
+        held = lock._context.lock_file_fd
+        return held is not None and os.path.samestat(os.fstat(held), path.stat())
+    except OSError:
         return False

@@ -76,6 +76,12 @@ def passed_over(paths: Iterable[str | Path]) -> list[Path]:
     return [file for folder in folders for file in _visible(folder) if not format_of(file)]
 
 
+def whole_texts(paths: Iterable[str | Path]) -> list[Path]:
+    """The .txt files among `paths`, each of which is one document as long as nothing parts it."""
+    files = [file for path in map(Path, paths) for file in _files_of(path)]
+    return [file for file in files if format_of(file) == ".txt"]
+
+
 def identity(file: Path) -> Identity:
     """Equal for two names of one file.  Raises UserError: nothing there, a link to nothing."""
     try:

@@ -1,10 +1,13 @@
 """Data sets and tokenizers of the Hugging Face Hub, by name: from the local cache or the network."""
 
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from ablab.core.data.blocks import Block
 from ablab.core.errors import UserError
@@ -54,6 +57,10 @@ class HubText:
                 f"{HUB}{self.name} needs the package `datasets`: pip install 'ablab[datasets]', "
                 "or fetch its Parquet files and name their folder"
             ) from None
+        if not Path(self.name).exists() and not _reachable():
+            raise UserError(
+                f"cannot load the data set {self.name!r}: the Hub cannot be reached; name files or a folder"
+            )
         try:
             return load_dataset(self.name, self.config, split=self.split, streaming=True)
         except Exception as flaw:  # of the library, the network and the file formats below it
@@ -77,7 +84,7 @@ def tokenizer_file(named: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(named, "tokenizer.json", etag_timeout=5))
+        return Path(hf_hub_download(named, "tokenizer.json", local_files_only=not _reachable()))
     except LocalEntryNotFoundError:
         why = "it is not in the local cache, and the Hub cannot be reached"
     except (
@@ -88,6 +95,19 @@ def tokenizer_file(named: str) -> Path:
         f"no tokenizer {named!r}: no file or folder, and of the Hub: {why}; "
         "give a tokenizer.json or a folder that holds one"
     )
+
+
+def _reachable() -> bool:
+    """Whether the Hub's name is known here; the library would try for 23 s before it says so."""
+    from huggingface_hub.constants import ENDPOINT
+
+    if getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _of_folder(folder: Path) -> Path:

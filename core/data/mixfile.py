@@ -56,7 +56,9 @@ def read_mix(path: Path) -> MixFile:
         weights = {source: count for source, count in told.items() if source != "epochs"}
         tokens = None
     if not isinstance(weights, Mapping):
-        raise UserError(f"{path}: weights must be a mapping of sources to numbers, not {weights!r:.60}")
+        raise UserError(
+            f"{path}: weights must be a mapping of sources to numbers, not {weights!r:.60}"
+        )
     try:
         Shares(weights)
     except UserError as flaw:
@@ -91,7 +93,9 @@ def _json(path: Path) -> dict[str, Any]:
     except OSError as refusal:
         raise UserError(f"cannot read {path}: {refusal.strerror}; name a file") from None
     except (ValueError, RecursionError) as flaw:
-        raise UserError(f"{path} is no mix: {flaw!s:.120}; write {{source: tokens, ...}}") from None
+        raise UserError(
+            f"{path} is no mix: {flaw!s:.120}; write {{source: tokens, ...}}"
+        ) from None
     if not isinstance(told, dict):
         raise UserError(f"{path} must hold a mapping of sources to tokens, not {told!r:.40}")
     return told
@@ -106,7 +110,9 @@ def portions(mix: MixFile, store_data: Path, tokens: int | None = None) -> list[
     for source, name in names.items():
         others = [other for other in names if names[other] == name and other != source]
         if others:
-            raise UserError(f"{mix.path}: {source} and {others[0]} are one source, {name}; drop one")
+            raise UserError(
+                f"{mix.path}: {source} and {others[0]} are one source, {name}; drop one"
+            )
     weights = {names[source]: weight for source, weight in mix.weights.items()}
     shares = Shares(weights)
     total = tokens or mix.tokens

@@ -13,12 +13,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from numpy import ndarray
-
-    from ablab.core.data.codec import Codec
+    from numpy import dtype, ndarray
 
 WORD = re.compile(r"\s*\S+|\s+")
 # White space for Python, and none for the pattern.
@@ -69,10 +67,22 @@ def splitting_of(told: dict[str, Any]) -> Splitting | None:
     return None
 
 
+class Library(Protocol):
+    """What is asked of a tokenizer.  file_dtype: of ids; token_bytes: the bytes of each id, [vocab]."""
+
+    end: int
+    file_dtype: "dtype"
+    token_bytes: "ndarray"
+
+    def ids_of(self, texts: list[str]) -> list[list[int]]: ...
+
+    def spell(self, ids: Iterable[int]) -> bytes: ...
+
+
 class Table:
     """Text -> its ids, in arrays, so that a million look-ups are one gather."""
 
-    def __init__(self, codec: "Codec"):
+    def __init__(self, codec: Library):
         import numpy
 
         self.number: dict[str, int] = {}  # text -> its place in the arrays
@@ -110,7 +120,7 @@ class Table:
 class Words:
     """The words of text, found in a table; filled by the library, piece by piece."""
 
-    def __init__(self, codec: "Codec", splitting: Splitting):
+    def __init__(self, codec: Library, splitting: Splitting):
         self.codec = codec
         self.splitting = splitting
         (self.between,) = codec.ids_of([BETWEEN])

@@ -110,7 +110,9 @@ def test_a_fresh_digest_believes_no_cache(folder, later):
     """A disk that forgets leaves size, times and inode as they were."""
     known_digest(folder, "uint16")
     overwrite(folder)
-    forged = json.loads((folder / CACHE).read_bytes()) | {"files": contents._marks(folder, contents.BINS)}
+    forged = json.loads((folder / CACHE).read_bytes()) | {
+        "files": contents._marks(folder, contents.BINS)
+    }
     (folder / CACHE).write_text(json.dumps(forged))
     contents._known.clear()
     assert known_digest(folder, "uint16") != digest_of(folder, "uint16")
