@@ -5,12 +5,16 @@ bytes of a token are its characters.  A character of three bytes may be split be
 the text is the bytes of its tokens joined.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from os.path import commonprefix
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ablab.core.data.documents import documents
+from ablab.core.data.folder import Meta
+from ablab.core.data.words import Words, splitting_of
 from ablab.core.errors import UserError
 from ablab.core.store.files import write_atomically
 
@@ -29,14 +33,17 @@ def train_tokenizer(
     vocab: int,
     max_bytes: int | None = None,
     field: str = "text",
+    split: str | None = None,
 ) -> int:
     """Train a byte-level BPE of `vocab` ids in all, `<|endoftext|>` being id 0, on the first `max_bytes` of text.
 
     Returns the bytes read.  The same text gives the same file.
-    Raises UserError: vocab below 257 or beyond MOST_IDS, or text too short to yield that many ids.
+    Raises UserError: `out` exists, vocab below 257 or beyond MOST_IDS, or text too short to yield that many ids.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    if Path(out).exists():
+        raise UserError(f"{out} exists already; delete it or choose another --out")
     if vocab < BYTES_AND_END:
         raise UserError(
             f"vocab={vocab} is too small: 256 bytes and {END} take {BYTES_AND_END} ids; try 4096"
@@ -52,7 +59,7 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = _Metered(documents(paths, field), max_bytes)
+    texts = _Metered(documents(paths, field, split), max_bytes)
     tokenizer.train_from_iterator(texts, trainer)
     got = tokenizer.get_vocab_size()
     if got < vocab:
@@ -83,8 +90,8 @@ class _Metered:
 class Codec:
     """A tokenizer that accounts for every byte: ids, their dtype, and the bytes of each id."""
 
-    def __init__(self, path: Path):
-        """Raises UserError: unreadable, no end of text, or not byte-level."""
+    def __init__(self, path: Path, end: str = END):
+        """end: the special token that ends a document.  Raises UserError: unreadable, no such token, not byte-level."""
         import numpy
         from tokenizers import Tokenizer
 
@@ -95,13 +102,14 @@ class Codec:
             raise UserError(
                 f"cannot read the tokenizer {path}: {flaw}; train one with `ablab data train-tokenizer`"
             ) from None
-        end = self.tokenizer.token_to_id(END)
+        number = self.tokenizer.token_to_id(end)
         self.spelling = self._spelling()
-        if end is None or self.spelling[end]:
+        if number is None or self.spelling[number]:
             raise UserError(
-                f"{path} has no token {END} that is special, to end each document; add it as a special token"
+                f"{path} has no token {end} that is special, to end each document; add it as a special token"
+                f"{self._other_ends(end)}"
             )
-        self.end: int = end
+        self.end: int = number
         # "<|endoftext|>" inside a document is text, not an end.
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
@@ -110,6 +118,52 @@ class Codec:
         self.vocab = len(self.token_bytes)
         self.dtype: Literal["uint16", "uint32"] = "uint16" if self.vocab <= 65_536 else "uint32"
         self.file_dtype = numpy.dtype(self.dtype).newbyteorder("<")
+        self.told: dict[str, Any] = json.loads(self.tokenizer.to_str())
+        splitting = splitting_of(self.told)
+        self.words = Words(self, splitting) if splitting else None
+
+    @classmethod
+    def of_folder(cls, folder: Path, meta: Meta) -> "Codec":
+        """The tokenizer that a token folder was made by.  Raises UserError where it is not there, or another."""
+        from tokenizers import Tokenizer
+
+        path = folder / "tokenizer.json"
+        try:
+            end = Tokenizer.from_file(str(path)).id_to_token(meta.end_of_text)
+        except Exception as flaw:  # the library raises bare Exception
+            raise UserError(
+                f"cannot read the tokenizer {path}: {flaw}; copy it there"
+            ) from None
+        codec = cls(path, end or END)
+        if codec.vocab != meta.vocab:
+            raise UserError(
+                f"{path} has {codec.vocab} ids, but the tokens beside it are of {meta.vocab}; restore it"
+            )
+        return codec
+
+    def shown(self, ids: list[int]) -> str:
+        """The text of ids; special ones as they are written."""
+        pieces = []
+        for number in ids:
+            special = not self.spelling[number]
+            written = self.tokenizer.id_to_token(number) if special else ""
+            pieces.append((written or "").encode() or self.spelling[number])
+        return b"".join(pieces).decode(errors="replace")
+
+    def _other_ends(self, end: str) -> str:
+        """What may have been meant."""
+        special = [
+            token.content for token in self.tokenizer.get_added_tokens_decoder().values()
+        ]
+        ends = [
+            token for token in special if token != end and ("end" in token or "/s" in token)
+        ]
+        return f", or name another with --end-of-text: {', '.join(ends[:3])}" if ends else ""
+
+    @property
+    def digest(self) -> str:
+        """First 16 hex digits of sha256 over what decides ids; how its JSON is written does not matter."""
+        return rules_digest(self.told)
 
     def _spelling(self) -> list[bytes]:
         """The bytes of each id, none for special ones.  An added token is plain text, any other byte-level."""
@@ -137,18 +191,28 @@ class Codec:
         """
         import numpy
 
-        encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        rows = []
-        size = 0
-        for text, found in zip(texts, encoded, strict=True):
-            ids = found.ids
-            size += self._check_spelt(text.encode(), ids)
-            rows.append(numpy.array([*ids, self.end], self.file_dtype))
+        size = sum(len(text.encode()) for text in texts)
+        if self.words and (found := self.words.encode(texts)) is not None:
+            return found, size
+        rows = [self.encode_plainly(text) for text in texts]
         return numpy.concatenate(rows), size
 
-    def _check_spelt(self, text: bytes, ids: list[int]) -> int:
-        """The bytes of the text, which the ids spell."""
-        spelt = b"".join(map(self.spelling.__getitem__, ids))
+    def encode_plainly(self, text: str) -> "ndarray":
+        """Ids of one text by the library alone, and the end of text."""
+        import numpy
+
+        (ids,) = self.ids_of([text])
+        self._check_spelt(text.encode(), ids)
+        return numpy.array([*ids, self.end], self.file_dtype)
+
+    def ids_of(self, texts: list[str]) -> list[list[int]]:
+        """By the library, without any end."""
+        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [one.ids for one in encoded]
+
+    def _check_spelt(self, text: bytes, ids: list[int]) -> None:
+        """Refuse ids that spell another text."""
+        spelt = self.spell(ids)
         if spelt != text:
             first = len(commonprefix([text, spelt]))
             was = text[first : first + 10]
@@ -158,7 +222,18 @@ class Codec:
                 f"{len(text)} bytes became {len(spelt)}; "
                 "use byte-level BPE without normalizer, prefix space or unknown token"
             )
-        return len(text)
+
+    def spell(self, ids: Iterable[int]) -> bytes:
+        """The bytes that ids stand for."""
+        return b"".join(map(self.spelling.__getitem__, ids))
+
+
+def rules_digest(told: dict[str, Any]) -> str:
+    """Of a tokenizer.json, as data: equal where the same text becomes the same ids."""
+    rules = {
+        key: told.get(key) for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")
+    }
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def alphabet() -> dict[str, int]:

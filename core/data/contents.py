@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from ablab.core.errors import UserError
 from ablab.core.store.files import write_atomically
 
 CACHE = ".verified.json"
-BINS = ("train.bin", "val.bin")
+Bins = tuple[
+    tuple[str, ...], tuple[str, ...]
+]  # files of the training and of the validation side, in order
+BINS: Bins = (("train.bin",), ("val.bin",))
 TABLE = "token_bytes.npy"
 CLOCK_TICK = 2.0  # seconds: the coarsest file time in use, FAT's.  A file written twice within it has one time.
 
@@ -23,8 +27,10 @@ CLOCK_TICK = 2.0  # seconds: the coarsest file time in use, FAT's.  A file writt
 _known: dict[Path, dict[str, Any]] = {}
 
 
-def digest_of(folder: Path, dtype: str) -> str:
-    """First 16 hex digits of sha256 over dtype, train.bin, val.bin and token bytes, each bin led by its length.
+def digest_of(folder: Path, dtype: str, bins: Bins = BINS) -> str:
+    """First 16 hex digits of sha256 over dtype, training tokens, validation tokens and token bytes.
+
+    Either side is led by its length in bytes; in how many files it lies does not matter.
 
     Raises UserError: a file that cannot be read.
     """
@@ -32,11 +38,13 @@ def digest_of(folder: Path, dtype: str) -> str:
 
     digest = hashlib.sha256(dtype.encode())
     try:
-        for name in BINS:
-            with open(folder / name, "rb") as file:
-                digest.update((folder / name).stat().st_size.to_bytes(8, "little"))
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
+        for names in bins:
+            size = sum((folder / name).stat().st_size for name in names)
+            digest.update(size.to_bytes(8, "little"))
+            for name in names:
+                with open(folder / name, "rb") as file:
+                    while chunk := file.read(1 << 20):
+                        digest.update(chunk)
         lengths = numpy.load(folder / TABLE, allow_pickle=False)
     except (OSError, ValueError) as flaw:
         raise UserError(
@@ -46,21 +54,21 @@ def digest_of(folder: Path, dtype: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def known_digest(folder: Path, dtype: str) -> str:
+def known_digest(folder: Path, dtype: str, bins: Bins = BINS) -> str:
     """`digest_of`, read from the cache while size, times and inode of every file are those that were hashed."""
-    now = {"dtype": dtype, "files": _marks(folder)}
+    now = {"dtype": dtype, "files": _marks(folder, bins)}
     for cached in (_known.get(folder.absolute()), _cached(folder)):
         if cached and {key: cached.get(key) for key in now} == now:
             return str(cached["digest"])
-    return fresh_digest(folder, dtype)
+    return fresh_digest(folder, dtype, bins)
 
 
-def fresh_digest(folder: Path, dtype: str) -> str:
+def fresh_digest(folder: Path, dtype: str, bins: Bins = BINS) -> str:
     """`digest_of`, always from the bytes; the cache is renewed."""
     started = time.time()
-    files = _marks(folder)
-    digest = digest_of(folder, dtype)
-    if _marks(folder) != files:
+    files = _marks(folder, bins)
+    digest = digest_of(folder, dtype, bins)
+    if _marks(folder, bins) != files:
         raise UserError(f"{folder} is being written; wait for it, then run the command again")
     newest = max(mark["changed"] for mark in files.values()) / 1e9
     if newest < started - CLOCK_TICK:
@@ -71,10 +79,10 @@ def fresh_digest(folder: Path, dtype: str) -> str:
     return digest
 
 
-def _marks(folder: Path) -> dict[str, dict[str, int]]:
+def _marks(folder: Path, bins: Bins) -> dict[str, dict[str, int]]:
     """File -> what tells that it is the one that was hashed.  No program can set `changed`, unlike `written`."""
     marks = {}
-    for name in (*BINS, TABLE):
+    for name in (*chain.from_iterable(bins), TABLE):
         status = (folder / name).stat()
         marks[name] = {
             "bytes": status.st_size,

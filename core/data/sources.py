@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ablab.core.data.codec import rules_digest
 from ablab.core.data.corpus import Meta, check_meta, load_verified
 from ablab.core.data.mixture import check_epochs, digest_of_data
 from ablab.core.errors import UserError
@@ -87,8 +88,7 @@ def _rules(folder: Path) -> str:
         told: dict[str, Any] = json.loads((folder / "tokenizer.json").read_bytes())
     except (OSError, ValueError):
         return ""
-    rules = {key: told.get(key) for key in ("model", "pre_tokenizer", "added_tokens")}
-    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+    return rules_digest(told)
 
 
 def _check_once(sources: list[Source]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ablab.core.data.folder import Meta, Side
 from ablab.core.data.mixture import Shares
 from ablab.core.data.sources import Source, opened, windows_in
 from ablab.core.errors import UserError
@@ -120,8 +121,8 @@ class SourceTokens:
         self.folder = source.folder
         self.context = context
         self.seed = seed
-        self.train = Mapped(source.folder / "train.bin", meta.dtype, meta.train_tokens)
-        self.held_out = Mapped(source.folder / "val.bin", meta.dtype, meta.val_tokens)
+        self.train = Mapped(source.folder, meta, "train")
+        self.held_out = Mapped(source.folder, meta, "val")
         self.windows = windows_in(meta, context)  # an epoch
         self.end_of_text = meta.end_of_text
         self.held_out_starts = spread_rows(meta.val_tokens, context, held_out_rows)
@@ -154,10 +155,42 @@ def spread_rows(tokens: int, context: int, wanted: int) -> list[int]:
 
 
 class Mapped:
-    """A file of ids in memory as far as it is read: what it gave is what stood there when it was opened.
+    """The tokens of one side in memory as far as they are read: what it gave is what stood there when it was opened.
 
-    A file that is replaced or deleted meanwhile is read to the end; one that is written over is refused.
+    A shard that is replaced or deleted meanwhile is read to the end; one that is written over is refused.
     """
+
+    def __init__(self, folder: Path, meta: Meta, side: Side):
+        self.shards = [
+            MappedFile(folder / file, meta.dtype, tokens)
+            for file, tokens in meta.files(side).items()
+        ]
+        self.begins = np.cumsum([0] + [shard.length for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self.begins[-1])
+
+    def take(self, starts: list[int], count: int) -> np.ndarray:
+        """ids [starts, count], copied.  Raises UserError if a file was written over since it was opened."""
+        if len(self.shards) == 1:
+            return self.shards[0].take(starts, count)
+        return np.stack([self._run(start, count) for start in starts])
+
+    def _run(self, start: int, count: int) -> np.ndarray:
+        """Tokens in a row, across shards."""
+        found: list[np.ndarray] = []
+        number = int(np.searchsorted(self.begins, start, side="right")) - 1
+        while count:
+            shard = self.shards[number]
+            first = start - int(self.begins[number])
+            taken = min(count, shard.length - first)
+            found.append(shard.take([first], taken)[0])
+            start, count, number = start + taken, count - taken, number + 1
+        return np.concatenate(found)
+
+
+class MappedFile:
+    """A file of ids."""
 
     def __init__(self, path: Path, dtype: str, length: int):
         self.path = path
@@ -165,9 +198,6 @@ class Mapped:
         self.file = open(path, "rb")  # noqa: SIM115  closed with the last reference
         self.ids = np.memmap(self.file, dtype=dtype, mode="r")
         self.opened = self._written()
-
-    def __len__(self) -> int:
-        return self.length
 
     def take(self, starts: list[int], count: int) -> np.ndarray:
         """ids [starts, count], copied.  Raises UserError if the file was written over since it was opened."""

@@ -27,9 +27,9 @@ def hashed(monkeypatch):
     """The folders that were hashed, in order."""
     seen = []
 
-    def counted(folder, dtype):
+    def counted(folder, dtype, bins):
         seen.append(folder)
-        return digest_of(folder, dtype)
+        return digest_of(folder, dtype, bins)
 
     monkeypatch.setattr(contents, "digest_of", counted)
     monkeypatch.setattr(contents, "_known", {})
@@ -110,7 +110,9 @@ def test_a_fresh_digest_believes_no_cache(folder, later):
     """A disk that forgets leaves size, times and inode as they were."""
     known_digest(folder, "uint16")
     overwrite(folder)
-    forged = json.loads((folder / CACHE).read_bytes()) | {"files": contents._marks(folder)}
+    forged = json.loads((folder / CACHE).read_bytes()) | {
+        "files": contents._marks(folder, contents.BINS)
+    }
     (folder / CACHE).write_text(json.dumps(forged))
     contents._known.clear()
     assert known_digest(folder, "uint16") != digest_of(folder, "uint16")
