@@ -214,7 +214,9 @@ def files_cannot_grow(case: Case) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
 
-    case.begin(before=limit).end()  # with any code: its own words go into a file, which cannot grow either
+    case.begin(
+        before=limit
+    ).end()  # with any code: its own words go into a file, which cannot grow either
 
 
 @kind(12, name="disk full at a write")

@@ -260,7 +260,7 @@ def of_tokens(lab: Lab) -> Left:
 
 
 def difference(one: Left, other: Left, forgiven: str = "") -> str:
-    """The first things in which they differ, in a line; empty where they do not.  forgiven: may differ if it ends so."""
+    """The first things in which they differ, in a line; empty where they do not.  forgiven: what ends so may differ."""
     compared = [key for key in one | other if not (forgiven and key.endswith(forgiven))]
     differing = [key for key in compared if one.get(key) != other.get(key)]
     told = [
