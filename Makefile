@@ -22,6 +22,14 @@ lint: $(VENV)/.ready-test .types/ablab
 	mkdir -p .types
 	ln -s .. .types/ablab
 
+# Hundreds of faults, each survived without a loss; 5,000 odd inputs, each answered in a line.
+faults: $(VENV)/.ready-test
+	$(BIN)/python tests/faults/campaign.py
+
+inputs: $(VENV)/.ready-test
+	$(BIN)/python -m pytest tests/experiments/cli/test_any_input.py tests/experiments/cli/test_any_record.py \
+		--hypothesis-profile=thorough --timeout=3600 -n 2
+
 # Known flaws of what is installed, where PyPI's data can be reached.
 audit: $(VENV)/.ready-test
 	.ci/audit
@@ -57,4 +65,4 @@ lock: $(READY)
 clean:
 	rm -rf $(VENV) ablab-store build dist *.egg-info
 
-.PHONY: demo test lint audit lock clean
+.PHONY: demo test lint faults inputs audit lock clean

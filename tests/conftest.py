@@ -23,9 +23,11 @@ from ablab.core.data.contents import digest_of
 
 VOCAB, SPECIAL = 64, 0
 discover()
-# --hypothesis-profile=fresh draws other examples in each run, `repeatable` the same ones until a test changes.
+# --hypothesis-profile=fresh draws other examples in each run, `repeatable` the same ones until a test changes;
+# `thorough` draws more of them.
 settings.register_profile("fresh", deadline=None)
 settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("thorough", deadline=None, max_examples=500)
 settings.load_profile("repeatable")
 
 

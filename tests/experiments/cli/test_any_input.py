@@ -1,27 +1,27 @@
-"""Whatever is typed or stands in a file: an answer, or one line and exit code 2, in less than two seconds of a core."""
+"""Whatever is typed or stands in a file: an answer, or one line and exit code 2, in less than two seconds of a core.
 
+`make inputs` draws 5,000 of them, other ones each time.
+"""
+
+import gzip
 import io
 import json
-import time
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ablab.core.errors import LONGEST_LINE
 from ablab.core.language.parse import fields_of, parse, paths_of
 from ablab.core.language.written import read
 from ablab.core.recipe.recipe import Recipe, run_id
 from ablab.core.runtime.runtime import Runtime
 from ablab.experiments.plan.sheets import Sheet, StudySheet
 
-SECONDS = 2.0
-EXAMPLES = 100
-# `ablab` calls the command anew for each example, and holds nothing between two; a busy machine draws slowly.
-many = settings(
-    max_examples=EXAMPLES,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+sys.path.append(str(Path(__file__).parent))
+from odd import JSON, ODD, TEXTS, WRITTEN, changed, many, sheet  # noqa: E402
 
 PATHS = [
     *paths_of(Recipe),
@@ -36,84 +36,6 @@ PATHS = [
     "a..b",
     "",
 ]
-ODD = [
-    "010",
-    "1:30:00",
-    "2026-01-02",
-    "6e12345678901234",
-    "99999999999",
-    "-1",
-    "1" * 5000,
-    "1e308",
-    "-1e-308",
-    ".inf",
-    ".nan",
-    "null",
-    "",
-    "yes",
-    "!!int x",
-    "!!binary x",
-    "!!map [a]",
-    "&a [*a]",
-    "*a",
-    "{[a]: b}",
-    "{? {a: b} : c}",
-    "{1: 2}",
-    "{kind: [a]}",
-    "{kind: {}}",
-    "[{}]",
-    "[[]]",
-    "{<<: 3}",
-    "[010, 011]",
-    '"a\\0b"',
-    '"\\e[31m"',
-    '"a\\nb"',
-    "\udcff",
-    "é" * 300,
-    "[" * 20_000,
-    "{a: " * 20_000,
-    "x" * 90_000,
-    "[" + "x, " * 30_000 + "]",
-]
-WRITTEN = (
-    st.sampled_from(ODD)
-    | st.integers(-(10**20), 10**20).map(str)
-    | st.floats().map(str)
-    | st.text(st.characters(exclude_characters="\0"), max_size=12)
-)
-
-
-@pytest.fixture
-def said(lab, ablab):
-    """A function: what `ablab WORDS` answers, having checked how."""
-    (lab.root / "good.yaml").write_text(sheet())
-    for words in (("show",), ("run", "--dry-run")):
-        ablab(*words, "good.yaml")  # imports torch, once
-
-    def say(*words: str):
-        began = time.process_time()
-        ended = ablab(*words)
-        seconds = time.process_time() - began
-        assert ended.code in (0, 2), ended
-        assert "Traceback" not in ended.err
-        assert seconds < SECONDS, (seconds, ended)
-        if ended.code == 2:
-            assert ended.err.startswith("error: ") and ended.err.count("\n") == 1, ended.err
-            assert len(ended.err) <= LONGEST_LINE + 20
-            ended.err.encode()
-        return ended
-
-    return say
-
-
-def sheet(**keys: str) -> str:
-    usual = {
-        "question": "q",
-        "base": "[base, mini]",
-        "with": "[qk_norm]",
-        "runtime": "{device: cpu}",
-    }
-    return "".join(f"{key}: {value}\n" for key, value in (usual | keys).items())
 
 
 @many
@@ -252,3 +174,52 @@ def test_a_vocabulary_that_no_memory_holds_is_refused(lab, said):
     ended = said(*words, "99999999999")
     assert ended.code == 2
     assert "vocab=99999999999 is too large" in ended.err
+
+
+LINES = (
+    st.binary(max_size=40)
+    | TEXTS.map(lambda text: json.dumps({"text": text}).encode())
+    | WRITTEN.map(lambda text: text.encode(errors="replace"))
+    | st.sampled_from([b'{"text": 3}', b'{"text": "a", "text": "b"}', b"[]", b'{"txt": "a"}'])
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(lab) -> dict:
+    """A byte-level one of 257 ids."""
+    from ablab.core.data.codec import train_tokenizer
+
+    (lab.root / "one.txt").write_text("text")
+    train_tokenizer([lab.root / "one.txt"], lab.root / "bytes.json", 257)
+    return json.loads((lab.root / "bytes.json").read_text())
+
+
+def tokenized(lab, said, text: str, tokenizer: str) -> None:
+    words = ("data", "tokenize", text, "--tokenizer", tokenizer, "--val-fraction", "0.5")
+    said(*words, "--name", "made", "--store", str(lab.store))
+    shutil.rmtree(lab.store / "data" / "made", ignore_errors=True)
+
+
+@many
+@given(
+    lines=st.lists(LINES, max_size=5),
+    suffix=st.sampled_from([".jsonl", ".NDJSON", ".json", ".txt", ".jsonl.gz", ".txt.xz"]),
+    packed=st.booleans(),
+)
+def test_any_text(lab, said, tokenizer, lines, suffix, packed):
+    content = b"\n".join(lines)
+    path = lab.root / f"any{suffix}"
+    path.write_bytes(gzip.compress(content) if packed else content)
+    try:
+        tokenized(lab, said, path.name, "bytes.json")
+    finally:
+        path.unlink()
+
+
+@many
+@given(at=st.floats(0, 1), value=JSON | st.sampled_from(ODD))
+def test_any_tokenizer(lab, said, tokenizer, at, value):
+    odd = json.dumps(changed(tokenizer, at, value))
+    (lab.root / "odd.json").write_bytes(odd.encode(errors="surrogatepass"))
+    (lab.root / "two.jsonl").write_text('{"text": "one"}\n{"text": "another <|endoftext|>"}\n')
+    tokenized(lab, said, "two.jsonl", "odd.json")

@@ -2,15 +2,10 @@
 
 import importlib.util
 import json
-import os
-import pwd
-import shutil
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from glob import glob
 from pathlib import Path
 
 import pytest
@@ -18,76 +13,17 @@ import pytest
 from ablab.core.errors import UserError
 from ablab.experiments.tune.storage import open_storage
 
-sys.path.append(str(Path(__file__).parent))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "faults")]
 import valley  # noqa: E402
+from postgres import Postgres, free_port, lacking  # noqa: E402
 
-BINARIES = max(
-    glob("/usr/lib/postgresql/*/bin"),
-    default=str(Path(shutil.which("initdb") or "/nowhere/initdb").parent),
-)
 BLOCK = {"sampler": "tpe", "trials_per_cell": 8}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Postgres:
-    """A server of our own, on 127.0.0.1, with a password; initdb refuses root, so root hands over to `nobody`."""
-
-    def __init__(self, root: Path):
-        self.folder, self.port = root / "data", free_port()
-        self.user = (
-            {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": []}
-            if os.getuid() == 0
-            else {}
-        )
-        secret = root / "secret"
-        secret.write_text("se:cret")
-        for place in (root, secret):
-            if self.user:
-                shutil.chown(place, "nobody")
-        self._call(
-            "initdb",
-            "-D",
-            self.folder,
-            "-U",
-            "ablab",
-            "--auth=scram-sha-256",
-            f"--pwfile={secret}",
-            "--no-sync",
-        )
-        self.log = root / "log"
-        self.start()
-        self.url = f"postgresql+psycopg2://ablab:se%3Acret@127.0.0.1:{self.port}/postgres"
-
-    def start(self) -> None:
-        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
-        self._call("pg_ctl", "-D", self.folder, "-w", "-l", self.log, "-o", options, "start")
-
-    def _call(self, name: str, *words) -> None:
-        pipes = {
-            "stdin": subprocess.DEVNULL,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.STDOUT,
-        }
-        done = subprocess.run(
-            [f"{BINARIES}/{name}", *map(str, words)], cwd="/", **pipes, **self.user
-        )
-        assert done.returncode == 0, done.stdout
-
-    def stop(self) -> None:
-        self._call("pg_ctl", "-D", self.folder, "-m", "immediate", "stop")
 
 
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory):
-    if not Path(BINARIES, "initdb").exists():
-        pytest.skip("PostgreSQL's initdb is not installed here")
-    if not importlib.util.find_spec("psycopg2"):
-        pytest.skip("needs psycopg2-binary")
+    if why := lacking():
+        pytest.skip(why)
     import tempfile
 
     with tempfile.TemporaryDirectory(

@@ -1,0 +1,45 @@
+"""What is asked of `ablab` with odd words and odd files, and how it must answer."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ablab.core.errors import LONGEST_LINE
+
+sys.path.append(str(Path(__file__).parent))
+from odd import sheet  # noqa: E402
+
+SECONDS = 2.0  # of a core
+
+
+@pytest.fixture
+def said(lab, ablab):
+    """A function: what `ablab WORDS` answers, having checked how."""
+    (lab.root / "good.yaml").write_text(sheet())
+    for words in (("show",), ("run", "--dry-run")):
+        ablab(*words, "good.yaml")  # imports torch, once
+
+    def say(*words: str):
+        outside = names_outside(lab)
+        began = time.process_time()
+        ended = ablab(*words)
+        seconds = time.process_time() - began
+        assert names_outside(lab) == outside
+        assert ended.code in (0, 2), ended
+        assert "Traceback" not in ended.err
+        assert seconds < SECONDS, (seconds, ended)
+        if ended.code == 2:
+            assert ended.err.startswith("error: ") and ended.err.count("\n") == 1, ended.err
+            assert len(ended.err) <= LONGEST_LINE + 20
+            ended.err.encode()
+        return ended
+
+    return say
+
+
+def names_outside(lab) -> list[str]:
+    """Of what stands beside the store, and beside the folder in which commands are given."""
+    return sorted([*os.listdir(lab.root), *os.listdir(lab.root.parent), *os.listdir("/")])
