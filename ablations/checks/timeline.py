@@ -50,7 +50,8 @@ def _constants(recipe: Recipe) -> tuple[object, ...]:
     Which run that is does not count: its own trace says whether it is alive.
     """
     data = recipe.data
-    tokens = data.digest or data.name, sorted(data.mix.items()), data.held_out
+    read = data.digest or data.name, sorted(data.mix.items()), data.replacement
+    tokens = *read, data.held_out
     taken = replace(recipe.before, run="")
     return *tokens, recipe.seed, _shapes(recipe.batches), taken
 

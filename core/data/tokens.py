@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ablab.core.data.folder import Meta, Side
 from ablab.core.data.mixture import Shares
 from ablab.core.data.sources import Source, opened, windows_in
 from ablab.core.errors import UserError
-from ablab.core.recipe.recipe import Recipe
+from ablab.core.recipe.recipe import Data, Recipe
 
 
 class Tokens:
@@ -34,7 +34,7 @@ class Tokens:
         sources = opened(recipe, folder)
         # All sources alike, whatever their shares: arms that differ in shares are measured on the same tokens.
         rows = data.held_out // len(sources) // data.context
-        self.sources = [SourceTokens(one, data.context, recipe.seed, rows) for one in sources]
+        self.sources = [SourceTokens(one, data, recipe.seed, rows) for one in sources]
         self.shares = Shares(data.mix or {data.name: 1.0})
         self.held_out = [
             (source, start) for source in self.sources for start in source.held_out_starts
@@ -115,33 +115,52 @@ class Tokens:
 class SourceTokens:
     """One source: its files, the order of its windows, its held-out rows.  It knows of no other source."""
 
-    def __init__(self, source: Source, context: int, seed: int, held_out_rows: int):
-        meta = source.meta
+    def __init__(self, source: Source, data: Data, seed: int, held_out_rows: int):
+        meta, context = source.meta, data.context
         self.name = source.name
         self.folder = source.folder
         self.context = context
-        self.seed = seed
         self.train = Mapped(source.folder, meta, "train")
         self.held_out = Mapped(source.folder, meta, "val")
         self.windows = windows_in(meta, context)  # an epoch
         self.end_of_text = meta.end_of_text
         self.held_out_starts = spread_rows(meta.val_tokens, context, held_out_rows)
-        # A batch may straddle two epochs.
-        self._order = lru_cache(maxsize=2)(partial(_epoch, seed, self.windows, context))
+        # First token of a window, counted over the run from 0.
+        self.start: Callable[[int], int] = InTurn(seed, self.windows, context)
+        if data.replacement:
+            self.start = Anew(seed, meta.train_tokens - context)
 
     def held_out_documents(self) -> np.ndarray:
         """The document of the validation file that each held-out token to predict is in, int32 [rows, context]."""
         places = np.array(self.held_out_starts)[:, None] + np.arange(1, self.context + 1)
         return self.held_out.documents(places, self.end_of_text)
 
-    def start(self, window: int) -> int:
-        """First token of a window, counted over the run from 0.
 
-        Each epoch visits every window once, in its own order and at its own phase.
-        """
+class InTurn:
+    """Each epoch visits every window once, in its own order and at its own phase."""
+
+    def __init__(self, seed: int, windows: int, context: int):
+        self.windows = windows
+        self.context = context
+        # A batch may straddle two epochs.
+        self.order = lru_cache(maxsize=2)(partial(_epoch, seed, windows, context))
+
+    def __call__(self, window: int) -> int:
         epoch, position = divmod(window, self.windows)
-        order, phase = self._order(epoch)
+        order, phase = self.order(epoch)
         return phase + int(order[position]) * self.context
+
+
+class Anew:
+    """Each window begins at any token that leaves room for it, whatever was read before."""
+
+    def __init__(self, seed: int, places: int):
+        self.seed = seed
+        self.places = places
+
+    def __call__(self, window: int) -> int:
+        digest = hashlib.sha256(f"{self.seed}/data/window/{window}".encode()).digest()
+        return int.from_bytes(digest[:16], "big") % self.places
 
 
 def spread_rows(tokens: int, context: int, wanted: int) -> list[int]:

@@ -136,6 +136,7 @@ class Data:
     held_out: Whole = 1_000_000  # validation tokens, spread over the file; all of a shorter one
     mix: dict[str, Positive] = silent(factory=dict)  # token folder -> weight: tokens or shares
     epochs: Positive = silent(1.0)  # passes that a mix may take over any one of its sources
+    replacement: bool = silent(False)  # true: each window begins at any token, drawn anew
 
 
 @dataclass(frozen=True)

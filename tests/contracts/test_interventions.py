@@ -56,6 +56,7 @@ def spelt(variant) -> str:
     return name + "".join(f"-{field}={word}" for field, word in dose.items())
 
 
+ALREADY = {("tied_head", "tied")}  # an intervention, and a base that it leaves as it is
 every_intervention = pytest.mark.parametrize("name", sorted(REGISTRY))
 every_variant = pytest.mark.parametrize("variant", list(variants()), ids=spelt)
 every_base = pytest.mark.parametrize("base", BASES)
@@ -80,6 +81,8 @@ def arms_on(arms):
     """
 
     def of(variant, base: str) -> tuple[Recipe, Recipe]:
+        if (variant[0], base) in ALREADY:
+            pytest.skip("the base has it already")
         try:
             return arms(variant, **BASES[base])
         except UserError as refusal:
@@ -157,7 +160,8 @@ def test_shared_parameters_start_alike_and_batches_are_the_same(
 ):
     """A claim on the parametrization allows another scale for the same draws; one on data.shape, steps of other sizes.
 
-    Draws beyond a cut may be others.  Nothing else: the tokens are the same, and come in the same order.
+    Draws beyond a cut may be others, and so may windows drawn anew.  Nothing else: the tokens are the same, and come
+    in the same order.
     """
     off, on = arms(variant)
     assert on.budget == off.budget
@@ -178,6 +182,8 @@ def test_shared_parameters_start_alike_and_batches_are_the_same(
             torch.testing.assert_close(one, other * scale, rtol=1e-5, atol=0, msg=name)
     if on.data.shape == off.data.shape:
         assert on.steps == off.steps
+    if on.data.replacement != off.data.replacement:
+        return
     ours, theirs = tokens_in_order(on, token_folder), tokens_in_order(off, token_folder)
     common = min(len(ours), len(theirs))
     assert torch.equal(ours[:common], theirs[:common])
