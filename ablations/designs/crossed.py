@@ -13,8 +13,6 @@ from itertools import combinations, product
 from math import prod
 from typing import Literal
 
-import numpy as np
-
 from ablab.ablations.designs.cell import BASE, FULL, Cell, Layout
 from ablab.ablations.designs.one_at_a_time import without
 from ablab.core.errors import UserError
@@ -192,6 +190,8 @@ def _separable(
     names: Iterable[str], pairs: Iterable[Effect], levels: Mapping[str, Levels]
 ) -> list[Effect]:
     """The interactions that add to the rank of mean, factors and those before: where cells lack, not all of them do."""
+    import numpy as np  # here alone: showing a plain design loads nothing heavy
+
     columns = [_column(effect, levels) for effect in (MEAN, *((name,) for name in names))]
     rank = np.linalg.matrix_rank(np.array(columns))
     kept = []
