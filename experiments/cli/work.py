@@ -174,8 +174,6 @@ def _hours(
     until_decided: bool, budget: str | None, seeds: str | None, only: list[str] | None
 ) -> float | None:
     """What the looks may spend; None where all seeds are wanted at once.  Raises UserError for words that clash."""
-    from ablab.experiments.run.sequential import hours_of
-
     if not until_decided:
         if budget:
             raise UserError("--budget is what --until-decided may spend; give both, or neither")
@@ -187,6 +185,8 @@ def _hours(
     if seeds or only:
         flag = "--seeds" if seeds else "--only"
         raise UserError(f"--until-decided chooses cells and seeds itself; drop {flag}")
+    from ablab.experiments.run.sequential import hours_of
+
     return hours_of(budget)
 
 
