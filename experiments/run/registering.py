@@ -12,7 +12,11 @@ from ablab.experiments.plan.promise import promise_of
 def registered(
     experiment: Experiment, store: Store, runs: list[PlannedRun], say: Callable[[str], None]
 ) -> str:
-    """The hash of the entry that holds what is asked now.  Raises UserError where the ledger was edited."""
+    """The hash of the entry that holds what is asked now.
+
+    Raises UserError where the ledger was edited, and where the plan of that name is of another file.
+    """
+    store.check_owner(experiment.name, experiment.origin)
     promise = promise_of(experiment, runs, _seen(experiment, store, runs))
     return register(Ledger(store.root), experiment.name, promise, say)
 

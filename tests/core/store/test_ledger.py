@@ -4,7 +4,7 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ablab.core.errors import UserError
@@ -103,6 +103,7 @@ def test_lines_that_were_exchanged_are_named(tmp_path):
         ledger.entries()
 
 
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.integers(1, 255))
 def test_any_byte_of_a_whole_line_that_is_changed_is_seen(tmp_path_factory, place, change):
     ledger = filled(tmp_path_factory.mktemp("ledger"), entries=2)
@@ -116,6 +117,7 @@ def test_any_byte_of_a_whole_line_that_is_changed_is_seen(tmp_path_factory, plac
         assert "ledger.jsonl:" in str(said)
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 10_000))
 def test_a_crash_anywhere_in_a_line_loses_that_line_alone_and_the_next_writer_says_so(
     tmp_path_factory, cut

@@ -1,9 +1,15 @@
 """The ledger of a store, as `ablab run` leaves it."""
 
+from dataclasses import replace
+
+import pytest
+
+from ablab.core.errors import UserError
 from ablab.core.store.ledger import Ledger
 from ablab.core.store.result import Result
 from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import load
+from ablab.experiments.plan.grid_plan import grid_plan_of
 from ablab.experiments.run.registering import registered
 
 
@@ -15,10 +21,9 @@ def test_a_grid_is_registered_before_its_first_run_and_once_however_often_it_is_
     lab, ablab
 ):
     sheet = lab.sheet("asked", arms=["qk_norm"], seeds=[0])
-    dry = lab.run("run", sheet, "--dry-run")
-    assert dry.code == 0
+    assert ablab("run", sheet, "--dry-run").code == 0
     assert promises(lab, "asked") == []
-    assert lab.run("run", sheet, "--no-mlflow", "-q").code == 0
+    assert lab.run("run", sheet, "--no-mlflow", "-q", "--run-inert").code == 0
     (entry,) = Ledger(lab.store).entries("asked")[:1]
     assert entry.kind == "registered"
     rows = lab.plan("asked")
@@ -46,6 +51,19 @@ def test_a_promise_says_how_many_differences_could_be_read_when_it_was_made(lab,
     registered(experiment, store, runs, print)
     (entry,) = Ledger(store.root).entries("late")
     assert entry.content["seen"] == 2
+
+
+def test_a_file_whose_name_another_has_registers_nothing_under_it(lab, tmp_path):
+    store = Store(tmp_path)
+    mine = load(str(lab.root / lab.sheet("named", arms=["ema"])), {}, lambda data: "0" * 16)
+    registered(mine, store, mine.runs(), print)
+    store.write_plan(grid_plan_of(mine, mine.runs()))
+    other = replace(mine, origin=str(lab.root / lab.sheet("other", arms=["qk_norm"])))
+    with pytest.raises(
+        UserError, match="experiment 'named' in .* is that of .*named.yaml, not of"
+    ):
+        registered(other, store, other.runs([7]), print)
+    assert len(Ledger(store.root).entries()) == 1
 
 
 def test_nothing_is_trained_under_a_ledger_that_was_edited(lab, ablab):
