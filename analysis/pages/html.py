@@ -21,13 +21,17 @@ import numpy as np
 import pandas as pd
 
 from ablab.analysis.effects import frame
-from ablab.analysis.effects.effect import INERT, REFERENCE
+from ablab.analysis.effects.effect import INCONCLUSIVE, INERT, REFERENCE, TOO_FEW
+from ablab.analysis.effects.factorial import FactorEffect
 from ablab.analysis.pages.html_tables import (
     Table,
     costs,
+    factor_table,
     failures,
     provenance,
     run_list,
+    signed,
+    speedup_table,
     verdicts,
 )
 from ablab.analysis.pages.method import how_to_read
@@ -126,6 +130,8 @@ def main(page: Page) -> str:
             look=page.look,
             facts=_facts(report),
             verdicts=verdicts(report),
+            speedups=speedup_table(report, page.logged),
+            factors=factor_table(report),
             costs=costs(report, page.logged),
             failures=failures(report, live=bool(page.look)),
             sources=page.sources,
@@ -171,6 +177,7 @@ def data(page: Page) -> str:
         "cells": list(dict.fromkeys(row.cell for row in plan.rows)),
         "references": sorted({row.reference for row in plan.rows if row.reference}),
         "forest": _forest(report),
+        "interactions": _interactions(report),
         "curves": {},
         "units": {},
         "differences": [],
@@ -203,6 +210,28 @@ def _forest(report: Report) -> list[dict[str, Any]]:
         for effect in report.effects
         if effect.verdict != REFERENCE and effect.delta is not None
     ]
+
+
+def _interactions(report: Report) -> dict[str, Any] | None:
+    """A square of what pairs of factors do together; None for a design that tells no pair."""
+    pairs = {one.factors: one for one in report.crossed if len(one.factors) == 2}
+    names = list(dict.fromkeys(name for factors in pairs for name in factors))
+    if not names:
+        return None
+    z: list[list[float | None]] = []
+    text: list[list[str]] = []
+    for a in names:
+        cells = [pairs.get((a, b)) or pairs.get((b, a)) for b in names]
+        z.append([one.delta if one else None for one in cells])
+        text.append([_told(one) for one in cells])
+    return {"names": names, "z": z, "text": text}
+
+
+def _told(pair: FactorEffect | None) -> str:
+    if pair is None or pair.delta is None:
+        return ""
+    mark = "" if pair.word in (INCONCLUSIVE, TOO_FEW) else " *"
+    return signed(pair.delta) + mark
 
 
 def _lines(rows: pd.DataFrame) -> list[dict[str, Any]]:
@@ -290,10 +319,10 @@ def _with_code(text: str) -> str:
 
 
 def _breakable(text: str) -> str:
-    """A narrow column breaks a name behind its underscores and dots and before a bracket, not in numbers."""
+    """A narrow column breaks a name behind underscores, dots and commas and before a bracket, not in numbers."""
     from markupsafe import Markup, escape
 
-    places = r"((?<=[A-Za-z])[_.](?=\w)| (?=\())"
+    places = r"((?<=[A-Za-z])[_.](?=\w)| (?=\()|, )"
     return Markup(re.sub(places, r"\1<wbr>", str(escape(text))))  # noqa: S704 (escaped)
 
 

@@ -4,20 +4,22 @@ import base64
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from ablab.analysis.effects.effect import REFERENCE, Effect
 from ablab.analysis.effects.frame import INTERRUPTED, MISSING
 from ablab.analysis.effects.intervals import MODERATED_FROM
-from ablab.analysis.pages.report import Report, off
+from ablab.analysis.effects.speedup import FLOPS, SECONDS, TOKENS, Speedup, speedups
+from ablab.analysis.pages.report import Report, off, times
 from ablab.analysis.pages.text import NONE, number
 from ablab.core.store.record import Record
 from ablab.core.store.result import FINISHED
 from ablab.core.store.store import Store
 
 DATA = re.compile(r"^data:\n  name: (.*)\n  digest: (.*)$", re.MULTILINE)  # of recipe.yaml
+UNITS = (TOKENS, FLOPS, SECONDS)
 MOST_VALUES = 6  # of one fact of the provenance
 RECORDED = {
     "code": "code",
@@ -98,9 +100,12 @@ def verdicts(report: Report) -> Verdicts:
         Column("x reference", "num spare", "throughput over that of the reference"),
         Column("method", "spare"),
     ]
+    rows = [_verdict(report, effect) for effect in effects]
+    # A column in which nothing stands takes the room of one that says something.
+    said = [i for i in range(len(columns)) if any(row.cells[i].text != NONE for row in rows)]
     return Verdicts(
-        columns=columns,
-        rows=[_verdict(report, effect) for effect in effects],
+        columns=[columns[i] for i in said],
+        rows=[replace(row, cells=[row.cells[i] for i in said]) for row in rows],
         low=min([0.0, *known]),
         high=max([0.0, *known]),
         csv=csv_address(effects_frame(effects)),
@@ -179,6 +184,58 @@ def csv_address(table: pd.DataFrame) -> str:
     """A data: address under which a browser saves the table."""
     encoded = base64.b64encode(table.to_csv(index=False).encode()).decode()
     return f"data:text/csv;charset=utf-8;base64,{encoded}"
+
+
+# -- effects in compute, and of factors --------------------------------------------------------------------------------
+
+
+def speedup_table(report: Report, logged: pd.DataFrame) -> Table:
+    """A row an arm: how many times less it costs than its reference for the loss that both reach."""
+    found: dict[str, dict[str, Speedup]] = {}
+    plan = report.plan
+    if report.effects and len(logged) and plan.metric in logged:
+        for one in speedups(report.runs, logged, plan.metric, plan.better):
+            found.setdefault(one.cell, {})[one.unit] = one
+    columns = [Column("arm"), *(Column(f"in {unit}", "num") for unit in UNITS)]
+    rows = [
+        [Cell(cell), *(_times(units.get(unit)) for unit in UNITS)]
+        for cell, units in found.items()
+    ]
+    return Table(columns, rows)
+
+
+def _times(speedup: Speedup | None) -> Cell:
+    if speedup is None:
+        return Cell(NONE, kind="num")
+    return Cell(times(speedup), speedup.factor, "num wrap")
+
+
+def factor_table(report: Report) -> Table:
+    """A row a factor or a pair of factors, of a design that crosses them."""
+    columns = [
+        Column("factor"),
+        Column("verdict"),
+        Column("difference", "num"),
+        Column("95 % interval", "num"),
+        Column("p (Holm)", "num spare"),
+        Column("not told from", "spare"),
+    ]
+    rows = []
+    for one in report.crossed:
+        interval = NONE
+        if one.low is not None and one.high is not None:
+            interval = f"{signed(one.low)} to {signed(one.high)}"
+        rows.append(
+            [
+                Cell(one.term),
+                Cell(one.word),
+                Cell(NONE if one.delta is None else signed(one.delta), one.delta, "num"),
+                Cell(interval, one.low, "num wrap"),
+                Cell(number(one.p_adjusted, ".2g"), one.p_adjusted, "num spare"),
+                Cell(", ".join(one.aliases) or NONE, kind="spare"),
+            ]
+        )
+    return Table(columns, rows)
 
 
 # -- what it took ------------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def _report(store: Store, plan: GridPlan, runs: pd.DataFrame) -> report.Report:
     """The verdicts so far; without any where no run has finished."""
     if len(runs) and (runs.status == FINISHED).any():
         return report.read(store, plan.name, mixed=True)
-    return report.Report(plan, runs, effects=[], warnings=[], mixed=[])
+    return report.Report(plan, runs, effects=[], warnings=[], mixed=[], crossed=[])
 
 
 def _state(page: Page, version: str) -> State:

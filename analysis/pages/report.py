@@ -388,13 +388,13 @@ def _in_compute(report: Report, logged: pd.DataFrame) -> str:
     if not by_arm:
         return ""
     rows = [
-        {"arm": cell} | {unit: _times(told.get(unit)) for unit in (TOKENS, FLOPS, SECONDS)}
+        {"arm": cell} | {unit: times(told.get(unit)) for unit in (TOKENS, FLOPS, SECONDS)}
         for cell, told in by_arm.items()
     ]
     return f"## Effect in compute\n\n{IN_COMPUTE}\n\n{markdown_table(rows)}"
 
 
-def _times(speedup: Speedup | None) -> str:
+def times(speedup: Speedup | None) -> str:
     """A factor and its interval; one that was passed before the first evaluation is a bound."""
     if speedup is None:
         return NONE

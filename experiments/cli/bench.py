@@ -11,7 +11,7 @@ from ablab.experiments.cli.options import Plugins
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Measure on this machine: ablab's own cost, a study, a report, a step, decoding, the kernels, a grid.",
+    help="Measure on this machine: what ablab costs, a study, a report, a step, decoding, the kernels, a whole grid.",
 )
 
 Name = Annotated[

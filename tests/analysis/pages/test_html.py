@@ -1,6 +1,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 from ablab.analysis.effects import frame
 from ablab.analysis.pages import html, report
 from ablab.analysis.pages.html import rounded
+from ablab.core.store.planned import Factors
 
 FULL = [3.000, 3.001, 3.002]
 WITHOUT = [3.020, 3.022, 3.021]
@@ -127,6 +129,37 @@ def test_a_rounded_number_keeps_its_digits_and_no_others(value):
 
 def test_no_number_is_null():
     assert rounded(np.array([np.nan, np.inf, 1.0])) == [None, None, 1.0]
+
+
+def test_a_crossed_design_shows_its_factors_and_what_two_do_together(lab, tmp_path):
+    """Each alone lowers the loss by .1; both together by .05: the pair costs .15, of which half is the interaction."""
+    levels = {"base": (-1, -1), "+ a": (1, -1), "+ b": (-1, 1), "full": (1, 1)}
+    for (cell, _), value in zip(levels.items(), (3.0, 2.9, 2.9, 2.95), strict=True):
+        noise = (0.0, 0.001, -0.001, 0.0005)
+        lab.cell(cell, [value + one for one in noise], None if cell == "base" else "base")
+    factors = Factors(
+        names={"a": ["off", "on"], "b": ["off", "on"]},
+        levels={cell: dict(zip("ab", at, strict=True)) for cell, at in levels.items()},
+        interactions=[["a", "b"]],
+    )
+    store = lab.write()
+    store.write_plan(replace(store.read_plan("loo"), factors=factors))
+    found = report.read(store, "loo")
+    path = html.write(store, found, frame.curves(store, "loo"), tmp_path)
+    text = PACKED.sub("", path.read_text()).replace("<wbr>", "")
+    square = data(text)["interactions"]
+    assert square["names"] == ["a", "b"]
+    assert square["z"][0][1] == square["z"][1][0] == pytest.approx(0.075)
+    assert square["z"][0][0] is None
+    assert "<td>a x b</td>" in text.replace(' class=""', "")
+
+
+def test_the_effect_in_compute_is_a_row_an_arm(lab, tmp_path):
+    lab.cell("full", FULL, None, points=20)
+    lab.cell("- muon", WITHOUT, points=20)
+    section = page(lab, tmp_path).split('id="speedups"')[1].split("</section>")[0]
+    assert "- muon" in section
+    assert " x [" in section
 
 
 # In a browser.
