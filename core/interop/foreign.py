@@ -157,7 +157,8 @@ def _imu1(config: Config) -> list[str | dict[str, Any]]:
         scale = config.get("qk_scale", 1.0)
         treatment.append({"qk_norm": {"gain": "scalar", "eps": 1e-6, "scale": scale}})
     if config.get("attn_val_residual"):
-        treatment.append({"value_residual": {"form": "normalised"}})
+        mixed = {"form": "normalised", "first_layer": "mixed"}
+        treatment.append({"value_residual": mixed})
     if gate := config.get("attn_gating"):
         if gate not in GATES:
             raise UserError(f"config.json: attn_gating={gate!r} is none of {', '.join(GATES)}")

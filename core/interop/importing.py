@@ -45,7 +45,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 @dataclass(frozen=True)
 class Foreign:
-    """A model of the other side, as read.  done: what was changed on the way, a line each."""
+    """A model of the other side, as read."""
 
     recipe: Recipe
     tensors: Tensors  # under our names, in their dtypes
@@ -151,9 +151,8 @@ def _taken(
         if DTYPES[tensor.dtype] != usual
     }
     source = Source(str(path), form, usual, others, dict(config))
-    tensors, done = _first_mix_folded(tensors, recipe, layout)
     ours = taken(str(path), tensors, recipe, layout)
-    return Foreign(recipe, ours, replace(source, done=done))
+    return Foreign(recipe, ours, source)
 
 
 # -- IMU-1 -------------------------------------------------------------------------------------------------------------
@@ -208,33 +207,3 @@ def _released_config(path: Path, told_there: Any) -> dict[str, Any]:
         }
     except (KeyError, TypeError, msgspec.DecodeError) as flaw:
         raise UserError(f"{path}: its config lacks what a model needs: {told(flaw)}") from None
-
-
-def _first_mix_folded(
-    tensors: Tensors, recipe: Recipe, layout: Layout
-) -> tuple[Tensors, list[str]]:
-    """Without the value mix of the first block, where both values are the same; what was done, in words.
-
-    There V <- s (a + b) / sqrt(a^2 + b^2) V, for the block itself and for all that look back at it: a factor of the
-    rows that project V.  A factor of exactly 1 changes no bit.
-    """
-    mixed = "blocks.1.attention.on_values.value_residual.own"
-    if mixed not in weights.shapes_of(recipe):
-        return tensors, []
-    numbers = [
-        layout.theirs(f"blocks.0.attention.on_values.value_residual.{name}")[0]
-        for name in ("own", "first", "scale")
-    ]
-    if not tensors.keys() >= set(numbers):
-        return tensors, []
-    own, first, scale = (tensors[name].double().item() for name in numbers)
-    factor = scale * (own + first) / (own**2 + first**2) ** 0.5
-    kept = {name: value for name, value in tensors.items() if name not in numbers}
-    if factor == 1.0:
-        return kept, []
-    (qkv,) = layout.theirs("blocks.0.attention.qkv.weight")
-    rows = recipe.model.kv_heads * recipe.model.attention.head_dim
-    folded = kept[qkv].float().clone()
-    folded[-rows:] *= factor
-    said = f"the first block's value mix, a factor of {factor:.6g}, is in the rows that project its values"
-    return {**kept, qkv: folded}, [said]

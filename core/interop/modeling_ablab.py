@@ -138,21 +138,11 @@ class Attention(nn.Module):
         for stage in self.on_qk:
             q, k = stage(q, k)
         cos, sin = seen.turns[self.position]
-        q, k = turn(q, cos, sin), turn(k, cos, sin)
+        q = turn(q, cos, sin)
+        k = turn(k, cos, sin)
         for stage in self.on_values:
             v, carry = stage(v, carry)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if seen.cache is not None:
-            k, v = seen.cache.update(k, v, self.layer)
-        mask = seen.masks[self.window]
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and seen.causal,
-            enable_gqa=q.shape[1] != k.shape[1],
-        ).transpose(1, 2)
+        y = self.mix(seen, q, k, v)
         for stage in self.on_heads:
             y = stage(y, x)
         y = self.out(y.flatten(2))
@@ -160,12 +150,30 @@ class Attention(nn.Module):
             y = stage(y)
         return y, carry
 
+    def mix(self, seen: Seen, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q: [B,T,H,D]; k, v: [B,T,KV,D] of the new tokens -> [B,T,H,D]."""
+        q = q.transpose(1, 2)
+        k = k.transpose(1, 2)
+        v = v.transpose(1, 2)
+        if seen.cache is not None:
+            k, v = seen.cache.update(k, v, self.layer)
+        mask = seen.masks[self.window]
+        grouped = q.shape[1] != k.shape[1]
+        causal = mask is None and seen.causal
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
+        return y.transpose(1, 2)
+
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: [B,T,H,D]; cos, sin: [B,T,1,R/2].  Of the first R channels, i turns with i + R/2; the others stay."""
-    turning, still = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), dim=-1)
-    a, b = turning.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, still), dim=-1)
+    turning = 2 * cos.shape[-1]
+    still = x[..., turning:]
+    a, b = x[..., :turning].chunk(2, dim=-1)
+    one = a * cos - b * sin
+    other = b * cos + a * sin
+    return torch.cat((one, other, still), dim=-1)
 
 
 class FeedForward(nn.Module):
@@ -357,7 +365,9 @@ class AblabForCausalLM(PreTrainedModel, GenerationMixin):
         new = tokens.shape[1]
         place = torch.arange(before + new, device=tokens.device)
         if position_ids is None:
-            counted = place[None] if there is None else there.cumsum(1).sub(1).clamp(min=0)
+            counted = place[None]
+            if there is not None:
+                counted = (there.cumsum(1) - 1).clamp(min=0)
             position_ids = counted[:, before:]
         context = self.config.max_position_embeddings
         if before + new > context and position_ids.max() >= context:
@@ -378,7 +388,9 @@ class AblabForCausalLM(PreTrainedModel, GenerationMixin):
         if there is None:
             return visible[None, None]
         # a pad sees itself, for a softmax over nothing is not a number
-        return (visible & there[:, None] | (distance == 0))[:, None]
+        own = distance == 0
+        visible = visible & there[:, None] | own
+        return visible[:, None]
 
     def recalled(self, cache: Cache | None) -> Carry:
         """The carry as the tokens before left it."""

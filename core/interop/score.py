@@ -6,6 +6,7 @@ sorted by length and padded on the right, which no earlier token sees; the calle
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ablab.core.errors import UserError
 from ablab.core.interop.speaking import Speaker
+from ablab.core.model.objective import token_losses
 from ablab.core.store.store import Store
 
 
@@ -23,6 +25,13 @@ class Row:
 
     given: tuple[int, ...]
     scored: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.given) + len(self.scored)
+
+    def read(self, context: int) -> tuple[int, ...]:
+        """What a model reads of it: all but the last, and of a long one the last tokens."""
+        return (*self.given, *self.scored)[:-1][-context:]
 
 
 @dataclass(frozen=True)
@@ -80,13 +89,13 @@ class Batched:
     def scores(self, rows: Sequence[Row]) -> list[Score]:
         for row in rows:
             self._refuse(row)
-        order = sorted(range(len(rows)), key=lambda one: -_length(rows[one]))
+        order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
         found: dict[int, Score] = {}
         for first in range(0, len(order), self.batch):
-            chosen = order[first : first + self.batch]
-            scores = self._scored([rows[one] for one in chosen])
-            found.update(zip(chosen, scores, strict=True))
-        return [found[one] for one in range(len(rows))]
+            places = order[first : first + self.batch]
+            batch = Padded([rows[place] for place in places], self.context, self.device)
+            found.update(zip(places, self._scored(batch), strict=True))
+        return [found[place] for place in range(len(rows))]
 
     def _refuse(self, row: Row) -> None:
         if not row.given:
@@ -98,33 +107,42 @@ class Batched:
                 f"{len(row.scored)} tokens to score exceed the model's context of {self.context}"
             )
 
-    def _scored(self, rows: list[Row]) -> Iterator[Score]:
-        read = [(*row.given, *row.scored)[:-1][-self.context :] for row in rows]
-        lengths = torch.tensor([len(tokens) for tokens in read])
-        tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-        for row, ids in enumerate(read):
-            tokens[row, : len(ids)] = torch.tensor(ids)
-        counts = torch.tensor([len(row.scored) for row in rows])
-        numbers = torch.arange(len(rows)).repeat_interleave(counts)
-        targets = torch.tensor([one for row in rows for one in row.scored], dtype=torch.long)
-        nth = torch.cat([torch.arange(count) for count in counts.tolist()])
-        places = lengths[numbers] - counts[numbers] + nth
-        there = (numbers.to(self.device), places.to(self.device))
-        logits = self.logits_at(tokens.to(self.device), lengths.to(self.device), there).float()
-        targets = targets.to(self.device)
-        nats = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-        likeliest = logits.argmax(-1) == targets
-        pairs = zip(
-            nats.cpu().split(counts.tolist()),
-            likeliest.cpu().split(counts.tolist()),
-            strict=True,
-        )
-        for losses, hits in pairs:
-            yield Score(tuple(losses.tolist()), tuple(hits.tolist()))
+    def _scored(self, batch: "Padded") -> Iterator[Score]:
+        logits = self.logits_at(batch.tokens, batch.lengths, batch.places).float()
+        nats = token_losses(logits, batch.targets).cpu()
+        likeliest = (logits.argmax(-1) == batch.targets).cpu()
+        first = 0
+        for count in batch.counts:
+            own = slice(first, first + count)
+            yield Score(tuple(nats[own].tolist()), tuple(likeliest[own].tolist()))
+            first += count
 
 
-def _length(row: Row) -> int:
-    return len(row.given) + len(row.scored)
+class Padded:
+    """Rows side by side, padded on the right.
+
+    tokens: what the model reads, int [B,T]; lengths: of each row; counts: scored tokens of each row.
+    places: (row, column) where each scored token is predicted; targets: these tokens, int [N].
+    """
+
+    def __init__(self, rows: Sequence[Row], context: int, device: torch.device):
+        read = [row.read(context) for row in rows]
+        lengths = [len(ids) for ids in read]
+        tokens = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+        numbers: list[int] = []
+        columns: list[int] = []
+        targets: list[int] = []
+        for number, (row, ids) in enumerate(zip(rows, read, strict=True)):
+            tokens[number, : len(ids)] = torch.tensor(ids)
+            numbers += [number] * len(row.scored)
+            columns += range(len(ids) - len(row.scored), len(ids))
+            targets += row.scored
+        self.tokens = tokens.to(device)
+        self.lengths = torch.tensor(lengths, device=device)
+        self.counts = [len(row.scored) for row in rows]
+        on_device = partial(torch.tensor, dtype=torch.long, device=device)
+        self.places = (on_device(numbers), on_device(columns))
+        self.targets = on_device(targets)
 
 
 class AblabScorer(Batched):

@@ -88,7 +88,13 @@ class Axis:
 
     @property
     def known(self) -> Tensor:
+        """The new units at which an old one stands."""
         return (self.old >= 0).nonzero().squeeze(1)
+
+    @property
+    def before(self) -> int:
+        """How many old units there are."""
+        return int(self.old.max()) + 1
 
 
 def sizes(old: Sizes, asked: Widening) -> Sizes:
@@ -193,17 +199,19 @@ class Axes:
         """old: of the narrow model; blank: what stands in the new regions."""
         if name.endswith("norm.gain"):
             filled = blank.clone()
-            filled[self.width.known] = old[self.width.old[self.width.known]]
+            filled[: len(old)] = old
             return filled * self.gain
         if declared.role == "vector":
             return old.clone()
         rows, columns = self._of(name, declared)
-        starts = [0, *torch.tensor([len(axis.old) for axis in rows]).cumsum(0).tolist()]
-        before = old.split([int(axis.old.max()) + 1 for axis in rows])
-        pieces = [
-            self._filled(name, piece, blank[first:last], axis, columns)
-            for piece, first, last, axis in zip(before, starts, starts[1:], rows, strict=False)
-        ]
+        before = old.split([axis.before for axis in rows])
+        start = blank.split([len(axis.old) for axis in rows])
+        pieces = []
+        for axis, piece, empty in zip(rows, before, start, strict=True):
+            read = self._read(name, piece, columns)
+            filled = empty.clone()
+            filled[axis.known[:, None], columns.known] = read[axis.old[axis.known]]
+            pieces.append(filled)
         return torch.cat(pieces)
 
     def _of(self, name: str, declared: Param) -> tuple[list[Axis], Axis]:
@@ -219,17 +227,11 @@ class Axes:
         ids = declared.shape[0]  # of the table and the readout
         return [corner(ids, ids)], self.width
 
-    def _filled(
-        self, name: str, old: Tensor, blank: Tensor, rows: Axis, columns: Axis
-    ) -> Tensor:
+    def _read(self, name: str, old: Tensor, columns: Axis) -> Tensor:
+        """The old matrix, its columns where they stand now: shared out between the copies of what they read."""
         known = columns.known
-        read = old[:, columns.old[known]]
-        copies = columns.copies[known]
-        read = read / copies + self._told_apart(name, old, columns)
-        filled = blank.clone()
-        there = rows.known
-        filled[there[:, None], known] = read[rows.old[there]]
-        return filled
+        shared = old[:, columns.old[known]] / columns.copies[known]
+        return shared + self._told_apart(name, old, columns)
 
     def _told_apart(self, name: str, old: Tensor, columns: Axis) -> Tensor | float:
         """Noise on the readers of repeated units, which sums to zero over the copies of each."""
@@ -237,10 +239,10 @@ class Axes:
         if not self.asked.noise or copies.max() == 1:
             return 0.0
         source = columns.old[columns.known]
-        drawn = torch.randn(
-            (len(old), len(source)), generator=generator(self.asked.seed, f"{name}/copies")
-        )
-        drawn *= self.asked.noise * old.std(0, unbiased=False)[source] / copies
+        draw = generator(self.asked.seed, f"{name}/copies")
+        spread = old.std(0, unbiased=False)[source] / copies
+        drawn = torch.randn((len(old), len(source)), generator=draw)
+        drawn *= self.asked.noise * spread
         sums = torch.zeros_like(old).index_add_(1, source, drawn)
         return drawn - sums[:, source] / copies
 

@@ -68,9 +68,10 @@ def test_what_the_model_would_write_is_greedy(scorers, side):
     with torch.no_grad():
         for _ in range(5):
             row.append(model(torch.tensor([row]))[0, -1].argmax().item())
-    (score, other) = scorers[side].scores(
-        [Row((3, 4), tuple(row[2:])), Row((3, 4), (*row[2:6], (row[6] + 1) % 64))]
-    )
+    written = tuple(row[2:])
+    another = (*written[:-1], (written[-1] + 1) % 64)
+    rows = [Row((3, 4), written), Row((3, 4), another)]
+    score, other = scorers[side].scores(rows)
     assert score.greedy
     assert other.likeliest == (True, True, True, True, False) and not other.greedy
 
