@@ -9,8 +9,8 @@ A study without a finished trial has no report: UserError.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ablab.analysis.effects.effect import (
     EQUIVALENT,
     HELPS,
     HURTS,
+    INADMISSIBLE,
     INCONCLUSIVE,
     REFERENCE,
     Effect,
@@ -32,7 +33,7 @@ from ablab.analysis.pictures.study_rates import draw_rates, draw_widths
 from ablab.analysis.pictures.study_search import draw_history, draw_importance
 from ablab.analysis.pictures.study_space import axes_of, draw_heat, draw_slices
 from ablab.analysis.tuning.transfer import AtWidth, movements, transfer
-from ablab.analysis.tuning.winners import Winner, axis, seed_sd, winner
+from ablab.analysis.tuning.winners import EDGE, Winner, axis, seed_sd, winner
 from ablab.core.store import study_record
 from ablab.core.store.files import write_atomically
 from ablab.core.store.planned import command
@@ -50,10 +51,10 @@ from ablab.core.store.study_record import (
 
 FEWEST_OF_A_CURVE = 3  # trials
 METHOD = """\
-The winner is an arm's best finished trial.  It is read only if it beats what was tried on both sides of it; a
-diverged or pruned neighbour was tried and is worse.  The optimum is that of a quadratic in log2 of the learning rate
-around the winner, with Fieller's 95 % interval; a curve that climbs faster on one side shifts it by 0.1 to 0.2
-octaves (analysis/tuning/winners.py).
+The winner is an arm's best finished trial.  It is read only if it beats what was tried on both sides of it by more
+than the noise, else the curve is flat; a diverged or pruned neighbour was tried and is worse.  The optimum is that of
+a cubic in log2 of the learning rate, within two octaves, where steps are fine, else of a quadratic around the winner;
+its 95 % interval holds what the slope does not tell from it (analysis/tuning/fit.py).
 
 What this does not say.  *A winner's value flatters*: it is the lowest of several noisy ones{seeds}.  Compare arms by
 the confirmation runs, whose seeds the search has not seen.  *Equal effort*: arms are comparable only if each had the
@@ -102,7 +103,7 @@ def read(store: Store, name: str) -> StudyReport:
         transfer=moved,
         moves=movements(moved, _noise(study, shared)),
         shared=shared if both else [],
-        tuned=tuned if both else [],
+        tuned=[_if_admissible(effect, winners) for effect in tuned] if both else [],
         warnings=list(_warnings(study, winners, moved)),
     )
 
@@ -116,6 +117,15 @@ def _effects(store: Store, plan: str | None) -> list[Effect]:
     if runs.empty or not (runs.status == FINISHED).any():
         return []
     return measure(runs, wanted.metric, wanted.better, wanted.equivalence, wanted.looks)
+
+
+def _if_admissible(effect: Effect, winners: Mapping[str, Winner]) -> Effect:
+    """A difference of which one side won at an edge has no verdict: a better setting lies beyond."""
+    sides = [winners[cell] for cell in (effect.cell, effect.reference) if cell in winners]
+    if effect.reference is None or all(won.standing != EDGE for won in sides):
+        return effect
+    said = f"{effect.subject}: inadmissible, a learning rate behind it won at an edge"
+    return replace(effect, verdict=INADMISSIBLE, sentence=said)
 
 
 def _noise(study: StudyRecord, shared: list[Effect]) -> float | None:
@@ -210,6 +220,7 @@ def _plain_winner(won: Winner | None) -> dict[str, Any] | None:
         "params": won.params,
         "value": won.value,
         "admissible": won.admissible,
+        "standing": won.standing,
         "reason": won.reason,
         "neighbours": [
             side and {"value": side.value, "state": side.state, "params": side.params}
@@ -334,11 +345,7 @@ def _row(
 
 def _standing(won: Winner | None) -> str:
     """Whether the winner may be read, in a word."""
-    if won is None:
-        return "no winner"
-    if won.admissible:
-        return "interior"
-    return "edge" if None in won.neighbours else "tie"
+    return won.standing if won else "no winner"
 
 
 def _width_section(report: StudyReport, picture: str) -> str:
@@ -349,7 +356,7 @@ def _width_section(report: StudyReport, picture: str) -> str:
         {
             "arm": row.cell,
             "width": str(row.width),
-            "best lr": f"{row.lr:.4g}" + ("" if row.admissible else " (edge)"),
+            "best lr": f"{row.lr:.4g}" + ("" if row.admissible else f" ({row.standing})"),
             "best": number(row.loss, ".4f"),
             "optimum [95 %]": _bracketed(row.optimum, row.low, row.high, ".3g"),
             f"at {rate}": number(row.transferred_loss, ".4f"),
@@ -378,7 +385,7 @@ def _compared_section(report: StudyReport) -> str:
     edges = [
         f"`{effect.cell}`"
         for effect in report.tuned
-        if effect.cell in report.winners and not report.winners[effect.cell].admissible
+        if effect.cell in report.winners and report.winners[effect.cell].standing == EDGE
     ]
     if edges:
         notes.append(

@@ -20,7 +20,7 @@ from ablab.analysis.pictures.style import (
     rows_of_names,
 )
 from ablab.analysis.pictures.trial_panel import TrialPanel, colours_of
-from ablab.analysis.tuning.winners import Line, Winner, axis, winner
+from ablab.analysis.tuning.winners import EDGE, FLAT, TIE, Line, Winner, axis, winner
 from ablab.core.errors import UserError
 from ablab.core.store.planned import command
 from ablab.core.store.study_record import COMPLETE, WIDTH, StudyRecord, Trial
@@ -45,7 +45,7 @@ def draw_rates(study: StudyRecord, path: Path) -> Path:
 
 
 def rates(study: StudyRecord) -> "Figure":
-    """Each arm's loss against the learning rate, beside its winner; below, where the quadratics put the optima."""
+    """Each arm's loss against the learning rate, beside its winner; below, where the fitted curves put the optima."""
     along = _along(study)
     wins = {
         cell: judged
@@ -78,7 +78,7 @@ def rates(study: StudyRecord) -> "Figure":
     faint = "\nfaint: trials that differ elsewhere too" if any(apart.values()) else ""
     strip.set_xlabel(
         f"{along}\nlarge dot: the arm's best, hollow: not to be read\n"
-        f"dashed: quadratic around it; diamond: its optimum{faint}{panel.key(lines)}"
+        f"dashed: the curve fitted around it; diamond: its optimum{faint}{panel.key(lines)}"
     )
     return figure
 
@@ -202,7 +202,7 @@ def _other_params(won: Winner, drawn: str) -> str:
 
 
 def _optima(axes: "Axes", wins: dict[str, Judged], colours: Colours) -> None:
-    """A row per arm: the optimum of its quadratic with its 95 % interval, or why there is none."""
+    """A row per arm: the optimum of its fitted curve with its 95 % interval, or why there is none."""
     for y, (cell, (won, _)) in enumerate(wins.items()):
         _optimum(axes, y, won, colours[cell])
     axes.text(
@@ -240,7 +240,7 @@ def _optimum(axes: "Axes", y: int, won: Winner, colour: str) -> None:
 
 def _optimum_in_words(won: Winner) -> str:
     if not won.admissible:
-        return "at an edge" if None in won.neighbours else "a tie"
+        return {EDGE: "at an edge", FLAT: "flat", TIE: "a tie"}[won.standing]
     if won.fit is None:
         return "no optimum"
     if won.fit.low is None:

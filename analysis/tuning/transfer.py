@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ablab.analysis.tuning.winners import Line, Winner, axis, octaves, sign, winner
+from ablab.analysis.tuning.winners import FLAT, Line, Winner, axis, octaves, sign, winner
 from ablab.core.errors import UserError
 from ablab.core.store.study_record import (
     COMPLETE,
@@ -27,8 +27,8 @@ SEED_SDS = 2.0  # a gap up to so many seed sd is noise
 class AtWidth:
     """One arm at one width, and what the learning rate that won at the base width costs there.
 
-    Losses in the metric's unit.  `how`: the loss at the transferred rate was evaluated, read off the quadratic, or
-    taken from the nearest trial; NaN where that one was lost.
+    Losses in the metric's unit.  `how`: the loss at the transferred rate was evaluated, read off the fitted curve,
+    or taken from the nearest trial; NaN where that one was lost.
     """
 
     cell: str
@@ -37,6 +37,7 @@ class AtWidth:
     lr: float  # of the best trial
     loss: float
     admissible: bool
+    standing: str  # of the winner
     reason: str
     optimum: float | None
     low: float | None  # 95 % interval of the optimum
@@ -89,6 +90,7 @@ def _transferred(trials: list[Trial], study: StudyRecord) -> Iterator[AtWidth]:
             lr=lr,
             loss=won.value,
             admissible=won.admissible,
+            standing=won.standing,
             reason=won.reason,
             optimum=won.optimum,
             low=won.low,
@@ -113,7 +115,7 @@ def _loss_at(rate: float, won: Winner, line: Line) -> tuple[float, str]:
     nearest = min(line.evaluated, key=rank)
     exact = bool(np.isclose(line.at(nearest), rate, rtol=1e-6))
     if not exact and won.fit and won.fit.covers(rate):
-        return float(won.fit.at(rate)), "quadratic"
+        return float(won.fit.at(rate)), won.fit.kind
     how = "evaluated" if exact else f"nearest, {line.at(nearest):.4g}"
     if nearest.state == COMPLETE:
         return nearest.final, how
@@ -164,6 +166,10 @@ def _interval_of_the_move(first: AtWidth, last: AtWidth) -> str:
 
 
 def _transfers(rows: list[AtWidth], sd: float | None) -> str:
+    if flat := [str(row.width) for row in rows if row.standing == FLAT]:
+        return (
+            f"not to be read: at width {', '.join(flat)} the curve is flat, its winner is noise"
+        )
     if edges := [str(row.width) for row in rows if not row.admissible]:
         return f"not to be read before the winner at width {', '.join(edges)} has neighbours"
     first = rows[0]

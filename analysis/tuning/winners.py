@@ -2,20 +2,14 @@
 
 A winner is read only if it beats what was tried on both sides of it along the log-scaled path of the space
 (optim.lr), all else at the winner's.  A diverged neighbour was tried and is worse, a pruned one too; one that failed
-or ran out of memory says nothing.  Where the optimum lies between the trials, a quadratic says, in octaves
-x = log2(lr / winner's lr):
+or ran out of memory says nothing.  The optimum is that of the curve through the trials (analysis/tuning/fit.py).
 
-    loss = a + b x + c x^2,   optimum x* = -b / 2c,   a trial weighs (1 - (|x| / 1.3 X)^3)^3,   X = the largest |x| used
-
-over the finished trials within 1.5 octaves of the winner, at least the five nearest (four if there are no more).
-The 95 % interval is Fieller's (1954), the profile of x*: all x whose slope b + 2 c x is within t(0.975, n-3) se of
-zero.  It stops at the outermost trials used.  No optimum if c <= 0 or x* lies beyond them; no interval if c is not told
-from zero, nor from four trials: by one degree of freedom, a lucky fit looks exact.
-
-Measured, 3,000 simulations each, trials 1 / 0.5 / 0.25 octaves apart, noise of sd 0.1 c (c per octave^2): the interval
-covers the optimum of a true quadratic in 97 / 96 / 97 %.  Real curves are steeper on one side, at high rates or,
-in short runs, at low ones: that of exp(x/2) - x/2 - 1 is read 0.17 / 0.09 / 0.09 octaves off, on its flat side, which
-costs c/35 or less in loss, and covered in 99 / 65 / 18 %.
+A winner is the lowest of several noisy values, and beats its neighbours on a flat line too: of perfectly flat curves
+72 to 78 % have such a winner.  So the curve must be told from a flat one: by its fitted curvature, or by a trial on
+either side that is worse than the winner by more than the noise, t sqrt(2) sd with all pairs of N trials allowed for.
+The sd is that of trials over shared seeds, trial and seed effects aside; of trials with one seed, that about the curve.
+Measured, 1,000 simulations each: 2 to 5 % of flat curves are read all the same (7 trials an octave apart, 11 half an
+octave, 17 a quarter); bowls with noise of 0.1 / 0.25 / 0.7 c are called flat in 0 / 0.5 / 45 % (7 trials, octaves).
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,15 +20,19 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
+from ablab.analysis.effects.intervals import block_error
+from ablab.analysis.tuning.fit import Fit, fit, noise
 from ablab.core.store.study_record import COMPLETE, EVALUATED, LR, Trial, finished
 
-WINDOW = 1.5  # octaves about the winner that the quadratic sees
-NEAREST = 5  # trials that it sees at least
-FEWEST = 4  # trials that carry one
-REACH = 1.3  # times the farthest trial: where a trial's weight would be zero
+FEWEST_DEGREES = 2  # of freedom: by one, all noise is possible
 CLOSE = 1 / 8  # octaves; nearer trials differ by noise alone, so they are no neighbours
 LEAST_STEP = 1 / 4  # octaves; random samplers crowd, and a search must not creep
 LOW, HIGH = -1, +1  # the sides of a winner
+# How a winner stands; but for the first, it is not to be read.
+INTERIOR = "interior"
+FLAT = "flat"
+EDGE = "edge"
+TIE = "tie"
 
 Space = Mapping[str, Mapping[str, Any]]  # path -> {"log": [low, high]} or {"choices": [...]}
 # Path -> the low and the high end that no widening may pass.
@@ -126,26 +124,6 @@ def sign(better: str) -> int:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """The quadratic: value + curvature log2(lr / optimum)^2."""
-
-    optimum: float
-    low: float | None  # 95 % interval of the optimum
-    high: float | None
-    value: float  # at the optimum
-    curvature: float  # metric per octave^2
-    span: tuple[float, float]  # of the trials used
-    n: int  # trials used
-
-    def covers(self, lr: float) -> bool:
-        """Whether `lr` lies between trials that were used."""
-        return self.span[0] <= lr <= self.span[1]
-
-    def at(self, lr: float | np.ndarray) -> float | np.ndarray:
-        return self.value + self.curvature * np.log2(lr / self.optimum) ** 2
-
-
-@dataclass(frozen=True)
 class Winner:
     """The best finished trial of an arm."""
 
@@ -154,6 +132,16 @@ class Winner:
     reason: str  # why, or why not
     line: Line | None  # None if the space has no log-scaled path
     fit: Fit | None
+    flat: bool = False  # no trial beside it is worse by more than the noise
+
+    @property
+    def standing(self) -> str:
+        """Whether it may be read, in a word."""
+        if self.admissible:
+            return INTERIOR
+        if self.flat:
+            return FLAT
+        return EDGE if None in self.neighbours else TIE
 
     @property
     def params(self) -> dict[str, Any]:
@@ -209,8 +197,12 @@ def winner(
         reason = "no log-scaled path in the space, so no edge to check"
         return Winner(best, True, reason, line=None, fit=None)
     line = Line(path, best, [trial for trial in trials if _differs_along(path, trial, best)])
+    at, values = np.array(line.points).T
+    found = fit(at, values, line.at(best), sign(better))
     flaw = _flaw(line, space[path]["log"], hard.get(path))
-    return Winner(best, not flaw, flaw or _beaten(line), line, _fit(line, better))
+    flat = not flaw and _is_flat(line, found, better)
+    reason = flaw or (_flat_in_words(line) if flat else _beaten(line))
+    return Winner(best, not flaw and not flat, reason, line, found, flat)
 
 
 def _differs_along(path: str, trial: Trial, best: Trial) -> bool:
@@ -265,6 +257,14 @@ def _beaten(line: Line) -> str:
     return f"beats {' and '.join(beaten)}"
 
 
+def _flat_in_words(line: Line) -> str:
+    low, high = line.tried[0], line.tried[-1]
+    return (
+        f"{line.said(line.best)} won, but the curve is flat from {low:.4g} to {high:.4g}: "
+        "what it wins by is noise; any of these serves, or add seeds"
+    )
+
+
 def widen(
     trials: Sequence[Trial], space: Space, hard: Bounds, better: str = "lower"
 ) -> float | None:
@@ -289,70 +289,41 @@ def widen(
     return None
 
 
-def _fit(line: Line, better: str) -> Fit | None:
-    rates, values = np.array(line.points).T
-    return quadratic(rates, values, line.at(line.best), better)
+def _is_flat(line: Line, found: Fit | None, better: str) -> bool:
+    """Whether the curve is not told from a flat one; what nothing can tell passes."""
+    if found is not None and found.curved:
+        return False
+    sd, degrees = _noise(line)
+    if degrees < FEWEST_DEGREES:
+        return False
+    count = len(line.complete)
+    # Bonferroni's over all pairs of trials, either way round.
+    beyond = stdtrit(degrees, 1 - 0.05 / (count * (count - 1)))
+    least = line.best.final * sign(better) + beyond * np.sqrt(2) * sd
+    return not all(_rises(line, side, least, better) for side in (LOW, HIGH))
 
 
-def quadratic(
-    at: np.ndarray, values: np.ndarray, centre: float, better: str = "lower"
-) -> Fit | None:
-    """The weighted quadratic of this module around `centre`; None if the trials do not carry one.
-
-    at, values: [N], finished trials.
-    """
-    away = np.log2(at / centre)
-    inside = int((np.abs(away) < WINDOW + 1e-9).sum())
-    near = np.argsort(np.abs(away), kind="stable")[: max(NEAREST, inside)]
-    x = away[near]
-    y = sign(better) * values[near]
-    n = len(near)
-    places = len(np.unique(x.round(6)))
-    if n < FEWEST or places < 3 or np.ptp(y) == 0:
-        return None
-    reach = REACH * np.abs(x).max()
-    weight = (1 - (np.abs(x) / reach) ** 3) ** 3
-    powers = np.vander(x, 3, increasing=True)
-    inverse = np.linalg.inv(powers.T @ (weight[:, None] * powers))
-    a, b, c = inverse @ (powers.T @ (weight * y))
-    inner, outer = x.min(), x.max()
-    if c <= 0 or not inner <= -b / (2 * c) <= outer:
-        return None
-    low = high = None
-    if n > FEWEST:
-        residuals = y - powers @ (a, b, c)
-        covariance = inverse * (weight * residuals**2).sum() / (n - 3)
-        if ends := _fieller(b, c, covariance, n - 3):
-            low, high = (float(centre * 2**end) for end in np.clip(ends, inner, outer))
-    return Fit(
-        optimum=float(centre * 2 ** (-b / (2 * c))),
-        low=low,
-        high=high,
-        value=float(sign(better) * (a - b * b / (4 * c))),
-        curvature=float(sign(better) * c),
-        span=(float(at[near].min()), float(at[near].max())),
-        n=n,
+def _rises(line: Line, side: int, least: float, better: str) -> bool:
+    """Whether a trial on that side was lost, or has a loss above `least`."""
+    centre = line.at(line.best)
+    return any(
+        trial.state != COMPLETE or sign(better) * trial.final > least
+        for trial in line.evaluated
+        if octaves(centre, line.at(trial), side) > 0
     )
 
 
-def _fieller(
-    b: float, c: float, covariance: np.ndarray, degrees: int
-) -> tuple[float, float] | None:
-    """Where (b + 2cx)^2 = t^2 var(b + 2cx), in octaves; None where that bounds no interval.
-
-    In z = 2x the condition is p z^2 + 2 q z + r = 0, with
-    p = c^2 - t^2 var c,   q = b c - t^2 cov(b, c),   r = b^2 - t^2 var b.
-    """
-    t2 = stdtrit(degrees, 0.975) ** 2
-    p = c * c - t2 * covariance[2, 2]
-    q = b * c - t2 * covariance[1, 2]
-    r = b * b - t2 * covariance[1, 1]
-    if p <= 0:
-        return None
-    root = np.sqrt(max(q * q - p * r, 0.0))
-    low = (-q - root) / (2 * p)
-    high = (-q + root) / (2 * p)
-    return low, high
+def _noise(line: Line) -> tuple[float, int]:
+    """The sd of a trial's value, and its degrees of freedom; (infinity, 0) where nothing tells it."""
+    seeds = {tuple(sorted(trial.values)) for trial in line.complete}
+    shared = seeds.pop() if len(seeds) == 1 else ()
+    if len(shared) > 1 and len(line.complete) > 1:
+        table = [[trial.values[seed] for seed in shared] for trial in line.complete]
+        variance = block_error(np.array(table, float))
+        degrees = (len(line.complete) - 1) * (len(shared) - 1)
+        return float(np.sqrt(variance / len(shared))), degrees
+    at, values = np.array(line.points).T
+    return noise(at, values, line.at(line.best))
 
 
 def seed_sd(trials: Sequence[Trial]) -> float | None:

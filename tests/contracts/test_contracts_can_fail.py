@@ -44,6 +44,12 @@ FLAWED = {
         APPLY,
         APPLY.replace("recipe", 'edit(recipe, "optim.lr", lambda lr: 2 * lr)'),
     ),
+    # Turned off, it also gives the clipping back: OFF is no control.
+    "flaw_control": (
+        "changes_only",
+        "return edit(",
+        'recipe = edit(recipe, "optim.clip", lambda clip: None)\n        return edit(',
+    ),
     "flaw_greedy": ("claims_no_slot", SLOTS, SLOTS.replace(",)", ', "model.ffn")')),
     "flaw_noop": ("is_alive", APPLY, "recipe"),
     "flaw_zero": ("is_alive", SCALED, "return y * (0 * strength).exp()"),
@@ -74,6 +80,14 @@ FLAWED = {
         APPLY.replace("model.attention.on_heads", "after_step"),
         BUILD,
         FORGETS + BUILD,
+    ),
+    # What was built before in the process changes it: the order of arms matters.
+    "flaw_order": (
+        "built_before",
+        "fill=self.start",
+        "fill=self.start + 0.01 * next(BUILT)",
+        "\n\ndef scale",
+        '\n\nBUILT = __import__("itertools").count()\n\n\ndef scale',
     ),
     "flaw_heads": (
         "grouped",

@@ -19,7 +19,7 @@ from ablab.core.language.parse import fields_of, parse
 from ablab.core.language.written import dump
 from ablab.core.model.layers import StageModules
 from ablab.core.model.objective import heads_of, of_rows
-from ablab.core.model.plan import plan_of
+from ablab.core.model.plan import plan_for, plan_of
 from ablab.core.recipe.edit import edit, put
 from ablab.core.recipe.intervention import REGISTRY, at
 from ablab.core.recipe.load import read_yaml
@@ -269,6 +269,20 @@ def loss_and_gradients(recipe, build, block, backend=None) -> dict[str, torch.Te
     return {"loss": loss.detach()} | {
         name: value.grad for name, value in model.named_parameters() if value.grad is not None
     }
+
+
+@every_variant
+def test_computes_the_same_whatever_was_built_before(arms, build, batch, variant):
+    """Warm workers train arms in any order: what counts the arms before it would make a run depend on them."""
+    off, on = arms(variant)
+    block = batch(on)
+    first = loss_and_gradients(on, build, block)
+    plan_for.cache_clear()
+    loss_and_gradients(off, build, block)
+    again = loss_and_gradients(on, build, block)
+    assert first.keys() == again.keys()
+    for name, value in first.items():
+        assert torch.equal(again[name], value), name
 
 
 def moved(recipe, build, block, compiled=lambda move: move) -> dict[str, list[float]]:

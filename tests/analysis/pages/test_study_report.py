@@ -171,6 +171,9 @@ def test_an_own_rate_that_won_at_an_edge_is_doubted(lab, tmp_path):
         in text.split("## Winners")[0]
     )
     assert "`- muon` won at an edge: its delta is still that of an untuned arm" in text
+    own = study_report.read(lab.store, "lr_width").tuned[1]
+    assert own.verdict == "inadmissible"
+    assert own.sentence == "muon: inadmissible, a learning rate behind it won at an edge"
 
 
 def test_lost_running_pruned_and_unequal_trials_are_told_first(lab):
