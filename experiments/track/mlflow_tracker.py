@@ -3,8 +3,8 @@
     live        workers -> runner -> MlflowTracker -> MLflow
     ablab sync  run folder -> replay -> MlflowTracker -> MLflow     the same code, so the same content
 
-A step counts as shown once the tag `ablab.step` has reached it, and a run as complete once `ablab.result` is the
-fingerprint of its result.json.  Both are written after what they vouch for: a kill in between only repeats work.
+A step counts as shown once the tag `ablab.step` has reached it or its points are there, and a run as complete once
+`ablab.result` is the fingerprint of its result.json.  Both are written after what they vouch for.
 MLflow's limits: mlflow/utils/validation.py, 3.17.
 """
 
@@ -45,6 +45,7 @@ STATUS = {  # ours -> MLflow's
     PRUNED: "KILLED",
 }
 METRICS, PARAMS = 1000, 100  # a batch; MLflow takes no more
+EVERY_STEP = "train/loss"  # a metric of each logged step; the points of a step leave together
 CURVES = 25  # metric keys a run: the UI draws a chart for each
 STEPS, SECONDS = (
     100,
@@ -142,8 +143,23 @@ class MlflowTracker:
             self.view.client.update_run(run.info.run_id, "RUNNING")
         self._outbox = Outbox(self.view.client, run.info.run_id, start)
         self._latest = dict(run.data.metrics)
-        self._known_step = int(run.data.tags.get("ablab.step", -1))
+        self._known_step = self._shown_step(run)
         self._describe(card, tags, run)
+
+    def _shown_step(self, run: "Run") -> int:
+        """The last step that MLflow holds; -1: none.
+
+        The tag says so unless a kill came between points and tag.  A run that goes on from a checkpoint logs those
+        steps at other times: sent again, they would be twins.
+        """
+        said = int(run.data.tags.get("ablab.step", -1))
+        if "ablab.result" in run.data.tags or EVERY_STEP not in run.data.metrics:
+            return said
+        history = self.view.client.get_metric_history(run.info.run_id, EVERY_STEP)
+        shown = max((point.step for point in history), default=said)
+        if shown > said:
+            self.view.client.set_tag(run.info.run_id, "ablab.step", str(shown))
+        return shown
 
     def _found(self, card: Card, tags: Mapping[str, str]) -> "Run | None":
         """The run that shows this card already: a recipe may answer two cells."""

@@ -92,7 +92,7 @@ class Lab:
     def run(self, *words: str, **more) -> Ended:
         """`ablab WORDS`, to its end."""
         process = self.start(*words, **more)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
         return Ended(process.returncode, out, err)
 
     def files(self) -> dict[str, tuple[int, int, int]]:

@@ -557,7 +557,7 @@ die = lambda done: os.kill(os.getpid(), signal.SIGKILL)
 corpus.tokenize([text], [], tokenizer, out, 0.5, progress=die)
 """
     out = tmp_path / "data" / "x"
-    assert python(script, text, tokenizer, out).wait(30) == -signal.SIGKILL
+    assert python(script, text, tokenizer, out).wait(120) == -signal.SIGKILL
     assert not out.exists()
     assert len(list((out.parent / ".x.partial" / "parts").glob("*.npz"))) == 1
     meta = corpus.tokenize([text], [], tokenizer, out, 0.5)
@@ -665,7 +665,7 @@ while len(list(store.glob("ready*"))) < 2:
 print(corpus.load_meta(corpus.ensure_embedded(store)).digest)
 """
     pair = [python(script, tiny_configs, tmp_path, number) for number in range(2)]
-    said = [process.communicate(timeout=30)[0].split() for process in pair]
+    said = [process.communicate(timeout=120)[0].split() for process in pair]
     digest = yaml.safe_load((tiny_configs / "embedded.yaml").read_text())["data"]["digest"]
     assert [process.returncode for process in pair] == [0, 0]
     assert sorted(said, key=len) == [[digest], ["filled", digest]]
@@ -689,4 +689,4 @@ def test_importing_the_module_loads_nothing_heavy():
 import sys, ablab.core.data.corpus
 print({'torch', 'numpy', 'tokenizers', 'pyarrow', 'yaml'} & set(sys.modules))
 """
-    assert python(script).communicate(timeout=30)[0].strip() == "set()"
+    assert python(script).communicate(timeout=120)[0].strip() == "set()"

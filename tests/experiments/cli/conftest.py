@@ -1,24 +1,25 @@
 """What is asked of `ablab` with odd words and odd files, and how it must answer."""
 
 import os
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from ablab.core.errors import LONGEST_LINE
 
-sys.path.append(str(Path(__file__).parent))
-from odd import sheet  # noqa: E402
-
 SECONDS = 2.0  # of a core
+GOOD = """\
+question: q
+base: [base, mini]
+with: [qk_norm]
+runtime: {device: cpu}
+"""
 
 
 @pytest.fixture
 def said(lab, ablab):
     """A function: what `ablab WORDS` answers, having checked how."""
-    (lab.root / "good.yaml").write_text(sheet())
+    (lab.root / "good.yaml").write_text(GOOD)
     for words in (("show",), ("run", "--dry-run")):
         ablab(*words, "good.yaml")  # imports torch, once
 

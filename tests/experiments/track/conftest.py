@@ -50,7 +50,7 @@ class Served:
     def stop(self) -> str:
         """What it said since."""
         self.process.send_signal(signal.SIGINT)
-        return self.process.communicate(timeout=20)[0]
+        return self.process.communicate(timeout=60)[0]
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
 import urllib.request
 from contextlib import suppress
 from dataclasses import replace
@@ -85,6 +84,7 @@ def train(
     steps: range,
     tracker: MlflowTracker | None,
     status: str | None = FINISHED,
+    pace: float = 0.5,  # seconds a step
 ) -> None:
     """What a worker writes and the runner hears, step by step; status None: it was killed after the last step."""
     record = store.run(row.run)
@@ -92,11 +92,11 @@ def train(
         tracker.open(card_of(store, plan, row))
     for step in steps:
         record.log(
-            step, line(row, step), {"seconds": step * 0.5, "tokens_per_second": 2000.0 + step}
+            step, line(row, step), {"seconds": step * pace, "tokens_per_second": 2000.0 + step}
         )
         if tracker:
             tracker.log(
-                step, line(row, step) | {"tokens_per_second": 2000.0 + step}, step * 0.5
+                step, line(row, step) | {"tokens_per_second": 2000.0 + step}, step * pace
             )
     if status:
         last = steps[-1]
@@ -108,7 +108,7 @@ def train(
             step=last,
             tokens=tokens,
             metrics=final,
-            seconds=last * 0.5,
+            seconds=last * pace,
             tokens_per_second=2000.0,
             peak_bytes=3 * 2**30,
             error="" if status == FINISHED else "why",
@@ -353,6 +353,22 @@ def test_a_kill_between_points_and_their_tag_repeats_no_point(store):
         record.result(),
     )
     assert content(store) == once
+
+
+def test_points_without_their_tag_have_no_twins_when_the_run_takes_those_steps_again(store):
+    """At another pace than before the kill: other times, and so other points to MLflow."""
+    plan = planned(store, cells=("base",), seeds=1)
+    row, record = plan.rows[0], store.run(plan.rows[0].run)
+    first = MlflowTracker(MlflowView(store))
+    train(store, plan, row, range(10, 61, 10), first, status=None)
+    first.flush()
+    with sqlite3.connect(database(store.root)) as base:
+        base.execute("delete from tags where key = 'ablab.step'")
+    record.rewind(40)
+    train(store, plan, row, range(50, 101, 10), MlflowTracker(MlflowView(store)), pace=0.7)
+    (run,) = content(store)["runs"].values()
+    steps = [step for key, step, *_ in run["metrics"] if key == "train/loss"]
+    assert steps == list(range(10, 101, 10))
 
 
 # -- ablab sync --------------------------------------------------------------------------------------------------------
@@ -727,7 +743,9 @@ def test_a_remote_server_is_named_and_none_is_started(store, monkeypatch):
     assert len(said) == 1 and "https://mlflow.example.org" in said[0]
 
 
-def test_the_ui_links_to_the_arms_and_leaves_nothing_behind_after_ctrl_c(store, serve):
+def test_the_ui_links_to_the_arms_and_leaves_nothing_behind_after_ctrl_c(
+    store, serve, wait_until
+):
     train_all(store, planned(store), None)
     sync(store)
     served = serve(store.root)
@@ -739,14 +757,17 @@ def test_the_ui_links_to_the_arms_and_leaves_nothing_behind_after_ctrl_c(store, 
         page = f"{served.address}/#/experiments/{about.experiment_id}/runs"
         assert served.link == page + "?workflowType=machine_learning&viewStateShareKey=arms"
         artifact = f"{served.address}/get-artifact?path=recipe.yaml&run_id={about.run_id}"
-        assert urllib.request.urlopen(artifact, timeout=10).read().decode() == RECIPE
+        assert urllib.request.urlopen(artifact, timeout=60).read().decode() == RECIPE
     finally:
         said = served.stop()
     assert (said, served.process.returncode) == ("stopped\n", 0)
-    time.sleep(0.2)
-    assert ports.refusal("127.0.0.1", served.port) is None
-    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True)
-    assert str(store.root) not in processes.stdout
+    wait_until(lambda: ports.refusal("127.0.0.1", served.port) is None, "the port is taken")
+
+    def is_over() -> bool:
+        processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True)
+        return str(store.root) not in processes.stdout
+
+    wait_until(is_over, "a process of the server lives")
 
 
 def test_the_saved_view_of_a_grid_draws_its_own_metric_first(store):

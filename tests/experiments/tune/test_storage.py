@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ablab.core.errors import UserError
+from ablab.experiments.tune import storage
 from ablab.experiments.tune.storage import open_storage
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "faults")]
@@ -118,13 +119,15 @@ def test_a_file_that_is_no_database_is_named_and_kept(tmp_path):
     assert (tmp_path / "notes.db").read_text() == "my notes\n" * 100
 
 
-def test_a_journal_whose_lock_outlived_its_process_opens_within_seconds(tmp_path):
+def test_a_journal_whose_lock_outlived_its_process_opens_within_seconds(tmp_path, monkeypatch):
+    """Optuna alone would wait for 30 s."""
+    monkeypatch.setattr(storage, "STALE_SECONDS", 1)
     valley.tune(tmp_path, BLOCK)
     (tmp_path / "trials.journal.lock").symlink_to(tmp_path / "trials.journal")
     began = time.monotonic()
     _, record, _ = valley.tune(tmp_path, BLOCK | {"trials_per_cell": 9})
     assert len(record.trials) == 9
-    assert 4 < time.monotonic() - began < 25
+    assert 0.9 < time.monotonic() - began < 25
 
 
 # -- what is damaged or lost meanwhile ---------------------------------------------------------------------------------
@@ -361,7 +364,7 @@ def test_optuna_dashboard_opens_the_default_storage(tmp_path):
 
     def fetch(path: str) -> str:
         page = f"http://127.0.0.1:{port}{path}"
-        return urllib.request.urlopen(page, timeout=20).read().decode()
+        return urllib.request.urlopen(page, timeout=60).read().decode()
 
     try:
         deadline = time.monotonic() + 60
@@ -383,4 +386,4 @@ def test_optuna_dashboard_opens_the_default_storage(tmp_path):
         assert len(page["trials"]) == 8
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait(60)

@@ -25,7 +25,11 @@ def killed(root: Path, url: str, block: dict, kills: int) -> tuple[list[dict], l
     command = [sys.executable, valley.__file__, *words]
     while True:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         if len(ended) == kills:
             out, err = process.communicate(timeout=120)
@@ -34,6 +38,8 @@ def killed(root: Path, url: str, block: dict, kills: int) -> tuple[list[dict], l
         # It speaks before and after each run and each stored trial: 4 lines a trial.
         for _ in range(draw.randint(1, 14)):
             assert process.stdout.readline(), process.stderr.read()
+            process.stdin.write("\n")  # it goes as far as its next line, and no farther
+            process.stdin.flush()
         time.sleep(draw.uniform(0, 0.01))
         process.send_signal(signal.SIGKILL)
         process.communicate()

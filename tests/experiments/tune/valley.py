@@ -186,12 +186,14 @@ def shown(search, trial) -> dict:
 
 
 def heard(method):
-    """Say so on stdout, before and after."""
+    """Say so on stdout, before and after, and go on when a line comes, or when none can come any more."""
 
     def call(*arguments):
         print("before", flush=True)
+        sys.stdin.readline()
         method(*arguments)
         print("after", flush=True)
+        sys.stdin.readline()
 
     return call
 
