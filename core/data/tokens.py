@@ -195,6 +195,14 @@ class Mapped:
             return self.shards[0].take(starts, count)
         return np.stack([self._run(start, count) for start in starts])
 
+    def documents(self, places: np.ndarray, end_of_text: int) -> np.ndarray:
+        """The document that each place is in, int32, counted from 0; an end of text is its document's last token."""
+        ends = [
+            begin + shard.places_of(end_of_text)
+            for begin, shard in zip(self.begins, self.shards, strict=False)
+        ]
+        return np.searchsorted(np.concatenate(ends), places).astype(np.int32)
+
     def _run(self, start: int, count: int) -> np.ndarray:
         """Tokens in a row, across shards."""
         found: list[np.ndarray] = []
@@ -228,10 +236,9 @@ class MappedFile:
             )
         return block
 
-    def documents(self, places: np.ndarray, end_of_text: int) -> np.ndarray:
-        """The document that each place is in, int32, counted from 0; an end of text is its document's last token."""
-        ends = np.flatnonzero(self.ids[: self.length] == end_of_text)
-        return np.searchsorted(ends, places).astype(np.int32)
+    def places_of(self, number: int) -> np.ndarray:
+        """Where an id stands."""
+        return np.flatnonzero(self.ids[: self.length] == number)
 
     def _written(self) -> tuple[int, int]:
         """Size and time of the last write.  Under a microsecond, where a step takes milliseconds."""
