@@ -236,8 +236,9 @@ class MappedFile:
             )
         return block
 
-    def places_of(self, id: int) -> np.ndarray:
-        return np.flatnonzero(self.ids[: self.length] == id)
+    def places_of(self, number: int) -> np.ndarray:
+        """Where an id stands."""
+        return np.flatnonzero(self.ids[: self.length] == number)
 
     def _written(self) -> tuple[int, int]:
         """Size and time of the last write.  Under a microsecond, where a step takes milliseconds."""

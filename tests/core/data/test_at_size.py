@@ -18,6 +18,8 @@ from ablab.core.data import assembly, blocks, corpus, parts
 from ablab.core.data.blocks import Reading, Skipped, cut
 from ablab.core.data.codec import Codec
 from ablab.core.data.corpus import Settings
+from ablab.core.data.folder import Meta, Shard
+from ablab.core.data.tokens import Mapped
 from ablab.core.errors import UserError
 
 TEXTS = [
@@ -312,6 +314,33 @@ def test_a_call_that_fails_leaves_no_lock(tokenizer, tmp_path):
     with pytest.raises(UserError, match="bad.jsonl:1 is not JSON"):
         corpus.tokenize([bad], [], tokenizer, tmp_path / "data" / "x", 0.5)
     assert list((tmp_path / "data").iterdir()) == []
+
+
+# ---- shards ----
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.data())
+def test_tokens_in_several_shards_read_as_one_row(tmp_path_factory, sizes, data):
+    folder = tmp_path_factory.mktemp("shards")
+    ids = numpy.arange(sum(sizes), dtype="<u2") % 5
+    begins = [sum(sizes[:number]) for number in range(len(sizes))]
+    shards = []
+    for number, (begin, size) in enumerate(zip(begins, sizes, strict=True)):
+        name = assembly.shard_name("train", number)
+        ids[begin : begin + size].tofile(folder / name)
+        shards.append(Shard(name, "train", size, 1, ""))
+    meta = Meta(1, "x", 5, "uint16", 4, len(ids), 1, 1, 1, "", tuple(shards))
+    mapped = Mapped(folder, meta, "train")
+    assert len(mapped) == len(ids)
+    first = data.draw(st.integers(0, len(ids) - 1))
+    count = data.draw(st.integers(1, len(ids) - first))
+    assert mapped.take([first, 0], count).tolist() == [
+        ids[first : first + count].tolist(),
+        ids[:count].tolist(),
+    ]
+    documents = mapped.documents(numpy.arange(len(ids)), end_of_text=4)
+    assert documents.tolist() == [place // 5 for place in range(len(ids))]
 
 
 # ---- the manifest ----
