@@ -16,6 +16,7 @@ from ablab.experiments.cli.options import (
     Overrides,
     Plugins,
     Quiet,
+    Scale,
     Where,
 )
 
@@ -41,6 +42,7 @@ def run(
     seeds: Annotated[
         str | None, typer.Option(help="such as 0-4 or 0,3,7 (the experiment's)")
     ] = None,
+    scale: Scale = None,
     jobs: Jobs = None,
     mlflow: Annotated[bool, typer.Option(help="show the runs in MLflow")] = True,
     run_inert: Annotated[
@@ -58,7 +60,7 @@ def run(
     from ablab.experiments.plan.selection import chosen
 
     where = store_of(store)
-    experiment, runs = prepare(name, overrides, plugins, where, seeds)
+    experiment, runs = prepare(name, overrides, plugins, where, seeds, scale)
     if not runs:
         raise UserError(
             f"{experiment.name} names no seeds; write seeds: [0, 1, 2], or give --seeds 0-2"
@@ -70,7 +72,10 @@ def run(
         found = forecast(experiment, picked, where, jobs)
         if as_json:
             return typer.echo(json.dumps(asdict(found), indent=1))
-        return show_forecast(found)
+        show_forecast(found)
+        for note in experiment.not_kept:
+            typer.echo(f"scale: {note}")
+        return None
     from ablab.experiments.cli.printing import show_outcome
     from ablab.experiments.run.progress import watcher
     from ablab.experiments.run.runner import execute
@@ -79,6 +84,8 @@ def run(
     try:
         for note in notes_on_design(experiment.factors, experiment.infeasible):
             watching.say(f"design: {note}")
+        for note in experiment.not_kept:
+            watching.note(f"scale: {note}")
         outcome = execute(
             experiment,
             where,
