@@ -11,7 +11,7 @@ the learning rate: compare both.
 
 from typing import Literal
 
-from ablab.core.language.numbers import Memory, Unit, Whole
+from ablab.core.language.numbers import Memory, SomeSteps, Unit, Whole
 from ablab.core.language.part import Part
 from ablab.core.recipe.edit import append, edit
 from ablab.core.recipe.intervention import register
@@ -30,7 +30,7 @@ class EMA(Part):
     """Evaluate with an exponential average of the weights."""
 
     mode: Literal["online", "posthoc"] = "online"
-    horizon: Whole = 150  # optimizer steps
+    horizon: SomeSteps = 150  # optimizer steps
     start: Memory = 0.0  # fraction of the run before which the average just follows
     mix: Unit = 1.0
     checkpoints: Whole = 10

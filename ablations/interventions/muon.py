@@ -9,7 +9,7 @@ the rest.
 
 from typing import Literal
 
-from ablab.core.language.numbers import Memory, Natural, Positive, Whole
+from ablab.core.language.numbers import Memory, Natural, Positive, SomeSteps
 from ablab.core.language.part import silent
 from ablab.core.parts.transforms import Adam, Momentum, Orthogonalize
 from ablab.core.recipe.edit import edit, put, swap
@@ -32,7 +32,7 @@ class Muon:
     momentum: Memory = 0.95
     nesterov: bool = True
     warmup_from: Memory = 0.95
-    warmup_steps: Whole = 1
+    warmup_steps: SomeSteps = 1
     ns: Literal["kj5", "polar5", "polar7", "you5", "exact"] = "polar7"
     scale: Literal["spectral", "keller", "rms"] = "keller"
     split: Literal["joint", "blocks", "heads"] = "blocks"

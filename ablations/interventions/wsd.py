@@ -12,7 +12,7 @@ import math
 from dataclasses import replace
 from typing import Literal
 
-from ablab.core.language.numbers import Natural, Positive, Unit
+from ablab.core.language.numbers import Positive, Steps, Unit
 from ablab.core.language.part import Part, silent
 from ablab.core.parts.schedule import fallen, warm
 from ablab.core.recipe.edit import edit, put
@@ -36,8 +36,8 @@ class WSD(Part):
     shape: Literal["1-sqrt", "linear", "cosine", "power"] = "1-sqrt"
     power: Positive = 1.2
     floor: Unit = 0.0
-    warmup_steps: Natural | None = None  # null: that of the schedule it replaces
-    idle_steps: Natural = silent(0)  # at a learning rate of 0, before the warm-up
+    warmup_steps: Steps | None = None  # null: that of the schedule it replaces
+    idle_steps: Steps = silent(0)  # at a learning rate of 0, before the warm-up
 
     def apply(self, recipe):
         if self.warmup_steps is not None:

@@ -10,6 +10,12 @@ Depth = Annotated[
     int, Meta(ge=1, le=1000)
 ]  # layers: each is planned, 0.25 ms, before anything is built
 
+# Counted in optimizer steps, or in tokens, of the whole run: a shorter run has fewer (core/recipe/scale.py).
+SCALES = "scales"
+Steps = Annotated[int, Meta(ge=0, extra={SCALES: True})]
+SomeSteps = Annotated[int, Meta(ge=1, extra={SCALES: True})]
+SomeTokens = Annotated[int, Meta(ge=1, extra={SCALES: True})]
+
 Positive = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
 

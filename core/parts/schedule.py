@@ -12,7 +12,7 @@ modded-nanogpt (train_gpt.py, get_lr, step from 0: (step - start) / length).
 
 import math
 
-from ablab.core.language.numbers import Natural, Unit
+from ablab.core.language.numbers import Steps, Unit
 from ablab.core.language.part import Part, part
 
 
@@ -31,7 +31,7 @@ def fallen(t: int, steps: int, length: float) -> float:
 
 @part("constant")
 class Constant(Part):
-    warmup_steps: Natural = 0
+    warmup_steps: Steps = 0
 
     def multiplier(self, t: int, steps: int) -> float:
         return warm(t, self.warmup_steps)
@@ -44,7 +44,7 @@ class Cosine(Part):
     Loshchilov & Hutter, arXiv:1608.03983.
     """
 
-    warmup_steps: Natural = 100
+    warmup_steps: Steps = 100
     floor: Unit = 0.1
 
     def multiplier(self, t: int, steps: int) -> float:

@@ -10,7 +10,7 @@ chain once per value (6 for 6), a 0-D tensor once.
 import math
 from typing import Any, Literal, NamedTuple
 
-from ablab.core.language.numbers import Memory, Natural, NonNegative, Positive, Whole
+from ablab.core.language.numbers import Memory, Natural, NonNegative, Positive, SomeSteps, Whole
 from ablab.core.language.offers import AdamDirection, Decays, PolarFactor, RunningMean, offers
 from ablab.core.language.part import Part, part, silent
 
@@ -136,7 +136,7 @@ class Momentum(Transform):
     momentum: Memory = 0.95
     nesterov: bool = True
     warmup_from: Memory = 0.95
-    warmup_steps: Whole = 1
+    warmup_steps: SomeSteps = 1
     per_step: Whole = silent(1)
     behind: Natural = silent(0)
 

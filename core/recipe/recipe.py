@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from ablab.core.errors import UserError
-from ablab.core.language.numbers import Depth, Natural, Positive, Whole
+from ablab.core.language.numbers import Depth, Natural, Positive, SomeTokens, Whole
 from ablab.core.language.part import SILENT, Part, silent
 from ablab.core.parts import (
     block,
@@ -141,7 +141,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Budget:
-    tokens: Whole = 100_000_000  # training tokens, rounded down to whole optimizer steps
+    tokens: SomeTokens = 100_000_000  # training tokens, rounded down to whole optimizer steps
 
 
 @dataclass(frozen=True)

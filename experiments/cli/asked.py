@@ -1,6 +1,7 @@
 """From words on the command line to what they name: a store, an experiment and its runs, a cell, seeds."""
 
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ def prepare(
     plugins: list[Path] | None,
     store: Store,
     seeds: str | None = None,
+    scale: str | None = None,
 ) -> "tuple[Experiment, list[PlannedRun]]":
     """Load an experiment and its runs.  The data digest is read from the store where the config leaves it open."""
     from ablab.ablations.registry import discover
@@ -35,7 +37,10 @@ def prepare(
     from ablab.experiments.plan.experiment import load
 
     discover(plugins or ())
-    experiment = load(name, overrides_from(overrides or []), lambda data: _digest(store, data))
+    asked = overrides_from(overrides or [])
+    if scale is not None:
+        asked["scale"] = share_of(scale)
+    experiment = load(name, asked, lambda data: _digest(store, data))
     return experiment, experiment.runs(seeds_of(seeds))
 
 
@@ -79,6 +84,17 @@ def seeds_of(text: str | None) -> list[int] | None:
     if text is None:
         return None
     return whole_numbers(text, "--seeds", "0-4 or 0,3,7")
+
+
+def share_of(text: str) -> float:
+    """`1/1000` or `0.001`.  Raises UserError."""
+    try:
+        share = float(Fraction(text.strip()))
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"--scale {text!r:.80} must look like 1/1000 or 0.001") from None
+    if not 0 < share <= 1:
+        raise UserError(f"--scale {text!r:.80} must be above 0 and at most 1, as 1/1000")
+    return share
 
 
 def whole_numbers(text: str, flag: str, example: str) -> list[int]:

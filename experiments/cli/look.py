@@ -9,7 +9,7 @@ import typer
 from ablab.core.errors import UserError
 from ablab.core.store.store import Store
 from ablab.experiments.cli.asked import prepare, run_of, store_of
-from ablab.experiments.cli.options import Json, Name, Overrides, Plugins, Where
+from ablab.experiments.cli.options import Json, Name, Overrides, Plugins, Scale, Where
 
 
 def list_(plugins: Plugins = None, store: Where = None, as_json: Json = False) -> None:
@@ -93,13 +93,14 @@ def show(
         str | None,
         typer.Option(help="another cell, or `base`: print only what differs from it"),
     ] = None,
+    scale: Scale = None,
     plugins: Plugins = None,
     store: Where = None,
 ) -> None:
     """The resolved recipe of an arm, its identity and cost; or what differs between two arms."""
     from ablab.experiments.cli.printing import show_difference, show_recipe
 
-    experiment, _ = prepare(name, overrides, plugins, store_of(store))
+    experiment, _ = prepare(name, overrides, plugins, store_of(store), scale=scale)
     runs = experiment.runs(experiment.sheet.seeds[:1] or [0])
     run = run_of(runs, cell or runs[0].cell)
     if diff is None:

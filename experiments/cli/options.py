@@ -22,6 +22,13 @@ Plugins = Annotated[
     list[Path] | None,
     typer.Option("--plugins", help="a folder with interventions of your own; repeat for more"),
 ]
+Scale = Annotated[
+    str | None,
+    typer.Option(
+        "--scale",
+        help="a shorter run with the same ratios, such as 1/1000: tokens, steps, warm-ups, horizons",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 Jobs = Annotated[
     int | None,

@@ -16,6 +16,7 @@ from ablab.experiments.cli.options import (
     Overrides,
     Plugins,
     Quiet,
+    Scale,
     Where,
 )
 
@@ -58,6 +59,7 @@ def run(
         str | None,
         typer.Option(help="of training for --until-decided, all runs together: 90m, 4h, 2d"),
     ] = None,
+    scale: Scale = None,
     jobs: Jobs = None,
     mlflow: Annotated[bool, typer.Option(help="show the runs in MLflow")] = True,
     run_inert: Annotated[
@@ -76,7 +78,7 @@ def run(
 
     where = store_of(store)
     hours = _hours(until_decided, budget, seeds, only)
-    experiment, runs = prepare(name, overrides, plugins, where, seeds)
+    experiment, runs = prepare(name, overrides, plugins, where, seeds, scale)
     if hours:
         from ablab.experiments.run.sequential import with_looks
 
@@ -93,7 +95,10 @@ def run(
         found = forecast(experiment, picked, where, jobs)
         if as_json:
             return typer.echo(json.dumps(asdict(found), indent=1))
-        return show_forecast(found)
+        show_forecast(found)
+        for note in experiment.not_kept:
+            typer.echo(f"scale: {note}")
+        return None
     from ablab.experiments.cli.printing import show_in_mlflow, show_outcome
     from ablab.experiments.run.progress import watcher
 
@@ -102,6 +107,8 @@ def run(
     try:
         for note in notes_on_design(experiment.factors, experiment.infeasible):
             watching.say(f"design: {note}")
+        for note in experiment.not_kept:
+            watching.note(f"scale: {note}")
         if hours:
             outcome, look = train.until_decided(experiment)
         else:

@@ -20,6 +20,7 @@ from ablab.experiments.plan.stages import (
     Reader,
     Stage,
     chained,
+    not_kept,
     recipes_of,
     whole_treatment,
 )
@@ -69,7 +70,7 @@ class Experiment:
     @property
     def base(self) -> Recipe:
         """Of the last stage, which is the one that is compared."""
-        return self.stages[-1].base
+        return self.stages[-1].scaled_base
 
     @cached_property
     def recipes(self) -> dict[str, Recipe]:
@@ -87,6 +88,12 @@ class Experiment:
     @cached_property
     def cell_named(self) -> dict[str, Cell]:
         return {cell.name: cell for cell in self.cells}
+
+    @property
+    def not_kept(self) -> list[str]:
+        """What `scale` cannot keep exactly, of the arm with the most ingredients."""
+        fullest = max(self.cells, key=lambda cell: len(cell.treatment))
+        return not_kept(self.stages, fullest.treatment)
 
     def runs(self, seeds: Iterable[int] | None = None) -> list[PlannedRun]:
         """Every run, the first seed of all cells before the second.
@@ -141,7 +148,7 @@ class Experiment:
         """What a tracker shows of a run: each leaf that differs from the base, the common dials, each toggle."""
         recipe = run.recipe
         (stage,) = (one for one in self.stages if one.name == run.stage)
-        differences = diff(plain(stage.base), plain(recipe))
+        differences = diff(plain(stage.scaled_base), plain(recipe))
         changed = {path: str(new) for path, (_, new) in differences.items() if new is not None}
         dials = {
             "optim.lr": recipe.optim.lr,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ablab.core.errors import UserError
-from ablab.core.language.numbers import Natural, NonNegative, Positive, Whole
+from ablab.core.language.numbers import Natural, NonNegative, Positive, Share, Whole
 from ablab.core.language.parse import near, parse
 from ablab.core.model.heritage import Wanted
 from ablab.core.recipe.load import read_yaml
@@ -72,6 +72,7 @@ class Sheet:
     equivalence: Positive | None = None
     # dotted recipe path -> value, after the base configs
     set: dict[str, Any] = field(default_factory=dict)
+    scale: Share = 1.0  # of tokens and steps: a shorter run with the same ratios
     stages: tuple[StageSheet, ...] = ()  # one after another; none: the recipe is all
     runtime: Runtime = field(default_factory=Runtime)
     study: StudySheet | None = None  # tune before comparing: `ablab study`

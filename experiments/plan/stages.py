@@ -24,6 +24,7 @@ from ablab.core.model.heritage import Wish, following
 from ablab.core.recipe.intervention import Treatment, resolve, treatment_of
 from ablab.core.recipe.load import assign, recipe_from
 from ablab.core.recipe.recipe import Recipe
+from ablab.core.recipe.scale import inexact, scaled
 from ablab.core.runtime.runtime import rows_at_once
 from ablab.experiments.plan.overrides import Overrides, dosed, of_recipe, with_open_digest
 from ablab.experiments.plan.sheets import Sheet, StageSheet
@@ -40,6 +41,7 @@ class Stage:
     wish: Wish = field(default_factory=Wish)
     elsewhere: frozenset[str] = frozenset()  # interventions that act in other stages alone
     doses: Point = field(default_factory=dict)  # with.NAME.DOSE -> value, of this stage
+    scale: float = 1.0  # of its tokens and steps
 
     def recipe(self, treatment: Treatment, point: Point = {}) -> Recipe:
         """An arm's recipe, before what it goes on from.  point: paths and doses that a search has set.
@@ -55,7 +57,11 @@ class Stage:
                     here[name] = assign(here[name], dose, value)
             else:
                 base = assign(base, path, value)
-        return resolve(base, here)
+        return scaled(resolve(base, here), self.scale)
+
+    @property
+    def scaled_base(self) -> Recipe:
+        return scaled(self.base, self.scale)
 
     def _own(self, point: Point) -> Iterator[tuple[str, Any]]:
         """What is set for all stages, then for this one."""
@@ -76,6 +82,16 @@ def recipes_of(
 ) -> list[Recipe]:
     """An arm's recipe in each stage.  Raises UserError where one cannot be built."""
     return [stage.recipe(treatment, point) for stage in stages]
+
+
+def not_kept(stages: Sequence[Stage], treatment: Treatment) -> list[str]:
+    """What the scale of an experiment cannot keep exactly, stage by stage."""
+    said = []
+    for stage in stages:
+        whole = replace(stage, scale=1.0).recipe(treatment)
+        lead = f"stage {stage.name!r}: " if stage.name else ""
+        said += [f"{lead}{line}" for line in inexact(whole, stage.scale)]
+    return said
 
 
 def chained(stages: Sequence[Stage], recipes: Sequence[Recipe], seed: int) -> list[Recipe]:
@@ -140,7 +156,7 @@ class Reader:
         own = {one.name: set(treatment_of(one.treatment)) for one in written}
         acting = frozenset().union(*own.values())
         stages = [self._stage(one, acting - own[one.name], whole) for one in written]
-        return stages or [Stage("", self._base([], {}))]
+        return stages or [Stage("", self._base([], {}), scale=self.sheet.scale)]
 
     def _stage(self, written: StageSheet, elsewhere: frozenset[str], whole: Treatment) -> Stage:
         """elsewhere: interventions of other stages alone; whole: those of all."""
@@ -154,6 +170,7 @@ class Reader:
                 wish=Wish(written.takes, written.read),
                 elsewhere=elsewhere,
                 doses=doses,
+                scale=self.sheet.scale,
             )
 
     def _base(self, configs: list[str], edits: Point) -> Recipe:
