@@ -45,6 +45,7 @@ COMMANDS = {
     "ablab study lr_width_tiny": SMALL,
     "ablab study lr_width_70m": HELP,
     "ablab report loo_70m": HELP,
+    "ablab watch loo_70m": HELP,
     "ablab export-hf RUN --out DIR": HELP,
     "ablab import-hf DIR --out NEW": HELP,
     'ablab generate RUN --prompt "The cat"': HELP,
