@@ -116,6 +116,20 @@ RICH = {
         },
         [{"gating": {"per": "elementwise"}}, "ema"],
     ),
+    "released": (
+        {},
+        [
+            "gating",
+            {"value_residual": {"first_layer": "mixed"}},
+            {"muon": {"warmup_from": 0.5, "warmup_steps": 8, "warmup_behind": 1}},
+            {"wsd": {"shape": "power", "decay_fraction": 0.5, "idle_steps": 1}},
+            "micro_steps",
+            "adam_eps_inside",
+            "truncated_init",
+            "unclipped",
+            "with_replacement",
+        ],
+    ),
     # Bases are renewed twice behind the first.
     "soap": ({}, [{"soap": {"frequency": 3}}]),
     # Four tokens a step leave some ReLUs dead, and so some updates of hidden weights exactly 0: a tie.
