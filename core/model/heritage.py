@@ -43,6 +43,12 @@ def following(parent: Recipe, child: Recipe, wish: Wish) -> Recipe:
     return replace(child, init=handed)
 
 
+def beginning(source: Recipe, weights: str, recipe: Recipe) -> Recipe:
+    """The recipe, beginning with weights of `source` that have this digest.  Raises UserError where they do not fit."""
+    _check_weights(source, recipe, "among the weights of init")
+    return replace(recipe, init=Handover(weights=weights))
+
+
 def _windows_read(parent: Recipe, child: Recipe) -> int:
     """Windows of the child that hold as many tokens as were read before, rounded up."""
     read = parent.before.windows + parent.batches.windows_before(parent.steps)
@@ -79,14 +85,16 @@ def _check_wish(parent: Recipe, child: Recipe, wish: Wish) -> None:
         )
 
 
-def _check_weights(parent: Recipe, child: Recipe) -> None:
+def _check_weights(
+    parent: Recipe, child: Recipe, there_is: str = "in the stage before"
+) -> None:
     there, here = _shapes(parent), _shapes(child)
     for name in dict.fromkeys([*here, *there]):
         ours, theirs = here.get(name), there.get(name)
         if ours != theirs:
             raise UserError(
-                f"{name} is {_shown(ours)} here and {_shown(theirs)} in the stage before; "
-                "a stage keeps the model: set its sizes and parts for all stages"
+                f"{name} is {_shown(ours)} here and {_shown(theirs)} {there_is}; "
+                "keep the model: its sizes and parts are the same for both"
             )
 
 

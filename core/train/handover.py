@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ablab.core.errors import ParentDiverged, UserError
@@ -52,6 +54,8 @@ def take_over(trainer: Trainer, source: Path, warn: Callable[[str], None]) -> No
     Raises ParentDiverged, and UserError where the parent has not finished, left no state, or has other parameters.
     """
     asked = trainer.recipe.before
+    if not asked.run:
+        return _begin_with_weights(trainer, asked.weights, source)
     saved = _state(asked, source, warn)
     named = {
         f"{WEIGHTS[asked.read]}/{name}": name for name, _ in trainer.model.named_parameters()
@@ -62,6 +66,23 @@ def take_over(trainer: Trainer, source: Path, warn: Callable[[str], None]) -> No
     for branch in asked.takes:
         taken = {name: value for name, value in own.items() if name.startswith(HEADS[branch])}
         _copy(taken, saved, source)
+
+
+def _begin_with_weights(trainer: Trainer, digest: str, source: Path) -> None:
+    """source: a folder with weights.safetensors, of which this is the digest."""
+    path = source / "weights.safetensors"
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as flaw:
+        raise UserError(
+            f"cannot read {path} ({flaw!s:.80}); it was there when the run was planned"
+        ) from None
+    trainer.begin_with(weights)
+    if (found := trainer.digest()) != digest:
+        raise UserError(
+            f"{path} holds weights {found}, and the run was planned with {digest}; "
+            "start the command again, which names another run"
+        )
 
 
 HEADS = {"optimizer": "optimizer/", "average": "after/"}  # of the names of a state

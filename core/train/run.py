@@ -50,7 +50,7 @@ def run(
     Divergence and lack of memory are results too.
     about: what run.json should say besides runtime and versions.  warm: shared by the runs of one process.
     turn: held from the first step to the last; whoever shares the device waits for it.
-    parent: folder of what the recipe's `init` goes on from; None: the run folder beside ours that it names.
+    parent: folder of what the recipe's `init` begins with; None: the run folder beside ours that it names.
     Raises UserError for data that does not fit the recipe and for a folder that cannot be written.
     """
     settled = settle(runtime, recipe.batches.largest_micro_batch)

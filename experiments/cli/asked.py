@@ -10,6 +10,7 @@ from ablab.core.store.store import Store, store_root
 
 if TYPE_CHECKING:
     from ablab.experiments.plan.experiment import Experiment, PlannedRun
+    from ablab.experiments.plan.stages import Start
 
 MOST_NUMBERS = 1000  # that one option may name: cells times seeds are planned at once
 
@@ -40,7 +41,9 @@ def prepare(
     asked = overrides_from(overrides or [])
     if scale is not None:
         asked["scale"] = share_of(scale)
-    experiment = load(name, asked, lambda data: _digest(store, data))
+    experiment = load(
+        name, asked, lambda data: _digest(store, data), lambda init: _start(store, init)
+    )
     return experiment, experiment.runs(seeds_of(seeds))
 
 
@@ -69,6 +72,26 @@ def held_name(
         name = experiment.name
         store.check_owner(name, experiment.origin)
     return name
+
+
+def _start(store: Store, init: str) -> "Start":
+    """What `init` names: a run of the store that kept its weights, or a weights folder.  Raises UserError."""
+    from safetensors import SafetensorError, safe_open
+
+    from ablab.core.interop.folder import WEIGHTS, found, recipe_of
+    from ablab.experiments.plan.stages import Start
+
+    folder = found(init, store)
+    try:
+        with safe_open(folder / WEIGHTS, "np") as file:
+            told = file.metadata() or {}
+    except (OSError, SafetensorError) as flaw:
+        raise UserError(f"init={init}: cannot read its weights ({flaw!s:.80})") from None
+    if "digest" not in told:
+        raise UserError(
+            f"init={init}: {folder / WEIGHTS} does not say its digest; write it again"
+        )
+    return Start(folder.absolute(), recipe_of(folder), told["digest"])
 
 
 def _digest(store: Store, data: str) -> str | None:

@@ -19,6 +19,7 @@ from ablab.experiments.plan.stages import (
     Point,
     Reader,
     Stage,
+    Start,
     chained,
     not_kept,
     recipes_of,
@@ -62,6 +63,8 @@ class Experiment:
     cells: list[Cell]
     # Its file, or "catalog".
     origin: str | None = field(default=None, kw_only=True)
+    # What the first stage begins with; None: the weights of its seed.
+    start: Start | None = field(default=None, kw_only=True)
     # What the design says of its cells besides, and of those that cannot be built: ablations/designs/cell.py:Layout.
     factors: Factors | None = field(default=None, kw_only=True)
     infeasible: dict[str, str] = field(default_factory=dict, kw_only=True)
@@ -124,7 +127,8 @@ class Experiment:
     ) -> PlannedRun:
         """The run of the last stage.  recipes: one for each stage."""
         before: list[PlannedRun] = []
-        for stage, recipe in zip(self.stages, chained(self.stages, recipes, seed), strict=True):
+        chain = chained(self.stages, recipes, seed, self.start)
+        for stage, recipe in zip(self.stages, chain, strict=True):
             run = PlannedRun(cell.name, pair, recipe, run_id(recipe), stage.name, tuple(before))
             before.append(run)
         return run
@@ -166,6 +170,10 @@ class Experiment:
         return changed | dials | toggles | staged
 
 
+def _no_weights(name: str) -> Start:
+    raise UserError(f"init={name}: weights are found in a store, and none was given")
+
+
 def _unknown(data: str) -> None:
     """The digest of token folders that nobody has looked at."""
 
@@ -174,10 +182,12 @@ def load(
     name: str,
     overrides: Mapping[str, Any] = {},
     digest_of: Callable[[str], str | None] = _unknown,
+    start_of: Callable[[str], Start] = _no_weights,
 ) -> Experiment:
     """Read a catalog entry or a file of the user's own, and resolve it.
 
     digest_of: data name -> digest of its token folder, asked only when the config leaves it open.
+    start_of: what `init` names -> the weights, asked only where it stands there.
     Raises UserError for whatever in the file, its configs or the overrides cannot be built.
     """
     path = find_sheet(name)
@@ -197,4 +207,5 @@ def load(
         origin=CATALOG if path in catalog().values() else str(path.resolve()),
         factors=layout.factors,
         infeasible=layout.infeasible,
+        start=start_of(sheet.init) if sheet.init else None,
     )

@@ -12,7 +12,7 @@ from ablab.core.recipe.intervention import Treatment
 from ablab.core.recipe.load import assign
 from ablab.experiments.plan.sheets import Sheet, StageSheet
 
-OF_THE_SHEET = ("runtime", "seeds", "design", "study", "equivalence", "scale")
+OF_THE_SHEET = ("runtime", "seeds", "design", "study", "equivalence", "scale", "init")
 STAGES = "stages"
 # How and how often a recipe runs and what is made of it, not what it computes.
 RENAMES_NOTHING = ("runtime", "seeds", "equivalence")
@@ -25,7 +25,7 @@ class Overrides:
 
     with.NAME.DOSE       a dose of an intervention
     stages.NAME.PATH     a leaf of the recipe, or a dose, in one stage
-    runtime.X, study.X, seeds, design, equivalence, scale
+    runtime.X, study.X, seeds, design, equivalence, scale, init
                          a key of the sheet
     any other path       a leaf of the recipe
     """
@@ -68,6 +68,10 @@ class Overrides:
             raise UserError(
                 f"seed={written['seed']} would be overwritten: each run has its own; "
                 "write seeds: [3], or give --seeds 3"
+            )
+        if any(_owner(path) == "init" for path in written):
+            raise UserError(
+                "what a run begins with is a key of the sheet: write init: RUN there"
             )
         return with_open_digest(sheet.set) | with_open_digest(self.of_recipe)
 

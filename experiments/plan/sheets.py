@@ -72,6 +72,8 @@ class Sheet:
     equivalence: Positive | None = None
     # dotted recipe path -> value, after the base configs
     set: dict[str, Any] = field(default_factory=dict)
+    # A run of the store or a weights folder whose weights the first stage begins with.
+    init: str | None = None
     scale: Share = 1.0  # of tokens and steps: a shorter run with the same ratios
     stages: tuple[StageSheet, ...] = ()  # one after another; none: the recipe is all
     runtime: Runtime = field(default_factory=Runtime)

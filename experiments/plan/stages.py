@@ -20,7 +20,7 @@ from typing import Any
 from ablab.core.data.mixture import digest_of_data
 from ablab.core.errors import UserError
 from ablab.core.language.parse import near
-from ablab.core.model.heritage import Wish, following
+from ablab.core.model.heritage import Wish, beginning, following
 from ablab.core.recipe.intervention import Treatment, resolve, treatment_of
 from ablab.core.recipe.load import assign, recipe_from
 from ablab.core.recipe.recipe import Recipe
@@ -94,14 +94,27 @@ def not_kept(stages: Sequence[Stage], treatment: Treatment) -> list[str]:
     return said
 
 
-def chained(stages: Sequence[Stage], recipes: Sequence[Recipe], seed: int) -> list[Recipe]:
+@dataclass(frozen=True)
+class Start:
+    """Weights to begin with: their folder, the recipe they belong to, their digest."""
+
+    folder: Path
+    recipe: Recipe
+    digest: str
+
+
+def chained(
+    stages: Sequence[Stage], recipes: Sequence[Recipe], seed: int, start: Start | None = None
+) -> list[Recipe]:
     """The recipes of an arm's stages with their seed, each going on from the one before.
 
-    Raises UserError where a stage asks for what the one before cannot give.
+    Raises UserError where a stage asks for what the one before, or the start, cannot give.
     """
     chain: list[Recipe] = []
     for stage, recipe in zip(stages, recipes, strict=True):
         seeded = replace(recipe, seed=seed)
+        if start and not chain:
+            seeded = beginning(start.recipe, start.digest, seeded)
         if chain:
             with _blaming(stage.name):
                 seeded = following(chain[-1], seeded, stage.wish)

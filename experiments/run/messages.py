@@ -28,6 +28,8 @@ class TrainJob:
     # The stamp of the result that it had when it was asked for: a failure that stood there does not count, so each
     # call tries a failed run once.  No clock is asked: a file may be dated in the future.
     before: int = 0
+    # Of the weights to begin with, where no run of the store vouches for them.
+    start: Path | None = None
     about: dict[str, Any] = field(default_factory=dict)  # what run.json says besides
 
 

@@ -137,6 +137,7 @@ class Pool:
             folder=self.store.run(run.id).folder,
             data=self.data[run.recipe.data.name],
             before=self.before[run.id],
+            start=self.experiment.start.folder if self.experiment.start else None,
             about={
                 "experiment": self.experiment.name,
                 "params": self.experiment.params(run),

@@ -170,6 +170,7 @@ class Worker:
                 warn=self._warn,
                 warm=self.warm,
                 turn=self.turn,
+                parent=None if recipe.before.run else job.start,
             )
         except (UserError, *GONE):
             raise

@@ -47,6 +47,7 @@ def confirm(
         cells=[_among(cell, best) for cell in experiment.cells if cell.name in best],
         best=best,
         origin=experiment.origin,
+        start=experiment.start,
     )
     for asked in (experiment, tuned):
         execute(asked, store, asked.runs(), watcher, jobs, plugins, mlflow)

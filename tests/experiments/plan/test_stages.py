@@ -123,7 +123,7 @@ def test_an_override_of_all_stages_reaches_each(sheet):
         (
             {"stages": [{"name": "a"}, {"name": "b", "set": {"model.width": 32}}]},
             {},
-            "stage 'b': embedding.table is .* a stage keeps the model",
+            "stage 'b': embedding.table is .* keep the model",
         ),
         (
             {"stages": [{"name": "a"}, {"name": "b", "with": ["muon"]}], "arms": []},
