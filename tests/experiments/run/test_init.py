@@ -44,7 +44,10 @@ def test_a_copy_of_the_weights_is_the_same_run(lab, source, warm):
     [
         (["init=0000"], "'0000' is neither a folder nor the id of one of"),
         (["init=WARM"], "kept no weights; delete"),
-        (["model.width=32"], "embedding.table is [64, 32] here and [64, 16] among the weights of init"),
+        (
+            ["model.width=32"],
+            "embedding.table is [64, 32] here and [64, 16] among the weights of init",
+        ),
         (["init.run=1"], "init"),
     ],
 )
@@ -63,6 +66,8 @@ def test_weights_that_changed_since_they_were_named_are_refused(lab, source, abl
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    refused = lab.run("run", lab.sheet("changed", **ONE, init=str(copy), set={"optim.lr": 1e-3}), *QUICK)
+    refused = lab.run(
+        "run", lab.sheet("changed", **ONE, init=str(copy), set={"optim.lr": 1e-3}), *QUICK
+    )
     assert refused.code == 2
     assert "holds weights" in refused.err and "the run was planned with" in refused.err
