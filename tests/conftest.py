@@ -184,6 +184,20 @@ def write_tokens(
     return folder
 
 
+@pytest.fixture(scope="session")
+def own_module_cache(tmp_path_factory):
+    """Where transformers copies the code beside a model: not into the home of whoever runs the tests."""
+    dynamic = pytest.importorskip("transformers.dynamic_module_utils")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(dynamic, "HF_MODULES_CACHE", folder)
+        patch.syspath_prepend(folder)
+        yield
+
+
 def pytest_addoption(parser):
     more = "also test the interventions in this folder; repeat for more"
     parser.addoption(

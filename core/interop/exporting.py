@@ -101,7 +101,9 @@ def trunk() -> str:
 def _notes(recipe: Recipe, chosen: Class, tokenizer: Path | None) -> tuple[str, ...]:
     notes = []
     if chosen is OWN_CLASS:
-        notes.append(f"load it with trust_remote_code=True: its forward is in {CODE}")
+        notes.append(
+            f"load it, and its tokenizer, with trust_remote_code=True: its forward is in {CODE}"
+        )
     left_out = [part.kind for part in (*recipe.objective, *recipe.model.products)]
     if left_out:
         notes.append(f"of training alone, and not exported: {', '.join(left_out)}")

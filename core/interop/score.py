@@ -216,7 +216,7 @@ class TransformersScorer(Batched):
             model: Any = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, trust_remote_code=trust_remote_code
             )
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as flaw:
             raise UserError(f"transformers cannot load {name}: {flaw}") from None
         return cls(model.to(device_of(device)), tokenizer, None, batch)

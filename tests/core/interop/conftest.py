@@ -8,27 +8,10 @@ from ablab.core.interop.exporting import export
 from ablab.core.interop.folder import Source
 from ablab.core.interop.weights import load, write
 
-IMU1 = [
-    {"qk_norm": {"gain": "scalar"}},
-    "gating",
-    "value_residual",
-    "ln_scaling",
-    {"mup": {"base_width": 16}},
-]
-
 
 @pytest.fixture(scope="session", autouse=True)
-def own_module_cache(tmp_path_factory):
-    """Where transformers copies the code beside a model: not into the home of whoever runs the tests."""
-    dynamic = pytest.importorskip("transformers.dynamic_module_utils")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(dynamic, "HF_MODULES_CACHE", folder)
-        patch.syspath_prepend(folder)
-        yield
+def no_code_at_home(own_module_cache):
+    """For all tests here."""
 
 
 @pytest.fixture

@@ -31,6 +31,8 @@ REPORT = """\
 | `base` | 3 | 2.0 |
 """
 
+pytestmark = pytest.mark.usefixtures("own_module_cache")
+
 
 @pytest.fixture(scope="module")
 def trained(lab, tiny):
@@ -70,7 +72,7 @@ def test_a_run_becomes_a_folder_that_transformers_loads(lab, ablab, trained, rep
     assert told["architecture"] == "AblabForCausalLM"
     assert any("z_loss" in note for note in told["notes"])
     out = lab.root / "exported"
-    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     batch = tokenizer(["The cat", "The dog ran after"], return_tensors="pt", padding=True)
     assert (
