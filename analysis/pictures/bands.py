@@ -8,6 +8,7 @@ one seed: their sd is that of the differences.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -47,9 +48,8 @@ def bands(
     tables = []
     for metric in metrics:
         for cell, runs in _runs_of(alive, clocks, metric).items():
-            axis = _axis(runs, points)
-            values = np.stack([run.at(axis) for run in runs])
-            tables.append(_table(metric, cell, axis, runs, values))
+            sheaf = _sheaf(runs, points)
+            tables.append(sheaf.table(metric, cell))
     return _joined(tables)
 
 
@@ -59,24 +59,27 @@ def differences(
     """As `bands`, of each cell's runs minus those of its reference on the same seeds, where both have been."""
     alive = logged[logged.status.isin(statuses)]
     references = dict(zip(alive.cell, alive.reference, strict=True))
-    found = _runs_of(alive, _clocks(alive), metric)
-    cells = {cell: {run.clock.pair: run for run in runs} for cell, runs in found.items()}
+    cells = _runs_of(alive, _clocks(alive), metric)
     points = points_for(len(cells))
     tables = []
-    for cell, own in cells.items():
-        theirs = cells.get(references[cell], {})
-        pairs = sorted(own.keys() & theirs.keys())
-        if not pairs:
+    for cell, runs in cells.items():
+        theirs = {run.clock.pair: run for run in cells.get(references[cell], [])}
+        shared = [run for run in runs if run.clock.pair in theirs]
+        if not shared:
             continue
-        runs = [own[pair] for pair in pairs]
-        axis = _axis(runs, points)
-        values = np.stack([own[pair].at(axis) - theirs[pair].at(axis) for pair in pairs])
-        seen = np.isfinite(values).any(axis=0)
-        if seen.any():
-            tables.append(_table(metric, cell, axis[seen], runs, values[:, seen]))
+        both = _sheaf(shared, points).minus([theirs[run.clock.pair] for run in shared])
+        if len(both.axis):
+            tables.append(both.table(metric, cell))
     return _joined(tables)
 
 
+def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    if not tables:
+        return pd.DataFrame(columns=COLUMNS)
+    return pd.concat(tables, ignore_index=True)
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Clock:
     """Where a run stands in the frame, and when it had read how many tokens: [P] each."""
@@ -89,7 +92,7 @@ class _Clock:
     token_flops: float
 
     def at(self, axis: np.ndarray) -> np.ndarray:
-        return np.interp(axis, self.tokens, self.seconds, left=np.nan, right=np.nan)
+        return _linear(axis, self.tokens, self.seconds)
 
 
 @dataclass(frozen=True)
@@ -100,34 +103,47 @@ class _Run:
     tokens: np.ndarray
     values: np.ndarray
 
+    @property
+    def last(self) -> float:
+        return float(self.tokens[-1])
+
     def at(self, axis: np.ndarray) -> np.ndarray:
-        """The metric there; NaN where the run has not been."""
-        return np.interp(axis, self.tokens, self.values, left=np.nan, right=np.nan)
+        return _linear(axis, self.tokens, self.values)
+
+
+def _linear(axis: np.ndarray, tokens: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The values there; NaN where the run has not been."""
+    return np.interp(axis, tokens, values, left=np.nan, right=np.nan)
 
 
 def _clocks(logged: pd.DataFrame) -> list[_Clock]:
     """A clock a run.  The lines of a run stand together: a slice finds them a hundred times faster than a groupby."""
     if logged.empty:
         return []
-    cells, names = pd.factorize(logged.cell)
+    codes, names = pd.factorize(logged.cell)
     pairs = logged.pair.to_numpy()
-    changes = np.flatnonzero((np.diff(cells) != 0) | (np.diff(pairs) != 0)) + 1
-    starts = [0, *changes.tolist()]
-    ends = [*changes.tolist(), len(logged)]
+    changes = (np.diff(codes) != 0) | (np.diff(pairs) != 0)
+    bounds = [0, *(np.flatnonzero(changes) + 1), len(logged)]
     tokens = logged.tokens.to_numpy(float)
     seconds = logged.seconds.to_numpy(float)
-    flops = logged.flops.to_numpy(float)
-    return [
-        _Clock(
-            cell=str(names[cells[start]]),
-            pair=int(pairs[start]),
-            lines=slice(start, end),
-            tokens=tokens[start:end],
-            seconds=seconds[start:end],
-            token_flops=flops[end - 1] / tokens[end - 1] if tokens[end - 1] else np.nan,
+    with np.errstate(
+        invalid="ignore", divide="ignore"
+    ):  # before its first token a run has cost nothing
+        token_flops = logged.flops.to_numpy(float) / tokens
+    clocks = []
+    for start, end in pairwise(bounds):
+        lines = slice(start, end)
+        clocks.append(
+            _Clock(
+                cell=str(names[codes[start]]),
+                pair=int(pairs[start]),
+                lines=lines,
+                tokens=tokens[lines],
+                seconds=seconds[lines],
+                token_flops=token_flops[end - 1],
+            )
         )
-        for start, end in zip(starts, ends, strict=True)
-    ]
+    return clocks
 
 
 def _runs_of(
@@ -140,50 +156,67 @@ def _runs_of(
         own = values[clock.lines]
         known = np.isfinite(own)
         if known.any():
-            cells.setdefault(clock.cell, []).append(
-                _Run(clock, clock.tokens[known], own[known])
-            )
+            run = _Run(clock, clock.tokens[known], own[known])
+            cells.setdefault(clock.cell, []).append(run)
     return cells
 
 
-def _axis(runs: Sequence[_Run], points: int) -> np.ndarray:
-    """Tokens, [P]: those at which the run that has come farthest logged, thinned to `points`."""
-    longest = max(runs, key=lambda run: run.tokens[-1])
-    places = np.linspace(0, len(longest.tokens) - 1, min(points, len(longest.tokens)))
-    return longest.tokens[np.unique(places.round().astype(int))]
+# -- runs on one axis --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Sheaf:
+    """Several runs on one axis of tokens [P]: values [S, P], NaN where a run has not been."""
+
+    axis: np.ndarray
+    values: np.ndarray
+    clocks: list[_Clock]
+
+    def minus(self, others: Sequence[_Run]) -> "_Sheaf":
+        """Each run minus another, on the part of the axis where any pair has been."""
+        theirs = np.stack([run.at(self.axis) for run in others])
+        values = self.values - theirs
+        seen = np.isfinite(values).any(axis=0)
+        return _Sheaf(self.axis[seen], values[:, seen], self.clocks)
+
+    def table(self, metric: str, cell: str) -> pd.DataFrame:
+        seconds = np.stack([clock.at(self.axis) for clock in self.clocks])
+        return pd.DataFrame(
+            {
+                "metric": metric,
+                "cell": cell,
+                "tokens": self.axis,
+                "flops": self.axis * self.clocks[0].token_flops,
+                "seconds": _mean(seconds),
+                "mean": _mean(self.values),
+                "sd": _sd(self.values),
+                "runs": _count(self.values),
+            }
+        )
 
 
-def _table(
-    metric: str, cell: str, axis: np.ndarray, runs: Sequence[_Run], values: np.ndarray
-) -> pd.DataFrame:
-    """values: [S, P]."""
-    there = np.isfinite(values)
-    count = there.sum(axis=0)
-    mean = _mean(values, there)
-    squares = np.where(there, (values - mean) ** 2, 0).sum(axis=0)
-    seconds = np.stack([run.clock.at(axis) for run in runs])
-    return pd.DataFrame(
-        {
-            "metric": metric,
-            "cell": cell,
-            "tokens": axis,
-            "flops": axis * runs[0].clock.token_flops,
-            "seconds": _mean(seconds, np.isfinite(seconds)),
-            "mean": mean,
-            "sd": np.sqrt(np.where(count > 1, squares, np.nan) / np.maximum(count - 1, 1)),
-            "runs": count,
-        }
-    )
+def _sheaf(runs: Sequence[_Run], points: int) -> _Sheaf:
+    """On the tokens at which the run that has come farthest logged, thinned to `points`."""
+    tokens = max(runs, key=lambda run: run.last).tokens
+    places = np.linspace(0, len(tokens) - 1, min(points, len(tokens)))
+    axis = tokens[np.unique(places.round().astype(int))]
+    values = np.stack([run.at(axis) for run in runs])
+    return _Sheaf(axis, values, [run.clock for run in runs])
 
 
-def _mean(values: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Over the runs that are there; NaN where none is."""
-    count = there.sum(axis=0)
-    total = np.where(there, values, 0).sum(axis=0)
+def _count(values: np.ndarray) -> np.ndarray:
+    """[S, P] -> [P]: how many runs have come that far."""
+    return np.isfinite(values).sum(axis=0)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """[S, P] -> [P], over the runs that are there; NaN where none is."""
+    total = np.nansum(values, axis=0)
+    count = _count(values)
     return np.where(count > 0, total, np.nan) / np.maximum(count, 1)
 
 
-def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
-    if not tables:
-        return pd.DataFrame(columns=COLUMNS)
-    return pd.concat(tables, ignore_index=True)
+def _sd(values: np.ndarray) -> np.ndarray:
+    """The same, with one degree of freedom taken; NaN where one run alone is there."""
+    away = values - _mean(values)
+    squares = np.nansum(away**2, axis=0)
+    degrees = _count(values) - 1
+    return np.sqrt(np.where(degrees > 0, squares, np.nan) / np.maximum(degrees, 1))

@@ -5,8 +5,9 @@ Here each finished trial is drawn, and marks stand for what was lost.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -23,30 +24,71 @@ if TYPE_CHECKING:
 
 PANELS = 3  # side by side
 FEWEST_FOR_A_SURFACE = 6  # trials, below which a map shows its dots alone
+FAR = 3.0  # times the way from the best trial to the median, beyond which all have the last colour
 LEVELS = 12  # colours of a surface
 GRID = 200  # points of a surface along each axis
 
 
-def axes_of(study: StudyRecord) -> list[str]:
-    """The searched paths whose values are numbers that differ between trials, in the order of the space."""
-    return [path for path in study.space if len(set(_numbers(study.trials, path))) > 1]
+@dataclass(frozen=True)
+class SearchedAxis:
+    """A searched path whose values are numbers."""
+
+    path: str
+    is_log: bool  # searched on a log scale, or over choices that span more than an octave
+    low: float
+    high: float
+
+    def of(self, trial: Trial) -> float | None:
+        """Where a trial stands on it; None where it lacks the path."""
+        value = trial.params.get(self.path)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if is_number and value is not None else None
+
+    def seen(self, values: np.ndarray) -> np.ndarray:
+        """As they stand in the picture, from 0 at `low` to 1 at `high`."""
+        if self.is_log:
+            return np.log(values / self.low) / np.log(self.high / self.low)
+        return (values - self.low) / (self.high - self.low)
+
+    def line(self, points: int) -> np.ndarray:
+        """From `low` to `high` in steps that look even."""
+        space = np.geomspace if self.is_log else np.linspace
+        return space(self.low, self.high, points)
+
+    def dress(self, axes: "Axes", which: str) -> None:
+        """A log axis where the search was on one, with plain numbers; its label.  which: x or y."""
+        from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+        along = axes.xaxis if which == "x" else axes.yaxis
+        axes.set(**{f"{which}label": self.path})
+        if not self.is_log:
+            along.set_major_locator(MaxNLocator(4))
+            return
+        axes.set(**{f"{which}scale": "log"})
+        along.set_major_locator(LogLocator(subs=self._ticks))
+        along.set_minor_locator(NullLocator())
+        along.set_major_formatter(lambda value, _: f"{value:g}")
+
+    @property
+    def _ticks(self) -> tuple[int, ...]:
+        """The digits that have a tick in each decade: few decades need more."""
+        decades = np.log10(self.high / self.low)
+        if decades > 2:
+            return (1,)
+        return (1, 3) if decades > 1 else (1, 2, 5)
 
 
-def _numbers(trials: Sequence[Trial], path: str) -> list[float]:
-    values = [trial.params.get(path) for trial in trials]
-    return [
-        float(value)
-        for value in values
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    ]
-
-
-def _is_log(study: StudyRecord, path: str) -> bool:
-    """Searched on a log scale, or over choices that span more than an octave."""
-    if "choices" not in study.space[path]:
-        return "log" in study.space[path]
-    values = _numbers(study.trials, path)
-    return min(values) > 0 and max(values) > 2 * min(values)
+def axes_of(study: StudyRecord) -> list[SearchedAxis]:
+    """The paths on which trials stand at different numbers, in the order of the space."""
+    found = []
+    for path, how in study.space.items():
+        anywhere = SearchedAxis(path, False, 0.0, 1.0)
+        values = [value for trial in study.trials if (value := anywhere.of(trial)) is not None]
+        low, high = min(values, default=0.0), max(values, default=0.0)
+        if low < high:
+            wide_choice = "choices" in how and 0 < 2 * low < high
+            found.append(SearchedAxis(path, "log" in how or wide_choice, low, high))
+    return found
 
 
 # -- slices ------------------------------------------------------------------------------------------------------------
@@ -62,74 +104,99 @@ def slices(study: StudyRecord) -> "Figure":
 
     UserError where no axis has two values.
     """
-    paths = axes_of(study)
-    if not paths:
+    along = axes_of(study)
+    if not along:
         raise UserError(f"study {study.name!r} has no axis with two values; add trials")
-    colours = colours_of(study)
-    columns = min(PANELS, len(paths))
-    rows = -(-len(paths) // columns)
-    size = (1.4 + 2.9 * columns, 0.9 + 2.6 * rows)
-    figure, every = canvas(*size, rows, columns, sharey=True)
+    figure, every = _panels(len(along), sharey=True)
     groups = list(study.cells.values())
     every[0].set_ylabel(f"{study.metric} ({unit(study.metric)})")
     panels = [TrialPanel(axes, study.better) for axes in every]
     panels[0].limits(groups)
-    for panel, path in zip(panels, paths, strict=False):
+    colours = colours_of(study)
+    for panel, axis in zip(panels, along, strict=False):
         for cell, trials in study.cells.items():
-            _slice(panel, trials, path, colours[cell])
-        _scale(panel.axes, study, path, "x")
-    for empty in every[len(paths) :]:
-        empty.set_visible(False)
-    names = [
-        every[0].plot([], [], "o", color=legible(colour), markersize=4)[0]
-        for colour in colours.values()
-    ]
+            _slice(panel, trials, axis, colours[cell])
+        axis.dress(panel.axes, "x")
     if len(colours) > 1:
+        dot: dict[str, Any] = {"marker": "o", "linestyle": "", "markersize": 4}
+        names = [
+            every[0].plot([], [], color=legible(colour), **dot)[0]
+            for colour in colours.values()
+        ]
         figure.legend(names, list(colours), loc="outside right upper", frameon=False)
-    figure.supxlabel(
-        f"dots: all finished trials, whatever their other values; large: the arm's best{panels[0].key(groups)}",
-        fontsize=8,
-    )
+    said = "dots: all finished trials, whatever their other values; large: the arm's best"
+    figure.supxlabel(said + panels[0].key(groups), fontsize=8)
     return figure
 
 
-def _slice(panel: TrialPanel, trials: Sequence[Trial], path: str, colour: str) -> None:
-    here = [trial for trial in trials if path in trial.params]
-    done = [trial for trial in here if trial.state == COMPLETE]
-    panel.lost([(trial.params[path], trial.state) for trial in here], colour)
+def _panels(count: int, **layout: Any) -> "tuple[Figure, list[Axes]]":
+    """So many panels, at most PANELS side by side; those that are not needed are hidden."""
+    columns = min(PANELS, count)
+    rows = -(-count // columns)
+    width = 1.6 + 2.8 * columns
+    height = 0.9 + 2.6 * rows
+    figure, every = canvas(width, height, rows, columns, **layout)
+    for empty in every[count:]:
+        empty.set_visible(False)
+    return figure, every
+
+
+def _slice(panel: TrialPanel, trials: Sequence[Trial], axis: SearchedAxis, colour: str) -> None:
+    places = [(place, trial) for trial in trials if (place := axis.of(trial)) is not None]
+    panel.lost([(place, trial.state) for place, trial in places], colour)
+    done = [(place, trial.final) for place, trial in places if trial.state == COMPLETE]
     if not done:
         return
-    points = np.array([(trial.params[path], trial.final) for trial in done], float)
+    points = np.array(done, float)
     dots: dict[str, Any] = {"markersize": 4.5, "markeredgewidth": 0, "alpha": 0.6}
     panel.axes.plot(*points.T, "o", color=colour, zorder=3, **dots)
     panel.off_scale(points, colour)
-    best = _best(done, panel.better)
-    panel.axes.plot(best.params[path], best.final, "o", color=colour, markersize=8, zorder=5)
-
-
-def _best(done: Sequence[Trial], better: str) -> Trial:
-    return min(done, key=lambda trial: sign(better) * trial.final)
-
-
-def _scale(axes: "Axes", study: StudyRecord, path: str, which: str) -> None:
-    """A log axis where the search was on one, with plain numbers; its label."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-
-    along = axes.xaxis if which == "x" else axes.yaxis
-    axes.set(**{f"{which}label": path})
-    if not _is_log(study, path):
-        along.set_major_locator(MaxNLocator(4))
-        return
-    axes.set(**{f"{which}scale": "log"})
-    values = _numbers(study.trials, path)
-    decades = np.log10(max(values) / min(values))
-    ticks = (1,) if decades > 2 else (1, 3) if decades > 1 else (1, 2, 5)
-    along.set_major_locator(LogLocator(subs=ticks))
-    along.set_minor_locator(NullLocator())
-    along.set_major_formatter(lambda value, _: f"{value:g}")
+    best = min(done, key=lambda point: sign(panel.better) * point[1])
+    panel.axes.plot(*best, "o", color=colour, markersize=8, zorder=5)
 
 
 # -- a map -------------------------------------------------------------------------------------------------------------
+
+
+class Ground(NamedTuple):
+    """The two axes of a map."""
+
+    across: SearchedAxis
+    up: SearchedAxis
+
+    def at(self, trial: Trial) -> tuple[float, float] | None:
+        """Where a trial stands; None where it lacks one of the two."""
+        x = self.across.of(trial)
+        y = self.up.of(trial)
+        return None if x is None or y is None else (x, y)
+
+
+class Relief(NamedTuple):
+    """The finished trials of an arm on a ground: x, y and the metric, [N] each."""
+
+    ground: Ground
+    x: np.ndarray
+    y: np.ndarray
+    values: np.ndarray
+
+    def between(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """A grid and the values on it, linear between the trials on the scales that are drawn.
+
+        None where the trials are too few or on one line; masked where none is on the far side.
+        """
+        from matplotlib.tri import LinearTriInterpolator, Triangulation
+
+        if len(self.values) < FEWEST_FOR_A_SURFACE:
+            return None
+        seen = [self.ground.across.seen(self.x), self.ground.up.seen(self.y)]
+        try:
+            surface = LinearTriInterpolator(Triangulation(*seen), self.values)
+        except (RuntimeError, ValueError):  # all on one line
+            return None
+        across = self.ground.across.line(GRID)
+        up = self.ground.up.line(GRID)
+        even = np.linspace(0, 1, GRID)
+        return across, up, surface(*np.meshgrid(even, even))
 
 
 def draw_heat(study: StudyRecord, path: Path) -> Path:
@@ -142,117 +209,73 @@ def heat(study: StudyRecord) -> "Figure":
 
     UserError where fewer than two axes have two values.
     """
-    paths = axes_of(study)
-    if len(paths) < 2:
+    along = axes_of(study)
+    if len(along) < 2:
         searched = ", ".join(study.space)
         raise UserError(
             f"study {study.name!r} searches {searched}; a map needs two axes with two values each"
         )
-    across, up = paths[:2]
-    cells = {cell: _done(trials, across, up) for cell, trials in study.cells.items()}
-    cells = {cell: done for cell, done in cells.items() if done}
-    columns = min(PANELS, len(cells))
-    rows = -(-len(cells) // columns)
-    size = (1.8 + 2.7 * columns, 0.9 + 2.6 * rows)
-    figure, every = canvas(*size, rows, columns, sharex=True, sharey=True)
-    low, high = _levels(study, [trial for done in cells.values() for trial in done])
-    for axes, (cell, done) in zip(every, cells.items(), strict=False):
-        _scale(axes, study, across, "x")
-        _scale(axes, study, up, "y")
-        shade = _surface(axes, study, done, (across, up), (low, high))
-        _marks(axes, study.cells[cell], across, up)
+    ground = Ground(*along[:2])
+    reliefs = {cell: _relief(trials, ground) for cell, trials in study.cells.items()}
+    known = {cell: relief for cell, relief in reliefs.items() if len(relief.values)}
+    figure, every = _panels(len(known), sharex=True, sharey=True)
+    colours = _colours(study, np.concatenate([relief.values for relief in known.values()]))
+    for axes, (cell, relief) in zip(every, known.items(), strict=False):
+        ground.across.dress(axes, "x")
+        ground.up.dress(axes, "y")
+        shade = _draw_relief(axes, relief, study.better, colours)
+        _marks(axes, study.cells[cell], ground)
         axes.set_title(cell)
         axes.label_outer()
-    for empty in every[len(cells) :]:
-        empty.set_visible(False)
     bar = figure.colorbar(shade, ax=every, extend="max" if study.better == "lower" else "min")
     bar.set_label(f"{study.metric} ({unit(study.metric)})")
-    bar.outline.set_visible(False)
-    figure.supxlabel(
-        "dots: finished trials, ring: the arm's best; between them interpolated; x diverged, | pruned",
-        fontsize=8,
-    )
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    said = "dots: finished trials, ring: the arm's best; between them interpolated"
+    figure.supxlabel(f"{said}; x diverged, | pruned", fontsize=8)
     return figure
 
 
-def _done(trials: Sequence[Trial], *paths: str) -> list[Trial]:
-    """The finished trials that have a number on each of the paths."""
-    return [
-        trial
+def _relief(trials: Sequence[Trial], ground: Ground) -> Relief:
+    points = [
+        (*place, trial.final)
         for trial in trials
-        if trial.state == COMPLETE and all(_numbers([trial], path) for path in paths)
+        if trial.state == COMPLETE and (place := ground.at(trial))
     ]
+    x, y, values = np.array(points, float).reshape(-1, 3).T
+    return Relief(ground, x, y, values)
 
 
-def _levels(study: StudyRecord, done: Sequence[Trial]) -> tuple[float, float]:
-    """The range of colours: from the best to as far beyond the median; what is worse has the last colour."""
-    values = np.array([trial.final for trial in done])
-    up = sign(study.better)
-    best = (up * values).min()
-    worst = min((up * values).max(), best + 3 * (np.median(up * values) - best))
-    low, high = sorted((up * best, up * worst))
-    return low, high if high > low else low + (abs(low) * 0.01 or 1.0)
+def _colours(study: StudyRecord, values: np.ndarray) -> dict[str, Any]:
+    """From the best to as far beyond the median; what is worse has the last colour."""
+    losses = sign(study.better) * values
+    best = losses.min()
+    worst = min(losses.max(), best + FAR * (np.median(losses) - best))
+    low, high = sorted((sign(study.better) * best, sign(study.better) * worst))
+    if low == high:
+        high = low + (abs(low) * 0.01 or 1.0)
+    name = "viridis" if study.better == "lower" else "viridis_r"
+    return {"cmap": name, "vmin": low, "vmax": high}
 
 
-def _surface(
-    axes: "Axes",
-    study: StudyRecord,
-    done: Sequence[Trial],
-    paths: tuple[str, str],
-    levels: tuple[float, float],
-) -> Any:
+def _draw_relief(axes: "Axes", relief: Relief, better: str, colours: dict[str, Any]) -> Any:
     """The surface, where there are trials enough, and its dots; what has the colours."""
-    x, y = (np.array([trial.params[path] for trial in done], float) for path in paths)
-    values = np.array([trial.final for trial in done])
-    colours = "viridis" if study.better == "lower" else "viridis_r"
-    shared: dict[str, Any] = {"cmap": colours, "vmin": levels[0], "vmax": levels[1]}
-    if (surface := _interpolated(study, paths, x, y, values)) is not None:
-        steps = np.linspace(*levels, LEVELS)
+    surface = relief.between()
+    if surface is not None:
         across, up, between = surface
-        axes.contourf(across, up, between.clip(*levels), steps, extend="both", **shared)
-    dots = axes.scatter(
-        x, y, c=values, s=22, edgecolors="white", linewidths=0.7, zorder=3, **shared
-    )
-    best = _best(done, study.better)
-    at = [best.params[path] for path in paths]
-    axes.plot(*at, "o", markersize=10, markerfacecolor="none", markeredgecolor=INK, zorder=4)
+        low, high = colours["vmin"], colours["vmax"]
+        steps = np.linspace(low, high, LEVELS)
+        axes.contourf(across, up, between.clip(low, high), steps, extend="both", **colours)
+    edges: dict[str, Any] = {"s": 22, "edgecolors": "white", "linewidths": 0.7, "zorder": 3}
+    dots = axes.scatter(relief.x, relief.y, c=relief.values, **edges, **colours)
+    best = int(np.argmin(sign(better) * relief.values))
+    ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": INK, "zorder": 4}
+    axes.plot(relief.x[best], relief.y[best], "o", markersize=10, **ring)
     return dots
 
 
-def _interpolated(
-    study: StudyRecord,
-    paths: tuple[str, str],
-    x: np.ndarray,
-    y: np.ndarray,
-    values: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """A grid of the two axes and the values on it, linear between the trials on the scales that are drawn.
-
-    None where the trials are too few or on one line; masked where none is on the far side.
-    """
-    from matplotlib.tri import LinearTriInterpolator, Triangulation
-
-    if len(values) < FEWEST_FOR_A_SURFACE:
-        return None
-    scales = [_is_log(study, path) for path in paths]
-    seen = [np.log(at) if log else at for at, log in zip((x, y), scales, strict=True)]
-    spans = [np.ptp(at) for at in seen]
-    if not all(spans):
-        return None
-    units = [(at - at.min()) / span for at, span in zip(seen, spans, strict=True)]
-    try:
-        between = LinearTriInterpolator(Triangulation(*units), values)
-    except (RuntimeError, ValueError):  # all on one line
-        return None
-    line = np.linspace(0, 1, GRID)
-    ends = [at.min() + span * line for at, span in zip(seen, spans, strict=True)]
-    across, up = (np.exp(at) if log else at for at, log in zip(ends, scales, strict=True))
-    return across, up, between(*np.meshgrid(line, line))
-
-
-def _marks(axes: "Axes", trials: Sequence[Trial], across: str, up: str) -> None:
+def _marks(axes: "Axes", trials: Sequence[Trial], ground: Ground) -> None:
     """What was lost, where it was tried."""
     for trial in trials:
-        if trial.state in MARKERS and _numbers([trial], across) and _numbers([trial], up):
-            at = (trial.params[across], trial.params[up])
-            axes.plot(*at, MARKERS[trial.state], color=FAINT, markersize=6, zorder=3)
+        place = ground.at(trial)
+        if place and trial.state in MARKERS:
+            axes.plot(*place, MARKERS[trial.state], color=FAINT, markersize=6, zorder=3)

@@ -52,7 +52,8 @@ def points_of(axes) -> set[tuple[float, float]]:
 def test_every_finished_trial_is_a_dot_on_every_axis(normal):
     searched = study(normal, trials=9, lost=2)
     panels = slices(searched).axes
-    for axes, path in zip(panels, axes_of(searched), strict=True):
+    for axes, axis in zip(panels, axes_of(searched), strict=True):
+        path = axis.path
         done = {(trial.params[path], trial.value) for trial in searched.trials if trial.value}
         assert len(done) == 14
         assert done <= points_of(axes)
@@ -99,7 +100,7 @@ def test_both_are_written(normal, tmp_path):
 
 def test_one_axis_has_no_map(normal):
     searched = study(normal, space={LR: SPACE[LR]})
-    assert axes_of(searched) == [LR]
+    assert [axis.path for axis in axes_of(searched)] == [LR]
     with pytest.raises(UserError, match="'two' searches optim.lr; a map needs two axes"):
         heat(searched)
 
