@@ -287,6 +287,7 @@ RECORDS = {  # what a run leaves, and what a store holds besides
     "result": "runs/*/result.json",
     "metrics": "runs/*/metrics.jsonl",
     "pace": "runs/*/pace.jsonl",
+    "held out": "runs/*/held_out.npz",
     "checkpoint": "runs/*/checkpoints/step-*",
     "plan": "experiments/*.json",
     "liveness": "liveness.json",
@@ -378,6 +379,21 @@ def tokens_damaged(case: Case) -> Cure:
     def restore() -> None:
         shutil.rmtree(tokens)
         shutil.copytree(case.other.store / "data" / "tiny", tokens)
+
+    return restore
+
+
+@kind(8, name="the ledger damaged", state="half")
+def ledger_damaged(case: Case) -> Cure:
+    """What was registered is refused when it was edited, until it is restored."""
+    ledger = case.lab.store / "ledger.jsonl"
+    whole = ledger.read_bytes()
+    case.may_refuse = True
+    damage(ledger, case)
+
+    def restore() -> None:
+        shutil.rmtree(ledger) if ledger.is_dir() else ledger.unlink(missing_ok=True)
+        ledger.write_bytes(whole)
 
     return restore
 

@@ -70,7 +70,13 @@ def stage(y, x):
     return y * 0.5
 '''
 # The clock decides these, or the folder that a store stands in.
-OF_THE_CLOCK = ("seconds", "tokens_per_second", "tokens_per_second_ratio", "peak_bytes")
+OF_THE_CLOCK = (
+    "seconds",
+    "tokens_per_second",
+    "tokens_per_second_ratio",
+    "peak_bytes",
+    "provenance",  # when the ledger heard of it
+)
 PASSING = (".lock", ".damaged", ".partial", ".verified.json", "-journal", "-wal", "-shm")
 Left = dict[str, Any]  # what is compared -> what it is
 
