@@ -7,7 +7,12 @@ that another process holds is waited for, a killed run resumes, a crash is a rec
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from ablab.core.errors import UserError
+from ablab.core.language.written import dump
+from ablab.core.recipe.load import read_yaml
+from ablab.core.recipe.recipe import Recipe, plain
 from ablab.core.runtime.runtime import Runtime
+from ablab.core.store.files import set_aside, write_atomically
 from ablab.core.store.planned import GridPlan
 from ablab.core.store.record import Record
 from ablab.core.store.result import RETRY, Result
@@ -43,7 +48,10 @@ def execute(
         claims, known = needed(asked, lambda id: result_of(store.run(id), watcher.say))
         missing = once(claims)
         check_parents(missing, known, store)
-        done = [run.id for run in once(asked) if run.id in known]
+        ended = [run for run in once(asked) if run.id in known]
+        for run in ended:
+            mend_recipe(store.run(run.id), run.recipe, watcher.say)
+        done = [run.id for run in ended]
         for line in unheeded(pool.runtime, known).values():
             watcher.say(line)
         total = len(done) + len(missing)
@@ -111,6 +119,18 @@ def unheeded(asked: Runtime, results: Mapping[str, Result]) -> dict[str, str]:
                 "delete their folders in runs/ to train them so"
             )
     return lines
+
+
+def mend_recipe(record: Record, recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Write recipe.yaml of an ended run again where it is gone or cannot be read: its identity says what stood there."""
+    path = record.recipe_path
+    try:
+        read_yaml(path)
+    except UserError as flaw:
+        say(f"{flaw}; written again")
+        if path.is_dir():
+            set_aside(path)
+        write_atomically(path, dump(plain(recipe)).encode())
 
 
 def result_of(record: Record, say: Callable[[str], None]) -> Result | None:

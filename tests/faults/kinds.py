@@ -236,7 +236,7 @@ def disk_full_while_tokenizing(case: Case) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
 
-    check(case.begin(before=limit).end(), 0, REFUSED)
+    case.begin(before=limit).end()
 
 
 def fill_disk(after: int) -> None:
@@ -287,6 +287,7 @@ RECORDS = {  # what a run leaves, and what a store holds besides
     "result": "runs/*/result.json",
     "metrics": "runs/*/metrics.jsonl",
     "pace": "runs/*/pace.jsonl",
+    "held out": "runs/*/held_out.npz",
     "checkpoint": "runs/*/checkpoints/step-*",
     "plan": "experiments/*.json",
     "liveness": "liveness.json",
@@ -304,6 +305,12 @@ OF_A_STUDY = {
     "study": "studies/*.json",
     "plan of trials": "experiments/*@study.json",
     "trials": "optuna.db",
+}
+
+
+FORGIVEN = {  # what nobody can know again, and no verdict rests on: the clock's lines, who started a run
+    "pace.jsonl": "pace",
+    "run.json": "run.json",
 }
 
 
@@ -335,8 +342,7 @@ def damage(path: Path, case: Case) -> None:
     }
     way = draw.choice(list(ways))
     print(f"[{path.name}: {way}]", end=" ", flush=True)
-    if path.name == "pace.jsonl":
-        case.forgiven = "steps of pace"  # the clock's lines are in no verdict
+    case.forgiven = FORGIVEN.get(path.name, "")
     ways[way]()
 
 
@@ -373,6 +379,21 @@ def tokens_damaged(case: Case) -> Cure:
     def restore() -> None:
         shutil.rmtree(tokens)
         shutil.copytree(case.other.store / "data" / "tiny", tokens)
+
+    return restore
+
+
+@kind(8, name="the ledger damaged", state="half")
+def ledger_damaged(case: Case) -> Cure:
+    """What was registered is refused when it was edited, until it is restored."""
+    ledger = case.lab.store / "ledger.jsonl"
+    whole = ledger.read_bytes()
+    case.may_refuse = True
+    damage(ledger, case)
+
+    def restore() -> None:
+        shutil.rmtree(ledger) if ledger.is_dir() else ledger.unlink(missing_ok=True)
+        ledger.write_bytes(whole)
 
     return restore
 

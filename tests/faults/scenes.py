@@ -70,7 +70,13 @@ def stage(y, x):
     return y * 0.5
 '''
 # The clock decides these, or the folder that a store stands in.
-OF_THE_CLOCK = ("seconds", "tokens_per_second", "tokens_per_second_ratio", "peak_bytes")
+OF_THE_CLOCK = (
+    "seconds",
+    "tokens_per_second",
+    "tokens_per_second_ratio",
+    "peak_bytes",
+    "provenance",  # when the ledger heard of it
+)
 PASSING = (".lock", ".damaged", ".partial", ".verified.json", "-journal", "-wal", "-shm")
 Left = dict[str, Any]  # what is compared -> what it is
 
@@ -169,7 +175,7 @@ def of_runs(lab: Lab) -> Left:
     from ablab.core.store.store import Store
 
     store = Store(lab.store)
-    left: Left = {"files": names(lab)}
+    left: Left = {f"there is {name}": True for name in names(lab)}
     for name in store.experiments():
         plan = store.read_plan(name)
         left[f"plan of {name}"] = sorted(
@@ -186,12 +192,13 @@ def of_runs(lab: Lab) -> Left:
 
 
 def run_of(folder: Path) -> Iterator[tuple[str, Any]] | Left:
+    from ablab.core.store.record import Record
+
     result = json.loads((folder / "result.json").read_text())
-    paces = (folder / "pace.jsonl").read_text().splitlines()
     left = {
         f"{folder.name}: result": without_clock(result),
         f"{folder.name}: log": (folder / "metrics.jsonl").read_bytes(),
-        f"{folder.name}: steps of pace": [json.loads(line)["step"] for line in paces],
+        f"{folder.name}: pace": [line["step"] for line in Record(folder).pace()],
     }
     for weights in folder.glob("*.safetensors"):
         left[f"{folder.name}: {weights.name}"] = hash(weights.read_bytes())
@@ -263,10 +270,25 @@ def difference(one: Left, other: Left, forgiven: str = "") -> str:
     """The first things in which they differ, in a line; empty where they do not.  forgiven: what ends so may differ."""
     compared = [key for key in one | other if not (forgiven and key.endswith(forgiven))]
     differing = [key for key in compared if one.get(key) != other.get(key)]
-    told = [
-        f"{key}: {str(one.get(key))[:300]} != {str(other.get(key))[:300]}" for key in differing
-    ]
+    told = [f"{key}{told_apart(one.get(key), other.get(key))}" for key in differing]
     return "; ".join(told[:3])
+
+
+def told_apart(one: Any, other: Any) -> str:
+    """Where two values differ, and what stands there."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in one | other:
+            if one.get(key) != other.get(key):
+                return f".{key}{told_apart(one.get(key), other.get(key))}"
+    if isinstance(one, list) and isinstance(other, list):
+        only = [value for value in one if value not in other]
+        surplus = [value for value in other if value not in one]
+        if len(only) == len(surplus) == 1:
+            return f"[]{told_apart(only[0], surplus[0])}"
+        return (
+            f": {len(one)} and {len(other)} long; lacks {only[:3]}, has besides {surplus[:3]}"
+        )
+    return f": {str(one)[:200]} != {str(other)[:200]}"
 
 
 QUICK = ("--no-mlflow", "--json", "--jobs", "1")  # --json draws no pictures, which take longest

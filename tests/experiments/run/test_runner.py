@@ -392,8 +392,14 @@ def test_each_damaged_record_costs_its_own_run_which_is_trained_again(new_lab):
     assert f"{last / 'result.json'} is damaged" in ended.err
     again = lab.results("grid")
     assert weights(again, pairs=(0,)) == weights(whole, pairs=(0,))
+    recipe = (full / "recipe.yaml").read_text()
+    (full / "recipe.yaml").unlink()
+    (base / "recipe.yaml").write_bytes(b"\xff")
     kept = lab.run(*command, "runtime.keep_weights=true", "runtime.evaluations=2")
     assert kept.trained == []
+    assert (full / "recipe.yaml").read_text() == recipe
+    assert "width: 16" in (base / "recipe.yaml").read_text()
+    assert f"{base / 'recipe.yaml'} is not UTF-8 text" in kept.err
     assert "runtime.keep_weights=True is asked, but 4 of the runs ended with False" in kept.err
 
 
