@@ -122,7 +122,7 @@ def unheeded(asked: Runtime, results: Mapping[str, Result]) -> dict[str, str]:
 
 
 def mend_recipe(record: Record, recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Write recipe.yaml of an ended run again where it is gone or cannot be read: its identity says what stood there."""
+    """Write recipe.yaml of an ended run again where it is gone or cannot be read: its identity says what it held."""
     path = record.recipe_path
     try:
         read_yaml(path)
