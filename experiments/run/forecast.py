@@ -21,6 +21,22 @@ from ablab.experiments.text import count
 GUESS_CPU = 1.5e10
 GUESS_GPU = 2.5e14
 
+DAY = 86400.0  # seconds: a grid of more on a CPU is told what a GPU would take
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Seconds that are no training step.  On two quiet cores, and on one H100 with full caches."""
+
+    start: float  # until the first worker is ready
+    trace: float  # of an arm's liveness, besides the arithmetic of its steps
+    run: float  # building a model, compiling or recording its step, writing its record
+
+
+BEGINNINGS = {"cpu": Beginning(8.0, 0.5, 0.5), "cuda": Beginning(20.0, 3.0, 2.0)}
+TRACED_ROWS = 8  # four steps of two rows of the full context: ablations/checks/liveness.py
+FORWARD = 1 / 3  # of the FLOPs of a training step: an evaluation goes no way back
+
 LIMIT = 200  # rows printed; --json prints them all
 
 
@@ -48,7 +64,15 @@ class Forecast:
     flops: int
     seconds: float
     rate: str  # "measured" or "guessed"
-    device_seconds: float = 0.0  # of one device that does all that is missing
+    device: str  # in words
+    overhead: (
+        float  # of `seconds`: start-up, liveness, and what each run takes besides its steps
+    )
+    device_seconds: float  # of one device that does all that is missing
+    no_data: list[str]  # token folders that the store lacks; with them come other identities
+    on_a_gpu: float | None = (
+        None  # seconds on one H100, where no GPU is seen and a CPU would take days
+    )
     factors: Factors | None = None  # of a crossed design
     infeasible: dict[str, str] = field(default_factory=dict)  # cell -> why it cannot be built
 
@@ -62,6 +86,7 @@ def forecast(
     unique = {run.id: run for run in stages}
     results = {id: _peek(store, id) for id in unique}
     flops = {id: _flops(run.recipe) for id, run in unique.items()}
+    work = {id: flops[id] + _evaluating(run.recipe, runtime) for id, run in unique.items()}
     measured = _measured_rate(results, flops)
     rate = measured or _guessed_rate(runtime)
     shown = _with_stages(runs)
@@ -69,18 +94,26 @@ def forecast(
     missing = once(claims)
     jobs = jobs or default_jobs(runtime)
     workers = max(min(training_at_once(runtime, jobs), len(missing)), 1)
-    flops_to_do = sum(flops[run.id] for run in missing)
+    to_do = sum(work[run.id] for run in missing)
+    device = "cuda" if gpus_for(runtime) else "cpu"
+    overhead = _overhead(missing, BEGINNINGS[device], rate, workers)
+    seconds = to_do / rate / workers
+    is_slow = device == "cpu" and seconds > DAY
     return Forecast(
         experiment=experiment.name,
-        rows=[_row(run, results[run.id], flops[run.id], rate) for run in shown],
+        rows=[_row(run, results[run.id], flops[run.id], work[run.id] / rate) for run in shown],
         runs=len(unique),
         missing=len(missing),
         jobs=jobs,
         tokens=sum(_tokens(run.recipe) for run in missing),
-        flops=flops_to_do,
-        seconds=flops_to_do / rate / workers,
+        flops=sum(flops[run.id] for run in missing),
+        seconds=seconds + overhead,
         rate="measured" if measured else "guessed",
-        device_seconds=flops_to_do / rate,
+        device=_device(runtime),
+        overhead=overhead,
+        device_seconds=to_do / rate,
+        no_data=_no_data(missing),
+        on_a_gpu=to_do / GUESS_GPU if is_slow else None,
         factors=experiment.factors,
         infeasible=experiment.infeasible,
     )
@@ -119,6 +152,39 @@ def _flops(recipe: Recipe) -> int:
     return cost_of(recipe).flops_per_token * _tokens(recipe)
 
 
+def _evaluating(recipe: Recipe, runtime: Runtime) -> int:
+    """FLOPs of all evaluations of a run."""
+    passes = min(runtime.evaluations, recipe.steps)
+    tokens = recipe.data.held_out * passes
+    return int(cost_of(recipe).flops_per_token * tokens * FORWARD)
+
+
+def _overhead(missing: list[PlannedRun], each: Beginning, rate: float, workers: int) -> float:
+    """Seconds before and between the steps: start-up, each arm's liveness once, each run's own."""
+    if not missing:
+        return 0.0
+    arms = {run.cell: run.recipe for run in missing}
+    traced = sum(
+        cost_of(recipe).flops_per_token * TRACED_ROWS * recipe.data.context
+        for recipe in arms.values()
+    )
+    between = len(arms) * each.trace + traced / rate + len(missing) * each.run
+    return each.start + between / workers
+
+
+def _device(runtime: Runtime) -> str:
+    gpus = len(gpus_for(runtime))
+    if not gpus:
+        return "this CPU"
+    return f"{gpus} GPUs" if gpus > 1 else "1 GPU"
+
+
+def _no_data(missing: list[PlannedRun]) -> list[str]:
+    """What must be tokenized before: a folder, or a mix by its name."""
+    names = [run.recipe.data.name for run in missing if run.recipe.data.digest is None]
+    return sorted(set(names))
+
+
 def _measured_rate(results: dict[str, Result | None], flops: dict[str, int]) -> float | None:
     """FLOP/s over the runs that have finished; None where none has."""
     seconds = {
@@ -135,7 +201,7 @@ def _guessed_rate(runtime: Runtime) -> float:
     return GUESS_GPU if gpus_for(runtime) else GUESS_CPU
 
 
-def _row(run: PlannedRun, result: Result | None, flops: int, rate: float) -> ForecastRow:
+def _row(run: PlannedRun, result: Result | None, flops: int, seconds: float) -> ForecastRow:
     return ForecastRow(
         cell=run.title,
         seed=run.recipe.seed,
@@ -143,7 +209,7 @@ def _row(run: PlannedRun, result: Result | None, flops: int, rate: float) -> For
         state=result.status if result else "missing",
         parameters=cost_of(run.recipe).parameters,
         flops=flops,
-        seconds=flops / rate,
+        seconds=seconds,
     )
 
 
@@ -162,7 +228,17 @@ def show_forecast(found: Forecast) -> None:
     for note in notes_on_design(found.factors, found.infeasible):
         typer.echo(f"design: {note}")
     work = f"{found.tokens / 1e6:,.1f} M tokens, {found.flops:.2e} FLOPs"
-    time = f"about {duration(found.seconds)} with {found.jobs} at a time ({found.rate} rate)"
+    time = f"about {duration(found.seconds)} on {found.device}, {found.jobs} at a time"
+    parts = f"{found.rate} rate; {duration(found.overhead)} of it start-up and liveness"
     typer.echo(
-        f"\n{found.experiment}: {found.runs:,} runs, {found.missing:,} missing: {work}, {time}"
+        f"\n{found.experiment}: {found.runs:,} runs, {found.missing:,} missing: {work}, {time} ({parts})"
     )
+    if found.on_a_gpu:
+        typer.echo(
+            f"No GPU is seen here, and this grid wants one: about {duration(found.on_a_gpu)} on one H100"
+        )
+    if found.no_data:
+        names = ", ".join(found.no_data)
+        typer.echo(
+            f"The store lacks the tokens of {names} (`ablab data`): these ids will change with them"
+        )

@@ -664,9 +664,34 @@ def test_a_forecast_knows_that_jobs_take_turns_on_a_gpu(
 
     def seconds(jobs: int) -> float:
         dry = ("run", "asked.yaml", "--dry-run", "--json")
-        return ablab(*dry, "--jobs", str(jobs)).json["seconds"]
+        found = ablab(*dry, "--jobs", str(jobs)).json
+        return found["seconds"] - found["overhead"]
 
     alone = seconds(1)
     for jobs in (2, 4):
         speedup = limit(jobs, len(gpus.split(",")))
         assert seconds(jobs) == pytest.approx(alone / speedup, rel=1e-6)
+
+
+def test_a_forecast_counts_start_up_liveness_and_evaluations(lab, ablab):
+    """By hand: twice the evaluations on the held-out tokens cost a third of as many training tokens."""
+    lab.sheet("told", seeds=[7])
+    dry = ("run", "told.yaml", "--dry-run", "--json")
+
+    def training(evaluations: int) -> float:
+        found = ablab(*dry, "--jobs", "1", f"runtime.evaluations={evaluations}").json
+        assert found["overhead"] > 8 and found["device"] == "this CPU"
+        return found["seconds"] - found["overhead"]
+
+    few, many = training(2), training(4)
+    steps_tokens, held_out = 1280, 320
+    expected = (steps_tokens + 4 * held_out / 3) / (steps_tokens + 2 * held_out / 3)
+    assert many / few == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_forecast_says_that_a_grid_wants_a_gpu_and_that_its_tokens_are_missing(ablab):
+    said = ablab("run", "loo_70m", "--dry-run", "runtime.device=cpu").out
+    assert "No GPU is seen here, and this grid wants one: about" in said
+    assert "The store lacks the tokens of" in said and "these ids will change" in said
+    told = ablab("run", "told.yaml", "--dry-run").out
+    assert "wants one" not in told and "lacks" not in told
