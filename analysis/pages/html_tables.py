@@ -92,8 +92,10 @@ def verdicts(report: Report) -> Verdicts:
     columns = [
         Column("mean", "num spare"),
         Column("sd", "num spare", "between seeds"),
-        Column("SE seeds", "num spare", "standard error of the delta over seeds"),
-        Column("SE tokens", "num spare", "of the delta over documents of the held-out text"),
+        # That over seeds is drawn, as the interval.
+        Column(
+            "SE text", "num spare", "of the difference, over documents of the held-out text"
+        ),
         Column("seeds", "num spare", "that arm and reference both finished"),
         Column("p (Holm)", "num spare", "of no difference, adjusted for all arms together"),
         Column("tokens/s", "num spare"),
@@ -130,7 +132,6 @@ def _verdict(report: Report, effect: Effect) -> Verdict:
         cells=[
             Cell(number(effect.mean, ".4f"), effect.mean, "num spare"),
             Cell(number(effect.sd, ".4f"), effect.sd, "num spare"),
-            Cell(number(effect.seed_error, ".4f"), effect.seed_error, "num spare"),
             Cell(number(effect.token_error, ".4f"), effect.token_error, "num spare"),
             Cell(f"{effect.n}", effect.n, f"num spare {few}"),
             Cell(number(effect.p_adjusted, ".2g"), effect.p_adjusted, "num spare"),

@@ -36,7 +36,7 @@ an arm that wants another one is judged too harshly.  One size, one dataset, one
 a delta survives scale.  All runs share one held-out text: what another text would change is not in the interval."""
 
 TOKENS = """\
-*SE tokens* is that: the standard error of a delta over the {documents} documents of the held-out text, tokens of one
+*SE text* is that: the standard error of a delta over the {documents} documents of the held-out text, tokens of one
 document taken together (Miller 2024), the seeds held fixed.  A delta below twice its size may be this text's alone."""
 
 

@@ -162,7 +162,7 @@ def _row(effect: Effect, mark: str) -> dict[str, str]:
         "delta": number(effect.delta, "+.4f"),
         "95 % interval": _between(effect.interval, "+.4f"),
         "SE seeds": number(effect.seed_error, ".4f"),
-        "SE tokens": number(effect.token_error, ".4f"),
+        "SE text": number(effect.token_error, ".4f"),
         "p (Holm)": _probability(effect.p_adjusted),
         "ingredient": verdict_in_words(effect),
         "tokens/s": number(effect.tokens_per_second, ",.0f", mark),

@@ -208,8 +208,8 @@ def test_the_report_shows_it_beside_the_error_over_seeds(experiment):
     for cell in ("- muon", "- gating"):
         effect = effects[cell]
         assert rows[cell]["SE seeds"] == f"{effect.seed_error:.4f}"
-        assert rows[cell]["SE tokens"] == f"{effect.token_error:.4f}"
-    assert rows["full"]["SE tokens"] == "–"
+        assert rows[cell]["SE text"] == f"{effect.token_error:.4f}"
+    assert rows["full"]["SE text"] == "–"
 
 
 def test_losses_that_were_lost_or_changed_are_said_once_and_cost_only_the_arms_that_need_them(
