@@ -11,6 +11,7 @@ from ablab.core.data.corpus import Meta, check_meta, load_verified
 from ablab.core.data.mixture import check_epochs, digest_of_data
 from ablab.core.errors import UserError
 from ablab.core.recipe.recipe import Recipe
+from ablab.core.recipe.slots import held
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def opened(recipe: Recipe, folder: Path) -> list[Source]:
     _check_digest(recipe, found, folder)
     for source in found:
         check_meta(recipe, source.meta, source.folder)
+        _check_end_of_text(recipe, source)
     if recipe.data.mix:
         for source in found[1:]:
             _check_same_tokenizer(found[0], source)
@@ -53,6 +55,18 @@ def opened(recipe: Recipe, folder: Path) -> list[Source]:
 def windows_in(meta: Meta, context: int) -> int:
     """Windows of one epoch: whole ones at any phase."""
     return (meta.train_tokens - context) // context
+
+
+def _check_end_of_text(recipe: Recipe, source: Source) -> None:
+    """A part that looks for the end of text would find none under another id."""
+    for _, _, parts in held(recipe):
+        for part in parts:
+            named = getattr(part, "end_of_text", source.meta.end_of_text)
+            if named != source.meta.end_of_text:
+                raise UserError(
+                    f"{part.kind}.end_of_text={named}, but {source.folder} ends documents with id "
+                    f"{source.meta.end_of_text}; set it to that"
+                )
 
 
 def _check_digest(recipe: Recipe, sources: list[Source], folder: Path) -> None:

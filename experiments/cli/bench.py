@@ -1,6 +1,7 @@
 """`ablab bench`: what this machine does with ablab.  Nothing heavy is imported before a command runs."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from ablab.experiments.cli.options import Plugins
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Measure on this machine: what ablab costs, a study, a report, a step, decoding, the kernels, a whole grid.",
+    help="Measure on this machine: ablab, a study, a report, a step, decoding, tokenizing, the kernels, a grid.",
 )
 
 Name = Annotated[
@@ -130,6 +131,26 @@ def decode(
     found = bench_decode(subject, usual | given, cell, prompt, tokens, rows)
     show_decode(found)
     _write(found, out)
+
+
+@app.command()
+def data(
+    text: Annotated[
+        list[str] | None,
+        typer.Argument(help="files or folders (the text that ships with ablab)"),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="a tokenizer.json (that of the shipped text)")
+    ] = None,
+    field: Annotated[str, typer.Option(help="JSON key or Parquet column")] = "text",
+    out: Out = None,
+) -> None:
+    """Megabytes of text a second that one core tokenizes."""
+    from ablab.experiments.bench.tokenizing import bench_tokenizing, table
+
+    found = bench_tokenizing(text, tokenizer, field)
+    typer.echo(table(found))
+    _write(asdict(found), out)
 
 
 GRID = (

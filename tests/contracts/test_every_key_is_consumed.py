@@ -244,7 +244,7 @@ def outcome(folder_of):
 
     def of(recipe: Recipe):
         if (name := run_id(recipe)) not in seen:
-            seen[name] = trained(Trainer(fitting(recipe), CPU, folder_of(recipe)))
+            seen[name] = trained_or_refused(fitting(recipe), folder_of(recipe))
         return seen[name]
 
     return of
@@ -254,6 +254,15 @@ def fitting(recipe: Recipe) -> Recipe:
     """The wider folder has a digest of its own."""
     wider = recipe.data.vocab != BASE.data.vocab
     return assign(recipe, "data.digest", None) if wider else recipe
+
+
+def trained_or_refused(recipe: Recipe, folder):
+    """What stands in the recipe may not fit the tokens: another end of text than theirs."""
+    try:
+        trainer = Trainer(recipe, CPU, folder)
+    except UserError as refusal:
+        return str(refusal)
+    return trained(trainer)
 
 
 def trained(trainer: Trainer):
