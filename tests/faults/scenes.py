@@ -76,6 +76,7 @@ OF_THE_CLOCK = (
     "tokens_per_second_ratio",
     "peak_bytes",
     "provenance",  # when the ledger heard of it
+    "sheet",  # where its file lies
 )
 PASSING = (".lock", ".damaged", ".partial", ".verified.json", "-journal", "-wal", "-shm")
 Left = dict[str, Any]  # what is compared -> what it is
