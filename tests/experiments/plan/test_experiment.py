@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from ablab.core.data.mixture import digest_of_data
 from ablab.core.errors import UserError
 from ablab.core.language.part import Part
-from ablab.core.recipe.recipe import run_id
+from ablab.core.recipe.recipe import Data, run_id
 from ablab.experiments.plan.experiment import load
 from ablab.experiments.plan.grid_plan import merged_plan
 from ablab.experiments.plan.selection import chosen
@@ -165,6 +166,21 @@ def test_other_data_is_not_held_to_the_digest_of_the_config():
     assert digest_with({}) == "f1114b0699edd867"
     assert digest_with({"data.name": "mine"}) == "digest of mine"
     assert digest_with({"data.name": "mine", "data.digest": "given"}) == "given"
+
+
+def test_a_mix_has_the_digest_of_its_sources_and_its_weights_are_leaves():
+    def loaded(overrides):
+        return load("quickstart", overrides, lambda data: f"digest of {data}").base
+
+    mix = {"data.mix": {"web": 3.0, "code": 1.0}}
+    data = Data("any", mix={"web": 1.0, "code": 1.0})
+    expected = digest_of_data(data, lambda source: f"digest of {source}")
+    assert loaded(mix).data.digest == expected
+    more = loaded(mix | {"data.mix.code": 2.0})
+    assert (more.data.digest, more.data.mix) == (expected, {"web": 3.0, "code": 2.0})
+    assert run_id(more) != run_id(loaded(mix))
+    with pytest.raises(UserError, match=r"unknown path 'data\.mix\.kode'"):
+        loaded(mix | {"data.mix.kode": 2.0})
 
 
 def test_data_named_in_the_file_is_not_held_to_the_digest_of_the_config_either(read):
