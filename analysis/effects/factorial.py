@@ -81,7 +81,7 @@ def factorial_effects(
     """
     done = finished(with_numbers(runs, metric)).drop_duplicates("run")
     crossed = done[done.cell.isin(factors.levels)]
-    terms = [(name,) for name in factors.names]
+    terms: list[tuple[str, ...]] = [(name,) for name in factors.names]
     terms += [(one, other) for one, other in factors.interactions]
     estimates = _estimates(crossed, metric, factors, terms)
     judged = [term for term, one in estimates.items() if one.degrees[0] >= FEWEST_DEGREES]

@@ -19,6 +19,7 @@ import pandas as pd
 
 from ablab.analysis.effects import frame, promises
 from ablab.analysis.effects.aa import false_alarms
+from ablab.analysis.effects.best import may_be_best
 from ablab.analysis.effects.comparison import UNMEASURED, finished
 from ablab.analysis.effects.effect import (
     ENDED_BADLY,
@@ -367,6 +368,7 @@ def _markdown(report: Report, logged: pd.DataFrame, pictures: list[str]) -> str:
         _crossed(report),
         _in_compute(report, logged),
         "## Verdicts\n\n" + markdown_table([_verdict(plan, arm) for arm in arms]),
+        _best(report),
         *(f"![{name.removesuffix('.png')}]({name})" for name in pictures),
         "## Numbers\n\n" + markdown_table(table(report.effects)),
         FOOTNOTE if _served_otherwise(report.effects) else "",
@@ -378,6 +380,19 @@ def _markdown(report: Report, logged: pd.DataFrame, pictures: list[str]) -> str:
         "## Runs\n\n" + markdown_table(_listed(report.runs, plan.metric)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _best(report: Report) -> str:
+    """Which cells may be the best; empty where seeds are too few to say."""
+    plan = report.plan
+    kept = may_be_best(report.runs, plan.metric, plan.better)
+    if not kept:
+        return ""
+    named = ", ".join(f"`{cell}`" for cell in kept)
+    others = report.runs.cell.nunique() - len(kept)
+    verb = "is" if others == 1 else "are"
+    surely = f"; the other {others} {verb} surely not" if others else ""
+    return f"Which cell may be the best, with 95 % confidence (Hsu's MCB): {named}{surely}."
 
 
 def _in_compute(report: Report, logged: pd.DataFrame) -> str:

@@ -121,8 +121,10 @@ def _effects(store: Store, plan: str | None) -> list[Effect]:
 
 def _if_admissible(effect: Effect, winners: Mapping[str, Winner]) -> Effect:
     """A difference of which one side won at an edge has no verdict: a better setting lies beyond."""
+    if effect.reference is None:
+        return effect
     sides = [winners[cell] for cell in (effect.cell, effect.reference) if cell in winners]
-    if effect.reference is None or all(won.standing != EDGE for won in sides):
+    if all(won.standing != EDGE for won in sides):
         return effect
     said = f"{effect.subject}: inadmissible, a learning rate behind it won at an edge"
     return replace(effect, verdict=INADMISSIBLE, sentence=said)

@@ -160,14 +160,12 @@ def _minimum(regression: Regression, centre: float, sign: int) -> Fit | None:
     slope = curve.deriv()
     inner = float(regression.x.min())
     outer = float(regression.x.max())
-    turns = [
-        float(x.real)
-        for x in slope.roots()
-        if abs(x.imag) < 1e-9 and inner <= x.real <= outer and slope.deriv()(x.real) > 0
-    ]
-    if not turns:
+    roots = np.asarray(slope.roots(), complex)
+    flat = roots.real[np.abs(roots.imag) < 1e-9]
+    turns = flat[(slope.deriv()(flat) > 0) & (flat >= inner) & (flat <= outer)]
+    if len(turns) == 0:
         return None
-    x = turns[0]
+    x = float(turns[0])
     low = high = None
     if regression.degrees > 1 and (ends := _interval(slope, covariance, regression, x)):
         low, high = (float(centre * 2**end) for end in ends)

@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,29 +23,26 @@ from ablab.analysis.effects.intervals import (
 )
 
 
-def trigamma(x: float) -> float:
-    """By its series, and by its recurrence below 30: psi'(x) = psi'(x + 1) + 1/x^2."""
-    if x < 30:
-        return trigamma(x + 1) + 1 / x**2
-    return 1 / x + 1 / (2 * x**2) + 1 / (6 * x**3) - 1 / (30 * x**5) + 1 / (42 * x**7)
-
-
-def digamma(x: float) -> float:
-    if x < 30:
-        return digamma(x + 1) - 1 / x
-    return math.log(x) - 1 / (2 * x) - 1 / (12 * x**2) + 1 / (120 * x**4) - 1 / (252 * x**6)
-
-
 def fit_of_f(variances: list[float], degrees: float) -> tuple[float, float]:
     """limma's fitFDist without a covariate, arm by arm: (d0, s0^2)."""
     k = len(variances)
-    e = [math.log(s) - digamma(degrees / 2) + math.log(degrees / 2) for s in variances]
+    shift = math.log(degrees / 2) - digamma(degrees / 2)
+    e = [math.log(variance) + shift for variance in variances]
     mean = sum(e) / k
-    excess = sum((one - mean) ** 2 for one in e) / (k - 1) - trigamma(degrees / 2)
+    squares = sum((one - mean) ** 2 for one in e)
+    excess = squares / (k - 1) - trigamma(degrees / 2)
     if excess <= 0:
         return math.inf, sum(variances) / k
     half = optimize.brentq(lambda x: trigamma(x) - excess, 1e-8, 1e8, xtol=1e-12)
     return 2 * half, math.exp(mean + digamma(half) - math.log(half))
+
+
+def digamma(x: float) -> float:
+    return float(mpmath.psi(0, x))
+
+
+def trigamma(x: float) -> float:
+    return float(mpmath.psi(1, x))
 
 
 VARIANCES = [
@@ -114,14 +112,16 @@ def test_the_block_error_is_that_of_least_squares_with_a_seed_effect(normal):
     from statsmodels.formula.api import ols
 
     values = normal.normal(0, 1, (3, 4)) + normal.normal(0, 3, 4)
-    rows = [{"y": values[i, j], "arm": i, "seed": j} for i in range(3) for j in range(4)]
-    fit = ols("y ~ C(arm) + C(seed)", pd.DataFrame(rows)).fit()
+    table = pd.DataFrame(values).stack().rename_axis(["arm", "seed"])
+    fit = ols("y ~ C(arm) + C(seed)", table.reset_index(name="y")).fit()
     assert block_error(values) == pytest.approx(fit.mse_resid)
 
 
 def test_diffmax_takes_the_larger_error_and_its_degrees():
-    quiet = np.array([[0.0, 0.1, -0.1, 0.05], [0.0, 0.1, -0.1, 0.05], [0.0, 0.0, 0.0, 0.0]])
-    loud = quiet + np.array([[3.0, -3.0, 3.0, -3.0], [0.0] * 4, [0.0] * 4])
+    steps = np.array([0.0, 0.1, -0.1, 0.05])
+    quiet = np.stack([steps, steps, 0 * steps])
+    loud = quiet.copy()
+    loud[0] += [3.0, -3.0, 3.0, -3.0]
     for values in (quiet, loud):
         differences = values[:2] - values[2]
         both = diffmax(differences, values)

@@ -382,6 +382,14 @@ def test_what_an_arm_saves_or_costs_in_compute_has_an_interval(lab, tmp_path):
     assert "a schedule that still has to decay" in " ".join(text.split())
 
 
+def test_cells_that_may_be_the_best_are_named(lab, tmp_path):
+    lab.cell("full", FULL, None)
+    lab.cell("- x", WITHOUT)
+    lab.cell("- y", [3.0001, 3.0009, 3.002])
+    text = page(lab, tmp_path)
+    assert "confidence (Hsu's MCB): `- y`, `full`; the other 1 is surely not." in text
+
+
 def test_without_curves_nothing_is_said_of_compute(lab, tmp_path):
     lab.cell("full", FULL, None)
     lab.cell("- x", WITHOUT)
