@@ -8,6 +8,7 @@ from typing import Any
 
 CATALOG = "catalog"  # the sheet of a plan whose experiment is shipped
 STUDY_PARTS = ("study", "tuned")  # what a study appends to the name of its experiment
+LISTED = 4  # cells in a sentence
 CHALLENGED = "challenge="  # what a challenge appends, before the name of the arm
 
 
@@ -51,8 +52,19 @@ def notes_on_design(factors: Factors | None, infeasible: Mapping[str, str]) -> I
         yield f"a fraction of resolution {factors.resolution}: {made}"
     if factors and factors.aliases:
         yield f"cannot be told apart: {'; '.join(factors.aliases)}"
+    cells_of: dict[str, list[str]] = {}
     for cell, why in infeasible.items():
-        yield f"{cell} is left out, it cannot be built: {why}"
+        cells_of.setdefault(why, []).append(cell)
+    for why, cells in cells_of.items():
+        yield f"{_left_out(cells)} cannot be built: {why}"
+
+
+def _left_out(cells: list[str]) -> str:
+    """+ normuon is left out, it;  5 cells (+ normuon; + wsd, normuon; ...) are left out, they"""
+    if len(cells) == 1:
+        return f"{cells[0]} is left out, it"
+    more = "; ..." if len(cells) > LISTED else ""
+    return f"{len(cells)} cells ({'; '.join(cells[:LISTED])}{more}) are left out, they"
 
 
 @dataclass(frozen=True)

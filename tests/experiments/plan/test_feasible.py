@@ -83,7 +83,10 @@ def test_a_dry_run_and_show_name_what_is_left_out_and_what_cannot_be_told_apart(
     for words in (["run", sheet, "--dry-run"], ["show", sheet]):
         said = ablab(*words).out
         assert "design: a fraction of resolution 4: normuon = qk_norm x gating x muon" in said
-        assert "is left out, it cannot be built: normuon builds on muon" in said
+        left_out = (
+            "2 cells (+ gating, normuon; + qk_norm, normuon) are left out, they cannot be built"
+        )
+        assert f"{left_out}: normuon builds on muon" in said
     found = ablab("run", sheet, "--dry-run", "--json").json
     assert found["factors"]["generators"] == ["normuon = qk_norm x gating x muon"]
     assert len(found["infeasible"]) == 2
