@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ablab.core.data.codec import END
 from ablab.core.errors import UserError
 from ablab.core.interop import native, plan_json
 from ablab.core.interop.folder import (
@@ -24,6 +23,7 @@ from ablab.core.interop.folder import (
 )
 from ablab.core.interop.names import given
 from ablab.core.interop.native import OWN_CLASS, Class
+from ablab.core.interop.text import end_of
 from ablab.core.interop.weights import Tensors, Weights
 from ablab.core.language.written import dump
 from ablab.core.recipe.asks import Multiplies
@@ -116,15 +116,9 @@ def _config(recipe: Recipe, chosen: Class, source: Source, tokenizer: Path | Non
     kept = {key: source.config[key] for key in KEPT if key in source.config}
     config = native.config_of(recipe, chosen) | kept | {"dtype": source.dtype}
     if not kept and tokenizer:
-        end = end_of_text(tokenizer)
+        end = end_of(tokenizer)
         config |= {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     return config
-
-
-def end_of_text(tokenizer: Path) -> int | None:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(tokenizer)).token_to_id(END)
 
 
 def _tensors(weights: Weights, recipe: Recipe, chosen: Class) -> Tensors:
@@ -146,17 +140,24 @@ def _write_tokenizer(
     beside = weights.folder / BESIDE
     for path in sorted(beside.glob("*")) if beside.is_dir() else ():
         copyfile(path, folder / path.name)
-    end = end_of_text(tokenizer) if tokenizer else None
+    end = end_of(tokenizer) if tokenizer else None
     if tokenizer and not (folder / "tokenizer_config.json").exists():
-        special = {"eos_token": END, "bos_token": END, "pad_token": END}
+        word = _word(tokenizer, end)
+        special = {"eos_token": word, "bos_token": word, "pad_token": word}
         described: Json = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": recipe.data.context,
             "padding_side": "left",  # as `generate` wants a batch
             "clean_up_tokenization_spaces": False,
-            **(special if end is not None else {}),
+            **(special if word else {}),
         }
         write_json(folder / "tokenizer_config.json", described)
     if not (folder / "generation_config.json").exists():
         ids = {} if end is None else {"eos_token_id": end, "pad_token_id": end}
         write_json(folder / "generation_config.json", ids)
+
+
+def _word(tokenizer: Path, end: int | None) -> str | None:
+    from tokenizers import Tokenizer
+
+    return None if end is None else Tokenizer.from_file(str(tokenizer)).id_to_token(end)

@@ -114,25 +114,27 @@ def source_of(folder: Path) -> Source:
 
 
 def tokenizer_of(folder: Path, recipe: Recipe, store: Store) -> Path | None:
-    """The tokenizer.json of the folder, else that of the token folder which the recipe names.
+    """The tokenizer.json of the folder, else that of the token folder, or the first of a mix, which the recipe names.
 
-    None where there is none.  Raises UserError where the token folder holds other tokens than the recipe's.
+    None where there is none.  Raises UserError where the store holds other tokens than the recipe's.
     """
     own = folder / TOKENIZER
     if own.is_file():
         return own
-    tokens = store.root / "data" / recipe.data.name
-    if not (tokens / TOKENIZER).is_file():
-        return None
     from ablab.core.data.corpus import load_meta
+    from ablab.core.data.mixture import digest_of_data
+    from ablab.core.data.sources import sources_of
 
-    digest = load_meta(tokens).digest
+    sources = sources_of(recipe, store.root / "data" / recipe.data.name)
+    if not all((one / TOKENIZER).is_file() for one in sources.values()):
+        return None
+    digest = digest_of_data(recipe.data, lambda source: load_meta(sources[source]).digest)
     if recipe.data.digest not in (None, digest):
         raise UserError(
-            f"{tokens} holds data {digest}, but {folder.name} was trained on {recipe.data.digest}; "
-            "name its tokenizer with --tokenizer FILE"
+            f"{store.root / 'data'} holds {recipe.data.name} as {digest}, but {folder.name} was trained on "
+            f"{recipe.data.digest}; name its tokenizer with --tokenizer FILE"
         )
-    return tokens / TOKENIZER
+    return next(iter(sources.values())) / TOKENIZER
 
 
 def refuse_other_vocabulary(tokenizer: Path, recipe: Recipe) -> None:

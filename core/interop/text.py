@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ablab.core.data.codec import END
+from ablab.core.data.corpus import load_meta
 from ablab.core.errors import UserError
 from ablab.core.interop.folder import BESIDE, Source, read_json, refuse_other_vocabulary
 from ablab.core.recipe.recipe import Recipe
@@ -24,7 +25,7 @@ class Words:
         self.tokenizer = Tokenizer.from_file(str(path))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.end: int | None = self.tokenizer.token_to_id(END)
+        self.end = end_of(path)
 
     def ids(self, text: str) -> list[int]:
         """An empty text is what follows the end of another.  Raises UserError where there is no such end."""
@@ -60,6 +61,15 @@ class Pieces:
         """What was held back: a character that never became whole is left out."""
         whole = self.words.text(self.ids).rstrip(BROKEN)
         return whole.removeprefix(self.said) if whole.startswith(self.said) else ""
+
+
+def end_of(tokenizer: Path) -> int | None:
+    """The id that ends each text: as the token folder says in which the tokenizer stands, else that of END."""
+    if (tokenizer.parent / "meta.json").is_file():
+        return load_meta(tokenizer.parent).end_of_text
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(tokenizer)).token_to_id(END)
 
 
 def ends_of(folder: Path, source: Source, words: Words) -> frozenset[int]:

@@ -122,3 +122,22 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tiny, kept, tmp_pat
     path.write_text(json.dumps({"no": "tokenizer"}))
     with pytest.raises(UserError, match="cannot read the tokenizer"):
         kept(tiny(), tokenizer=path)
+
+
+def test_the_tokenizer_of_a_mix_is_that_of_its_sources(
+    tiny, tmp_path, write_token_folder, refused
+):
+    from dataclasses import replace
+
+    store = Store(tmp_path)
+    recipe = tiny()
+    mixed = replace(recipe, data=replace(recipe.data, name="both", mix={"one": 2, "two": 1}))
+    run_folder = tmp_path / "runs" / "abcd"
+    for number, name in enumerate(("one", "two")):
+        assert tokenizer_of(run_folder, mixed, store) is None
+        tokens = write_token_folder(tmp_path / "data" / name, seed=number)
+        (tokens / "tokenizer.json").write_text("{}")
+    first = tmp_path / "data" / "one" / "tokenizer.json"
+    assert tokenizer_of(run_folder, mixed, store) == first
+    other = replace(mixed, data=replace(mixed.data, digest="0" * 16))
+    refused(lambda: tokenizer_of(run_folder, other, store), "was trained on 0000000000000000")

@@ -7,6 +7,7 @@ import torch
 
 from ablab.core.data import corpus
 from ablab.core.interop.folder import tokenizer_of
+from ablab.core.interop.score import AblabScorer, Row, TransformersScorer
 from ablab.core.interop.weights import built, load
 from ablab.core.recipe.recipe import run_id
 from ablab.core.runtime.runtime import Runtime
@@ -148,6 +149,21 @@ def test_an_exported_folder_comes_back_and_speaks_the_same(lab, ablab, trained):
     ablab("export-hf", "back", "--out", "there_again")
     first, second = (lab.root / name / "model.safetensors" for name in ("there", "there_again"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_both_scorers_read_the_same_words_and_find_them_as_likely(lab, ablab, trained):
+    ablab("export-hf", trained, "--out", "scored")
+    ours = AblabScorer.of(lab.run_folder(trained), Store(lab.store), batch=2)
+    theirs = TransformersScorer.of(str(lab.root / "scored"), trust_remote_code=True)
+    assert (ours.context, ours.first) == (theirs.context, theirs.first) == (32, 0)
+    rows = []
+    for given, scored in (("The cat", " sat on the mat"), ("the dog", " ran"), ("a", "")):
+        ids = [ours.ids(given), ours.ids(scored)]
+        assert ids == [theirs.ids(given), theirs.ids(scored)]
+        rows.append(Row(*map(tuple, ids)))
+    for one, other in zip(ours.scores(rows), theirs.scores(rows), strict=True):
+        assert one.nats == pytest.approx(other.nats, rel=1e-4)
+        assert one.likeliest == other.likeliest
 
 
 @pytest.fixture(scope="module")
