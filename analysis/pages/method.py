@@ -51,7 +51,7 @@ def how_to_read(effects: Sequence[Effect], equivalence: float | None = None) -> 
     limits = [LIMITS]
     if texts := [arm.tokens.documents for arm in arms if arm.tokens]:
         limits.append(TOKENS.format(documents=max(texts)))
-    return "\n\n".join([*parts, "  ".join(limits)])
+    return "\n\n".join([*parts, "\n".join(limits)])
 
 
 def methods_of(arms: Sequence[Effect]) -> str:
