@@ -67,13 +67,13 @@ class ValueResidual(Part):
         plain = Mixed(CARRIED, only("own", "first"))
         if self.form in ("identity", "constant", "sparse"):
             return Stage(mix, offer=plain, own=own, first=first)
-        learned = {"own": _number(own), "first": _number(first)}
+        a, b = _number(own), _number(first)
         if self.form == "learnable":
-            return Stage(mix, offer=plain, **learned)
+            return Stage(mix, offer=plain, own=a, first=b)
         if where.layer == 0:
-            return Stage(mix_and_remember, scale=_number(1.0), **learned)
+            return Stage(mix_and_remember, scale=_number(1.0), own=a, first=b)
         unit = Mixed(CARRIED, unit_weights)
-        return Stage(mix_normalised, offer=unit, scale=_number(1.0), **learned)
+        return Stage(mix_normalised, offer=unit, scale=_number(1.0), own=a, first=b)
 
 
 def _number(start: float) -> Param:
