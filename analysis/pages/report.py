@@ -366,10 +366,10 @@ def _markdown(report: Report, logged: pd.DataFrame, pictures: list[str]) -> str:
         _summary(report, arms),
         "## Read first\n\n" + bullets(report.warnings) if report.warnings else "",
         _crossed(report),
-        _in_compute(report, logged),
         "## Verdicts\n\n" + markdown_table([_verdict(plan, arm) for arm in arms]),
         _best(report),
         *(f"![{name.removesuffix('.png')}]({name})" for name in pictures),
+        _in_compute(report, logged),
         "## Numbers\n\n" + markdown_table(table(report.effects)),
         FOOTNOTE if _served_otherwise(report.effects) else "",
         bullets(

@@ -117,7 +117,7 @@ def _numbers(axes: "Axes", y: int, arm: Effect) -> None:
         return
     delta = f"{arm.delta:+.4f}".replace("-", "\N{MINUS SIGN}")
     axes.text(DELTA, y, "inert" if arm.verdict == INERT else delta, **margin)
-    axes.text(VERDICT, y, arm.verdict, **margin)
+    axes.text(VERDICT, y, arm.word, **margin)
 
 
 def _heads(axes: "Axes", better: str) -> None:
