@@ -229,7 +229,7 @@ def heat(study: StudyRecord) -> "Figure":
         axes.label_outer()
     bar = figure.colorbar(shade, ax=every, extend="max" if study.better == "lower" else "min")
     bar.set_label(f"{study.metric} ({unit(study.metric)})")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     said = "dots: finished trials, ring: the arm's best; between them interpolated"
     figure.supxlabel(f"{said}; x diverged, | pruned", fontsize=8)
     return figure
