@@ -184,6 +184,7 @@ class Work:
     wanted: float  # tokens of all runs
     read: float  # of those
     training: list[Training]
+    stirs: bool  # a run has just begun or ended
 
     @property
     def share(self) -> float:
@@ -202,6 +203,8 @@ class Work:
         """How long it takes yet, at the pace of what trains; again: what to type where nothing does."""
         if self.ended == self.runs:
             return "this is the result"
+        if not self.rate and self.stirs:
+            return "a run has just begun or ended"
         if not self.rate:
             return f"nothing trains just now; go on with: {again}"
         return f"about {duration((self.wanted - self.read) / self.rate)} of training left"
@@ -240,12 +243,19 @@ def _work(store: Store, plan: GridPlan, runs: pd.DataFrame, logged: pd.DataFrame
             read += float(own.tokens.max())
             if not _has_stopped(store.run(row.run), own):
                 training.append(_training(store, row, own, tokens))
-    return Work(len(rows), ended, wanted, read, training)
+    stirs = any(_stirs(store.run(row.run)) for row in rows)
+    return Work(len(rows), ended, wanted, read, training, stirs)
 
 
 def _once(plan: GridPlan) -> list[Planned]:
     """A row a run, though several cells may share it."""
     return list({row.run: row for row in reversed(plan.rows)}.values())[::-1]
+
+
+def _stirs(record: Record) -> bool:
+    """Whether its begin or its end was written a moment ago."""
+    written = max(_age_and_size(path)[0] for path in (record.about_path, record.result_path))
+    return time.time() - written / 1e9 < QUIET_SECONDS
 
 
 def _planned_tokens(store: Store, run: str) -> float:

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -124,5 +125,9 @@ def test_a_grid_that_has_ended_says_that_this_is_the_result(lab):
 def test_a_grid_in_which_nothing_trains_says_how_to_go_on(lab):
     lab.cell("full", FULL, None, points=3)
     lab.cell("- a", ["missing"] * 3)
-    look = Watched(sized(lab), "loo").look()
+    store = sized(lab)
+    assert "a run has just begun or ended" in Watched(store, "loo").look().main
+    for path in (store.root / "runs").glob("*/*.json"):
+        os.utime(path, (1e9, 1e9))
+    look = Watched(store, "loo").look()
     assert "nothing trains just now; go on with: ablab run loo" in look.main
