@@ -36,6 +36,7 @@ COMMANDS = {
     "ablab data train-tokenizer": HELP,
     "ablab run loo_70m --dry-run": WRITTEN,
     "ablab run loo_70m": "--dry-run",
+    "ablab run imu1_tiny": "--dry-run",
     "ablab run loo_70m optim.lr=0.01 --only '*gating*' --seeds 0-4": "--dry-run",
     "ablab run loo_70m --until-decided --budget 4h": "--dry-run",
     "ablab plan loo_70m --effect 0.003 --power 0.8": HELP,

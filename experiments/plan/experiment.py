@@ -13,6 +13,7 @@ from ablab.core.recipe.recipe import Recipe, plain, run_id
 from ablab.core.store.planned import CATALOG, Factors
 from ablab.core.store.registration import Stopping
 from ablab.experiments.plan.feasible import buildable
+from ablab.experiments.plan.link import Link
 from ablab.experiments.plan.overrides import Overrides
 from ablab.experiments.plan.sheets import Sheet, catalog, find_sheet, read_sheet
 from ablab.experiments.plan.stages import (
@@ -25,6 +26,7 @@ from ablab.experiments.plan.stages import (
     recipes_of,
     whole_treatment,
 )
+from ablab.experiments.plan.trunk import check_some, cut
 
 MOST_SEEDS = 1000  # each is planned and hashed in every cell before one is run
 REPLICA = 1000  # how far the seeds of A/A replicas lie apart
@@ -43,6 +45,7 @@ class PlannedRun:
     id: str
     stage: str = ""
     before: tuple["PlannedRun", ...] = ()
+    repeats: bool = False  # it computes as the run before it, so nothing of it is to be checked
 
     @property
     def chain(self) -> tuple["PlannedRun", ...]:
@@ -127,11 +130,30 @@ class Experiment:
     ) -> PlannedRun:
         """The run of the last stage.  recipes: one for each stage."""
         before: list[PlannedRun] = []
-        chain = chained(self.stages, recipes, seed, self.start)
-        for stage, recipe in zip(self.stages, chain, strict=True):
-            run = PlannedRun(cell.name, pair, recipe, run_id(recipe), stage.name, tuple(before))
+        links = self._links(recipes)
+        for link, recipe in zip(links, chained(links, seed, self.start), strict=True):
+            run = PlannedRun(
+                cell=cell.name,
+                pair=pair,
+                recipe=recipe,
+                id=run_id(recipe),
+                stage=link.name,
+                before=tuple(before),
+                repeats=link.repeats,
+            )
             before.append(run)
         return run
+
+    def _links(self, recipes: Sequence[Recipe]) -> list[Link]:
+        """Of an arm: its stages, or the pieces of its trunk and the rest."""
+        if self.sheet.trunk is None:
+            pairs = zip(self.stages, recipes, strict=True)
+            return [Link(stage.name, recipe, stage.wish) for stage, recipe in pairs]
+        if len(self.stages) > 1:
+            raise UserError(
+                "trunk cuts one run, and there are stages; write the pieces as stages"
+            )
+        return cut(recipes[0], round(self.sheet.trunk * self.sheet.scale))
 
     def resolved(self, cell: Cell, point: Point = {}) -> list[Recipe]:
         """A recipe for each stage, before what it goes on from.
@@ -151,7 +173,8 @@ class Experiment:
     def params(self, run: PlannedRun) -> dict[str, Any]:
         """What a tracker shows of a run: each leaf that differs from the base, the common dials, each toggle."""
         recipe = run.recipe
-        (stage,) = (one for one in self.stages if one.name == run.stage)
+        # A piece of a trunk is of the only stage.
+        stage = next((one for one in self.stages if one.name == run.stage), self.stages[-1])
         differences = diff(plain(stage.scaled_base), plain(recipe))
         changed = {path: str(new) for path, (_, new) in differences.items() if new is not None}
         dials = {
@@ -197,6 +220,7 @@ def load(
         treatment = whole_treatment(sheet)
     sheet = asked.on_sheet(sheet)
     stages = Reader(sheet, asked, path.parent, digest_of).stages()
+    check_some(sheet.trunk, stages[0].base, treatment)
     layout = layout_of(sheet.design, asked.on_treatment(treatment))
     layout = buildable(lambda cell: recipes_of(stages, cell.treatment), layout)
     return Experiment(

@@ -12,7 +12,7 @@ from ablab.core.recipe.intervention import Treatment
 from ablab.core.recipe.load import assign
 from ablab.experiments.plan.sheets import Sheet, StageSheet
 
-OF_THE_SHEET = ("runtime", "seeds", "design", "study", "equivalence", "scale", "init")
+OF_THE_SHEET = ("runtime", "seeds", "design", "study", "equivalence", "scale", "init", "trunk")
 STAGES = "stages"
 # How and how often a recipe runs and what is made of it, not what it computes.
 RENAMES_NOTHING = ("runtime", "seeds", "equivalence")
@@ -25,7 +25,7 @@ class Overrides:
 
     with.NAME.DOSE       a dose of an intervention
     stages.NAME.PATH     a leaf of the recipe, or a dose, in one stage
-    runtime.X, study.X, seeds, design, equivalence, scale, init
+    runtime.X, study.X, seeds, design, equivalence, scale, init, trunk
                          a key of the sheet
     any other path       a leaf of the recipe
     """

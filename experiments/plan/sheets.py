@@ -72,6 +72,8 @@ class Sheet:
     equivalence: Positive | None = None
     # dotted recipe path -> value, after the base configs
     set: dict[str, Any] = field(default_factory=dict)
+    # Tokens of a piece of the trunk: a WSD run is cut before its cooldown (experiments/plan/trunk.py).
+    trunk: Whole | None = None
     # A run of the store or a weights folder whose weights the first stage begins with.
     init: str | None = None
     scale: Share = 1.0  # of tokens and steps: a shorter run with the same ratios

@@ -26,6 +26,7 @@ from ablab.core.recipe.load import assign, recipe_from
 from ablab.core.recipe.recipe import Recipe
 from ablab.core.recipe.scale import inexact, scaled
 from ablab.core.runtime.runtime import rows_at_once
+from ablab.experiments.plan.link import Link
 from ablab.experiments.plan.overrides import Overrides, dosed, of_recipe, with_open_digest
 from ablab.experiments.plan.sheets import Sheet, StageSheet
 
@@ -103,32 +104,32 @@ class Start:
     digest: str
 
 
-def chained(
-    stages: Sequence[Stage], recipes: Sequence[Recipe], seed: int, start: Start | None = None
-) -> list[Recipe]:
-    """The recipes of an arm's stages with their seed, each going on from the one before.
+def chained(links: Sequence[Link], seed: int, start: Start | None = None) -> list[Recipe]:
+    """The recipes of a chain with their seed, each going on from the one before.
 
-    Raises UserError where a stage asks for what the one before, or the start, cannot give.
+    Raises UserError where one asks for what the one before, or the start, cannot give.
     """
     chain: list[Recipe] = []
-    for stage, recipe in zip(stages, recipes, strict=True):
-        seeded = replace(recipe, seed=seed)
-        if start and not chain:
-            seeded = beginning(start.recipe, start.digest, seeded)
-        if chain:
-            with _blaming(stage.name):
-                seeded = following(chain[-1], seeded, stage.wish)
+    for link in links:
+        seeded = replace(link.recipe, seed=seed)
+        with _blaming(link.name):
+            if chain:
+                seeded = following(chain[-1], seeded, link.wish)
+            elif start:
+                seeded = beginning(start.recipe, start.digest, seeded)
+        if link.counts_averages and seeded.init and seeded.after_step:
+            seeded = replace(seeded, init=replace(seeded.init, averaged=seeded.init.steps))
         chain.append(seeded)
     return chain
 
 
 @contextmanager
 def _blaming(stage: str) -> Iterator[None]:
-    """Lead a UserError by the stage that it concerns."""
+    """Lead a UserError by the stage that it concerns, where it has a name."""
     try:
         yield
     except UserError as flaw:
-        raise UserError(f"stage {stage!r}: {flaw}") from None
+        raise UserError(f"stage {stage!r}: {flaw}" if stage else str(flaw)) from None
 
 
 # -- from a sheet ------------------------------------------------------------------------------------------------------

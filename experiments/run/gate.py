@@ -78,7 +78,11 @@ class Gate:
             if reference := self.reference_of.get(run.cell):
                 wanted |= {run.cell, reference}
         seeds = experiment.sheet.seeds[:1] or [run.pair for run in self.runs[:1]]
-        return {run.cell: run.chain for run in experiment.runs(seeds) if run.cell in wanted}
+        return {
+            run.cell: tuple(one for one in run.chain if not one.repeats)
+            for run in experiment.runs(seeds)
+            if run.cell in wanted
+        }
 
     def _judge(self) -> dict[str, str]:
         """Cell -> reference of the arms whose traces are equal, in every stage."""
