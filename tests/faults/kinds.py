@@ -337,7 +337,7 @@ def damage(path: Path, case: Case) -> None:
         "a line lost": lambda: path.write_bytes(_without_a_line(content, draw)),
         "deleted": path.unlink,
         "a folder": lambda: (path.unlink(), (path / "inner").mkdir(parents=True)),
-        "a dead link": lambda: (path.unlink(), path.symlink_to("nowhere")),
+        "a dead link": lambda: (path.unlink(), path.symlink_to("nowhere/at/all")),
         "of another": lambda: shutil.copy(draw.choice(foreign), path),
     }
     way = draw.choice(list(ways))
