@@ -55,6 +55,14 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
+def lock_beside(path: Path) -> Path:
+    """The file to lock while `path` changes.  A folder in its place, which nobody could lock, goes aside."""
+    lock = path.with_name(f".{path.name}.lock")
+    if lock.is_dir():
+        set_aside(lock)
+    return lock
+
+
 def sqlite_url(path: Path) -> str:
     """Of a database file, whatever its name: `?`, `%` and braces mean something in a URL."""
     return f"sqlite:///{quote(str(path))}"

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from ablab.core.errors import UserError
-from ablab.core.store.files import FLAWS, writing
+from ablab.core.store.files import FLAWS, lock_beside, writing
 
 REGISTERED = "registered"  # what an experiment asks, before its runs
 VERDICTS = "verdicts"  # what was said of its arms, at the end or at a look
@@ -92,7 +92,7 @@ class Ledger:
         content = msgspec.json.decode(msgspec.json.encode(content))  # as it will be read again
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+            with FileLock(lock_beside(self.path)):
                 lines = self._lines()
                 known = list(self._checked(lines))
                 alike = [one for one in known if _says(one, kind, experiment, content)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from ablab.core.errors import UserError
-from ablab.core.store.files import FLAWS, set_aside, write_atomically, writing
+from ablab.core.store.files import FLAWS, lock_beside, set_aside, write_atomically, writing
 from ablab.core.store.planned import CATALOG, GridPlan, command
 from ablab.core.store.record import Record
 
@@ -63,7 +63,7 @@ class Store:
         path = self.plan_path(experiment)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_name(f".{path.name}.lock")):
+            with FileLock(lock_beside(path)):
                 plan = change(self._standing_plan(experiment, say))
                 self.write_plan(plan)
         return plan

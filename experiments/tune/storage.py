@@ -3,6 +3,7 @@
 import os
 import re
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from ablab.core.errors import UserError, without_password
-from ablab.core.store.files import writing
+from ablab.core.store.files import lock_beside, writing
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -96,13 +97,13 @@ def _journal(path: Path) -> "BaseStorage":
     )
 
     lock = JournalFileSymlinkLock(str(path), grace_period=STALE_SECONDS)
-    if path.is_file():
-        lock.acquire()
-        try:
-            _drop_torn_line(path)
-        finally:
-            lock.release()
     try:
+        if path.is_file():
+            lock.acquire()
+            try:
+                _drop_torn_line(path)
+            finally:
+                lock.release()
         return JournalStorage(JournalFileBackend(str(path), lock))
     except ValueError as flaw:
         raise UserError(
@@ -112,11 +113,13 @@ def _journal(path: Path) -> "BaseStorage":
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut a journal of Optuna's after its last whole line; any other file stays as it is."""
+    """Cut a journal after its last whole line.  Raises ValueError for any other file, which stays as it is."""
     with open(path, "rb") as file:
         content = file.read()
+    if content and not content.startswith(OP_CODE):
+        raise ValueError("it does not begin as a journal does")
     whole = content.rfind(b"\n") + 1
-    if content.startswith(OP_CODE) and whole < len(content):
+    if whole < len(content):
         os.truncate(path, whole)
 
 
@@ -133,16 +136,25 @@ def _damaged_line(path: Path) -> int:
 @contextmanager
 def reaching(url: str) -> Iterator[None]:
     """Turn the loss of an open storage into one line: its server has gone, its file was damaged."""
-    from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import SQLAlchemyError
-
     try:
         yield
-    except (StorageInternalError, SQLAlchemyError, JSONDecodeError) as loss:
+    except Exception as loss:
+        if not _is_of_a_storage(loss):
+            raise
         raise UserError(
-            f"the Optuna storage {without_password(url)} was lost ({_line(loss.__cause__ or loss)}); "
-            "what was trained is kept, and the same command goes on once it answers"
+            f"the Optuna storage {without_password(url)} was lost ({_line(loss.__cause__ or loss)}); what was trained "
+            "is kept, and the same command goes on once it answers, or once a damaged file is moved away"
         ) from loss
+
+
+def _is_of_a_storage(loss: Exception) -> bool:
+    """Whether Optuna's code raised it where it reads one: of a file that holds something else, it may be anything."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    if isinstance(loss, SQLAlchemyError | JSONDecodeError):
+        return True
+    innermost = traceback.extract_tb(loss.__traceback__)[-1]
+    return {"optuna", "storages"} <= set(Path(innermost.filename).parts)
 
 
 @contextmanager
@@ -150,9 +162,9 @@ def opening(root: Path) -> Iterator[None]:
     """One study of a store opens at a time: two would make the tables of a fresh database both."""
     from filelock import FileLock
 
-    lock = FileLock(root / ".optuna.lock")
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(lock_beside(root / "optuna"))
         lock.acquire()
     try:
         yield

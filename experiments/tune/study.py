@@ -13,7 +13,7 @@ from dataclasses import replace
 from ablab.core.errors import UserError
 from ablab.core.recipe.intervention import at
 from ablab.core.store import study_record
-from ablab.core.store.files import sqlite_url, writing
+from ablab.core.store.files import lock_beside, sqlite_url, writing
 from ablab.core.store.planned import GridPlan, command
 from ablab.core.store.result import PRUNED, Result
 from ablab.core.store.store import Store
@@ -106,7 +106,7 @@ class Study:
         path = study_record.study_path(self.store, self.experiment.name)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.with_name(f".{path.name}.lock"))
+            lock = FileLock(lock_beside(path))
             try:
                 lock.acquire(timeout=0)
             except Timeout:

@@ -268,8 +268,8 @@ def of_tokens(lab: Lab) -> Left:
 
 
 def difference(one: Left, other: Left, forgiven: str = "") -> str:
-    """The first things in which they differ, in a line; empty where they do not.  forgiven: what ends so may differ."""
-    compared = [key for key in one | other if not (forgiven and key.endswith(forgiven))]
+    """The first things in which they differ, in a line; empty where they do not.  forgiven: what says so may differ."""
+    compared = [key for key in one | other if not (forgiven and forgiven in key)]
     differing = [key for key in compared if one.get(key) != other.get(key)]
     told = [f"{key}{told_apart(one.get(key), other.get(key))}" for key in differing]
     return "; ".join(told[:3])
