@@ -8,6 +8,7 @@
 import gzip
 import json
 import signal
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from http import HTTPStatus
@@ -56,6 +57,11 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A browser that leaves in the middle of an answer is no fault."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class Asked(BaseHTTPRequestHandler):

@@ -5,6 +5,7 @@ import http.client
 import json
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -81,6 +82,15 @@ def test_a_page_of_elsewhere_that_calls_itself_by_another_name_is_refused(port, 
 @pytest.mark.parametrize("path", ["/runs/run0/result.json", "/../plan.json", "//x", "/state/x"])
 def test_nothing_else_is_served(port, path):
     assert ask(port, path)[0] == 404
+
+
+def test_a_browser_that_leaves_in_the_middle_is_no_fault(port, capsys):
+    leaving = socket.create_connection(("127.0.0.1", port))
+    leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    leaving.sendall(b"GET /plotly.js HTTP/1.1\r\nHost: 127.0.0.1\r\n")
+    leaving.close()  # with a reset
+    assert ask(port, "/")[0] == 200
+    assert "Exception" not in capsys.readouterr().err
 
 
 def test_no_other_machine_can_ask():
