@@ -71,7 +71,8 @@ class ValueResidual(Part):
         if self.form == "learnable":
             return Stage(mix, offer=plain, **learned)
         if where.layer == 0:
-            return Stage(mix_and_remember, scale=_number(1.0), **learned)
+            own_start, first_start = _number(own), _number(first)
+            return Stage(mix_and_remember, scale=_number(1.0), own=own_start, first=first_start)
         unit = Mixed(CARRIED, unit_weights)
         return Stage(mix_normalised, offer=unit, scale=_number(1.0), **learned)
 
