@@ -134,6 +134,7 @@ def main(page: Page) -> str:
             factors=factor_table(report),
             costs=costs(report, page.logged),
             failures=failures(report, live=bool(page.look)),
+            trust=report.provenance,
             sources=page.sources,
             runs=run_list(report),
             method=how_to_read(arms, plan.equivalence),

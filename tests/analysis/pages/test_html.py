@@ -103,6 +103,16 @@ def test_runs_of_two_codes_stand_out_in_the_provenance(lab, tmp_path):
     assert "the runs mix code fingerprints" in text.split('id="verdicts"')[0]
 
 
+def test_how_far_the_store_is_to_be_trusted_stands_in_the_provenance(lab, tmp_path):
+    lab.cell("full", FULL, None)
+    lab.cell("- a", WITHOUT)
+    sources = page(lab, tmp_path).split('id="provenance"')[1]
+    said = report.read(lab.store, lab.name).provenance
+    assert len(said) == 2
+    for sentence in said:
+        assert sentence.replace("`", "")[:40] in re.sub("</?code>", "", sources)
+
+
 def test_names_are_text_wherever_they_stand(lab, tmp_path):
     name = "</script><b>&amp;\"'"
     lab.cell("full", FULL, None, points=3)
