@@ -166,3 +166,9 @@ def test_the_run_follows_it(tiny, token_folder, tmp_path):
     assert [line["optim/lr"] / 0.004 for line in record.metrics()] == pytest.approx(
         expected, abs=1e-12
     )
+
+
+def test_idle_steps_come_before_the_warm_up():
+    idle = WSD(0.0, warmup_steps=4, idle_steps=3)
+    rates = [idle.multiplier(t, 12) for t in range(1, 13)]
+    assert rates == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]
