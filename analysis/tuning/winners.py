@@ -6,15 +6,18 @@ or ran out of memory says nothing.  The optimum is that of the curve through the
 
 A winner is the lowest of several noisy values, and beats its neighbours on a flat line too: of perfectly flat curves
 72 to 78 % have such a winner.  So the curve must be told from a flat one: by its fitted curvature, or by a trial on
-either side that is worse than the winner by more than the noise, t sqrt(2) sd with all pairs of N trials allowed for.
+either side that is worse than the winner by more than the noise, t sqrt(2) sd with all pairs of N trials allowed for,
+or by falling to the winner and rising from it at every step, which a V does that no parabola fits.
 The sd is that of trials over shared seeds, trial and seed effects aside; of trials with one seed, that about the curve.
 Measured, 1,000 simulations each: 2 to 5 % of flat curves are read all the same (7 trials an octave apart, 11 half an
-octave, 17 a quarter); bowls with noise of 0.1 / 0.25 / 0.7 c are called flat in 0 / 0.5 / 45 % (7 trials, octaves).
+octave, 17 a quarter); bowls with noise of 0.1 / 0.25 / 0.7 c are called flat in 0 / 0.1 / 7 % (7 trials, octaves).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from math import factorial
 from typing import Any
 
 import numpy as np
@@ -293,6 +296,8 @@ def _is_flat(line: Line, found: Fit | None, better: str) -> bool:
     """Whether the curve is not told from a flat one; what nothing can tell passes."""
     if found is not None and found.curved:
         return False
+    if _is_valley(line, better):
+        return False
     sd, degrees = _noise(line)
     if degrees < FEWEST_DEGREES:
         return False
@@ -301,6 +306,20 @@ def _is_flat(line: Line, found: Fit | None, better: str) -> bool:
     beyond = stdtrit(degrees, 1 - 0.05 / (count * (count - 1)))
     least = line.best.final * sign(better) + beyond * np.sqrt(2) * sd
     return not all(_rises(line, side, least, better) for side in (LOW, HIGH))
+
+
+def _is_valley(line: Line, better: str) -> bool:
+    """Whether every step towards the winner falls and every step from it rises, and noise does so in less than 5 %.
+
+    Of the N! orders of N values on a flat line, 2^(N-1) do: 1.3 % of 7 trials.  No noise need be known.
+    """
+    values = [sign(better) * value for _, value in sorted(line.points)]
+    lowest = values.index(min(values))
+    steps = list(pairwise(values))
+    falls = all(left > right for left, right in steps[:lowest])
+    rises = all(left < right for left, right in steps[lowest:])
+    by_chance = 2 ** (len(values) - 1) / factorial(len(values))
+    return falls and rises and by_chance < 0.05
 
 
 def _rises(line: Line, side: int, least: float, better: str) -> bool:

@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from ablab.analysis.tuning import winners
 from ablab.analysis.tuning.fit import fit
 from ablab.analysis.tuning.transfer import transfer
 from ablab.analysis.tuning.winners import seed_sd, widen, winner
@@ -355,6 +356,20 @@ def test_seeds_that_trials_share_tell_noise_from_a_curve(normal):
     flat = [winner(seeded(0.0, 0.005, normal), SPACE, HARD) for _ in range(50)]
     assert sum(one.admissible for one in curved) >= 48
     assert sum(one.admissible for one in flat) <= 8
+
+
+def test_a_v_is_not_flat_though_no_parabola_fits_it():
+    """Measured: width 256 of a study, bits a byte at octaves from .001, one seed."""
+    values = (2.751, 2.682, 2.637, 2.686, 2.737, 2.815, 2.897)
+    lrs = [0.001 * 2**octave for octave in range(7)]
+    won = winner(sweep(dict(zip(lrs, values, strict=True))), SPACE, HARD)
+    assert won.admissible and not won.flat
+    shaken = (2.751, 2.682, 2.637, 2.686, 2.685, 2.815, 2.897)  # the same, but for one step
+    assert not winners._is_valley(
+        winner(sweep(dict(zip(lrs, shaken, strict=True))), SPACE, HARD).line, "lower"
+    )
+    few = dict(zip(lrs[:5], values[:5], strict=True))  # 16 of 120 orders of noise: 13 %
+    assert not winners._is_valley(winner(sweep(few), SPACE, HARD).line, "lower")
 
 
 def test_a_curve_between_two_cliffs_is_not_flat():
