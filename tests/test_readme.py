@@ -61,6 +61,7 @@ COMMANDS = {
     "ablab check stats": HELP,
     "ablab bench overhead": HELP,
     "ablab bench study": HELP,
+    "ablab bench report": HELP,
     "ablab bench step loo_70m --against hf": HELP,
     "ablab bench step loo_70m": HELP,
     "ablab bench step loo_70m runtime.micro_batch=96": HELP,

@@ -225,7 +225,7 @@ def _cure(given: Any, hint: Any) -> str:
         if re.fullmatch(r"[-+]?\d+(:\d+)+(\.\d*)?", text):
             return "write one number, without ':'"
     if isinstance(given, (int, float)):
-        if _wants(str, hint):
+        if _wants(str, hint) and get_origin(hint) is not dict:  # whose keys alone are words
             return "a word that looks like something else needs quotes: '\"...\"'"
         if _is_beyond(given) and math.isfinite(given):
             return "write less than 2^63"

@@ -84,7 +84,7 @@ class Store:
         again = command(experiment)
         try:
             return msgspec.json.decode(path.read_bytes(), type=GridPlan)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"experiment {experiment!r} has no runs in {self.root} (--store or $ABLAB_STORE names another); "
                 f"start it with: {again}"

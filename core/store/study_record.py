@@ -108,6 +108,7 @@ def read(store: Store, name: str) -> StudyRecord:
         ) from None
     except (IsADirectoryError, *FLAWS) as flaw:
         raise UserError(f"{path} is damaged ({flaw}); write it again with: {again}") from None
+    again = command(name, "study", record.sheet)
     for trial in record.trials:
         if absent := _absent(trial, record):
             raise UserError(

@@ -86,8 +86,7 @@ def train_tokenizer(
     """Train a byte-level BPE.  150 MB of text and 32,000 ids take about 40 s and 0.7 GB on two cores."""
     from ablab.core.data import corpus
 
-    _say_how_it_is_read(text, split)
-    with _clock() as clock:
+    with _clock() as clock, _saying_how_it_is_read(text, split):
         read = corpus.train_tokenizer(text, out, vocab, max_bytes, field, _split(split))
     typer.echo(f"{out}: {vocab:,} ids from {read:,} bytes in {clock()}")
 
@@ -127,7 +126,7 @@ def tokenize(
 
     check_folder_name("--name ", name)
     folder = store / "data" / name
-    _say_how_it_is_read([*text, *(val or [])], split)
+    reading = _saying_how_it_is_read([*text, *(val or [])], split)
     settings = corpus.Settings(
         reading=Reading(field, _split(split)),
         hold_out=hold_out.value,
@@ -136,7 +135,7 @@ def tokenize(
         jobs=jobs or cores(),
     )
     found = tokenizer_file(tokenizer)
-    with _clock() as clock, progress() as watch:
+    with _clock() as clock, reading, progress() as watch:
         meta = corpus.tokenize(
             text, val or [], found, folder, val_fraction, field, watch, settings
         )
@@ -253,19 +252,33 @@ def _filled(folder: Path, meta: "Meta") -> str:
     )
 
 
-def _say_how_it_is_read(text: list[str], split: str | None) -> None:
-    """What is left out, and what is one document, is said aloud: on stderr, so that programs read the rest."""
+@contextmanager
+def _saying_how_it_is_read(text: list[str], split: str | None) -> Iterator[None]:
+    """What is left out, and what is one document, is said once it is read: on stderr, so that programs read the rest.
+
+    A refusal stays one line; one that speaks of documents ends with what a .txt is.
+    """
     from ablab.core.data.documents import passed_over, whole_texts
 
+    whole = [] if split else whole_texts(text)
+    more = ", ..." if whole[1:] else ""
+    hint = (
+        f"each .txt is one document: {len(whole)} ({whole[0].name}{more}); "
+        "--split lines, paragraphs or 'WORDS BETWEEN' cuts them"
+        if whole
+        else ""
+    )
+    try:
+        yield
+    except UserError as refusal:
+        if hint and "document" in str(refusal):
+            raise UserError(f"{refusal}; {hint}") from None
+        raise
     if others := passed_over(text):
         names = shorten(", ".join(file.name for file in others), 100, placeholder=" ...")
         typer.echo(f"files of no known format, passed over: {len(others)} ({names})", err=True)
-    if split is None and (whole := whole_texts(text)):
-        typer.echo(
-            f"each .txt is one document: {len(whole)} ({whole[0].name}{', ...' if whole[1:] else ''}); "
-            "--split lines, paragraphs or 'WORDS BETWEEN' cuts them",
-            err=True,
-        )
+    if hint:
+        typer.echo(hint, err=True)
 
 
 def _say_skipped(folder: Path, meta: "Meta") -> None:

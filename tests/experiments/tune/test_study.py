@@ -526,7 +526,7 @@ def test_a_study_without_a_finished_trial_is_not_confirmed_and_not_reported(lab,
     record = held.tune(1, (), False)
     said = (
         r"study 'none' has zero finished trials \(none started\); "
-        "continue it with: ablab study none"
+        "continue it with: ablab study .*none.yaml"
     )
     with pytest.raises(UserError, match=said):
         confirm(held.experiment, held.store, held.watcher, record, 1, (), False)
