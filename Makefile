@@ -49,13 +49,15 @@ else
 install = $(PIP) -c constraints.txt -e '.$(1)'
 endif
 
+EXTRAS := [test,lint]
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(call install)
 	@touch $@
 
 $(VENV)/.ready-test: $(READY)
-	$(call install,[test,lint])
+	$(call install,$(EXTRAS))
 	@touch $@
 
 # After a change of constraints.txt: the digests of its files.
