@@ -47,7 +47,7 @@ def wanted_runs(store: Store) -> Mapping[str, dict[str, list[str]]]:
     """Run -> experiment -> the cells that it answers.  Raises UserError for a plan that cannot be read."""
     wanted: dict[str, dict[str, list[str]]] = defaultdict(dict)
     for experiment in store.experiments():
-        for row in store.read_plan(experiment).rows:
+        for row in store.read_plan(experiment).all_rows:
             cells = wanted[row.run].setdefault(experiment, [])
             if row.cell not in cells:
                 cells.append(row.cell)

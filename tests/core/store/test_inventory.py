@@ -1,5 +1,7 @@
 """What a store holds, and what may be removed from it."""
 
+from dataclasses import replace
+
 import pytest
 from filelock import FileLock
 
@@ -120,6 +122,15 @@ def test_a_plan_that_cannot_be_read_stops_a_removal_that_might_take_its_runs(sto
     with pytest.raises(UserError, match=r"second\.json is damaged"):
         inventory.removal(store, ["first"])
     assert len(left(store)) == 4
+
+
+def test_the_earlier_stages_of_a_run_are_wanted_by_its_experiment(store):
+    """`rm --unused` would take from the last stage what it went on from."""
+    plan = store.read_plan("second")
+    trunk = Planned("cell 1 · stable", 0, 0, ORPHAN)
+    store.write_plan(replace(plan, trunks=[trunk]))
+    assert names(inventory.removal(store, [], unused=True).runs) == [CUT]
+    assert ORPHAN in names(inventory.removal(store, ["second"]).runs)
 
 
 def test_an_empty_store_holds_nothing(tmp_path):
