@@ -43,7 +43,9 @@ def list_studies(where: Where = None) -> list[str]:
     """The names of studies that a store holds; a server holds none."""
     if _is_server(where):
         return []
-    return sorted(path.stem for path in (_store(where).root / "studies").glob("*.json"))
+    from ablab.core.store.study_record import studies
+
+    return studies(_store(where))
 
 
 def read_runs(experiment: str, where: Where = None) -> "pd.DataFrame":

@@ -13,7 +13,7 @@ from ablab.core.store.files import writing
 from ablab.core.store.record import Record
 from ablab.core.store.result import DAMAGED, INTERRUPTED
 from ablab.core.store.store import Store
-from ablab.core.store.study_record import study_path
+from ablab.core.store.study_record import studies, study_path
 
 REMOVED = ".removed"  # what the folder of a run is called while it is deleted
 SHORTEST = 4  # digits of an identity that name a run
@@ -134,7 +134,7 @@ def removal(store: Store, names: Collection[str], unused: bool = False) -> Remov
     Raises UserError for a name that is neither, and for a run that an experiment which stays wants.
     """
     held = held_runs(store)
-    known = {*store.experiments(), *_studies(store)}
+    known = {*store.experiments(), *studies(store)}
     experiments = [name for name in dict.fromkeys(names) if name in known]
     going: dict[str, Held] = {}
     shared = []
@@ -196,7 +196,3 @@ def _delete(folder: Path) -> None:
         if folder.is_dir():
             folder.rename(going)
             shutil.rmtree(going)
-
-
-def _studies(store: Store) -> list[str]:
-    return [path.stem for path in (store.root / "studies").glob("*.json")]

@@ -91,6 +91,11 @@ def study_path(store: Store, name: str) -> Path:
     return store.root / "studies" / f"{name}.json"
 
 
+def studies(store: Store) -> list[str]:
+    """The names of the studies that a store holds."""
+    return sorted(path.stem for path in (store.root / "studies").glob("*.json"))
+
+
 def write(store: Store, record: StudyRecord) -> None:
     encoded = msgspec.json.encode(record)
     write_atomically(study_path(store, record.name), msgspec.json.format(encoded, indent=1))
