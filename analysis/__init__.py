@@ -11,10 +11,12 @@ from ablab.analysis.api import (
     plot_map,
     plot_rates,
     plot_slices,
+    plot_speedups,
     plot_widths,
     read_curves,
     read_effects,
     read_runs,
+    read_speedups,
     read_trials,
 )
 
@@ -29,9 +31,11 @@ __all__ = [
     "plot_map",
     "plot_rates",
     "plot_slices",
+    "plot_speedups",
     "plot_widths",
     "read_curves",
     "read_effects",
     "read_runs",
+    "read_speedups",
     "read_trials",
 ]

@@ -1,6 +1,7 @@
 """What a notebook asks for:  from ablab import analysis as ab.
 
     read_runs(), read_curves(), read_effects()   tidy pandas frames, from run folders or from an MLflow server
+    read_speedups()                              what arms save in tokens, FLOPs and seconds, and its trend over sizes
     read_trials()                                the same of a study
     plot_*()                                     one function a plot, each returns a matplotlib Figure
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ablab.analysis.effects.effect import Effect
+    from ablab.analysis.effects.sizes import OverSizes
     from ablab.analysis.pictures.style import Picture
     from ablab.core.store.study_record import StudyRecord
 
@@ -87,6 +89,38 @@ def read_effects(
     return effects_frame(_measured(experiment, where, settings))
 
 
+def read_speedups(experiments: str | Sequence[str], where: Where = None) -> "pd.DataFrame":
+    """A row an arm, unit and experiment: how many times less it costs than its reference for the loss of both.
+
+    experiments: one, or several with the same arms at other sizes; then trend, trend_low and trend_high say by what
+    factor each doubling of size multiplies the speedup.
+    """
+    import pandas as pd
+
+    rows = []
+    for arm in _over_sizes(experiments, where):
+        trend = arm.trend
+        slope = {
+            "trend": trend.factor if trend else None,
+            "trend_low": trend.low if trend else None,
+            "trend_high": trend.high if trend else None,
+        }
+        for parameters, one in arm.by_size.items():
+            known = {
+                "cell": one.cell,
+                "reference": one.reference,
+                "unit": one.unit,
+                "parameters": parameters,
+                "factor": one.factor,
+                "low": one.low,
+                "high": one.high,
+                "n": one.n,
+                "at_least": one.at_least,
+            }
+            rows.append(known | slope)
+    return pd.DataFrame(rows)
+
+
 def read_trials(study: str, where: Where = None) -> "pd.DataFrame":
     """A row a trial of a study: cell, number, state, value, seconds, and a column for each searched path."""
     import pandas as pd
@@ -138,6 +172,19 @@ def plot_dynamics(
     from ablab.analysis.pictures.style import shown
 
     return shown(dynamics, curves, [one for one in metrics if one in curves], over)
+
+
+def plot_speedups(experiments: str | Sequence[str], where: Where = None) -> "Figure":
+    """Each arm's speedup over its reference against size.  Arguments as of `read_speedups`."""
+    from ablab.analysis.pictures.sizes import sizes
+    from ablab.analysis.pictures.style import shown
+
+    found = _over_sizes(experiments, where)
+    if not found:
+        raise UserError(
+            "no arm has a speedup: each needs a common seed with its reference, and two evaluations or more"
+        )
+    return shown(sizes, found)
 
 
 def plot_rates(study: str, where: Where = None) -> "Figure":
@@ -221,6 +268,22 @@ def _measured(experiment: str, where: Where, settings: Settings) -> "list[Effect
 
     found = read_runs(experiment, where)
     return measure(found, settings.metric, settings.better, settings.equivalence)
+
+
+def _over_sizes(experiments: str | Sequence[str], where: Where) -> "list[OverSizes]":
+    """Sizes stand in run folders alone."""
+    from ablab.analysis.effects import frame
+    from ablab.analysis.effects.sizes import at_size, over_sizes
+
+    if _is_server(where):
+        raise UserError(f"speedups are read from a store; {where!r} is a server")
+    store = _store(where)
+    found = []
+    for name in [experiments] if isinstance(experiments, str) else experiments:
+        plan = store.read_plan(name)
+        tables = (frame.load(store, name), frame.curves(store, name))
+        found.append(at_size(store, name, *tables, plan.metric, plan.better))
+    return over_sizes(found)
 
 
 def _is_server(where: Where) -> bool:

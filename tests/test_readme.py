@@ -46,6 +46,7 @@ COMMANDS = {
     "ablab study lr_width_tiny": SMALL,
     "ablab study lr_width_70m": HELP,
     "ablab report loo_70m": HELP,
+    "ablab report small medium large": HELP,
     "ablab watch loo_70m": HELP,
     "ablab export-hf RUN --out DIR": HELP,
     "ablab import-hf DIR --out NEW": HELP,

@@ -99,7 +99,7 @@ def render(page: Page) -> str:
 def shell(title: str, main: str, data: str, plotly: str = "") -> str:
     """The page around what `main` and `data` made.  plotly: an address that serves plotly.js to a page that lives."""
     return (
-        _templates()
+        templates()
         .get_template("page.html")
         .render(
             title=title,
@@ -120,7 +120,7 @@ def main(page: Page) -> str:
     plan = report.plan
     arms = [effect for effect in report.effects if effect.verdict != REFERENCE]
     return (
-        _templates()
+        templates()
         .get_template("main.html")
         .render(
             plan=plan,
@@ -293,7 +293,7 @@ def rounded(values: np.ndarray, digits: int = 6) -> list[float | None]:
 
 
 @cache
-def _templates() -> "Environment":
+def templates() -> "Environment":
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     found = Environment(

@@ -102,10 +102,12 @@ def read(store: Store, experiment: str, mixed: bool = False) -> Report:
             f"experiment {experiment!r} has no finished run ({counts}); "
             f"start or continue it with: {command(experiment, sheet=plan.sheet)}"
         )
-    mixtures = list(_mixtures(finished(runs)))
-    if mixtures and not mixed:
+    mixtures_found = list(mixtures(finished(runs)))
+    if mixtures_found and not mixed:
         again = shlex.join(["ablab", "report", experiment, "--mixed"])
-        raise UserError(f"{experiment!r}: {mixtures[0]}; to read it all the same: {again}")
+        raise UserError(
+            f"{experiment!r}: {mixtures_found[0]}; to read it all the same: {again}"
+        )
     tokens = TokenEffects(store, runs, plan.metric)
     measured = measure(runs, plan.metric, plan.better, plan.equivalence, plan.looks)
     effects = tokens.added(measured)
@@ -122,7 +124,7 @@ def read(store: Store, experiment: str, mixed: bool = False) -> Report:
         *promises.challenges(store, plan),
     ]
     provenance = [promises.registered(standing), str(false_alarms(store))]
-    return Report(plan, runs, effects, warnings, mixtures, crossed, provenance)
+    return Report(plan, runs, effects, warnings, mixtures_found, crossed, provenance)
 
 
 def write(store: Store, experiment: str, out: str | Path, mixed: bool = False) -> Path:
@@ -240,7 +242,7 @@ def _warnings(plan: GridPlan, runs: pd.DataFrame, effects: list[Effect]) -> Iter
     yield from _noise(effects)
 
 
-def _mixtures(done: pd.DataFrame) -> Iterator[str]:
+def mixtures(done: pd.DataFrame) -> Iterator[str]:
     """How finished runs differ in what they computed."""
     for column, name in MIXED.items():
         if differing := _differing(done, column):

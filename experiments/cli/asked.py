@@ -47,6 +47,21 @@ def prepare(
     return experiment, experiment.runs(seeds_of(seeds))
 
 
+def experiments_of(name: str, words: list[str]) -> list[tuple[str, list[str]]]:
+    """Experiments with their overrides: a word that is no override names another experiment.
+
+    An experiment's own name may end in overrides, as NAME@path=value.
+    """
+    found: list[tuple[str, list[str]]] = [(name, [])]
+    for word in words:
+        path, is_override, _ = word.partition("=")
+        if is_override and "@" not in path:
+            found[-1][1].append(word)
+        else:
+            found.append((word, []))
+    return found
+
+
 def held_name(
     store: Store, name: str, overrides: list[str] | None, plugins: list[Path] | None
 ) -> str:

@@ -1,5 +1,6 @@
 """What the commands print of recipes, verdicts, studies and the coordinate check."""
 
+import hashlib
 import importlib.util
 import json
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from ablab.experiments.text import count, table
 if TYPE_CHECKING:
     from ablab.analysis.effects.simulation import Figure
     from ablab.analysis.pages.report import Report
+    from ablab.analysis.pages.sizes import SizesReport
     from ablab.core.recipe.recipe import Recipe
     from ablab.core.runtime.runtime import Runtime
     from ablab.experiments.plan.experiment import Experiment, PlannedRun
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 # Columns of a report that a narrow terminal goes without; its page has them all.
 SPARE = ("x, 95 %", "x reference", "tokens/s", "sd", "runs", "mean", "p (Holm)")
+LONGEST_FOLDER = 120  # characters of a report's folder
 SPARE_OF_STUDY = ("95 % interval", "optimum")
 SPARE_OF_CONFIRMATION = ("tuning moves it by", "verdict", "own setting")
 
@@ -148,6 +151,44 @@ def show_report(
     typer.echo(f"MLflow: ablab ui --store {store.root}")
     if is_study:
         typer.echo(f"study:  {command(name, 'study', found.plan.sheet)}")
+
+
+def show_sizes(store: Store, names: list[str], as_json: bool, mixed: bool = False) -> None:
+    """How the effects of several experiments, one a size, change with size."""
+    from ablab.analysis.pages import sizes
+
+    found = sizes.read(store, names, mixed)
+    if as_json:
+        return typer.echo(json.dumps(sizes.as_json(found), indent=1))
+    folder = store.root / "reports" / _together(names)
+    pages = _kept(lambda: _write_sizes(found, folder))
+    typer.echo(f"\n{found.title}")
+    typer.echo(found.answer.replace("`", ""))
+    if found.arms:
+        table(sizes.table(found))
+    for sentence in sizes.sentences(found):
+        typer.echo(f"  {sentence.replace('`', '')}")
+    for warning in found.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    if pages:
+        page, text = pages
+        typer.echo(f"\npage:   {page}")
+        typer.echo(f"report: {text}")
+
+
+def _together(names: list[str]) -> str:
+    """The folder of a report on several experiments; a digest stands where the names are too long for one."""
+    joined = "+".join(names)
+    if len(joined) <= LONGEST_FOLDER:
+        return joined
+    return f"{joined[:LONGEST_FOLDER]}+{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
+
+
+def _write_sizes(found: "SizesReport", folder: Path) -> tuple[Path, Path]:
+    from ablab.analysis.pages import sizes_html
+    from ablab.analysis.pages.sizes import write_markdown
+
+    return sizes_html.write(found, folder), write_markdown(found, folder)
 
 
 def _write_pages(store: Store, found: "Report", folder: Path) -> tuple[Path, Path]:

@@ -8,7 +8,13 @@ import typer
 
 from ablab.core.errors import UserError
 from ablab.core.store.planned import notes_on_design
-from ablab.experiments.cli.asked import folders_of, held_name, prepare, store_of
+from ablab.experiments.cli.asked import (
+    experiments_of,
+    folders_of,
+    held_name,
+    prepare,
+    store_of,
+)
 from ablab.experiments.cli.options import (
     Jobs,
     Json,
@@ -236,7 +242,12 @@ def study(
 
 def report(
     name: Name,
-    overrides: Overrides = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="path=value: of the experiment named before it; another experiment: the same arms at another size"
+        ),
+    ] = None,
     mixed: Annotated[
         bool,
         typer.Option(
@@ -248,9 +259,15 @@ def report(
     store: Where = None,
     as_json: Json = False,
 ) -> None:
-    """The verdict table; writes report.html, report.md and its plots into STORE/reports/NAME."""
-    from ablab.experiments.cli.printing import show_report
+    """The verdict table; writes report.html, report.md and its plots into STORE/reports/NAME.
+
+    Of several experiments, one a size: how the effects of the arms that they share change with size.
+    """
+    from ablab.experiments.cli.printing import show_report, show_sizes
 
     where = store_of(store)
-    name = held_name(where, name, overrides, plugins)
-    show_report(where, name, as_json, mixed=mixed)
+    asked = experiments_of(name, words or [])
+    names = [held_name(where, one, overrides, plugins) for one, overrides in asked]
+    if len(names) > 1:
+        return show_sizes(where, names, as_json, mixed)
+    show_report(where, names[0], as_json, mixed=mixed)

@@ -1,5 +1,6 @@
 """Synthetic experiments: stores with the records that a runner would have left."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,6 +86,13 @@ class Lab:
         }
         usual["runtime"] = {"device": "cuda", "dtype": "bfloat16"}
         record.finish(Result(**usual | ended | given))
+
+    def size(self, parameters: int) -> "Lab":
+        """What every run has recorded of its model's size."""
+        for row in self.rows:
+            told = json.dumps({"size": {"parameters": parameters}})
+            self.store.run(row.run).about_path.write_text(told)
+        return self
 
     def write(self) -> Store:
         question = "Which ingredients still pay?"

@@ -286,7 +286,7 @@ function drawSmall(axis) {
 function drawInteractions() {
   const found = data.interactions;
   const section = document.getElementById("interactions");
-  section.hidden = !found;
+  if (section) section.hidden = !found;
   if (!found) return;
   const most = Math.max(...found.z.flat().filter((value) => value !== null).map(Math.abs), 1e-12);
   const middle = ink("--raised");
@@ -297,6 +297,34 @@ function drawInteractions() {
   }], {
     height: 120 + 40 * found.names.length, margin: { l: 10, r: 10, t: 10, b: 10 },
     xaxis: { showgrid: false, tickangle: narrow() ? -60 : -30 }, yaxis: { showgrid: false, autorange: "reversed" },
+  });
+}
+
+// -- speedups over sizes --------------------------------------------------------------------------------------------
+function drawSizes() {
+  const chosenUnit = document.getElementById("speedup-unit");
+  if (!chosenUnit) return;
+  const units = [...new Set(data.sizes.map((line) => line.unit))];
+  if (!chosenUnit.options.length) chosenUnit.replaceChildren(...units.map((name) => new Option(name, name)));
+  chosenUnit.onchange = drawSizes;
+  const of = colours();
+  const lines = data.sizes.filter((line) => line.unit === chosenUnit.value);
+  const known = (value, i, line) => (value === null ? 0 : Math.abs(value - line.factor[i]));
+  const drawn = lines.map((line) => ({
+    type: "scatter", mode: "lines+markers", name: line.cell, x: line.parameters, y: line.factor,
+    line: { color: of[line.cell] ?? ink("--grey"), width: 2 }, marker: { size: 8 },
+    error_y: { type: "data", symmetric: false, thickness: 1.5, width: 0,
+      array: line.high.map((value, i) => known(value, i, line)),
+      arrayminus: line.low.map((value, i) => known(value, i, line)) },
+    text: line.told, hovertemplate: `<b>${escaped(line.cell)}</b><br>%{text} at %{x:.3s} parameters<extra></extra>`,
+  }));
+  const sizes = [...new Set(data.sizes.flatMap((line) => line.parameters))];
+  draw("chart-sizes", drawn, {
+    height: narrow() ? 380 : 430, showlegend: true,
+    legend: { orientation: "h", y: -0.2, yanchor: "top", x: 0, font: { size: 11 } },
+    xaxis: { type: "log", title: { text: "parameters of the reference", standoff: 6 }, tickvals: sizes, tickformat: ".3s" },
+    yaxis: { type: "log", title: { text: `speedup in ${chosenUnit.value}` }, dtick: "D1", tickformat: ".2~f" },
+    shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 1, y1: 1, line: { color: ink("--ink"), width: 1 } }],
   });
 }
 
@@ -358,6 +386,7 @@ function drawAll() {
   drawForest();
   drawCurves();
   drawInteractions();
+  drawSizes();
   if (window.Plotly) document.body.dataset.drawn = "yes";
 }
 
