@@ -94,6 +94,8 @@ class GridPlan:
     registered: str = ""
     # Runs of earlier stages, from which those of `rows` go on: each once, whoever shares it.
     trunks: list[Planned] = field(default_factory=list)
+    # The run of the store whose weights the first stage begins with; "" where there is none.
+    start: str = ""
 
     @property
     def all_rows(self) -> list[Planned]:

@@ -33,6 +33,7 @@ def grid_plan_of(experiment: Experiment, runs: Sequence[PlannedRun]) -> GridPlan
         infeasible=experiment.infeasible,
         equivalence=sheet.equivalence,
         looks=list(experiment.stopping.looks),
+        start=experiment.start.run if experiment.start else "",
     )
 
 

@@ -97,11 +97,15 @@ def not_kept(stages: Sequence[Stage], treatment: Treatment) -> list[str]:
 
 @dataclass(frozen=True)
 class Start:
-    """Weights to begin with: their folder, the recipe they belong to, their digest."""
+    """Weights to begin with: their folder, the recipe they belong to, their digest.
+
+    run: the id, where the folder is a run of the store.
+    """
 
     folder: Path
     recipe: Recipe
     digest: str
+    run: str = ""
 
 
 def chained(links: Sequence[Link], seed: int, start: Start | None = None) -> list[Recipe]:
