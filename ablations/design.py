@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ablab.ablations.designs.alone import Replicate, Single
-from ablab.ablations.designs.cell import Cell, Design, Layout
+from ablab.ablations.designs.cell import Cell, Design, Layout, TakesDoses
 from ablab.ablations.designs.crossed import Factorial, Fractional, Pairs
 from ablab.ablations.designs.one_at_a_time import AddOne, Cumulative, LeaveOneOut
 from ablab.ablations.designs.twice import Twice
 from ablab.core.errors import UserError
 from ablab.core.language.parse import near, parse
+from ablab.core.recipe.doses import Menu, firsts, several
 from ablab.core.recipe.intervention import Treatment
 
 Written = str | Mapping[str, Any]  # leave_one_out, or {fractional: {resolution: 4}}
@@ -52,6 +53,23 @@ def design_of(written: Written) -> Design:
 
 def layout_of(written: Written, treatment: Treatment) -> Layout:
     return design_of(written).layout(treatment)
+
+
+def layout_of_menu(written: Written, menu: Menu) -> Layout:
+    """Raises UserError, too, where an ingredient has several doses and the design cannot mean them."""
+    design = design_of(written)
+    treatment = firsts(menu)
+    more = several(menu)
+    if not more:
+        return design.layout(treatment)
+    if not isinstance(design, TakesDoses):
+        name, doses = next(iter(more.items()))
+        able = [known for known, one in DESIGNS.items() if issubclass(one, TakesDoses)]
+        raise UserError(
+            f"design {name_of(written)} takes one dose of each ingredient, and with.{name} lists {len(doses.doses)}; "
+            f"keep one of them, or choose design: {' or '.join(able)}"
+        )
+    return design.layout_of_doses(treatment, more)
 
 
 def cells_of(written: Written, treatment: Treatment) -> list[Cell]:

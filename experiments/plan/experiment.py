@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ablab.ablations.design import Cell, layout_of
+from ablab.ablations.design import Cell, layout_of_menu
 from ablab.core.errors import UserError
 from ablab.core.recipe.edit import diff
 from ablab.core.recipe.load import blaming
@@ -24,7 +24,7 @@ from ablab.experiments.plan.stages import (
     chained,
     not_kept,
     recipes_of,
-    whole_treatment,
+    whole_menu,
 )
 from ablab.experiments.plan.trunk import check_some, cut
 
@@ -217,11 +217,11 @@ def load(
     asked = Overrides(overrides)
     with blaming(path):
         sheet = read_sheet(path)
-        treatment = whole_treatment(sheet)
+        menu = whole_menu(sheet)
     sheet = asked.on_sheet(sheet)
     stages = Reader(sheet, asked, path.parent, digest_of).stages()
-    check_some(sheet.trunk, stages[0].base, treatment)
-    layout = layout_of(sheet.design, asked.on_treatment(treatment))
+    check_some(sheet.trunk, stages[0].base, menu)
+    layout = layout_of_menu(sheet.design, asked.on_menu(menu))
     layout = buildable(lambda cell: recipes_of(stages, cell.treatment), layout)
     return Experiment(
         asked.title(path.stem),

@@ -7,7 +7,7 @@ from typing import Any
 
 from ablab.core.errors import UserError
 from ablab.core.language.parse import near
-from ablab.core.language.written import typed
+from ablab.core.recipe.doses import Menu, as_typed, with_edits
 from ablab.core.recipe.intervention import Treatment
 from ablab.core.recipe.load import assign
 from ablab.experiments.plan.sheets import Sheet, StageSheet
@@ -57,9 +57,9 @@ class Overrides:
             sheet = assign(sheet, path, value)
         return sheet
 
-    def on_treatment(self, treatment: Treatment) -> Treatment:
+    def on_menu(self, menu: Menu) -> Menu:
         """Raises UserError for a dose that no intervention of the experiment has."""
-        return dosed(treatment, self.of_doses)
+        return with_edits(menu, self.of_doses)
 
     def recipe_edits(self, sheet: Sheet) -> dict[str, Any]:
         """What follows the base configs: `set` in the file, then these overrides.  Raises UserError for a seed."""
@@ -118,7 +118,7 @@ class Overrides:
             for path, value in sorted(self.given.items())
             if _owner(path) not in RENAMES_NOTHING
         }
-        told = "".join(f"@{path}={_written(value)}" for path, value in renaming.items())
+        told = "".join(f"@{path}={as_typed(value)}" for path, value in renaming.items())
         told = told.replace("/", "_")
         if told.isprintable() and len((stem + told).encode()) < LONGEST_NAME:
             return stem + told
@@ -152,10 +152,3 @@ def with_open_digest(edits: Mapping[str, Any]) -> dict[str, Any]:
     """The digest in a config is of the data named there: another name, or other sources, leave it open."""
     open_digest = {"data.digest": None} if {"data.name", "data.mix"} & edits.keys() else {}
     return open_digest | dict(edits)
-
-
-def _written(value: Any) -> str:
-    """20000.0 as 20000, None as null: one recipe has one name, and the name can be typed again."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return typed(value)
