@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ablab.ablations.designs.alone import Replicate, Single
+from ablab.ablations.designs.alone import Arms, Replicate, Single
 from ablab.ablations.designs.cell import Cell, Design, Layout, TakesDoses
 from ablab.ablations.designs.crossed import Factorial, Fractional, Pairs
 from ablab.ablations.designs.one_at_a_time import AddOne, Cumulative, LeaveOneOut
@@ -24,6 +24,7 @@ DESIGNS: dict[str, type[Design]] = {
     "twice": Twice,
     "replicate": Replicate,
     "single": Single,
+    "arms": Arms,
 }
 
 

@@ -105,5 +105,6 @@ def show(
     run = run_of(runs, cell or runs[0].cell)
     if diff is None:
         return show_recipe(experiment, run)
-    other = experiment.base if diff == "base" else run_of(runs, diff).recipe
+    of_the_sheet = diff == "base" and diff not in experiment.cell_named
+    other = experiment.base if of_the_sheet else run_of(runs, diff).recipe
     show_difference(experiment.name, run, other, diff)

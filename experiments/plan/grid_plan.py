@@ -27,6 +27,7 @@ def grid_plan_of(experiment: Experiment, runs: Sequence[PlannedRun]) -> GridPlan
             cell.name: {name: _dose(one) for name, one in cell.treatment.items()}
             for cell in experiment.cells
         },
+        settings={cell.name: cell.settings for cell in experiment.cells if cell.settings},
         off={name: REGISTRY[name].about.off for name in named},
         sheet=experiment.origin,
         factors=experiment.factors,

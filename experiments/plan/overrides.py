@@ -14,6 +14,7 @@ from ablab.experiments.plan.sheets import Sheet, StageSheet
 
 OF_THE_SHEET = ("runtime", "seeds", "design", "study", "equivalence", "scale", "init", "trunk")
 STAGES = "stages"
+ARMS = "arms"
 # How and how often a recipe runs and what is made of it, not what it computes.
 RENAMES_NOTHING = ("runtime", "seeds", "equivalence")
 LONGEST_NAME = 150  # bytes; with an ending, a file's name may have 255
@@ -25,6 +26,7 @@ class Overrides:
 
     with.NAME.DOSE       a dose of an intervention
     stages.NAME.PATH     a leaf of the recipe, or a dose, in one stage
+    arms.NAME.PATH       likewise, in one of the arms that the sheet writes out
     runtime.X, study.X, seeds, design, equivalence, scale, init, trunk
                          a key of the sheet
     any other path       a leaf of the recipe
@@ -48,7 +50,8 @@ class Overrides:
 
     @property
     def of_recipe(self) -> dict[str, Any]:
-        others = self.of_sheet | self.of_doses | self.of_stages
+        arms = {path for path in self.given if _owner(path) == ARMS}
+        others = {*self.of_sheet, *self.of_doses, *self.of_stages, *arms}
         return {path: value for path, value in self.given.items() if path not in others}
 
     def on_sheet(self, sheet: Sheet) -> Sheet:
@@ -107,6 +110,23 @@ class Overrides:
                     f"{path} is set by {'each of ' if len(own) > 1 else ''}stage {', '.join(own)} for itself; "
                     f"write {STAGES}.{own[0]}.{path}=..."
                 )
+
+    def of_arms(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Arm -> what is set for it here.  names: of the arms.  Raises UserError for another."""
+        found: dict[str, dict[str, Any]] = {}
+        for path, value in self.given.items():
+            if _owner(path) != ARMS:
+                continue
+            rest = path.removeprefix(f"{ARMS}.")
+            name = next((one for one in names if rest.startswith(f"{one}.")), None)
+            if name is None:
+                known = [f"{ARMS}.{one}.<path>" for one in names]
+                raise UserError(
+                    f"unknown path {path!r}. {near(path, known)}"
+                    f"This experiment has: {', '.join(known) or 'no arms of its own'}"
+                )
+            found.setdefault(name, {})[rest.removeprefix(f"{name}.")] = value
+        return found
 
     def title(self, stem: str) -> str:
         """quickstart@optim.lr=0.01; where that would be too long for a file's name, its digest.
