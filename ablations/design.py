@@ -1,15 +1,17 @@
 """Designs: how a set of interventions becomes cells to run and comparisons to read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ablab.ablations.designs.alone import Arms, Replicate, Single
 from ablab.ablations.designs.cell import Cell, Design, Layout, TakesDoses
 from ablab.ablations.designs.crossed import Factorial, Fractional, Pairs
 from ablab.ablations.designs.one_at_a_time import AddOne, Cumulative, LeaveOneOut
+from ablab.ablations.designs.own import Cells, made_from
 from ablab.ablations.designs.twice import Twice
 from ablab.core.errors import UserError
 from ablab.core.language.parse import near, parse
+from ablab.core.language.part import refuse_namesake
 from ablab.core.recipe.doses import Menu, firsts, several
 from ablab.core.recipe.intervention import Treatment
 
@@ -26,6 +28,23 @@ DESIGNS: dict[str, type[Design]] = {
     "single": Single,
     "arms": Arms,
 }
+
+
+def register_design(name: str) -> Callable[[Cells], Cells]:
+    """Make a function treatment -> cells a design (ablations/designs/own.py).  Raises UserError for a taken name."""
+
+    def decorate(function: Cells) -> Cells:
+        made = made_from(name, function)
+        refuse_namesake("designs", name, DESIGNS.get(name), made)
+        DESIGNS[name] = made
+        return function
+
+    return decorate
+
+
+def summary_of(name: str) -> str:
+    """The first line of what a design says of itself."""
+    return (DESIGNS[name].__doc__ or "no description").splitlines()[0]
 
 
 def name_of(written: Written) -> str:
@@ -45,7 +64,8 @@ def design_of(written: Written) -> Design:
     name = name_of(written)
     if name not in DESIGNS:
         raise UserError(
-            f"unknown design {name!r}. {near(name, DESIGNS)}Known: {', '.join(DESIGNS)}"
+            f"unknown design {name!r}. {near(name, DESIGNS)}Known: {', '.join(DESIGNS)}; "
+            "one of your own needs --plugins FOLDER"
         )
     options = {} if isinstance(written, str) else written[name]
     design: Design = parse(DESIGNS[name], options or {}, f"design.{name}")
