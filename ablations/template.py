@@ -1,8 +1,10 @@
-"""The file that `ablab new intervention NAME` writes: neutral, complete, and passing the contract tests."""
+"""The files that `ablab new` writes: an intervention, neutral and passing the contract tests; a design."""
 
 import keyword
+from collections.abc import Collection
 from pathlib import Path
 
+from ablab.ablations.design import DESIGNS
 from ablab.core.errors import UserError
 from ablab.core.recipe.intervention import REGISTRY
 from ablab.core.store.files import write_atomically
@@ -41,16 +43,35 @@ def scale(y, x, *, strength):
 '''
 
 
+DESIGN = '''"""{title}: one sentence that says which cells it makes, and what each is measured against."""
+
+from ablab.ablations.design import Cell, register_design
+
+
+@register_design("{name}")
+def {name}(treatment, at_most: int = 3):
+    """One line for `ablab list`.
+
+    treatment: name -> intervention, as `with` lists them.  at_most: an option, {{{name}: {{at_most: 2}}}} in a sheet.
+    """
+    cells = [Cell("base")]
+    for name in list(treatment)[:at_most]:
+        cells.append(Cell(f"+ {{name}}", {{name: treatment[name]}}, "base"))
+    return cells
+'''
+
+
+def write_design(name: str, folder: Path) -> Path:
+    """The path of the new file.  Raises UserError: no name for a design, or a name that is taken."""
+    path = _new_file(name, folder, "a design", DESIGNS)
+    title = " ".join(name.split("_")).capitalize()
+    write_atomically(path, DESIGN.format(name=name, title=title).encode())
+    return path
+
+
 def write(name: str, folder: Path) -> Path:
     """The path of the new file.  Raises UserError: no name for an intervention, or a name that is taken."""
-    if not name.isidentifier() or keyword.iskeyword(name) or name.lower() != name:
-        raise UserError(
-            f"{name!r} cannot name an intervention; "
-            "use lower-case letters, digits and underscores, such as my_idea"
-        )
-    path = folder / f"{name}.py"
-    if name in REGISTRY or path.exists():
-        raise UserError(f"{name!r} exists already; choose another name")
+    path = _new_file(name, folder, "an intervention", REGISTRY)
     words = name.split("_")
     text = TEXT.format(
         name=name,
@@ -58,4 +79,15 @@ def write(name: str, folder: Path) -> Path:
         cls="".join(word.title() for word in words),
     )
     write_atomically(path, text.encode())
+    return path
+
+
+def _new_file(name: str, folder: Path, noun: str, taken: Collection[str]) -> Path:
+    if not name.isidentifier() or keyword.iskeyword(name) or name.lower() != name:
+        raise UserError(
+            f"{name!r} cannot name {noun}; use lower-case letters, digits and underscores, such as my_idea"
+        )
+    path = folder / f"{name}.py"
+    if name in taken or path.exists():
+        raise UserError(f"{name!r} exists already; choose another name")
     return path

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ablab.ablations.designs.cell import FULL, Cell, Layout
+from ablab.ablations.designs.cell import BASE, FULL, Cell, Layout
 from ablab.core.recipe.intervention import Treatment
 
 
@@ -12,6 +12,14 @@ class Single:
 
     def layout(self, treatment: Treatment) -> Layout:
         return Layout([Cell(FULL, dict(treatment))])
+
+
+@dataclass(frozen=True)
+class Arms:
+    """base, which has all of `with`; the arms that the sheet writes out are measured against it."""
+
+    def layout(self, treatment: Treatment) -> Layout:
+        return Layout([Cell(BASE, dict(treatment))])
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Cells, and what a design makes of a treatment."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from ablab.core.recipe.doses import Doses
 from ablab.core.recipe.intervention import Intervention, Treatment
 from ablab.core.store.planned import Factors
 
@@ -18,6 +20,8 @@ class Cell:
     treatment: dict[str, Intervention] = field(default_factory=dict)
     reference: str | None = None
     replica: int = 0  # >0: the same recipe on its own seeds, for A/A arms
+    # Recipe paths that this arm alone sets (experiments/plan/arms.py).
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,15 @@ class Design(Protocol):
 
         Raises UserError where the design has nothing to work on, or an option does not fit the treatment.
         """
+        ...
+
+
+@runtime_checkable
+class TakesDoses(Protocol):
+    """A design that can mean several doses of one ingredient."""
+
+    def layout_of_doses(self, treatment: Treatment, several: Mapping[str, Doses]) -> Layout:
+        """treatment: every ingredient with its first dose.  several: those that have more, with all of them."""
         ...
 
 

@@ -1,15 +1,20 @@
 """Designs whose arms differ from their reference by one ingredient, and by what cannot stand without it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ablab.ablations.designs.cell import BASE, FULL, Cell, Layout, named
 from ablab.core.errors import UserError
+from ablab.core.recipe.doses import Doses
 from ablab.core.recipe.intervention import Treatment, dependents
 
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """full, base, and full without each ingredient (and without what cannot stand without it)."""
+    """full, base, and full without each ingredient (and without what cannot stand without it).
+
+    Of several doses, full has the first; each other one is an arm that has it instead: z_loss weight=0.001.
+    """
 
     def layout(self, treatment: Treatment) -> Layout:
         if not treatment:
@@ -20,22 +25,39 @@ class LeaveOneOut:
         arms = [without(name, treatment) for name in treatment]
         return Layout([Cell(FULL, dict(treatment)), Cell(BASE, {}, FULL), *arms])
 
+    def layout_of_doses(self, treatment: Treatment, several: Mapping[str, Doses]) -> Layout:
+        cells = self.layout(treatment).cells
+        for name, doses in several.items():
+            for label, dose in doses.labelled.items():
+                if dose != doses.first:
+                    cells.append(Cell(label, {**treatment, name: dose}, FULL))
+        return Layout(cells)
+
 
 @dataclass(frozen=True)
 class AddOne:
-    """base, and base with each ingredient.
+    """base, and base with each ingredient, or with each of its doses.
 
-    One that builds on another is measured against the arm with that other alone.
+    One that builds on another is measured against the arm with that other alone, in its first dose.
     """
 
     def layout(self, treatment: Treatment) -> Layout:
+        return self.layout_of_doses(treatment, {})
+
+    def layout_of_doses(self, treatment: Treatment, several: Mapping[str, Doses]) -> Layout:
+        labels = {
+            name: [*several[name].labelled] if name in several else [name] for name in treatment
+        }
         cells = [Cell(BASE)]
         for name in _requirements_first(treatment):
             needs = _needs(name, treatment)
+            below = [labels[need][0] for need in needs]
             alone = [cell.name for cell in cells if set(cell.treatment) == set(needs)]
             reference = alone[0] if alone else BASE
-            chosen = {one: treatment[one] for one in (*needs, name)}
-            cells.append(Cell(named("+", [name, *needs], "on"), chosen, reference))
+            doses = several[name].doses if name in several else (treatment[name],)
+            for label, dose in zip(labels[name], doses, strict=True):
+                chosen = {need: treatment[need] for need in needs} | {name: dose}
+                cells.append(Cell(named("+", [label, *below], "on"), chosen, reference))
         return Layout(cells)
 
 

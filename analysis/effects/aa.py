@@ -78,6 +78,7 @@ def replicas(plan: GridPlan) -> set[str]:
         for row in plan.rows
         if row.reference in seeds
         and treatments.get(row.cell) == treatments.get(row.reference)
+        and plan.settings.get(row.cell) == plan.settings.get(row.reference)
         and not seeds[row.cell] & seeds[row.reference]
     }
 

@@ -238,7 +238,8 @@ def _warnings(plan: GridPlan, runs: pd.DataFrame, effects: list[Effect]) -> Iter
     yield from _absences(plan, runs)
     yield from _unmeasured(plan, effects)
     yield from _few_seeds(effects)
-    yield from notes_on_design(plan.factors, plan.infeasible)
+    runs = [(row.cell, row.run) for row in plan.rows]
+    yield from notes_on_design(plan.factors, plan.infeasible, runs)
     yield from _noise(effects)
 
 
@@ -470,9 +471,19 @@ def off(plan: GridPlan, effect: Effect) -> str:
     else:
         changed = sorted(ours.keys() ^ theirs.keys())
     said_of = {name: plan.off[name] for name in changed if name in plan.off}
-    if len(changed) == 1:
+    others = list(_other_values(plan, effect))
+    if len(changed) == 1 and not others:
         return "".join(said_of.values())
-    return "; ".join(f"{name}: {control}" for name, control in said_of.items())
+    return "; ".join([*(f"{name}: {control}" for name, control in said_of.items()), *others])
+
+
+def _other_values(plan: GridPlan, effect: Effect) -> Iterator[str]:
+    """Of an arm with another dose, or with recipe paths of its own: what stands there without them."""
+    reference = effect.reference or effect.cell
+    for name, fields in plan.doses_apart(effect.cell, reference):
+        yield f"{name}: {', '.join(f'{field}={value}' for field, value in fields.items())}"
+    for path, value in plan.set_apart(effect.cell, reference).items():
+        yield f"without {path}={value}"
 
 
 def _listed(runs: pd.DataFrame, metric: str) -> list[dict[str, Any]]:

@@ -32,7 +32,6 @@ WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
 SOURCE = "source.json"
 BESIDE = "hf"  # folder of files that are handed on as they are
-SHORTEST = 4  # digits that may stand for a run's id
 
 
 @dataclass(frozen=True)
@@ -57,19 +56,8 @@ def found(name: str, store: Store) -> Path:
     path = Path(name)
     if path.is_dir():
         return _with_weights(path)
-    runs = store.root / "runs"
-    known = sorted(run.name for run in runs.glob("*") if run.is_dir())
-    fit = [run for run in known if run.startswith(name)] if len(name) >= SHORTEST else []
-    if len(fit) > 1:
-        raise UserError(
-            f"{name!r} is the beginning of {len(fit)} runs: {', '.join(fit[:3])}; write more"
-        )
-    if not fit:
-        raise UserError(
-            f"{name!r:.80} is neither a folder nor the id of one of {len(known)} runs in {store.root}; "
-            "`ablab run NAME --dry-run` lists the ids of an experiment"
-        )
-    return _with_weights(runs / fit[0])
+    run = store.id_of(name, "name a weights folder, or one that `ablab runs` lists")
+    return _with_weights(store.run(run).folder)
 
 
 def _with_weights(folder: Path) -> Path:

@@ -111,14 +111,15 @@ def treatment_of(
     """Read `[qk_norm, {gating: {per: head}}]`.  Raises UserError for an unknown name, dose key or dose."""
     treatment: dict[str, Intervention] = {}
     for item in listed:
-        name, dose = _name_and_dose(item, path)
+        name, dose = name_and_dose(item, path)
         if name in treatment:
             raise UserError(f"{path} names {name!r} twice; keep one")
         treatment[name] = parse(REGISTRY[name], dose or {}, f"{path}.{name}")
     return treatment
 
 
-def _name_and_dose(item: str | Mapping[str, Any], path: str) -> tuple[str, Any]:
+def name_and_dose(item: str | Mapping[str, Any], path: str) -> tuple[str, Any]:
+    """Of one item of `with`.  Raises UserError for an unknown name."""
     name: Any = item
     dose = None
     if isinstance(item, Mapping):

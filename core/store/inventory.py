@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from ablab.core.store.result import DAMAGED, INTERRUPTED
 from ablab.core.store.store import Store
 from ablab.core.store.study_record import studies, study_path
 
+START = "init"  # how an experiment wants the run whose weights it begins with
 REMOVED = ".removed"  # what the folder of a run is called while it is deleted
-SHORTEST = 4  # digits of an identity that name a run
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class Held:
 def held_runs(store: Store) -> list[Held]:
     """Every run of the store, the oldest first."""
     wanted = wanted_runs(store)
-    folders = _folders(store)
-    found = [_held(Record(folder, folder.name), wanted) for folder in folders]
+    found = [_held(store.run(run), wanted) for run in store.run_ids()]
     return sorted(found, key=lambda run: (run.started, run.run))
 
 
@@ -47,19 +46,14 @@ def wanted_runs(store: Store) -> Mapping[str, dict[str, list[str]]]:
     """Run -> experiment -> the cells that it answers.  Raises UserError for a plan that cannot be read."""
     wanted: dict[str, dict[str, list[str]]] = defaultdict(dict)
     for experiment in store.experiments():
-        for row in store.read_plan(experiment).all_rows:
+        plan = store.read_plan(experiment)
+        for row in plan.all_rows:
             cells = wanted[row.run].setdefault(experiment, [])
             if row.cell not in cells:
                 cells.append(row.cell)
+        if plan.start:
+            wanted[plan.start].setdefault(experiment, []).append(START)
     return wanted
-
-
-def _folders(store: Store) -> list[Path]:
-    try:
-        entries = list((store.root / "runs").iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
 
 
 def _held(record: Record, wanted: Mapping[str, dict[str, list[str]]]) -> Held:
@@ -99,20 +93,6 @@ def size_of(folder: Path) -> int:
     return total
 
 
-def run_named(beginning: str, runs: Iterable[Held]) -> Held:
-    """The run whose identity begins so.  Raises UserError for none and for several."""
-    found = [run for run in runs if run.run.startswith(beginning)]
-    if len(beginning) < SHORTEST or not found:
-        raise UserError(
-            f"{beginning!r:.80} is no experiment and no run of this store "
-            f"({SHORTEST} or more digits of its identity); `ablab runs` lists them"
-        )
-    if len(found) > 1:
-        several = ", ".join(run.run for run in found[:4])
-        raise UserError(f"{beginning!r} begins {len(found)} runs ({several}); type more of it")
-    return found[0]
-
-
 # -- what goes ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Removal:
@@ -145,9 +125,12 @@ def removal(store: Store, names: Collection[str], unused: bool = False) -> Remov
             going[run.run] = run
         elif len(others) < len(run.wanted_by):
             shared.append(run)
+    by_id = {run.run: run for run in held}
     for name in names:
         if name not in known:
-            run = run_named(name, held)
+            run = by_id[
+                store.id_of(name, "name an experiment, or a run that `ablab runs` lists")
+            ]
             _refuse_wanted(run, experiments)
             going[run.run] = run
     return Removal(list(going.values()), experiments, shared)

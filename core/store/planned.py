@@ -1,7 +1,7 @@
 """What an experiment wants: its cells, the runs that answer them, and what to type to go on."""
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,12 @@ class Factors:
     resolution: int | None = None  # of a fraction
 
 
-def notes_on_design(factors: Factors | None, infeasible: Mapping[str, str]) -> Iterator[str]:
-    """What a reader of the grid must know of its design, a sentence each."""
+def notes_on_design(
+    factors: Factors | None,
+    infeasible: Mapping[str, str],
+    runs: Iterable[tuple[str, str]] = (),
+) -> Iterator[str]:
+    """What a reader of the grid must know of its design, a sentence each.  runs: (cell, run), all that it wants."""
     if factors and factors.generators:
         made = "; ".join(factors.generators)
         yield f"a fraction of resolution {factors.resolution}: {made}"
@@ -57,6 +61,19 @@ def notes_on_design(factors: Factors | None, infeasible: Mapping[str, str]) -> I
         cells_of.setdefault(why, []).append(cell)
     for why, cells in cells_of.items():
         yield f"{_left_out(cells)} cannot be built: {why}"
+    for cells in _alike(runs):
+        yield f"{' and '.join(cells)} are one recipe: the same runs answer them"
+
+
+def _alike(runs: Iterable[tuple[str, str]]) -> list[list[str]]:
+    """The cells whose runs are the same."""
+    runs_of: dict[str, set[str]] = {}
+    for cell, run in runs:
+        runs_of.setdefault(cell, set()).add(run)
+    cells_of: dict[frozenset[str], list[str]] = {}
+    for cell, answered in runs_of.items():
+        cells_of.setdefault(frozenset(answered), []).append(cell)
+    return [cells for cells in cells_of.values() if len(cells) > 1]
 
 
 def _left_out(cells: list[str]) -> str:
@@ -79,6 +96,8 @@ class GridPlan:
     rows: list[Planned]
     # Cell -> intervention -> dose.
     treatments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # Cell -> recipe path -> value: what an arm that the sheet writes out sets, beside its treatment.
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     # Intervention -> the sentence naming its control.
     off: dict[str, str] = field(default_factory=dict)
     # The file that asked for it, or "catalog": two files of one name are two experiments.
@@ -94,6 +113,29 @@ class GridPlan:
     registered: str = ""
     # Runs of earlier stages, from which those of `rows` go on: each once, whoever shares it.
     trunks: list[Planned] = field(default_factory=list)
+    # The run of the store whose weights the first stage begins with; "" where there is none.
+    start: str = ""
+
+    def doses_apart(self, cell: str, other: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each intervention that has another dose in `other`, with the fields that differ, as they are there."""
+        ours = self.treatments.get(cell, {})
+        theirs = self.treatments.get(other, {})
+        for name in ours.keys() & theirs.keys():
+            if ours[name] != theirs[name]:
+                pairs = theirs[name].items()
+                yield (
+                    name,
+                    {field: value for field, value in pairs if ours[name].get(field) != value},
+                )
+
+    def set_apart(self, cell: str, other: str) -> dict[str, Any]:
+        """Recipe path -> value that this arm sets and the other does not."""
+        theirs = self.settings.get(other, {})
+        return {
+            path: value
+            for path, value in self.settings.get(cell, {}).items()
+            if path not in theirs or theirs[path] != value
+        }
 
     @property
     def all_rows(self) -> list[Planned]:

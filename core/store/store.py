@@ -17,6 +17,9 @@ from ablab.core.store.files import FLAWS, lock_beside, set_aside, write_atomical
 from ablab.core.store.planned import CATALOG, GridPlan, command
 from ablab.core.store.record import Record
 
+SHORTEST = 4  # digits of an id that may be typed for all of them
+LISTED = 4  # runs in a sentence
+
 
 class Store:
     """The folder, by what is asked of it."""
@@ -26,6 +29,32 @@ class Store:
 
     def run(self, run_id: str) -> Record:
         return Record(self.root / "runs" / run_id, run_id)
+
+    def run_ids(self) -> list[str]:
+        """Of every run that has a folder, sorted; what is half removed is none (core/store/inventory.py)."""
+        try:
+            entries = list((self.root / "runs").iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(
+            entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
+        )
+
+    def id_of(self, beginning: str, unknown: str) -> str:
+        """The one run whose id begins so.  Raises UserError: several, or none, where it ends in `unknown`."""
+        known = self.run_ids()
+        fitting = [run for run in known if run.startswith(beginning)]
+        if len(beginning) < SHORTEST or not fitting:
+            raise UserError(
+                f"{beginning!r:.80} is not the id of one of {len(known)} runs in {self.root}, nor {SHORTEST} or more "
+                f"of its first digits; {unknown}"
+            )
+        if len(fitting) > 1:
+            several = ", ".join(fitting[:LISTED])
+            raise UserError(
+                f"{beginning!r} begins {len(fitting)} runs ({several}); type more of it"
+            )
+        return fitting[0]
 
     def plan_path(self, experiment: str) -> Path:
         return self.root / "experiments" / f"{experiment}.json"

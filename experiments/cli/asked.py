@@ -106,7 +106,9 @@ def _start(store: Store, init: str) -> "Start":
         raise UserError(
             f"init={init}: {folder / WEIGHTS} does not say its digest; write it again"
         )
-    return Start(folder.absolute(), recipe_of(folder), told["digest"])
+    folder = folder.absolute()
+    is_run = folder.parent == store.root / "runs"
+    return Start(folder, recipe_of(folder), told["digest"], folder.name if is_run else "")
 
 
 def _digest(store: Store, data: str) -> str | None:

@@ -14,6 +14,7 @@ from ablab.experiments.cli.options import Json, Name, Overrides, Plugins, Scale,
 
 def list_(plugins: Plugins = None, store: Where = None, as_json: Json = False) -> None:
     """Interventions and experiments, those of this folder and of the store too, a line each."""
+    from ablab.ablations.design import DESIGNS, summary_of
     from ablab.ablations.registry import discover
     from ablab.core.recipe.load import read_yaml
     from ablab.experiments.plan.sheets import catalog
@@ -22,6 +23,7 @@ def list_(plugins: Plugins = None, store: Where = None, as_json: Json = False) -
         {"name": name, "summary": one.about.summary, "off": one.about.off}
         for name, one in sorted(discover(plugins or ()).items())
     ]
+    designs = [{"name": name, "summary": summary_of(name)} for name in DESIGNS]
     experiments = [
         {"name": name, "question": read_yaml(path).get("question", "")}
         for name, path in catalog().items()
@@ -31,17 +33,21 @@ def list_(plugins: Plugins = None, store: Where = None, as_json: Json = False) -
     if as_json:
         found = {
             "interventions": interventions,
+            "designs": designs,
             "experiments": experiments,
             "here": beside,
             "store": held,
         }
         return typer.echo(json.dumps(found, indent=1))
-    named = [*interventions, *experiments, *beside, *held]
+    named = [*interventions, *designs, *experiments, *beside, *held]
     column = max(len(one["name"]) for one in named)
     typer.echo("Interventions")
     for one in interventions:
         typer.echo(f"  {one['name']:<{column}} {one['summary']}")
         typer.echo(f"  {'':<{column}} off: {one['off']}")
+    typer.echo("\nDesigns")
+    for one in designs:
+        typer.echo(f"  {one['name']:<{column}} {one['summary']}")
     _section("Experiments", experiments, column)
     _section("Experiments in this folder", beside, column)
     _section(f"In {store_of(store).root} (--store or $ABLAB_STORE names another)", held, column)
@@ -105,5 +111,6 @@ def show(
     run = run_of(runs, cell or runs[0].cell)
     if diff is None:
         return show_recipe(experiment, run)
-    other = experiment.base if diff == "base" else run_of(runs, diff).recipe
+    of_the_sheet = diff == "base" and diff not in experiment.cell_named
+    other = experiment.base if of_the_sheet else run_of(runs, diff).recipe
     show_difference(experiment.name, run, other, diff)

@@ -111,7 +111,8 @@ def run(
     watching = watcher(experiment.sheet.metric.name, quiet or as_json)
     train = Training(where, watching, jobs, folders_of(plugins), mlflow, run_inert)
     try:
-        for note in notes_on_design(experiment.factors, experiment.infeasible):
+        named = [(one.cell, one.id) for one in runs]
+        for note in notes_on_design(experiment.factors, experiment.infeasible, named):
             watching.say(f"design: {note}")
         for note in experiment.not_kept:
             watching.note(f"scale: {note}")

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ablab.ablations.design import Cell, layout_of
+from ablab.ablations.design import Cell, layout_of_menu
 from ablab.core.errors import UserError
 from ablab.core.recipe.edit import diff
 from ablab.core.recipe.load import blaming
 from ablab.core.recipe.recipe import Recipe, plain, run_id
 from ablab.core.store.planned import CATALOG, Factors
 from ablab.core.store.registration import Stopping
+from ablab.experiments.plan.arms import ArmReader
 from ablab.experiments.plan.feasible import buildable
 from ablab.experiments.plan.link import Link
 from ablab.experiments.plan.overrides import Overrides
@@ -24,7 +25,7 @@ from ablab.experiments.plan.stages import (
     chained,
     not_kept,
     recipes_of,
-    whole_treatment,
+    whole_menu,
 )
 from ablab.experiments.plan.trunk import check_some, cut
 
@@ -66,6 +67,8 @@ class Experiment:
     cells: list[Cell]
     # Its file, or "catalog".
     origin: str | None = field(default=None, kw_only=True)
+    # Of arms that set recipe paths of their own: their stages, by cell.
+    arm_stages: dict[str, list[Stage]] = field(default_factory=dict, kw_only=True)
     # What the first stage begins with; None: the weights of its seed.
     start: Start | None = field(default=None, kw_only=True)
     # What the design says of its cells besides, and of those that cannot be built: ablations/designs/cell.py:Layout.
@@ -99,7 +102,7 @@ class Experiment:
     def not_kept(self) -> list[str]:
         """What `scale` cannot keep exactly, of the arm with the most ingredients."""
         fullest = max(self.cells, key=lambda cell: len(cell.treatment))
-        return not_kept(self.stages, fullest.treatment)
+        return not_kept(self.stages_of(fullest), fullest.treatment)
 
     def runs(self, seeds: Iterable[int] | None = None) -> list[PlannedRun]:
         """Every run, the first seed of all cells before the second.
@@ -160,7 +163,15 @@ class Experiment:
 
         point: recipe paths and doses (`with.NAME.DOSE`) that a search has set.
         """
-        return recipes_of(self.stages, cell.treatment, point)
+        return recipes_of(self.stages_of(cell), cell.treatment, point)
+
+    def stages_of(self, cell: Cell) -> list[Stage]:
+        return self.arm_stages.get(cell.name, self.stages)
+
+    @property
+    def every_stage(self) -> list[Stage]:
+        """Of all arms."""
+        return [*self.stages, *(one for own in self.arm_stages.values() for one in own)]
 
     def _resolve(self, cell: Cell) -> list[Recipe]:
         try:
@@ -217,17 +228,24 @@ def load(
     asked = Overrides(overrides)
     with blaming(path):
         sheet = read_sheet(path)
-        treatment = whole_treatment(sheet)
+        menu = whole_menu(sheet)
     sheet = asked.on_sheet(sheet)
-    stages = Reader(sheet, asked, path.parent, digest_of).stages()
-    check_some(sheet.trunk, stages[0].base, treatment)
-    layout = layout_of(sheet.design, asked.on_treatment(treatment))
+
+    def stages_of(asked: Overrides) -> list[Stage]:
+        return Reader(sheet, asked, path.parent, digest_of).stages()
+
+    stages = stages_of(asked)
+    check_some(sheet.trunk, stages[0].base, menu)
+    layout = layout_of_menu(sheet.design, asked.on_menu(menu))
     layout = buildable(lambda cell: recipes_of(stages, cell.treatment), layout)
+    arms = ArmReader(asked, stages, stages_of).beside(layout, sheet.arms)
+    layout = arms.layout
     return Experiment(
         asked.title(path.stem),
         sheet,
         stages,
         layout.cells,
+        arm_stages=arms.stages,
         origin=CATALOG if path in catalog().values() else str(path.resolve()),
         factors=layout.factors,
         infeasible=layout.infeasible,

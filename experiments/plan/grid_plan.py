@@ -27,12 +27,14 @@ def grid_plan_of(experiment: Experiment, runs: Sequence[PlannedRun]) -> GridPlan
             cell.name: {name: _dose(one) for name, one in cell.treatment.items()}
             for cell in experiment.cells
         },
+        settings={cell.name: cell.settings for cell in experiment.cells if cell.settings},
         off={name: REGISTRY[name].about.off for name in named},
         sheet=experiment.origin,
         factors=experiment.factors,
         infeasible=experiment.infeasible,
         equivalence=sheet.equivalence,
         looks=list(experiment.stopping.looks),
+        start=experiment.start.run if experiment.start else "",
     )
 
 

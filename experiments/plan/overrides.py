@@ -7,13 +7,14 @@ from typing import Any
 
 from ablab.core.errors import UserError
 from ablab.core.language.parse import near
-from ablab.core.language.written import typed
+from ablab.core.recipe.doses import Menu, as_typed, with_edits
 from ablab.core.recipe.intervention import Treatment
 from ablab.core.recipe.load import assign
 from ablab.experiments.plan.sheets import Sheet, StageSheet
 
 OF_THE_SHEET = ("runtime", "seeds", "design", "study", "equivalence", "scale", "init", "trunk")
 STAGES = "stages"
+ARMS = "arms"
 # How and how often a recipe runs and what is made of it, not what it computes.
 RENAMES_NOTHING = ("runtime", "seeds", "equivalence")
 LONGEST_NAME = 150  # bytes; with an ending, a file's name may have 255
@@ -25,6 +26,7 @@ class Overrides:
 
     with.NAME.DOSE       a dose of an intervention
     stages.NAME.PATH     a leaf of the recipe, or a dose, in one stage
+    arms.NAME.PATH       likewise, in one of the arms that the sheet writes out
     runtime.X, study.X, seeds, design, equivalence, scale, init, trunk
                          a key of the sheet
     any other path       a leaf of the recipe
@@ -48,7 +50,8 @@ class Overrides:
 
     @property
     def of_recipe(self) -> dict[str, Any]:
-        others = self.of_sheet | self.of_doses | self.of_stages
+        arms = {path for path in self.given if _owner(path) == ARMS}
+        others = {*self.of_sheet, *self.of_doses, *self.of_stages, *arms}
         return {path: value for path, value in self.given.items() if path not in others}
 
     def on_sheet(self, sheet: Sheet) -> Sheet:
@@ -57,9 +60,9 @@ class Overrides:
             sheet = assign(sheet, path, value)
         return sheet
 
-    def on_treatment(self, treatment: Treatment) -> Treatment:
+    def on_menu(self, menu: Menu) -> Menu:
         """Raises UserError for a dose that no intervention of the experiment has."""
-        return dosed(treatment, self.of_doses)
+        return with_edits(menu, self.of_doses)
 
     def recipe_edits(self, sheet: Sheet) -> dict[str, Any]:
         """What follows the base configs: `set` in the file, then these overrides.  Raises UserError for a seed."""
@@ -108,6 +111,23 @@ class Overrides:
                     f"write {STAGES}.{own[0]}.{path}=..."
                 )
 
+    def of_arms(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Arm -> what is set for it here.  names: of the arms.  Raises UserError for another."""
+        found: dict[str, dict[str, Any]] = {}
+        for path, value in self.given.items():
+            if _owner(path) != ARMS:
+                continue
+            rest = path.removeprefix(f"{ARMS}.")
+            name = next((one for one in names if rest.startswith(f"{one}.")), None)
+            if name is None:
+                known = [f"{ARMS}.{one}.<path>" for one in names]
+                raise UserError(
+                    f"unknown path {path!r}. {near(path, known)}"
+                    f"This experiment has: {', '.join(known) or 'no arms of its own'}"
+                )
+            found.setdefault(name, {})[rest.removeprefix(f"{name}.")] = value
+        return found
+
     def title(self, stem: str) -> str:
         """quickstart@optim.lr=0.01; where that would be too long for a file's name, its digest.
 
@@ -118,7 +138,7 @@ class Overrides:
             for path, value in sorted(self.given.items())
             if _owner(path) not in RENAMES_NOTHING
         }
-        told = "".join(f"@{path}={_written(value)}" for path, value in renaming.items())
+        told = "".join(f"@{path}={as_typed(value)}" for path, value in renaming.items())
         told = told.replace("/", "_")
         if told.isprintable() and len((stem + told).encode()) < LONGEST_NAME:
             return stem + told
@@ -152,10 +172,3 @@ def with_open_digest(edits: Mapping[str, Any]) -> dict[str, Any]:
     """The digest in a config is of the data named there: another name, or other sources, leave it open."""
     open_digest = {"data.digest": None} if {"data.name", "data.mix"} & edits.keys() else {}
     return open_digest | dict(edits)
-
-
-def _written(value: Any) -> str:
-    """20000.0 as 20000, None as null: one recipe has one name, and the name can be typed again."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return typed(value)

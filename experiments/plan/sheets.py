@@ -14,6 +14,7 @@ from ablab.core.recipe.load import read_yaml
 from ablab.core.recipe.stage import Read
 from ablab.core.runtime.runtime import Runtime
 
+ALONE = "arms"  # the design of a sheet that writes out its arms and names no design
 CATALOG = Path(str(files("ablab.experiments"))) / "catalog"
 
 
@@ -58,6 +59,20 @@ class StageSheet:
 
 
 @dataclass(frozen=True)
+class ArmSheet:
+    """One of `arms:`: how it differs from its reference (experiments/plan/arms.py)."""
+
+    name: str
+    # recipe paths, and doses as with.NAME.DOSE
+    set: dict[str, Any] = field(default_factory=dict)
+    treatment: list[Any] = field(default_factory=list)  # `with` in the file
+    without: list[str] = field(default_factory=list)
+    reference: str | None = (
+        None  # a cell; unless it is named, the one that others are measured against
+    )
+
+
+@dataclass(frozen=True)
 class Sheet:
     """The keys of an experiment file."""
 
@@ -66,6 +81,7 @@ class Sheet:
     treatment: list[Any] = field(default_factory=list)  # `with` in the file
     # a name, or {name: options}: ablations/design.py
     design: str | dict[str, Any] = "leave_one_out"
+    arms: tuple[ArmSheet, ...] = ()  # beside those of the design
     seeds: list[Natural] = field(default_factory=lambda: [0, 1, 2])
     metric: Metric = field(default_factory=Metric)
     # The smallest effect of interest, in the metric's unit: arms surely nearer than that are called equivalent.
@@ -119,14 +135,21 @@ def read_sheet(path: Path) -> Sheet:
     Raises UserError: not YAML, an unknown key, a value of another type.
     """
     content = _renamed(read_yaml(path), "with")
-    stages = content.get("stages")
-    if isinstance(stages, list):
-        content["stages"] = [
-            _renamed(stage, f"stages[{i}].with") if isinstance(stage, Mapping) else stage
-            for i, stage in enumerate(stages)
-        ]
+    for key in ("stages", "arms"):
+        if isinstance(content.get(key), list):
+            content[key] = renamed_items(content[key], key)
+    if content.get("arms"):
+        content.setdefault("design", ALONE)
     sheet: Sheet = parse(Sheet, content, "")
     return sheet
+
+
+def renamed_items(items: list[Any], key: str) -> list[Any]:
+    """The stages or arms of a sheet, each with what stands under its `with` under `treatment`."""
+    return [
+        _renamed(item, f"{key}[{i}].with") if isinstance(item, Mapping) else item
+        for i, item in enumerate(items)
+    ]
 
 
 def _renamed(content: Mapping[str, Any], path: str) -> dict[str, Any]:

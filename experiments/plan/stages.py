@@ -21,7 +21,8 @@ from ablab.core.data.mixture import digest_of_data
 from ablab.core.errors import UserError
 from ablab.core.language.parse import near
 from ablab.core.model.heritage import Wish, beginning, following
-from ablab.core.recipe.intervention import Treatment, resolve, treatment_of
+from ablab.core.recipe.doses import Menu, firsts, menu_of
+from ablab.core.recipe.intervention import Treatment, resolve
 from ablab.core.recipe.load import assign, recipe_from
 from ablab.core.recipe.recipe import Recipe
 from ablab.core.recipe.scale import inexact, scaled
@@ -97,11 +98,15 @@ def not_kept(stages: Sequence[Stage], treatment: Treatment) -> list[str]:
 
 @dataclass(frozen=True)
 class Start:
-    """Weights to begin with: their folder, the recipe they belong to, their digest."""
+    """Weights to begin with: their folder, the recipe they belong to, their digest.
+
+    run: the id, where the folder is a run of the store.
+    """
 
     folder: Path
     recipe: Recipe
     digest: str
+    run: str = ""
 
 
 def chained(links: Sequence[Link], seed: int, start: Start | None = None) -> list[Recipe]:
@@ -133,18 +138,18 @@ def _blaming(stage: str) -> Iterator[None]:
 
 
 # -- from a sheet ------------------------------------------------------------------------------------------------------
-def whole_treatment(sheet: Sheet) -> Treatment:
-    """The interventions of all stages.  Raises UserError for one that stands in two places."""
-    whole = treatment_of(sheet.treatment)
+def whole_menu(sheet: Sheet) -> Menu:
+    """The interventions of all stages, with their doses.  Raises UserError for one that stands in two places."""
+    whole = menu_of(sheet.treatment)
     for stage in sheet.stages:
-        own = treatment_of(stage.treatment, f"stages.{stage.name}.with")
-        for name, dose in own.items():
+        own = menu_of(stage.treatment, f"stages.{stage.name}.with")
+        for name, doses in own.items():
             if name in whole:
                 raise UserError(
                     f"{name} stands in `with` of stage {stage.name!r} and elsewhere; list it once for all "
                     f"stages, and write set: {{with.{name}.DOSE: ...}} where a stage differs"
                 )
-            whole[name] = dose
+            whole[name] = doses
     return whole
 
 
@@ -166,8 +171,8 @@ class Reader:
         written = self.sheet.stages
         _check_names(written)
         self.asked.check_stages(written)
-        whole = whole_treatment(self.sheet)
-        own = {one.name: set(treatment_of(one.treatment)) for one in written}
+        whole = firsts(whole_menu(self.sheet))
+        own = {one.name: set(menu_of(one.treatment)) for one in written}
         acting = frozenset().union(*own.values())
         stages = [self._stage(one, acting - own[one.name], whole) for one in written]
         return stages or [Stage("", self._base([], {}), scale=self.sheet.scale)]

@@ -18,10 +18,9 @@ from ablab.core.store.result import RETRY
 from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import PlannedRun
 
-CANDIDATES = (
-    8  # runs of a store whose recipes are read whole: those with the most lines in common
-)
-SHORTEST = 4  # digits of a run's id that may be typed for all of them
+# Runs of a store whose recipes are read whole: those with the most lines in common.
+CANDIDATES = 8
+BY_WORDS = "a cell is named by two words: ablab why quickstart full"
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ class Identity:
 
 def why_differ(store: Store, one: str, other: str) -> list[str]:
     """A line for each field in which the identities of two runs differ.  Raises UserError: no such run, or the same."""
-    first, second = _found(store, one), _found(store, other)
+    first = store.id_of(one, BY_WORDS)
+    second = store.id_of(other, BY_WORDS)
     if first == second:
         raise UserError(f"{one!r} and {other!r} are one run, {first}; name two")
     return _differences(_stored(store, first), _stored(store, second))
@@ -67,26 +67,10 @@ def why_not_reused(store: Store, asked: PlannedRun) -> list[str]:
 
 
 # -- identities --------------------------------------------------------------------------------------------------------
-def _found(store: Store, typed_id: str) -> str:
-    """The run whose id begins so.  Raises UserError where there is none, or several."""
-    known = sorted(folder.name for folder in _folders(store))
-    fitting = [run for run in known if run.startswith(typed_id)]
-    if len(typed_id) >= SHORTEST and len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise UserError(
-            f"run {typed_id!r} is not one run: {len(fitting)} begin so, first {fitting[0]}; type more of it"
-        )
-    raise UserError(
-        f"no run {typed_id!r} among the {len(known)} of {store.root}; "
-        "a run is named by its id, an experiment's cell by two words: ablab why quickstart full"
-    )
-
-
 def _folders(store: Store) -> list[Path]:
-    return [
-        path for path in (store.root / "runs").glob("*") if (path / "recipe.yaml").is_file()
-    ]
+    """Of the runs whose recipes are there."""
+    records = [store.run(run) for run in store.run_ids()]
+    return [record.folder for record in records if record.recipe_path.is_file()]
 
 
 def _stored(store: Store, run: str) -> Identity:

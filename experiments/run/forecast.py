@@ -225,7 +225,8 @@ def show_forecast(found: Forecast) -> None:
         typer.echo(f"{identity}  {cost}")
     if len(found.rows) > LIMIT:
         typer.echo(f"... and {len(found.rows) - LIMIT:,} more (--json prints all)")
-    for note in notes_on_design(found.factors, found.infeasible):
+    named = [(row.cell, row.run) for row in found.rows]
+    for note in notes_on_design(found.factors, found.infeasible, named):
         typer.echo(f"design: {note}")
     work = f"{found.tokens / 1e6:,.1f} M tokens, {found.flops:.2e} FLOPs"
     time = f"about {duration(found.seconds)} on {found.device}, {found.jobs} at a time"

@@ -2,13 +2,14 @@
 
 The liveness check (ablations/checks/liveness.py) turns a recipe into a trace.  The gate says which traces are wanted,
 compares them, and lets the runs through: references at once, the other arms when the last trace is there, and an inert
-arm never.  An arm that no trace can judge is let through: one that acts late by its own word, and one whose trace, or
-whose reference's, could not be taken.
+arm never.  An arm that no trace can judge is let through: one that acts late by its own word, one that reads other
+tokens, and one whose trace, or whose reference's, could not be taken.
 """
 
 from collections.abc import Callable
 
 from ablab.ablations.design import Cell
+from ablab.core.recipe.recipe import Recipe
 from ablab.core.runtime.fingerprint import code_fingerprint
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.store import Store
@@ -45,7 +46,9 @@ class Gate:
         self.reference_of = {
             cell.name: cell.reference
             for cell in experiment.cells
-            if cell.reference and not _acts_late(cell, experiment.cell_named[cell.reference])
+            if cell.reference
+            and not _acts_late(cell, experiment.cell_named[cell.reference])
+            and not _reads_other_data(experiment, cell.name, cell.reference)
         }
         self.traced = self._runs_to_trace(experiment)
         stages = [run for chain in self.traced.values() for run in chain]
@@ -99,6 +102,18 @@ class Gate:
         }
         self.told(inert)
         return inert
+
+
+def _reads_other_data(experiment: Experiment, cell: str, reference: str) -> bool:
+    """Whether they read other tokens in some stage: a trace takes its steps on random ones."""
+    stages = zip(
+        experiment.stage_recipes[cell], experiment.stage_recipes[reference], strict=True
+    )
+    return any(_tokens_of(ours) != _tokens_of(theirs) for ours, theirs in stages)
+
+
+def _tokens_of(recipe: Recipe) -> tuple[object, ...]:
+    return (recipe.data.name, recipe.data.digest, recipe.data.mix)
 
 
 def _acts_late(cell: Cell, reference: Cell) -> bool:

@@ -83,7 +83,7 @@ class Pool:
         self.runtime = settle_service(asked, recipes, plugins)
         # Name of the data -> their folder.
         self.data: dict[str, Path] = {}
-        for stage in experiment.stages:
+        for stage in experiment.every_stage:
             folder = data_folder(stage.base, store, watcher.note)
             self.data[stage.base.data.name] = folder
         self.executor: Executor = local_processes(self.runtime, self.jobs, plugins)

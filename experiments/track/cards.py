@@ -66,6 +66,12 @@ def description_of(plan: GridPlan, planned: Planned) -> str:
         has = "with" if name in ours else "without"
         off = f" (off: {plan.off[name]})" if name in plan.off else ""
         sentences.append(f"It is trained {has} `{name}`{off}.")
+    if planned.reference:
+        for name, fields in plan.doses_apart(planned.cell, planned.reference):
+            told = ", ".join(f"{field}={value}" for field, value in fields.items())
+            sentences.append(f"`{planned.reference}` has `{name}` with {told}.")
+        for path, value in plan.set_apart(planned.cell, planned.reference).items():
+            sentences.append(f"It sets {path}={value}.")
     return " ".join(sentences)
 
 

@@ -44,6 +44,7 @@ def confirm(
         name=f"{experiment.name}@tuned",
         sheet=experiment.sheet,
         stages=experiment.stages,
+        arm_stages=experiment.arm_stages,
         cells=[_among(cell, best) for cell in experiment.cells if cell.name in best],
         best=best,
         origin=experiment.origin,

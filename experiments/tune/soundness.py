@@ -66,8 +66,26 @@ def check_paths(experiment: Experiment, axes: Sequence[Axis]) -> None:
                     f"Doses of this experiment: {', '.join(holders) or 'none'}"
                 )
             holder, path = holders[axis.path], axis.path.split(".")[2]
+        check_arms(experiment, axis)
         for end in axis.ends:
             assign(holder, path, end)
+
+
+def check_arms(experiment: Experiment, axis: Axis) -> None:
+    """Refuse a path that tells two arms apart: at each point of the search they would be one."""
+    own = [cell.name for cell in experiment.cells if axis.path in cell.settings]
+    if axis.path.startswith("with."):
+        _, name, dose = axis.path.split(".")
+        having = [cell for cell in experiment.cells if name in cell.treatment]
+        values = [getattr(cell.treatment[name], dose) for cell in having]
+        own += [
+            cell.name for cell, value in zip(having, values, strict=True) if value != values[0]
+        ]
+    if own:
+        raise UserError(
+            f"study.space: {axis.path} is what tells arm {own[0]!r} from others, so it cannot be searched; "
+            "search another path, or leave one value to the arms"
+        )
 
 
 def check_stages(stages: Sequence[StageSheet], axis: Axis) -> None:

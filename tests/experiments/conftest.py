@@ -63,9 +63,14 @@ class Lab:
         (root / "mini.yaml").write_text(CONFIG)
 
     def sheet(self, name: str, **keys) -> str:
-        """Write an experiment file; keys replace those of SHEET, `runtime` is added to.  arms: its `with`."""
+        """Write an experiment file; keys replace those of SHEET, `runtime` is added to.
+
+        arms: its `with`.  written: its `arms`.
+        """
         if "arms" in keys:
             keys["with"] = keys.pop("arms")
+        if "written" in keys:
+            keys["arms"] = keys.pop("written")
         runtime = SHEET["runtime"] | keys.pop("runtime", {})
         content = SHEET | keys | {"runtime": runtime}
         (self.root / f"{name}.yaml").write_text(json.dumps(content))  # JSON is YAML
@@ -170,12 +175,13 @@ def ablab(lab, monkeypatch, capsys):
 
     For what starts no worker.
     """
+    from ablab.ablations.design import DESIGNS
     from ablab.core.language.part import Part
     from ablab.core.recipe.intervention import REGISTRY
     from ablab.experiments.cli import main as cli
 
     handler = signal.getsignal(signal.SIGTERM)
-    registries = (REGISTRY, Part.known, Part.foreign)
+    registries: tuple[dict, ...] = (REGISTRY, DESIGNS, Part.known, Part.foreign)
     before = [dict(registry) for registry in registries]
 
     def call(*words: str) -> Ended:

@@ -54,9 +54,9 @@ def test_a_run_without_weights_and_one_that_goes_on_say_what_to_do(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nonsense", ["neither a folder nor the id of one of 2 runs"]),
-        ("abcd", ["is the beginning of 2 runs: abcd1, abcd2"]),
-        ("abc", ["neither a folder"]),
+        ("nonsense", ["is not the id of one of 2 runs", "name a weights folder"]),
+        ("abcd", ["begins 2 runs (abcd1, abcd2)"]),
+        ("abc", ["is not the id of one of 2 runs"]),
     ],
 )
 def test_a_name_that_is_no_model_is_refused(tmp_path, refused, name, words):

@@ -88,7 +88,7 @@ def test_a_run_is_named_by_its_first_digits_and_never_by_digits_that_two_have(st
     with pytest.raises(UserError, match="'aaaa' begins 2 runs"):
         inventory.removal(store, ["aaaa"])
     for unknown in ("bbb", "dddd", "third"):
-        with pytest.raises(UserError, match=f"{unknown!r} is no experiment and no run"):
+        with pytest.raises(UserError, match=f"{unknown!r} is not the id of one of 4 runs"):
             inventory.removal(store, [unknown])
 
 

@@ -195,7 +195,7 @@ def test_a_small_model_grows_and_says_how_far_its_function_moved(lab, ablab, sma
 
 
 REFUSED = {
-    "export-hf nobody --out new": ["'nobody' is neither a folder nor the id"],
+    "export-hf nobody --out new": ["'nobody' is not the id of one of"],
     "export-hf RUN --out taken": ["taken exists already; nothing was written"],
     "export-hf RUN --out new --tokenizer absent.json": [
         "cannot read the tokenizer absent.json"

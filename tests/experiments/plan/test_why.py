@@ -64,12 +64,12 @@ def test_the_beginning_of_an_id_is_enough_and_a_wrong_one_is_refused(read, store
     one = leave(store, run_of(read()))
     other = leave(store, run_of(read(), seed=1))
     assert why_differ(store, one[:6], other[:6]) == ["seed: 0 -> 1"]
-    with pytest.raises(UserError, match="no run '0123456789abcdef' among the 2 of"):
+    with pytest.raises(UserError, match="'0123456789abcdef' is not the id of one of 2 runs in"):
         why_differ(store, one, "0123456789abcdef")
     with pytest.raises(UserError, match="are one run"):
         why_differ(store, one, one[:8])
     leave(store, run_of(read()), id=one[:8] + "f" * 8)
-    with pytest.raises(UserError, match="is not one run: 2 begin so"):
+    with pytest.raises(UserError, match="begins 2 runs"):
         why_differ(store, one[:8], other)
 
 
@@ -153,7 +153,7 @@ def test_the_command_takes_two_runs_or_an_experiment_and_a_cell(lab, ablab, read
     assert said.endswith("  optim.lr: 0.003 -> 0.5\n")
     assert ablab("why", "asked.yaml", "full", "--seed", "2", "--json").json["why"]
     for words, why in {
-        f"{one} {'0' * 16}": "no run '0000000000000000' among the 2",
+        f"{one} {'0' * 16}": "'0000000000000000' is not the id of one of 2 runs",
         "asked.yaml fulll": "no cell 'fulll'. Did you mean 'full'",
     }.items():
         ended = ablab("why", *words.split())

@@ -4,6 +4,9 @@ import shutil
 
 import pytest
 
+from ablab.core.store import inventory
+from ablab.core.store.store import Store
+
 QUICK = ("--no-mlflow", "--jobs", "1", "--json")
 ONE = {"arms": [], "design": "single", "seeds": [0]}
 
@@ -33,6 +36,17 @@ def test_it_begins_where_the_weights_are(lab, source, warm):
     assert warm != source
 
 
+def test_the_run_whose_weights_it_begins_with_is_wanted_while_it_is_planned(lab, source, warm):
+    """Nobody asks for `source` any more, and `warm` could never be trained again without it."""
+    lab.store.joinpath("experiments", "source.json").unlink()
+    store = Store(lab.store)
+    wanted = inventory.wanted_runs(store)
+    assert wanted[source] == {"warm": [inventory.START]}
+    assert source not in [run.run for run in inventory.removal(store, [], unused=True).runs]
+    assert source in [run.run for run in inventory.removal(store, ["warm"]).runs]
+    lab.run("run", "source.yaml", *QUICK)
+
+
 def test_a_copy_of_the_weights_is_the_same_run(lab, source, warm):
     shutil.copytree(lab.run_folder(source), lab.root / "copy")
     again = lab.run("run", lab.sheet("copied", **ONE, init=str(lab.root / "copy")), *QUICK)
@@ -42,7 +56,7 @@ def test_a_copy_of_the_weights_is_the_same_run(lab, source, warm):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["init=0000"], "'0000' is neither a folder nor the id of one of"),
+        (["init=0000"], "'0000' is not the id of one of"),
         (["init=WARM"], "kept no weights; delete"),
         (
             ["model.width=32"],
