@@ -57,6 +57,7 @@ COMMANDS = {
     "ablab rm": HELP,
     "ablab export": HELP,
     "ablab sync": WRITTEN,
+    "ablab sync --track tensorboard": WRITTEN,
     "ablab ui": HELP,
     "ablab check coords": HELP,
     "ablab check stats": HELP,

@@ -33,6 +33,7 @@ from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.run.progress import Quiet
 from ablab.experiments.run.runner import execute
 from ablab.experiments.text import table
+from ablab.experiments.track.chosen import MLFLOW
 
 CELLS = {"cuda": 12, "cpu": 4}
 SECONDS = {"cuda": 60.0, "cpu": 3.0}
@@ -113,7 +114,8 @@ class Bench:
     def train(self, store: Store, runs: list[PlannedRun], jobs: int) -> tuple[Observer, float]:
         """What was seen, and the wall time in seconds."""
         watcher = Observer()
-        execute(self.experiment, store, runs, watcher, jobs, self.plugins, self.mlflow)
+        tracked = (MLFLOW,) if self.mlflow else ()
+        execute(self.experiment, store, runs, watcher, jobs, self.plugins, tracked)
         return watcher, watcher.now()
 
     def probe(self, store: Store) -> tuple[CellTime, float]:

@@ -112,7 +112,7 @@ def _resume_check(store: Store, experiment: Experiment) -> float:
         record.result_path.write_bytes(msgspec.json.encode(result))
 
     def check() -> None:
-        outcome = execute(experiment, store, runs, Quiet(), mlflow=False)
+        outcome = execute(experiment, store, runs, Quiet(), tracked=())
         assert len(outcome.reused) == len(runs)
         assert not outcome.trained
 

@@ -117,4 +117,4 @@ def _sheet(root: Path, sampler: str, trials: int, clips: int) -> Path:
 def _tune(sheet: Path) -> None:
     experiment = load(str(sheet), {}, lambda data: "0" * 16)
     store = Store(sheet.parent / "store")
-    study.Study(experiment, store, Quiet()).tune(1, (), mlflow=False)
+    study.Study(experiment, store, Quiet()).tune(1, (), tracked=())

@@ -6,7 +6,18 @@ from typing import Annotated
 import typer
 
 from ablab.experiments.cli.asked import folders_of, prepare, store_of
-from ablab.experiments.cli.options import Jobs, Json, Name, Overrides, Plugins, Quiet, Where
+from ablab.experiments.cli.options import (
+    Jobs,
+    Json,
+    Mlflow,
+    Name,
+    Overrides,
+    Plugins,
+    Quiet,
+    Track,
+    Where,
+)
+from ablab.experiments.track.chosen import tracked
 
 
 def challenge(
@@ -14,7 +25,8 @@ def challenge(
     arm: Annotated[str, typer.Argument(help="as the report names it, such as '- qk_norm'")],
     overrides: Overrides = None,
     jobs: Jobs = None,
-    mlflow: Annotated[bool, typer.Option(help="show the runs in MLflow")] = True,
+    track: Track = None,
+    mlflow: Mlflow = None,
     quiet: Quiet = False,
     plugins: Plugins = None,
     store: Where = None,
@@ -27,6 +39,7 @@ def challenge(
     from ablab.experiments.run.verdicts import verdict_of
 
     where = store_of(store)
+    shown = tracked(track, mlflow)
     experiment, _ = prepare(name, overrides, plugins, where)
     arm = arm.strip()
     asked = Challenge(experiment, where, arm)
@@ -34,7 +47,7 @@ def challenge(
     watching = watcher(experiment.sheet.metric.name, quiet or as_json)
     try:
         outcome = execute(
-            asked.experiment, where, runs, watching, jobs, folders_of(plugins), mlflow
+            asked.experiment, where, runs, watching, jobs, folders_of(plugins), shown
         )
         found = asked.judge(watching.say)
     finally:

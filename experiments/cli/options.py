@@ -38,4 +38,16 @@ Jobs = Annotated[
         "on one GPU they train in turn",
     ),
 ]
+Track = Annotated[
+    str | None,
+    typer.Option(
+        envvar="ABLAB_TRACK",
+        show_envvar=False,
+        help="who shows the runs: mlflow, tensorboard, wandb, several by commas, or none; $ABLAB_TRACK (mlflow)",
+    ),
+]
+Mlflow = Annotated[
+    bool | None,
+    typer.Option("--mlflow/--no-mlflow", help="with MLflow or without, whatever --track says"),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")]

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from ablab.core.errors import UserError
 from ablab.core.store.planned import command, notes_on_design
 from ablab.core.store.store import Store
 from ablab.experiments.text import count, table
+from ablab.experiments.track.chosen import TENSORBOARD, TITLES, WANDB, Tracked
 
 if TYPE_CHECKING:
     from ablab.analysis.effects.simulation import Figure
@@ -223,6 +225,16 @@ def show_in_mlflow(store: Store, name: str) -> None:
         attach(store, name)
     except UserError as lost:
         typer.echo(f"warning: the report is not in MLflow: {lost}", err=True)
+
+
+def show_places(store: Store, tracked: Tracked) -> None:
+    """How the views other than MLflow are opened."""
+    if TENSORBOARD in tracked:
+        folder = store.root / "tensorboard"
+        typer.echo(f"{TITLES[TENSORBOARD]}: tensorboard --logdir {shlex.quote(str(folder))}")
+    if WANDB in tracked and any((store.root / "wandb").glob("offline-run-*")):
+        waiting = f"{shlex.quote(str(store.root / 'wandb'))}/offline-run-*"
+        typer.echo(f"{TITLES[WANDB]}: wandb sync {waiting}")
 
 
 def show_study(store: Store, name: str, as_json: bool) -> None:

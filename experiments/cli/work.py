@@ -18,13 +18,16 @@ from ablab.experiments.cli.asked import (
 from ablab.experiments.cli.options import (
     Jobs,
     Json,
+    Mlflow,
     Name,
     Overrides,
     Plugins,
     Quiet,
     Scale,
+    Track,
     Where,
 )
+from ablab.experiments.track.chosen import MLFLOW, Tracked, tracked
 
 if TYPE_CHECKING:
     from ablab.core.store.store import Store
@@ -67,7 +70,8 @@ def run(
     ] = None,
     scale: Scale = None,
     jobs: Jobs = None,
-    mlflow: Annotated[bool, typer.Option(help="show the runs in MLflow")] = True,
+    track: Track = None,
+    mlflow: Mlflow = None,
     run_inert: Annotated[
         bool,
         typer.Option(
@@ -83,6 +87,7 @@ def run(
     from ablab.experiments.plan.selection import chosen
 
     where = store_of(store)
+    shown = tracked(track, mlflow)
     hours = _hours(until_decided, budget, seeds, only)
     experiment, runs = prepare(name, overrides, plugins, where, seeds, scale)
     if hours:
@@ -105,11 +110,11 @@ def run(
         for note in experiment.not_kept:
             typer.echo(f"scale: {note}")
         return None
-    from ablab.experiments.cli.printing import show_in_mlflow, show_outcome
+    from ablab.experiments.cli.printing import show_in_mlflow, show_outcome, show_places
     from ablab.experiments.run.progress import watcher
 
     watching = watcher(experiment.sheet.metric.name, quiet or as_json)
-    train = Training(where, watching, jobs, folders_of(plugins), mlflow, run_inert)
+    train = Training(where, watching, jobs, folders_of(plugins), shown, run_inert)
     try:
         named = [(one.cell, one.id) for one in runs]
         for note in notes_on_design(experiment.factors, experiment.infeasible, named):
@@ -123,7 +128,9 @@ def run(
     finally:
         watching.close()
     show_outcome(where, experiment.name, outcome, as_json, look)
-    if mlflow:
+    if not as_json:
+        show_places(where, shown)
+    if MLFLOW in shown:
         show_in_mlflow(where, experiment.name)
     if outcome.failed:
         raise typer.Exit(1)
@@ -137,7 +144,7 @@ class Training:
     watcher: "Watcher"
     jobs: int | None
     plugins: list[str]
-    mlflow: bool
+    tracked: Tracked
     run_inert: bool
 
     def __call__(
@@ -155,7 +162,7 @@ class Training:
             self.watcher,
             self.jobs,
             self.plugins,
-            self.mlflow,
+            self.tracked,
             self.run_inert,
             only,
         )
@@ -216,7 +223,8 @@ def study(
         ),
     ] = None,
     jobs: Jobs = None,
-    mlflow: Annotated[bool, typer.Option(help="show the trials in MLflow")] = True,
+    track: Track = None,
+    mlflow: Mlflow = None,
     quiet: Quiet = False,
     plugins: Plugins = None,
     store: Where = None,
@@ -224,8 +232,9 @@ def study(
 ) -> None:
     """As STUDY says."""
     where = store_of(store)
+    shown = tracked(track, mlflow)
     experiment, _ = prepare(name, overrides, plugins, where)
-    from ablab.experiments.cli.printing import show_study
+    from ablab.experiments.cli.printing import show_places, show_study
     from ablab.experiments.run.progress import watcher
     from ablab.experiments.tune.confirmation import confirm
     from ablab.experiments.tune.study import Study
@@ -233,12 +242,14 @@ def study(
     folders = folders_of(plugins)
     watching = watcher(experiment.sheet.metric.name, quiet or as_json)
     try:
-        record = Study(experiment, where, watching, storage).tune(jobs, folders, mlflow)
+        record = Study(experiment, where, watching, storage).tune(jobs, folders, shown)
         if experiment.sheet.seeds:
-            confirm(experiment, where, watching, record, jobs, folders, mlflow)
+            confirm(experiment, where, watching, record, jobs, folders, shown)
     finally:
         watching.close()
     show_study(where, experiment.name, as_json)
+    if not as_json:
+        show_places(where, shown)
 
 
 def report(

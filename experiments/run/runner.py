@@ -24,6 +24,7 @@ from ablab.experiments.run.pool import Outcome, Pool
 from ablab.experiments.run.progress import Watcher
 from ablab.experiments.run.registering import registered
 from ablab.experiments.run.succession import check_parents, needed, once
+from ablab.experiments.track.chosen import USUAL, Tracked
 from ablab.experiments.track.trackers import trackers_for
 
 CHECKED = "the schedule, batches and optimizer of every step and four steps of the model"
@@ -38,7 +39,7 @@ def execute(
     watcher: Watcher,
     jobs: int | None = None,
     plugins: Iterable[str] = (),
-    mlflow: bool = True,
+    tracked: Tracked = USUAL,
     run_inert: bool = False,
     only: list[PlannedRun] | None = None,
 ) -> Outcome:
@@ -59,7 +60,7 @@ def execute(
         entry = registered(experiment, store, runs, watcher.say) if missing else ""
         desired = DesiredState(experiment, store, runs, claims, watcher.say, entry)
         plan = desired.write(all_alive=run_inert)
-        pool.trackers = trackers_for(store, plan, watcher.say) if mlflow else None
+        pool.trackers = trackers_for(store, plan, watcher.say, tracked)
         gate = None
         if missing and not run_inert:
             gate = Gate(experiment, store, claims, desired.judged, pool.runtime)

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 from ablab.core.errors import UserError
 from ablab.core.store.planned import GridPlan
-from ablab.core.store.record import Record
-from ablab.core.store.result import Result
 from ablab.core.store.store import Store
 from ablab.experiments.track.cards import (
     Identity,
@@ -15,37 +13,24 @@ from ablab.experiments.track.cards import (
     changed,
     fingerprint,
     identity,
-    summary_of,
     tags_of,
 )
 from ablab.experiments.track.mlflow_home import cure, errors
 from ablab.experiments.track.mlflow_tracker import MlflowTracker
 from ablab.experiments.track.mlflow_view import MlflowView
+from ablab.experiments.track.replay import (
+    ADDED,
+    CONTINUED,
+    CURRENT,
+    OUTCOMES,
+    lacking,
+    replay,
+)
 from ablab.experiments.track.summary import attach
-from ablab.experiments.track.tracker import Card, Tracker
+from ablab.experiments.track.tracker import Card
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
-
-OUTCOMES = ("added", "continued", "current", "missing")
-DAMAGED = "damaged"  # counted where there is one: its record cannot be read, and `ablab report` says why
-
-
-def replay(record: Record, card: Card, tracker: Tracker, result: Result | None = None) -> None:
-    """Show a run folder as if it were training now; `result` ends the run, without one it goes on."""
-    pace = {line["step"]: line for line in record.pace()}
-    seconds = 0.0
-    tracker.open(card)
-    for line in record.metrics():
-        clock = pace.get(line["step"], {})
-        seconds = clock.get("seconds", seconds)
-        scalars = line | clock
-        scalars.pop("seconds", None)
-        tracker.log(int(scalars.pop("step")), scalars, seconds)
-    if result:
-        tracker.close(result.status, summary_of(result))
-    else:
-        tracker.flush()
 
 
 def sync(
@@ -73,7 +58,7 @@ def sync(
 
 
 def _sync_experiment(view: MlflowView, plan: GridPlan) -> list[str]:
-    """One of OUTCOMES, or DAMAGED, for each planned run."""
+    """What became of each planned run."""
     # Newest first: of twins, the oldest stays.
     held = {identity(run.data.tags): run for run in view.runs(plan.name)}
     cards = [card_of(view.store, plan, row) for row in plan.all_rows]
@@ -91,26 +76,21 @@ def _sync_experiment(view: MlflowView, plan: GridPlan) -> list[str]:
 
 def _sync_run(view: MlflowView, card: Card, shown: "Mapping[Identity, Run]") -> str:
     record = view.store.run(card.run)
-    try:
-        result = record.result()
-    except UserError:
-        return DAMAGED
-    if record.hole(result):
-        return DAMAGED
-    if result is None and not record.metrics_path.exists():
-        return "missing"
+    if lack := lacking(record):
+        return lack
+    result = record.result()
     tags = tags_of(card)
     run = shown.get(identity(tags))
     if run and result:
         tags["ablab.status"] = result.status
         tags["ablab.result"] = fingerprint(record.folder)
         if not changed(tags, run.data.tags):
-            return "current"
+            return CURRENT
     tracker = MlflowTracker(view, strict=True, held=run)
     replay(record, card, tracker, result)
     if run is None:
-        return "added"
-    return "continued" if tracker.points or result else "current"
+        return ADDED
+    return CONTINUED if tracker.points or result else CURRENT
 
 
 def show_report(store: Store, experiment: str) -> None:

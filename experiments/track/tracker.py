@@ -1,6 +1,6 @@
 """A tracker watches runs.  The run folder is the truth; every tracker is a view that can be rebuilt from it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -24,7 +24,32 @@ class Card:
 
 
 class Tracker(Protocol):
+    """One run, as one view shows it."""
+
     def open(self, card: Card) -> None: ...
     def log(self, step: int, scalars: Mapping[str, float], seconds: float) -> None: ...
     def flush(self) -> None: ...
     def close(self, status: str, summary: Mapping[str, float]) -> None: ...
+
+
+class View(Protocol):
+    """The runs of a store at one place, such as MLflow; opened when first needed."""
+
+    @property
+    def lost(self) -> bool:
+        """Given up: nothing more is sent, `ablab sync` does it later."""
+
+    def ensure(self) -> bool:
+        """Open it now.  False, after one warning, where that cannot be done."""
+
+    def lose(self, cause: Exception) -> None:
+        """Give up, and say once that runs go on unseen."""
+
+    def tracker(self) -> Tracker: ...
+
+    def sync(self, experiments: Sequence[str], unfinished: bool = True) -> dict[str, int]:
+        """Send what it lacks of these experiments, or of all; the number of runs of each outcome.
+
+        unfinished: also runs without a result, which another process may be training and showing.
+        Raises UserError where the place cannot be written.
+        """

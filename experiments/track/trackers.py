@@ -1,10 +1,10 @@
-"""The trackers of a grid: MLflow as a view, shown in a thread of its own.
+"""The trackers of a grid: views such as MLflow, each shown in a thread of its own.
 
-Importing mlflow takes seconds, a new database takes migrations, a locked one makes its writers wait: a grid waits for
-none of that, it only puts what happened into a queue.
+Importing mlflow takes seconds, a new database takes migrations, a locked one makes its writers wait, a server may hang:
+a grid waits for none of that, it only puts what happened into a queue.
 """
 
-import importlib.util
+import time
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
@@ -13,59 +13,118 @@ from threading import Thread
 from ablab.core.errors import UserError
 from ablab.core.store.planned import GridPlan
 from ablab.core.store.store import Store
-from ablab.experiments.track.tracker import Tracker
+from ablab.experiments.track.chosen import (
+    MLFLOW,
+    TENSORBOARD,
+    TITLES,
+    WANDB,
+    Tracked,
+    is_installed,
+    sync_command,
+)
+from ablab.experiments.track.tracker import Tracker, View
 
 Task = Callable[[], object]
-FINISH_SECONDS = 60.0  # that a command waits for its view at the end, however slow MLflow is
+Say = Callable[[str], None]
+FINISH_SECONDS = 60.0  # that a command waits for its views at the end, however slow they are
 
 
-def trackers_for(store: Store, plan: GridPlan, say: Callable[[str], None]) -> "Trackers | None":
-    if importlib.util.find_spec("mlflow"):
-        return Trackers(store, plan, say)
-    say(
-        "mlflow is not installed here; the run folders are complete without it, "
-        "and `ablab sync` can show them later"
-    )
-    return None
+def _mlflow(store: Store, warn: Say) -> View:
+    from ablab.experiments.track.mlflow import Mlflow
+
+    return Mlflow(store, warn)
+
+
+def _tensorboard(store: Store, warn: Say) -> View:
+    from ablab.experiments.track.tensorboard import TensorBoard
+
+    return TensorBoard(store, warn)
+
+
+def _wandb(store: Store, warn: Say) -> View:
+    from ablab.experiments.track.wandb import Wandb
+
+    return Wandb(store, warn)
+
+
+# Each imports its package when it is opened, and none is opened unless it was chosen.
+VIEWS: dict[str, Callable[[Store, Say], View]] = {
+    MLFLOW: _mlflow,
+    TENSORBOARD: _tensorboard,
+    WANDB: _wandb,
+}
+
+
+def trackers_for(store: Store, plan: GridPlan, say: Say, tracked: Tracked) -> "Trackers | None":
+    chosen = [name for name in tracked if is_installed(name)]
+    if MLFLOW in tracked and MLFLOW not in chosen:
+        say(
+            "mlflow is not installed here; the run folders are complete without it, "
+            "and `ablab sync` can show them later"
+        )
+    return Trackers(store, plan, say, chosen) if chosen else None
 
 
 class Trackers:
-    """One tracker for each live run, and a sync at the end for everything that the view lacks."""
+    """What happens in a grid, passed on to each of its views."""
 
-    def __init__(self, store: Store, plan: GridPlan, say: Callable[[str], None]):
-        from ablab.experiments.track.mlflow_view import MlflowView
-
-        self.store = store
+    def __init__(self, store: Store, plan: GridPlan, say: Say, tracked: Tracked | list[str]):
         self.plan = plan
-        self.say = say
-        self.live: dict[str, Tracker] = {}  # by run id
-        self.view = MlflowView(store, warn=say)
-        self.queue: SimpleQueue[Task | None] = SimpleQueue()
-        self.queue.put(self.view.ensure)
-        self.thread = Thread(target=self._serve, daemon=True)
-        self.thread.start()
+        self.feeds = [Feed(name, store, say) for name in tracked]
 
     def over(self, plan: GridPlan) -> "Trackers":
-        """The same view, from now on of another plan."""
+        """The same views, from now on of another plan."""
         self.plan = plan
         return self
 
     def log(self, run: str, step: int, scalars: dict[str, float], seconds: float) -> None:
-        self.queue.put(partial(self._log, self.plan, run, step, scalars, seconds))
+        for feed in self.feeds:
+            feed.put(partial(feed.log, self.plan, run, step, scalars, seconds))
 
     def close(self, run: str) -> None:
-        self.queue.put(partial(self._close, run))
+        for feed in self.feeds:
+            feed.put(partial(feed.close, run))
 
-    def finish(self, note: Callable[[str], None] = lambda line: None) -> None:
+    def finish(self, note: Say = lambda line: None) -> None:
         """Show what was not trained here just now (reused runs, cells that share a run), and wait until all is seen."""
-        self.queue.put(partial(self._sync, self.plan.name))
+        for feed in self.feeds:
+            feed.end(self.plan.name)
+        until = time.monotonic() + FINISH_SECONDS
+        for feed in self.feeds:
+            feed.wait(until, note)
+
+
+class Feed:
+    """One view: a tracker for each live run, and a sync at the end for everything that it lacks."""
+
+    def __init__(self, name: str, store: Store, say: Say):
+        self.name = name
+        self.store = store
+        self.say = say
+        self.live: dict[str, Tracker] = {}  # by run id
+        self.view = VIEWS[name](store, say)
+        self.queue: SimpleQueue[Task | None] = SimpleQueue()
+        self.put(self.view.ensure)
+        self.thread = Thread(target=self._serve, daemon=True)
+        self.thread.start()
+
+    def put(self, task: Task) -> None:
+        self.queue.put(task)
+
+    def end(self, experiment: str) -> None:
+        self.put(partial(self._sync, experiment))
         self.queue.put(None)
-        self.thread.join(timeout=1)
+
+    def wait(self, until: float, note: Say) -> None:
+        """until: by time.monotonic()."""
+        self.thread.join(timeout=min(1, max(until - time.monotonic(), 0)))
         if self.thread.is_alive():
+            leave = "--no-mlflow" if self.name == MLFLOW else "--track without it"
             note(
-                "bringing the MLflow view up to date ... (--no-mlflow leaves it to `ablab sync`)"
+                f"bringing the {TITLES[self.name]} view up to date ... "
+                f"({leave} leaves it to `{sync_command(self.name)}`)"
             )
-            self.thread.join(FINISH_SECONDS)
+            self.thread.join(max(until - time.monotonic(), 0))
         if self.thread.is_alive():
             self.view.lose(TimeoutError(f"not done after {FINISH_SECONDS:.0f} s"))
 
@@ -77,12 +136,9 @@ class Trackers:
             except UserError as lost:
                 self.say(str(lost))
             except Exception as fault:  # a view never stops a grid
-                self.say(
-                    f"MLflow: {type(fault).__name__}: {fault}; the run folders are complete, "
-                    "`ablab sync` shows them later"
-                )
+                self.view.lose(fault)
 
-    def _log(
+    def log(
         self, plan: GridPlan, run: str, step: int, scalars: dict[str, float], seconds: float
     ) -> None:
         if self.view.lost:
@@ -94,24 +150,21 @@ class Trackers:
     def _opened(self, plan: GridPlan, run: str) -> Tracker:
         """A tracker that has shown what the run's folder holds."""
         from ablab.experiments.track.cards import card_of
-        from ablab.experiments.track.mlflow_sync import replay
-        from ablab.experiments.track.mlflow_tracker import MlflowTracker
+        from ablab.experiments.track.replay import replay
 
-        tracker = MlflowTracker(self.view)
+        tracker = self.view.tracker()
         row = next(row for row in plan.all_rows if row.run == run)
         replay(self.store.run(run), card_of(self.store, plan, row), tracker)
         return tracker
 
-    def _close(self, run: str) -> None:
+    def close(self, run: str) -> None:
         from ablab.experiments.track.cards import summary_of
 
         tracker = self.live.pop(run, None)
         result = self.store.run(run).result()
-        if tracker and result:
+        if tracker and result and not self.view.lost:
             tracker.close(result.status, summary_of(result))
 
     def _sync(self, name: str) -> None:
-        from ablab.experiments.track.mlflow_sync import sync
-
         if not self.view.lost:
-            sync(self.store, [name], view=self.view)
+            self.view.sync([name], unfinished=False)

@@ -13,6 +13,7 @@ from ablab.core.store.study_record import WIDTH, StudyRecord, finished
 from ablab.experiments.plan.experiment import Experiment
 from ablab.experiments.run.progress import Watcher
 from ablab.experiments.run.runner import execute
+from ablab.experiments.track.chosen import Tracked
 from ablab.experiments.tune.space import Point
 
 
@@ -33,7 +34,7 @@ def confirm(
     record: StudyRecord,
     jobs: int | None,
     plugins: Iterable[str],
-    mlflow: bool,
+    tracked: Tracked,
 ) -> None:
     """Train every cell twice on each confirmation seed: at the values of the experiment file, and at its own best ones.
 
@@ -51,7 +52,7 @@ def confirm(
         start=experiment.start,
     )
     for asked in (experiment, tuned):
-        execute(asked, store, asked.runs(), watcher, jobs, plugins, mlflow)
+        execute(asked, store, asked.runs(), watcher, jobs, plugins, tracked)
 
 
 def _among(cell: Cell, best: dict[str, Point]) -> Cell:

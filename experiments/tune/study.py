@@ -24,6 +24,7 @@ from ablab.experiments.run.capacity import default_jobs
 from ablab.experiments.run.pool import Pool
 from ablab.experiments.run.progress import Watcher
 from ablab.experiments.run.runner import result_of, unheeded
+from ablab.experiments.track.chosen import Tracked
 from ablab.experiments.track.trackers import trackers_for
 from ablab.experiments.tune import soundness, storage
 from ablab.experiments.tune.cell_search import CellSearch
@@ -70,12 +71,10 @@ class Study:
         self.told: set[str] = set()  # settings of the runtime of which `unheeded` has spoken
 
     # -- tuning ----------------------------------------------------------------------------------------------------
-    def tune(self, jobs: int | None, plugins: Iterable[str], mlflow: bool) -> StudyRecord:
+    def tune(self, jobs: int | None, plugins: Iterable[str], tracked: Tracked) -> StudyRecord:
         """Run generations until every search is over or the hours are spent.  Returns what stands in the storage."""
         with self._alone(), storage.reaching(self.url):
-            trackers = None
-            if mlflow:
-                trackers = trackers_for(self.store, self.plan(), self.watcher.say)
+            trackers = trackers_for(self.store, self.plan(), self.watcher.say, tracked)
             pool = None
             self._say_unheeded(self._ended_before())
             try:

@@ -22,6 +22,7 @@ from ablab.core.store.store import Store
 from ablab.experiments.track import mlflow_tracker, ports, ui
 from ablab.experiments.track import trackers as trackers_module
 from ablab.experiments.track.cards import card_of, summary_of
+from ablab.experiments.track.chosen import USUAL
 from ablab.experiments.track.mlflow_home import database, local_uri
 from ablab.experiments.track.mlflow_sync import replay, sync
 from ablab.experiments.track.mlflow_tracker import MlflowTracker
@@ -628,7 +629,7 @@ def hung(monkeypatch):
 
 def test_a_server_that_hangs_is_asked_once_for_the_whole_grid(store, hung):
     plan, said = planned(store, seeds=4), []
-    trackers = Trackers(store, plan, said.append)
+    trackers = Trackers(store, plan, said.append, USUAL)
     for row in plan.rows:
         train(store, plan, row, range(10, 31, 10), None)
         trackers.log(row.run, 10, {"train/loss": 1.0}, 1.0)
@@ -644,11 +645,12 @@ def test_a_server_that_is_slow_holds_a_command_up_for_a_bounded_time(store, monk
     monkeypatch.setattr(trackers_module, "FINISH_SECONDS", 0.2)
     plan, said = planned(store), []
     train_all(store, plan, None)
-    trackers = Trackers(store, plan, said.append)
+    trackers = Trackers(store, plan, said.append, USUAL)
     release = Event()
-    trackers.view.experiment = lambda name: release.wait()
+    (feed,) = trackers.feeds
+    feed.view.view.experiment = lambda name: release.wait()
     trackers.finish()
-    assert trackers.thread.is_alive()
+    assert feed.thread.is_alive()
     (line,) = said
     assert "not done after 0 s" in line and "`ablab sync` repairs the view" in line
     release.set()
@@ -662,7 +664,7 @@ def test_a_folder_in_the_place_of_the_database_is_named_at_once(tmp_path, monkey
     database(store.root).mkdir()
     naps = []
     monkeypatch.setattr("mlflow.store.db.utils.time.sleep", naps.append)
-    trackers = Trackers(store, plan, said.append)
+    trackers = Trackers(store, plan, said.append, USUAL)
     train_all(store, plan, None)
     trackers.finish()
     (line,) = said

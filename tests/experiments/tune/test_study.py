@@ -98,8 +98,8 @@ def no_training(monkeypatch):
 def tuned(lab):
     """Two cells, a dose that only one of them has, a range whose upper edge wins; tuned and confirmed by one worker."""
     held = study(lab)
-    record = held.tune(1, (), False)
-    confirm(held.experiment, held.store, held.watcher, record, 1, (), False)
+    record = held.tune(1, (), ())
+    confirm(held.experiment, held.store, held.watcher, record, 1, (), ())
     return held, record
 
 
@@ -165,7 +165,7 @@ def test_a_second_call_trains_nothing_and_adds_nothing(lab, tuned, no_training):
     held, record = tuned
     before = files_of_runs(lab)
     again = study(lab)
-    assert again.tune(1, (), False) == record
+    assert again.tune(1, (), ()) == record
     assert content(again) == content(held)
     assert files_of_runs(lab) == before
 
@@ -174,7 +174,7 @@ def test_what_is_asked_of_trials_that_have_ended_and_cannot_be_had_is_said_once(
     lab, tuned, no_training
 ):
     again = study(lab, runtime={"keep_weights": True})
-    again.tune(1, (), False)
+    again.tune(1, (), ())
     [line] = again.watcher.said
     assert "runtime.keep_weights=True is asked, but" in line
     assert "of the runs ended with False and are kept" in line
@@ -188,14 +188,14 @@ def test_trials_whose_runs_exist_cost_nothing(lab, tuned, no_training):
     _, record = tuned
     known = {trial.params["optim.lr"]: trial.value for trial in record.cells["base"][:4]}
     block = {"space": {"optim.lr": {"choices": list(known)}}, "sampler": "grid"}
-    found = study(lab, "other", block, **{"with": []}).tune(1, (), False)
+    found = study(lab, "other", block, **{"with": []}).tune(1, (), ())
     assert {trial.params["optim.lr"]: trial.value for trial in found.trials} == known
 
 
 @pytest.mark.slow
 def test_two_workers_find_the_same_trials_and_values(new_lab, tuned):
     other = study(new_lab())
-    other.tune(2, (), False)
+    other.tune(2, (), ())
     assert content(other) == content(tuned[0])
 
 
@@ -227,7 +227,7 @@ def test_two_seeds_make_one_trial_with_their_mean_and_a_diverged_one_is_stored_a
         "seeds": [100, 101],
     }
     held = study(lab, "wild", block, **{"with": []})
-    record = held.tune(1, (), False)
+    record = held.tune(1, (), ())
     assert [trial.state for trial in record.trials] == ["complete", "diverged"]
     fine, wild = held.searches[0].stored
 
@@ -262,7 +262,7 @@ def test_a_pruned_run_ends_early_and_a_grid_that_asks_for_it_finishes_it_to_the_
         "generation": 4,
     }
     held = study(lab, "cut", block, **sheet)
-    *fine, bad = held.tune(1, (), False).trials
+    *fine, bad = held.tune(1, (), ()).trials
     assert [trial.state for trial in fine] == ["complete"] * 4
     frozen = held.searches[0].stored[4]
     assert (bad.state, frozen.state.name, frozen.value) == ("pruned", "PRUNED", None)
@@ -280,7 +280,7 @@ def test_a_pruned_run_ends_early_and_a_grid_that_asks_for_it_finishes_it_to_the_
     base = replace(grid.base, optim=replace(grid.base.optim, lr=1e-7))
     grid = replace(grid, stages=[replace(grid.stages[0], base=base)])
     runs = grid.runs([100])
-    execute(grid, held.store, runs, watcher(), 1, mlflow=False)
+    execute(grid, held.store, runs, watcher(), 1, tracked=())
     (wanted,) = runs
     assert wanted.id == bad.runs[0]
     assert record.result().status == FINISHED
@@ -509,7 +509,7 @@ def test_the_report_of_a_study_that_confirms_nothing_is_the_studys(lab, ablab):
         "unconfirmed",
         {"space": RATES, "trials_per_cell": 1},
         seeds=[],
-    ).tune(1, (), False)
+    ).tune(1, (), ())
     for name in ("unconfirmed", "unconfirmed.yaml"):
         ended = ablab("report", name)
         assert (
@@ -523,13 +523,13 @@ def test_a_study_without_a_finished_trial_is_not_confirmed_and_not_reported(lab,
     from ablab.analysis.pages import study_report
 
     held = study(lab, "none", {"space": RATES, "hours": 0.0})
-    record = held.tune(1, (), False)
+    record = held.tune(1, (), ())
     said = (
         r"study 'none' has zero finished trials \(none started\); "
         "continue it with: ablab study .*none.yaml"
     )
     with pytest.raises(UserError, match=said):
-        confirm(held.experiment, held.store, held.watcher, record, 1, (), False)
+        confirm(held.experiment, held.store, held.watcher, record, 1, (), ())
     with pytest.raises(UserError, match=said):
         study_report.read(held.store, "none")
     left = json.loads((lab.store / "studies" / "none.json").read_text())

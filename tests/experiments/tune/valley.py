@@ -161,7 +161,7 @@ def tune(
         heard = watcher()
         asked = experiment(root, block, **keys)
         held = study.Study(asked, Store(root / "store"), heard, url)
-        return held, held.tune(jobs, (), False), heard.said
+        return held, held.tune(jobs, (), ()), heard.said
     finally:
         study.Pool = real
 
