@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "configs": set(),
 }
 READ_ONLY_CORE = {  # all that analysis may use of core
+    "ablab.core.store.evaluation",
     "ablab.core.store.held_out",
     "ablab.core.store.ledger",
     "ablab.core.store.planned",
@@ -119,12 +120,13 @@ ROOMS: dict[str, dict[str, set[str]]] = {
     },
     "experiments": {
         "text": set(),
-        "plan": {"text"},
+        "evaluate": {"text"},
+        "plan": {"text", "evaluate"},
         "track": {"text"},
-        "run": {"text", "plan", "track"},
-        "tune": {"text", "plan", "track", "run"},
+        "run": {"text", "evaluate", "plan", "track"},
+        "tune": {"text", "evaluate", "plan", "track", "run"},
         "bench": {"text", "plan", "track", "run", "tune"},
-        "cli": {"text", "plan", "track", "run", "tune", "bench"},
+        "cli": {"text", "evaluate", "plan", "track", "run", "tune", "bench"},
     },
 }
 HEAVY = {"torch", "mlflow", "optuna"}

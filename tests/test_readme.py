@@ -51,6 +51,7 @@ COMMANDS = {
     "ablab export-hf RUN --out DIR": HELP,
     "ablab import-hf DIR --out NEW": HELP,
     'ablab generate RUN --prompt "The cat"': HELP,
+    "ablab eval RUN --suite core --bundle DIR": HELP,
     "ablab convert smollm2 DIR --width 1152 --n-heads 18 --out NEW": HELP,
     "ablab bench decode": HELP,
     "ablab runs": WRITTEN,

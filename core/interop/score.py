@@ -6,7 +6,7 @@ sorted by length and padded on the right, which no earlier token sees; the calle
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,6 +55,7 @@ class Scorer(Protocol):
     """context: tokens that a row may have; of a longer one the first are left out.
 
     first: the id that stands before a text which has nothing before it; None: there is none.
+    lead: what the model's tokenizer itself puts before every text.
     """
 
     @property
@@ -62,6 +63,9 @@ class Scorer(Protocol):
 
     @property
     def first(self) -> int | None: ...
+
+    @property
+    def lead(self) -> tuple[int, ...]: ...
 
     def ids(self, text: str) -> list[int]:
         """Of a text, without anything before or after it."""
@@ -155,6 +159,10 @@ class AblabScorer(Batched):
         self.words = speaker.words
         self.first = speaker.words.end
 
+    @cached_property
+    def lead(self) -> tuple[int, ...]:
+        return before(self.words.tokenizer.encode("a").ids, self.ids("a"))
+
     @classmethod
     def of(
         cls,
@@ -178,6 +186,12 @@ class AblabScorer(Batched):
         return self.model.logits(features[None])[0]
 
 
+def before(whole: list[int], bare: list[int]) -> tuple[int, ...]:
+    """What a tokenizer put before a text by itself, as Llama's its BOS."""
+    count = len(whole) - len(bare)
+    return tuple(whole[:count]) if whole[count:] == bare else ()
+
+
 class TransformersScorer(Batched):
     """Any causal model that transformers loads.
 
@@ -193,6 +207,10 @@ class TransformersScorer(Batched):
         self.tokenizer = tokenizer
         begin = tokenizer.bos_token_id
         self.first: int | None = tokenizer.eos_token_id if begin is None else begin
+
+    @cached_property
+    def lead(self) -> tuple[int, ...]:
+        return before(self.tokenizer("a")["input_ids"], self.ids("a"))
 
     @classmethod
     def of(

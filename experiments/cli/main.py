@@ -18,6 +18,7 @@ from ablab.experiments.cli import (
     challenge,
     check,
     data,
+    evaluate,
     look,
     models,
     new,
@@ -82,6 +83,7 @@ app.command()(stored.export)
 app.command()(view.sync)
 app.command()(view.ui)
 app.command()(models.generate)
+app.command("eval")(evaluate.evaluate)
 app.command("export-hf")(models.export_hf)
 app.command("import-hf")(models.import_hf)
 app.add_typer(models.convert, name="convert")
