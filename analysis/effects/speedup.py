@@ -20,6 +20,7 @@ from scipy.special import stdtrit
 
 from ablab.analysis.effects.comparison import finished
 from ablab.analysis.effects.effects import with_numbers
+from ablab.core.store.metrics import known
 
 TOKENS = "tokens"
 FLOPS = "FLOPs"
@@ -83,6 +84,8 @@ def speedups(
 
     runs: of `frame.load`; logged: of `frame.curves`.
     """
+    if not known(metric).nears:  # a pace or a norm is reached by no amount of training
+        return []
     done = finished(with_numbers(runs, metric))
     tracks = _tracks(done, logged, metric, 1 if better == "lower" else -1)
     found: list[Speedup] = []

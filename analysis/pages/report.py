@@ -36,7 +36,7 @@ from ablab.analysis.effects.intervals import MODERATED_FROM, PLAIN_FROM
 from ablab.analysis.effects.service import COLUMN as KERNELS
 from ablab.analysis.effects.service import in_words, server
 from ablab.analysis.effects.speedup import FLOPS, SECONDS, TOKENS, Speedup, speedups
-from ablab.analysis.effects.tokens import TokenEffects
+from ablab.analysis.effects.tokens import SIZES, TokenEffects
 from ablab.analysis.pages.answer import answer
 from ablab.analysis.pages.method import how_to_read
 from ablab.analysis.pages.text import NONE, bullets, markdown_table, number
@@ -100,7 +100,7 @@ def read(store: Store, experiment: str, mixed: bool = False) -> Report:
         counts = said(statuses) or "none planned"
         raise UserError(
             f"experiment {experiment!r} has no finished run ({counts}); "
-            f"start or continue it with: {command(experiment, sheet=plan.sheet)}"
+            f"start or continue it with: {command(experiment, sheet=plan.sheet, asked=plan.asked)}"
         )
     mixtures_found = list(mixtures(finished(runs)))
     if mixtures_found and not mixed:
@@ -124,6 +124,10 @@ def read(store: Store, experiment: str, mixed: bool = False) -> Report:
         *promises.challenges(store, plan),
     ]
     provenance = [promises.registered(standing), str(false_alarms(store))]
+    if plan.metric not in SIZES:
+        provenance.append(
+            f"`{plan.metric}` is no mean over held-out tokens: what another text would change is not known"
+        )
     return Report(plan, runs, effects, warnings, mixtures_found, crossed, provenance)
 
 
@@ -207,7 +211,7 @@ def as_json(report: Report, logged: pd.DataFrame | None = None) -> dict[str, Any
         in_compute = speedups(report.runs, logged, plan.metric, plan.better)
     told = ["cell", "pair", "seed", "run", "status", plan.metric]
     told += ["tokens", "tokens_per_second", "code"]
-    runs = report.runs.reindex(columns=told).astype(object)
+    runs = report.runs.reindex(columns=dict.fromkeys(told)).astype(object)
     return {
         "experiment": plan.name,
         "question": plan.question,
@@ -319,7 +323,7 @@ def _absences(plan: GridPlan, runs: pd.DataFrame) -> Iterator[str]:
     absent = Counter(status for status in runs.status if status in states)
     if absent:
         why = " (interrupted: killed, or still running)" if absent[frame.INTERRUPTED] else ""
-        again = command(plan.name, sheet=plan.sheet)
+        again = command(plan.name, sheet=plan.sheet, asked=plan.asked)
         yield f"{said(absent)} of {len(runs)} runs{why}; continue with: {again}"
 
 
