@@ -51,9 +51,9 @@ def load(store: Store, experiment: str) -> pd.DataFrame:
     """One row per planned run, in the plan's order.
 
     Columns: cell, pair, seed, run, reference, note (from the plan); status, step, tokens, seconds, tokens_per_second,
-    peak_bytes, error, code (from the result; zero or empty without one); hole (where its log is not what the run left,
-    empty where it is); one column per final metric, per runtime
-    setting and per place that a kernel may serve, NaN where a run lacks it.
+    peak_bytes, error, code, contended (from the result; zero or empty without one); hole (where its
+    log is not what the run left, empty where it is); one column per final metric, per runtime setting and per place
+    that a kernel may serve, NaN where a run lacks it.
     """
     plan = store.read_plan(experiment)
     return pd.DataFrame(

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from ablab.analysis.effects.comparison import finished
+from ablab.analysis.effects.comparison import finished, pace
 from ablab.analysis.effects.effects import with_numbers
 from ablab.core.store.metrics import known
 
@@ -127,7 +127,7 @@ def _tracks(
     if metric not in logged:
         return {}
     known = logged[logged.run.isin(done.run)].dropna(subset=[metric])
-    rates = done.drop_duplicates("run").set_index("run").tokens_per_second
+    rates = pace(done.drop_duplicates("run").set_index("run"))
     found = {}
     for run, rows in known.drop_duplicates(["run", "step"]).groupby("run", sort=False):
         if len(rows) < FEWEST_EVALUATIONS:

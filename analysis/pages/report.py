@@ -237,6 +237,7 @@ def _warnings(plan: GridPlan, runs: pd.DataFrame, effects: list[Effect]) -> Iter
     """Sentences for the top of the page, the gravest kind first."""
     yield from _settings(finished(runs))
     yield from _other_services(effects)
+    yield from _contended(finished(runs))
     yield from _damages(runs)
     yield from _losses(runs)
     yield from _absences(plan, runs)
@@ -296,6 +297,16 @@ def _other_services(effects: list[Effect]) -> Iterator[str]:
                 f"{in_words(effect.service)}; their tokens/s ({SERVED_OTHERWISE}) compare the kernels too; "
                 "for one service run both with runtime.kernels=same"
             )
+
+
+def _contended(done: pd.DataFrame) -> Iterator[str]:
+    shared = done[done.contended != ""]
+    if len(shared):
+        yield (
+            f"{len(shared)} of {len(done)} runs shared their machine ({_counted(Counter(shared.contended))}), so their "
+            "tokens/s compare nothing: no ratio and no speedup in seconds is told of them; "
+            "for those run with --jobs 1 where nothing else runs"
+        )
 
 
 def _damages(runs: pd.DataFrame) -> Iterator[str]:

@@ -54,6 +54,8 @@ class Result:
     log: str = ""  # digest of metrics.jsonl
     held_out: str = ""  # digest of held_out.npz
     kernels: dict[str, str] = field(default_factory=dict)  # place -> what served it
+    # Why its pace is that of a shared machine, in words: "2 runs at once"; "" where nothing was seen to share it.
+    contended: str = ""
 
     def final(self, metric: str) -> float | None:
         """A final metric, or what was measured of the machine; None where the run has not left it."""
