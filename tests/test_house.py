@@ -31,6 +31,7 @@ READ_ONLY_CORE = {  # all that analysis may use of core
     "ablab.core.store.evaluation",
     "ablab.core.store.held_out",
     "ablab.core.store.ledger",
+    "ablab.core.store.metrics",
     "ablab.core.store.planned",
     "ablab.core.store.record",
     "ablab.core.store.registration",

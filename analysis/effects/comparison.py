@@ -16,6 +16,13 @@ def finished(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs.status == FINISHED]
 
 
+def pace(rows: pd.DataFrame, whose: str = "") -> pd.Series:
+    """Tokens a second; NaN of a run that shared its machine.  whose: "/reference" for that of the reference."""
+    speed: pd.Series = rows[f"tokens_per_second{whose}"]
+    contended = f"contended{whose}"
+    return speed.where(rows[contended] == "") if contended in rows else speed
+
+
 def column(rows: pd.DataFrame, metric: str) -> np.ndarray:
     return rows[metric].to_numpy(float) if metric in rows else np.empty(0)
 
@@ -110,13 +117,16 @@ class Comparison:
 
     @property
     def speeds(self) -> tuple[np.ndarray, np.ndarray]:
-        """log(tokens/s) of cell and reference: of the seeds where both were measured; of disjoint cells, of each."""
+        """log(tokens/s) of cell and reference: of the seeds where both were measured; of disjoint cells, of each.
+
+        Runs that shared their machine are left out: what they say of speed is how many others ran.
+        """
         if self.disjoint:
-            ours = finished(self.rows).tokens_per_second.dropna()
-            theirs = finished(self.others).tokens_per_second.dropna()
+            ours = pace(finished(self.rows)).dropna()
+            theirs = pace(finished(self.others)).dropna()
             return np.log(ours.to_numpy(float)), np.log(theirs.to_numpy(float))
-        names = ["tokens_per_second", "tokens_per_second/reference"]
-        measured = self.done[names].dropna().to_numpy(float)
+        both = pd.concat([pace(self.done), pace(self.done, "/reference")], axis=1)
+        measured = both.dropna().to_numpy(float)
         ours, theirs = np.log(measured).T
         return ours, theirs
 

@@ -44,6 +44,7 @@ from ablab.analysis.effects.multiplicity import holm
 from ablab.analysis.effects.power import ALPHA
 from ablab.analysis.effects.service import differing_service
 from ablab.core.errors import UserError
+from ablab.core.store.metrics import MEASURED
 from ablab.core.store.result import FINISHED
 
 NOISE_DIFFERS = 10  # fold, between the spreads of two arms
@@ -103,7 +104,11 @@ def with_numbers(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Where a finished run lacks a finite value of the metric, its status says so."""
     unmeasured = runs.status == FINISHED
     if metric in runs:
-        unmeasured &= ~np.isfinite(runs[metric].astype(float))
+        values = runs[metric].astype(float)
+        absent = ~np.isfinite(values)
+        if metric in MEASURED:  # zero: not measured
+            absent |= values == 0
+        unmeasured &= absent
     return runs.assign(status=runs.status.where(~unmeasured, UNMEASURED))
 
 
@@ -133,12 +138,14 @@ def _compared(cells: dict[str, pd.DataFrame], metric: str) -> dict[str, Comparis
 
 def _check_metric(runs: pd.DataFrame, metric: str) -> None:
     done = finished(runs)
-    if len(done) and (metric not in runs or done[metric].isna().all()):
+    measured = finished(with_numbers(runs, metric))
+    if len(done) and (metric not in runs or not len(measured)):
         columns = [str(name) for name in runs]
         aside = ("runtime/", "kernels/")
         logged = sorted(name for name in columns if "/" in name and not name.startswith(aside))
+        names = [*logged, *MEASURED]
         raise UserError(
-            f"run {done.run.iloc[0]} finished without the metric {metric!r}; set metric.name to one of {logged}"
+            f"run {done.run.iloc[0]} finished without the metric {metric!r}; set metric.name to one of {names}"
         )
 
 

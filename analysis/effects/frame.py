@@ -17,6 +17,7 @@ import pandas as pd
 
 from ablab.analysis.effects.service import COLUMN as KERNELS
 from ablab.core.errors import UserError
+from ablab.core.store.metrics import known
 from ablab.core.store.planned import GridPlan, Planned
 from ablab.core.store.record import Record
 from ablab.core.store.result import DAMAGED as DAMAGED
@@ -26,7 +27,6 @@ from ablab.core.store.store import Store
 
 MISSING = "missing"
 INERT = "inert"
-UNITS = {"loss": "nats/token", "bits_per_byte": "bits/byte"}
 # Of an experiment without logs.
 CURVE_COLUMNS = [
     "cell",
@@ -43,17 +43,17 @@ CURVE_COLUMNS = [
 
 
 def unit(metric: str) -> str:
-    """The unit of a metric by the last part of its name: `val/loss` is in nats/token.  Unknown: the name itself."""
-    return UNITS.get(metric.rpartition("/")[2], metric)
+    """`val/loss` is in nats/token.  Unknown: the name itself."""
+    return known(metric).unit
 
 
 def load(store: Store, experiment: str) -> pd.DataFrame:
     """One row per planned run, in the plan's order.
 
     Columns: cell, pair, seed, run, reference, note (from the plan); status, step, tokens, seconds, tokens_per_second,
-    peak_bytes, error, code (from the result; zero or empty without one); hole (where its log is not what the run left,
-    empty where it is); one column per final metric, per runtime
-    setting and per place that a kernel may serve, NaN where a run lacks it.
+    peak_bytes, error, code, contended (from the result; zero or empty without one); hole (where its
+    log is not what the run left, empty where it is); one column per final metric, per runtime setting and per place
+    that a kernel may serve, NaN where a run lacks it.
     """
     plan = store.read_plan(experiment)
     return pd.DataFrame(

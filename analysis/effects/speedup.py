@@ -18,8 +18,9 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from ablab.analysis.effects.comparison import finished
+from ablab.analysis.effects.comparison import finished, pace
 from ablab.analysis.effects.effects import with_numbers
+from ablab.core.store.metrics import known
 
 TOKENS = "tokens"
 FLOPS = "FLOPs"
@@ -83,6 +84,8 @@ def speedups(
 
     runs: of `frame.load`; logged: of `frame.curves`.
     """
+    if not known(metric).nears:  # a pace or a norm is reached by no amount of training
+        return []
     done = finished(with_numbers(runs, metric))
     tracks = _tracks(done, logged, metric, 1 if better == "lower" else -1)
     found: list[Speedup] = []
@@ -124,7 +127,7 @@ def _tracks(
     if metric not in logged:
         return {}
     known = logged[logged.run.isin(done.run)].dropna(subset=[metric])
-    rates = done.drop_duplicates("run").set_index("run").tokens_per_second
+    rates = pace(done.drop_duplicates("run").set_index("run"))
     found = {}
     for run, rows in known.drop_duplicates(["run", "step"]).groupby("run", sort=False):
         if len(rows) < FEWEST_EVALUATIONS:

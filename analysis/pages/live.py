@@ -216,7 +216,7 @@ def progress_of(store: Store, plan: GridPlan, runs: pd.DataFrame, logged: pd.Dat
     return Look(
         at=time.strftime("%H:%M:%S"),
         progress=work.progress,
-        left=work.left(command(plan.name, sheet=plan.sheet)),
+        left=work.left(command(plan.name, sheet=plan.sheet, asked=plan.asked)),
         share=work.share,
         training=_training_table(work.training),
     )

@@ -36,7 +36,7 @@ from ablab.analysis.effects.intervals import MODERATED_FROM, PLAIN_FROM
 from ablab.analysis.effects.service import COLUMN as KERNELS
 from ablab.analysis.effects.service import in_words, server
 from ablab.analysis.effects.speedup import FLOPS, SECONDS, TOKENS, Speedup, speedups
-from ablab.analysis.effects.tokens import TokenEffects
+from ablab.analysis.effects.tokens import SIZES, TokenEffects
 from ablab.analysis.pages.answer import answer
 from ablab.analysis.pages.method import how_to_read
 from ablab.analysis.pages.text import NONE, bullets, markdown_table, number
@@ -100,7 +100,7 @@ def read(store: Store, experiment: str, mixed: bool = False) -> Report:
         counts = said(statuses) or "none planned"
         raise UserError(
             f"experiment {experiment!r} has no finished run ({counts}); "
-            f"start or continue it with: {command(experiment, sheet=plan.sheet)}"
+            f"start or continue it with: {command(experiment, sheet=plan.sheet, asked=plan.asked)}"
         )
     mixtures_found = list(mixtures(finished(runs)))
     if mixtures_found and not mixed:
@@ -124,6 +124,10 @@ def read(store: Store, experiment: str, mixed: bool = False) -> Report:
         *promises.challenges(store, plan),
     ]
     provenance = [promises.registered(standing), str(false_alarms(store))]
+    if plan.metric not in SIZES:
+        provenance.append(
+            f"`{plan.metric}` is no mean over held-out tokens: what another text would change is not known"
+        )
     return Report(plan, runs, effects, warnings, mixtures_found, crossed, provenance)
 
 
@@ -207,7 +211,7 @@ def as_json(report: Report, logged: pd.DataFrame | None = None) -> dict[str, Any
         in_compute = speedups(report.runs, logged, plan.metric, plan.better)
     told = ["cell", "pair", "seed", "run", "status", plan.metric]
     told += ["tokens", "tokens_per_second", "code"]
-    runs = report.runs.reindex(columns=told).astype(object)
+    runs = report.runs.reindex(columns=dict.fromkeys(told)).astype(object)
     return {
         "experiment": plan.name,
         "question": plan.question,
@@ -233,6 +237,7 @@ def _warnings(plan: GridPlan, runs: pd.DataFrame, effects: list[Effect]) -> Iter
     """Sentences for the top of the page, the gravest kind first."""
     yield from _settings(finished(runs))
     yield from _other_services(effects)
+    yield from _contended(finished(runs))
     yield from _damages(runs)
     yield from _losses(runs)
     yield from _absences(plan, runs)
@@ -294,6 +299,16 @@ def _other_services(effects: list[Effect]) -> Iterator[str]:
             )
 
 
+def _contended(done: pd.DataFrame) -> Iterator[str]:
+    shared = done[done.contended != ""]
+    if len(shared):
+        yield (
+            f"{len(shared)} of {len(done)} runs shared their machine ({_counted(Counter(shared.contended))}), so their "
+            "tokens/s compare nothing: no ratio and no speedup in seconds is told of them; "
+            "for those run with --jobs 1 where nothing else runs"
+        )
+
+
 def _damages(runs: pd.DataFrame) -> Iterator[str]:
     """Results that cannot be read, and logs that are not what their runs left."""
     for run in runs[runs.status == frame.DAMAGED].itertuples():
@@ -319,7 +334,7 @@ def _absences(plan: GridPlan, runs: pd.DataFrame) -> Iterator[str]:
     absent = Counter(status for status in runs.status if status in states)
     if absent:
         why = " (interrupted: killed, or still running)" if absent[frame.INTERRUPTED] else ""
-        again = command(plan.name, sheet=plan.sheet)
+        again = command(plan.name, sheet=plan.sheet, asked=plan.asked)
         yield f"{said(absent)} of {len(runs)} runs{why}; continue with: {again}"
 
 

@@ -272,7 +272,7 @@ def _warnings(
         )
     states = counts(study.trials)
     if open_trials := states[RUNNING]:
-        again = command(study.name, "study", study.sheet)
+        again = command(study.name, "study", study.sheet, study.asked)
         yield f"{open_trials} trials have no result yet; continue with: {again}"
     if pruned := states[PRUNED]:
         yield (

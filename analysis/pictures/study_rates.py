@@ -53,7 +53,7 @@ def rates(study: StudyRecord) -> "Figure":
         if (judged := _judged(trials, study, along))
     }
     if not wins:
-        again = command(study.name, "study", study.sheet)
+        again = command(study.name, "study", study.sheet, study.asked)
         raise UserError(
             f"study {study.name!r} has no finished trial of {along}; continue it with: {again}"
         )

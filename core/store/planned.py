@@ -1,7 +1,7 @@
 """What an experiment wants: its cells, the runs that answer them, and what to type to go on."""
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,15 @@ def notes_on_design(
 
 
 def _alike(runs: Iterable[tuple[str, str]]) -> list[list[str]]:
-    """The cells whose runs are the same."""
+    """The cells whose runs are the same; but base is what is left where the only ingredient is left out."""
     runs_of: dict[str, set[str]] = {}
     for cell, run in runs:
         runs_of.setdefault(cell, set()).add(run)
     cells_of: dict[frozenset[str], list[str]] = {}
     for cell, answered in runs_of.items():
         cells_of.setdefault(frozenset(answered), []).append(cell)
-    return [cells for cells in cells_of.values() if len(cells) > 1]
+    alike = [cells for cells in cells_of.values() if len(cells) > 1]
+    return [cells for cells in alike if not (cells[0] == "base" and cells[1].startswith("- "))]
 
 
 def _left_out(cells: list[str]) -> str:
@@ -96,8 +97,6 @@ class GridPlan:
     rows: list[Planned]
     # Cell -> intervention -> dose.
     treatments: dict[str, dict[str, Any]] = field(default_factory=dict)
-    # Cell -> recipe path -> value: what an arm that the sheet writes out sets, beside its treatment.
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     # Intervention -> the sentence naming its control.
     off: dict[str, str] = field(default_factory=dict)
     # The file that asked for it, or "catalog": two files of one name are two experiments.
@@ -115,6 +114,10 @@ class GridPlan:
     trunks: list[Planned] = field(default_factory=list)
     # The run of the store whose weights the first stage begins with; "" where there is none.
     start: str = ""
+    # What was typed, where that is not the sheet's name alone: the catalog entry or the stem, then the overrides.
+    asked: list[str] = field(default_factory=list)
+    # Cell -> recipe path -> value: what an arm that the sheet writes out sets, beside its treatment.
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def doses_apart(self, cell: str, other: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """Each intervention that has another dose in `other`, with the fields that differ, as they are there."""
@@ -143,10 +146,15 @@ class GridPlan:
         return [*self.rows, *self.trunks]
 
 
-def command(experiment: str, verb: str = "run", sheet: str | None = None) -> str:
+def command(
+    experiment: str,
+    verb: str = "run",
+    sheet: str | None = None,
+    asked: Sequence[str] = (),
+) -> str:
     """What to type to go on with an experiment; its name ends in its overrides, or in what a study made of it.
 
-    sheet: the file that asked for it, where it is known: typed as a path from here.
+    sheet: the file that asked for it, where it is known: typed as a path from here.  asked: of its plan.
     """
     name, *parts = experiment.split("@")
     if set(STUDY_PARTS) & set(parts):
@@ -158,6 +166,8 @@ def command(experiment: str, verb: str = "run", sheet: str | None = None) -> str
     overrides = [part for part in parts if part not in own]
     # A digest stands where the overrides are too long for a name.
     typed = [part if "=" in part else "..." for part in overrides]
+    if asked:
+        name, *typed = asked
     return f"ablab {verb} {shlex.join([_from_here(sheet) or name, *arm, *typed])}"
 
 

@@ -1,8 +1,10 @@
 """How a run ended: its status and its final numbers.  A run without a result is missing or interrupted."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from ablab.core.store.metrics import MEASURED
 
 FINISHED = "finished"
 DIVERGED = "diverged"
@@ -22,6 +24,13 @@ def said(statuses: Mapping[str, int]) -> str:
     return ", ".join(
         f"{count} {status.replace('_', ' ')}" for status, count in statuses.items()
     )
+
+
+def mean_of(results: Sequence["Result"], metric: str) -> float | None:
+    """Of their final values; None where one has not left it."""
+    found = [result.final(metric) for result in results]
+    values = [value for value in found if value is not None]
+    return sum(values) / len(values) if values and len(values) == len(found) else None
 
 
 @dataclass(frozen=True)
@@ -45,3 +54,12 @@ class Result:
     log: str = ""  # digest of metrics.jsonl
     held_out: str = ""  # digest of held_out.npz
     kernels: dict[str, str] = field(default_factory=dict)  # place -> what served it
+    # Why its pace is that of a shared machine, in words: "2 runs at once"; "" where nothing was seen to share it.
+    contended: str = ""
+
+    def final(self, metric: str) -> float | None:
+        """A final metric, or what was measured of the machine; None where the run has not left it."""
+        if metric in MEASURED:
+            measured: float = getattr(self, metric)
+            return measured or None  # zero: not measured
+        return self.metrics.get(metric)

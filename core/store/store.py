@@ -7,7 +7,7 @@ STORE/ledger.jsonl            what was asked before the runs, and what was said 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -61,16 +61,28 @@ class Store:
 
     def write_plan(self, plan: GridPlan) -> None:
         """Raises UserError where the plan of that name is of another file."""
-        self.check_owner(plan.name, plan.sheet)
+        self.check_owner(plan.name, plan.sheet, plan.asked)
         encoded = msgspec.json.encode(plan)
         write_atomically(self.plan_path(plan.name), msgspec.json.format(encoded, indent=1))
 
-    def check_owner(self, experiment: str, sheet: str | None) -> None:
-        """Refuse a sheet whose name has the plan of another that still exists, unless they say the same."""
+    def check_owner(
+        self, experiment: str, sheet: str | None, asked: Sequence[str] = ()
+    ) -> None:
+        """Refuse a sheet whose name has the plan of another that still exists, unless they say the same.
+
+        Refuse likewise a name that was given to something else that was asked of it.
+        """
         try:
-            owner = self.read_plan(experiment).sheet
+            plan = self.read_plan(experiment)
         except UserError:  # none, or a damaged one
             return
+        owner = plan.sheet
+        if plan.asked != list(asked) and _is_renamed([*plan.asked, *asked]):
+            held = command(experiment, sheet=owner, asked=plan.asked)
+            raise UserError(
+                f"experiment {experiment!r} in {self.root} was asked for with other words: {held}; "
+                "type these, or give another name"
+            )
         if owner and sheet and not _same_sheet(owner, sheet):
             raise UserError(
                 f"experiment {experiment!r} in {self.root} is that of {owner}, not of {sheet}; "
@@ -123,6 +135,10 @@ class Store:
 
     def experiments(self) -> list[str]:
         return sorted(path.stem for path in (self.root / "experiments").glob("*.json"))
+
+
+def _is_renamed(words: Sequence[str]) -> bool:
+    return any(word.startswith("name=") for word in words)
 
 
 def _same_sheet(owner: str, sheet: str) -> bool:

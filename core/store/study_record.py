@@ -76,6 +76,8 @@ class StudyRecord:
     # Cell -> path -> share.
     importance: dict[str, dict[str, float]] = field(default_factory=dict)
     sheet: str | None = None  # the file that asked for it, or "catalog"
+    # What was typed, as `GridPlan.asked`.
+    asked: list[str] = field(default_factory=list)
     tuned: str | None = None  # the plan of the confirmation runs, each arm at its own winner
 
     @property
@@ -113,7 +115,7 @@ def read(store: Store, name: str) -> StudyRecord:
         ) from None
     except (IsADirectoryError, *FLAWS) as flaw:
         raise UserError(f"{path} is damaged ({flaw}); write it again with: {again}") from None
-    again = command(name, "study", record.sheet)
+    again = command(name, "study", record.sheet, record.asked)
     for trial in record.trials:
         if absent := _absent(trial, record):
             raise UserError(

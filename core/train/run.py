@@ -24,6 +24,8 @@ from ablab.core.store.result import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, R
 from ablab.core.train import checkpoint, handover
 from ablab.core.train.trainer import Trainer, Warm
 
+QUIET = 0.9  # of a core: with less, something else ran there
+
 # Whoever watches a run is told (step, scalars, seconds of training); it may raise Pruned.
 Log = Callable[[int, Mapping[str, float], float], None]
 Warn = Callable[[str], None]
@@ -86,6 +88,8 @@ def run(
     except torch.OutOfMemoryError:
         status, error = OUT_OF_MEMORY, _memory_advice(recipe, settled)
     result = _result(recipe, settled, kernels, trainer, status, error, metrics)
+    if trainer:
+        result = replace(result, contended=_contended(trainer, about.get("at_once", 1)))
     record.sync(warn)
     result = replace(result, log=digest_of(record.logged()))
     if trainer and status == FINISHED:
@@ -224,6 +228,20 @@ def _result(
         weights=trainer.digest() if status == FINISHED else "",
         evaluated=_evaluated(trainer) if status == FINISHED else "",
     )
+
+
+def _contended(trainer: Trainer, at_once: int) -> str:
+    """Why the pace is that of a shared machine; empty where nothing was seen to share it.
+
+    at_once: runs that train on the device at one time.  One thread on a core of its own has all of it but 1 %.
+    """
+    seen = []
+    if at_once > 1:
+        seen.append(f"{at_once} runs at once")
+    runtime, share = trainer.runtime, trainer.watch.share
+    if runtime.device == "cpu" and runtime.threads == 1 and share < QUIET:
+        seen.append("less than a core")
+    return ", ".join(seen)
 
 
 def _memory_advice(recipe: Recipe, settled: Settled) -> str:

@@ -85,7 +85,7 @@ def held_name(
     if overrides or name not in held:
         experiment, _ = prepare(name, overrides, plugins, store)
         name = experiment.name
-        store.check_owner(name, experiment.origin)
+        store.check_owner(name, experiment.origin, experiment.asked)
     return name
 
 

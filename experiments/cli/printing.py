@@ -152,7 +152,7 @@ def show_report(
         typer.echo(f"plots:  {drawn}")
     typer.echo(f"MLflow: ablab ui --store {store.root}")
     if is_study:
-        typer.echo(f"study:  {command(name, 'study', found.plan.sheet)}")
+        typer.echo(f"study:  {command(name, 'study', found.plan.sheet, found.plan.asked)}")
 
 
 def show_sizes(store: Store, names: list[str], as_json: bool, mixed: bool = False) -> None:

@@ -1,6 +1,6 @@
 """Experiments: a sheet with its overrides, resolved to a base recipe, its cells, and the runs that answer them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,8 +15,9 @@ from ablab.core.store.registration import Stopping
 from ablab.experiments.plan.arms import ArmReader
 from ablab.experiments.plan.feasible import buildable
 from ablab.experiments.plan.link import Link
+from ablab.experiments.plan.metrics import check_direction, check_left, check_study
 from ablab.experiments.plan.overrides import Overrides
-from ablab.experiments.plan.sheets import Sheet, catalog, find_sheet, read_sheet
+from ablab.experiments.plan.sheets import Sheet, catalog, check_name, find_sheet, read_sheet
 from ablab.experiments.plan.stages import (
     Point,
     Reader,
@@ -69,6 +70,8 @@ class Experiment:
     origin: str | None = field(default=None, kw_only=True)
     # Of arms that set recipe paths of their own: their stages, by cell.
     arm_stages: dict[str, list[Stage]] = field(default_factory=dict, kw_only=True)
+    # Its catalog entry or the stem of its file, then the overrides that make another experiment of it; [] without any.
+    asked: list[str] = field(default_factory=list, kw_only=True)
     # What the first stage begins with; None: the weights of its seed.
     start: Start | None = field(default=None, kw_only=True)
     # What the design says of its cells besides, and of those that cannot be built: ablations/designs/cell.py:Layout.
@@ -228,8 +231,18 @@ def load(
     asked = Overrides(overrides)
     with blaming(path):
         sheet = read_sheet(path)
-        menu = whole_menu(sheet)
+        check_direction(sheet.metric)
+        if "with" not in overrides:
+            whole_menu(sheet)
+    stem = sheet.name or path.stem
     sheet = asked.on_sheet(sheet)
+    if sheet.name:
+        check_name(sheet.name)
+    if "name" in overrides and sheet.name == stem:
+        raise UserError(f"name={stem} is its name already; choose another, or drop it")
+    check_direction(sheet.metric)
+    check_study(sheet.metric.name, sheet.study)
+    menu = whole_menu(sheet)
 
     def stages_of(asked: Overrides) -> list[Stage]:
         return Reader(sheet, asked, path.parent, digest_of).stages()
@@ -240,8 +253,8 @@ def load(
     layout = buildable(lambda cell: recipes_of(stages, cell.treatment), layout)
     arms = ArmReader(asked, stages, stages_of).beside(layout, sheet.arms)
     layout = arms.layout
-    return Experiment(
-        asked.title(path.stem),
+    experiment = Experiment(
+        asked.title(sheet.name or path.stem),
         sheet,
         stages,
         layout.cells,
@@ -250,4 +263,16 @@ def load(
         factors=layout.factors,
         infeasible=layout.infeasible,
         start=start_of(sheet.init) if sheet.init else None,
+        asked=[path.stem, *asked.words] if asked.words else [],
     )
+    check_left(sheet.metric.name, _buildable_recipes(experiment))
+    return experiment
+
+
+def _buildable_recipes(experiment: Experiment) -> Iterator[tuple[str, Recipe]]:
+    """Of the last stage.  An experiment of which nothing can be built says so when it is run."""
+    for cell in experiment.cells:
+        try:
+            yield cell.name, experiment.resolved(cell)[-1]
+        except UserError:
+            continue

@@ -35,6 +35,7 @@ def grid_plan_of(experiment: Experiment, runs: Sequence[PlannedRun]) -> GridPlan
         equivalence=sheet.equivalence,
         looks=list(experiment.stopping.looks),
         start=experiment.start.run if experiment.start else "",
+        asked=experiment.asked,
     )
 
 

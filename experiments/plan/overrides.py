@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ablab.core.errors import UserError
@@ -10,11 +10,31 @@ from ablab.core.language.parse import near
 from ablab.core.recipe.doses import Menu, as_typed, with_edits
 from ablab.core.recipe.intervention import Treatment
 from ablab.core.recipe.load import assign
-from ablab.experiments.plan.sheets import Sheet, StageSheet
+from ablab.experiments.plan.sheets import (
+    Metric,
+    Sheet,
+    StageSheet,
+    listed,
+    renamed_items,
+    with_direction,
+)
 
-OF_THE_SHEET = ("runtime", "seeds", "design", "study", "equivalence", "scale", "init", "trunk")
+OF_THE_SHEET = (
+    "runtime",
+    "seeds",
+    "design",
+    "study",
+    "equivalence",
+    "scale",
+    "init",
+    "trunk",
+    "metric",
+    "question",
+    "name",
+)
 STAGES = "stages"
 ARMS = "arms"
+WITH = "with"
 # How and how often a recipe runs and what is made of it, not what it computes.
 RENAMES_NOTHING = ("runtime", "seeds", "equivalence")
 LONGEST_NAME = 150  # bytes; with an ending, a file's name may have 255
@@ -24,10 +44,11 @@ LONGEST_NAME = 150  # bytes; with an ending, a file's name may have 255
 class Overrides:
     """What is asked to differ from the file.
 
-    with.NAME.DOSE       a dose of an intervention
+    with, arms           the interventions and the arms, as in the file
+    with.NAME.DOSE       a dose of an intervention, or a list of doses
     stages.NAME.PATH     a leaf of the recipe, or a dose, in one stage
     arms.NAME.PATH       likewise, in one of the arms that the sheet writes out
-    runtime.X, study.X, seeds, design, equivalence, scale, init, trunk
+    runtime.X, study.X, metric.X, seeds, design, equivalence, scale, init, trunk, question, name
                          a key of the sheet
     any other path       a leaf of the recipe
     """
@@ -37,7 +58,9 @@ class Overrides:
     @property
     def of_sheet(self) -> dict[str, Any]:
         return {
-            path: value for path, value in self.given.items() if _owner(path) in OF_THE_SHEET
+            path: value
+            for path, value in self.given.items()
+            if _owner(path) in OF_THE_SHEET or path in (WITH, ARMS)
         }
 
     @property
@@ -57,7 +80,16 @@ class Overrides:
     def on_sheet(self, sheet: Sheet) -> Sheet:
         """Raises UserError for an unknown key or a wrong value."""
         for path, value in self.of_sheet.items():
-            sheet = assign(sheet, path, value)
+            if path == WITH:
+                sheet = replace(sheet, treatment=listed(value, WITH))
+            elif path == ARMS:
+                sheet = assign(sheet, path, renamed_items(value, ARMS))
+            else:
+                sheet = assign(sheet, path, value)
+        if "metric.name" in self.given and "metric.better" not in self.given:
+            # The file's direction is that of the metric that it names.
+            usual = with_direction({"name": sheet.metric.name})
+            sheet = replace(sheet, metric=Metric(**usual))
         return sheet
 
     def on_menu(self, menu: Menu) -> Menu:
@@ -115,7 +147,7 @@ class Overrides:
         """Arm -> what is set for it here.  names: of the arms.  Raises UserError for another."""
         found: dict[str, dict[str, Any]] = {}
         for path, value in self.given.items():
-            if _owner(path) != ARMS:
+            if _owner(path) != ARMS or path == ARMS:
                 continue
             rest = path.removeprefix(f"{ARMS}.")
             name = next((one for one in names if rest.startswith(f"{one}.")), None)
@@ -128,17 +160,23 @@ class Overrides:
             found.setdefault(name, {})[rest.removeprefix(f"{name}.")] = value
         return found
 
+    @property
+    def words(self) -> list[str]:
+        """Those that make another experiment of it, as they may be typed."""
+        return [
+            f"{path}={as_typed(value)}"
+            for path, value in sorted(self.given.items())
+            if _owner(path) not in RENAMES_NOTHING
+        ]
+
     def title(self, stem: str) -> str:
         """quickstart@optim.lr=0.01; where that would be too long for a file's name, its digest.
 
-        Overridden recipes are another experiment, so no result is overwritten.
+        Overridden recipes are another experiment, so no result is overwritten.  A name that is given stands alone.
         """
-        renaming = {
-            path: value
-            for path, value in sorted(self.given.items())
-            if _owner(path) not in RENAMES_NOTHING
-        }
-        told = "".join(f"@{path}={as_typed(value)}" for path, value in renaming.items())
+        if "name" in self.given:
+            return stem
+        told = "".join(f"@{word}" for word in self.words)
         told = told.replace("/", "_")
         if told.isprintable() and len((stem + told).encode()) < LONGEST_NAME:
             return stem + told

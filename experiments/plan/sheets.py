@@ -1,5 +1,6 @@
 """Sheets: the experiment files as they are written, and the catalog of those that are shipped."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -13,15 +14,20 @@ from ablab.core.model.heritage import Wanted
 from ablab.core.recipe.load import read_yaml
 from ablab.core.recipe.stage import Read
 from ablab.core.runtime.runtime import Runtime
+from ablab.core.store.metrics import LOGGED, MEASURED, OPEN, Better, known
 
+LONGEST_NAME = 100
+NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.+-]{{0,{LONGEST_NAME - 1}}}")
 ALONE = "arms"  # the design of a sheet that writes out its arms and names no design
 CATALOG = Path(str(files("ablab.experiments"))) / "catalog"
 
 
 @dataclass(frozen=True)
 class Metric:
-    name: Literal["val/bits_per_byte", "val/loss", "train/loss"] = "val/bits_per_byte"
-    better: Literal["lower", "higher"] = "lower"
+    """Any number that the runs leave; `better` may be left out where it is known (experiments/plan/metrics.py)."""
+
+    name: str = "val/bits_per_byte"
+    better: Better = "lower"
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class Sheet:
 
     question: str
     base: list[str]
+    name: str | None = None  # of the experiment; unless it is given, that of the file
     treatment: list[Any] = field(default_factory=list)  # `with` in the file
     # a name, or {name: options}: ablations/design.py
     design: str | dict[str, Any] = "leave_one_out"
@@ -136,16 +143,37 @@ def read_sheet(path: Path) -> Sheet:
     """
     content = _renamed(read_yaml(path), "with")
     for key in ("stages", "arms"):
-        if isinstance(content.get(key), list):
+        if key in content:
             content[key] = renamed_items(content[key], key)
     if content.get("arms"):
         content.setdefault("design", ALONE)
+    content["metric"] = with_direction(content.get("metric", {}))
     sheet: Sheet = parse(Sheet, content, "")
     return sheet
 
 
-def renamed_items(items: list[Any], key: str) -> list[Any]:
+def with_direction(metric: Any) -> Any:
+    """With the usual direction of the metric, where none is given.  Raises UserError where there is no usual one."""
+    if not isinstance(metric, Mapping) or not isinstance(metric.get("name"), str):
+        return metric
+    if metric.get("better") is not None:
+        return metric
+    name = metric["name"]
+    better = known(name).better
+    if better is None:
+        common = [*LOGGED, *MEASURED]
+        hint = "" if name in common or name.startswith(OPEN) else near(name, common)
+        raise UserError(
+            f"metric {name:.80}: which way is better is not known. {hint}"
+            f"Write metric: {{name: {name:.80}, better: lower}} or higher"
+        )
+    return {**metric, "better": better}
+
+
+def renamed_items(items: Any, key: str) -> Any:
     """The stages or arms of a sheet, each with what stands under its `with` under `treatment`."""
+    if not isinstance(items, list):
+        return items
     return [
         _renamed(item, f"{key}[{i}].with") if isinstance(item, Mapping) else item
         for i, item in enumerate(items)
@@ -157,9 +185,23 @@ def _renamed(content: Mapping[str, Any], path: str) -> dict[str, Any]:
     if "treatment" in content:
         raise UserError("unknown key 'treatment'; interventions are listed under `with`")
     renamed = dict(content)
-    listed = renamed.pop("with", None) or []
-    if not isinstance(listed, list):
+    return renamed | {"treatment": listed(renamed.pop("with", None), path)}
+
+
+def listed(given: Any, path: str) -> list[Any]:
+    """What stands under a `with`.  Raises UserError where it is no list."""
+    if isinstance(given or [], list):
+        return given or []
+    raise UserError(
+        f"{path}={given!r} must be a list of interventions, such as [qk_norm, {{gating: {{per: head}}}}]"
+    )
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for what cannot name an experiment, and for the name of one that is shipped."""
+    if not NAME.fullmatch(name):
         raise UserError(
-            f"{path}={listed!r} must be a list of interventions, such as [qk_norm, {{gating: {{per: head}}}}]"
+            f"name={name!r:.100} cannot name an experiment; use letters, digits and _ . + -, at most {LONGEST_NAME}"
         )
-    return renamed | {"treatment": listed}
+    if name in catalog():
+        raise UserError(f"name={name} is that of a shipped experiment; choose another")

@@ -122,7 +122,7 @@ def _known(experiment: Experiment, store: Store) -> list[ArmNoise]:
     tree = tree_of(experiment.base)
     known = measured(store, metric, setting_of(tree))
     if not known:
-        first = f"{command(experiment.name, sheet=experiment.origin)} --seeds 0-2"
+        first = f"{command(experiment.name, sheet=experiment.origin, asked=experiment.asked)} --seeds 0-2"
         model, data = tree["model"], tree["data"]
         raise UserError(
             f"no noise is measured: {store.root} holds no arm with three finished seeds of {metric} at width "

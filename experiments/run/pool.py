@@ -1,5 +1,6 @@
 """The pool: runs of one experiment become jobs, and what their executor says of them becomes what a person sees."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -13,7 +14,7 @@ from ablab.core.runtime.runtime import NO_GPU, Runtime
 from ablab.core.store.result import DIVERGED, FINISHED, RETRY, Result
 from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
-from ablab.experiments.run.capacity import default_jobs, gpus_for
+from ablab.experiments.run.capacity import default_jobs, gpus_for, training_at_once
 from ablab.experiments.run.executor import Executor, Task
 from ablab.experiments.run.gate import Gate
 from ablab.experiments.run.messages import (
@@ -86,6 +87,7 @@ class Pool:
         for stage in experiment.every_stage:
             folder = data_folder(stage.base, store, watcher.note)
             self.data[stage.base.data.name] = folder
+        self.at_once = 1  # runs that train on one device at one time
         self.executor: Executor = local_processes(self.runtime, self.jobs, plugins)
         self.trackers: Trackers | None = None
 
@@ -114,6 +116,8 @@ class Pool:
         """
         self.before |= {run.id: self.store.run(run.id).stamp() for run in runs}
         self.parents |= {run.recipe.before.run for run in runs}
+        training = min(training_at_once(self.runtime, self.jobs), len({run.id for run in runs}))
+        self.at_once = math.ceil(training / max(len(self.gpus), 1))
         reception = Reception(self, runs, stops, gate)
         self.executor.execute(reception.first_tasks(), reception.heard)
         return reception.outcome
@@ -141,6 +145,7 @@ class Pool:
             about={
                 "experiment": self.experiment.name,
                 "params": self.experiment.params(run),
+                "at_once": self.at_once,
             },
         )
 

@@ -173,9 +173,10 @@ def line_of(run: PlannedRun, result: Result, metric: str) -> str:
     head = f"{run.title}, seed {run.recipe.seed}"
     if result.status != FINISHED:
         return f"{head}: {result.status.upper()}: {result.error}"
-    value = result.metrics.get(metric, float("nan"))
+    value = result.final(metric)
+    told = "not left" if value is None else f"{value:.4f}"
     pace = f"{result.tokens_per_second:,.0f} tokens/s, {result.seconds:.0f} s"
-    return f"{head}: {metric} {value:.4f}, {pace}"
+    return f"{head}: {metric} {told}, {pace}"
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ def registered(
 
     Raises UserError where the ledger was edited, and where the plan of that name is of another file.
     """
-    store.check_owner(experiment.name, experiment.origin)
+    store.check_owner(experiment.name, experiment.origin, experiment.asked)
     promise = promise_of(experiment, runs, _seen(experiment, store, runs))
     return register(Ledger(store.root), experiment.name, promise, say)
 

@@ -142,7 +142,7 @@ class Looking:
         table = frame.load(self.store, plan.name)
         seen = table[table.pair.isin(self.experiment.stopping.seeds[:seeds])]
         if not (seen.status == FINISHED).any():
-            again = command(plan.name, "report", plan.sheet)
+            again = command(plan.name, "report", plan.sheet, plan.asked)
             raise UserError(
                 f"no run of {plan.name} has finished, so there is nothing to look at; see why: {again}"
             )

@@ -49,6 +49,7 @@ def confirm(
         cells=[_among(cell, best) for cell in experiment.cells if cell.name in best],
         best=best,
         origin=experiment.origin,
+        asked=experiment.asked,
         start=experiment.start,
     )
     for asked in (experiment, tuned):
@@ -65,7 +66,7 @@ def winners(experiment: Experiment, record: StudyRecord, watcher: Watcher) -> di
 
     Raises UserError where no trial of any cell has finished.
     """
-    again = f"it with: {command(experiment.name, 'study', experiment.origin)}"
+    again = f"it with: {command(experiment.name, 'study', experiment.origin, experiment.asked)}"
     finished(record.trials, f"study {experiment.name!r}", again)
     best = {}
     width = experiment.base.model.width

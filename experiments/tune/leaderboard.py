@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ablab.core.store.result import FINISHED, Result
+from ablab.core.store.result import FAILED, FINISHED, Result, mean_of
 from ablab.core.store.study_record import COMPLETE
 from ablab.experiments.plan.experiment import PlannedRun
 from ablab.experiments.plan.sheets import Metric
@@ -67,8 +67,8 @@ class Leaderboard(Watcher):
         for result in results:
             if result.status != FINISHED:
                 return self._count(cell, result.status, None, point)
-        total = sum(result.metrics[self.metric.name] for result in results)
-        self._count(cell, COMPLETE, total / len(results), point)
+        mean = mean_of(results, self.metric.name)
+        self._count(cell, FAILED if mean is None else COMPLETE, mean, point)
 
     def _count(self, cell: str, state: str, value: float | None, point: Point) -> None:
         line = self.lines[cell]

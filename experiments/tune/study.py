@@ -46,7 +46,7 @@ class Study:
         if sheet is None:
             raise UserError(
                 f"{experiment.name} has no study: block; add one with a space, "
-                f"or start it with: {command(experiment.name, sheet=experiment.origin)}"
+                f"or start it with: {command(experiment.name, sheet=experiment.origin, asked=experiment.asked)}"
             )
         self.experiment = experiment
         self.sheet = sheet
@@ -218,6 +218,7 @@ class Study:
             trials=[trial for search in self.searches for trial in search.spent()],
             importance=shares,
             sheet=experiment.origin,
+            asked=experiment.asked,
             tuned=f"{experiment.name}@tuned" if experiment.sheet.seeds else None,
         )
         study_record.write(self.store, record)

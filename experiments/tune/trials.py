@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ablab.ablations.design import Cell
-from ablab.core.store.result import FINISHED, PRUNED, Result
+from ablab.core.store.result import FAILED, FINISHED, PRUNED, Result, mean_of
 from ablab.core.store.study_record import COMPLETE, Trial
 from ablab.experiments.plan.experiment import PlannedRun
 from ablab.experiments.tune.space import Axis, Point
@@ -60,10 +60,12 @@ def ending_of(
         curve = {step: value for step, value in curve.items() if step <= stopped}
     mean = None
     if status == FINISHED:
-        mean = sum(result.metrics[metric] for result in results) / len(results)
+        mean = mean_of(results, metric)
+        if mean is None:
+            status, why = FAILED, f"finished without {metric}"
     values = {}
     for run, result in zip(candidate.runs, results, strict=True):
-        values[str(run.recipe.seed)] = result.metrics.get(metric)
+        values[str(run.recipe.seed)] = result.final(metric)
     return Ending(
         status=status,
         value=mean,

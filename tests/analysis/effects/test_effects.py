@@ -459,6 +459,24 @@ def test_an_unmeasured_speed_has_no_ratio(lab):
     assert effects(lab)["- x"].tokens_per_second_ratio is None
 
 
+@pytest.mark.parametrize("cell", ["full", "- x"])
+def test_runs_that_shared_their_machine_have_a_pace_and_no_ratio(lab, cell):
+    shared = {"contended": "2 runs at once"}
+    for name, reference in (("full", None), ("- x", "full")):
+        lab.cell(name, [3.0, 3.1, 3.3], reference, **(shared if name == cell else {}))
+    effect = effects(lab)["- x"]
+    assert effect.tokens_per_second_ratio is None and effect.speed is None
+    assert effect.tokens_per_second == 1e5
+
+
+def test_of_the_runs_those_that_had_their_machine_alone_make_the_ratio(lab):
+    """The seed on which the arm shared it says 0.25."""
+    for seed, (speed, why) in enumerate([(1.5e5, ""), (0.25e5, "less than a core")]):
+        lab.cell("full", [3.0 + seed], None, first_seed=seed)
+        lab.cell("- x", [3.2 + seed], speed=speed, first_seed=seed, contended=why)
+    assert effects(lab)["- x"].tokens_per_second_ratio == pytest.approx(1.5)
+
+
 def test_a_finished_run_without_the_metric_is_named_with_what_it_has(lab):
     lab.cell("full", [3.0], None)
     runs = frame.load(lab.write(), "loo")

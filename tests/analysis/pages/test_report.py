@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -243,6 +244,45 @@ def test_runs_that_were_never_started_are_not_called_interrupted(lab, tmp_path):
 )
 def test_a_message_names_a_command_that_can_be_typed(name, words):
     assert command(name) == words
+
+
+def test_a_shared_machine_is_said_and_no_speed_is_compared(lab, tmp_path):
+    lab.cell("full", FULL, None, points=5, contended="2 runs at once")
+    lab.cell("- x", WITHOUT, points=5)
+    text = page(lab, tmp_path)
+    assert (
+        f"{len(FULL)} of {len(FULL) + len(WITHOUT)} runs shared their machine (2 runs at once"
+        in text
+    )
+    assert "for those run with --jobs 1 where nothing else runs" in text
+    assert {one.tokens_per_second_ratio for one in report.read(lab.store, "loo").effects} == {
+        None
+    }
+
+
+def test_another_metric_says_that_no_error_over_text_is_known(lab, tmp_path):
+    lab.cell("full", FULL, None)
+    lab.cell("- x", WITHOUT)
+    store = lab.write()
+    store.write_plan(
+        replace(store.read_plan("loo"), metric="tokens_per_second", better="higher")
+    )
+    found = report.read(store, "loo")
+    assert found.provenance[-1].startswith(
+        "`tokens_per_second` is no mean over held-out tokens"
+    )
+    assert [effect.mean for effect in found.effects] == [1e5, 1e5]
+
+
+def test_an_arm_with_other_values_names_what_stands_there_without_it(lab):
+    lab.cell("base", FULL, None)
+    lab.cell("hot", WITHOUT, "base")
+    lab.treatments = {"base": {"z_loss": {"weight": 1e-4}}, "hot": {"z_loss": {"weight": 0.5}}}
+    store = lab.write()
+    store.write_plan(replace(store.read_plan("loo"), settings={"hot": {"optim.lr": 0.1}}))
+    found = report.read(store, "loo")
+    told = report.off(found.plan, found.effects[1])
+    assert told == "z_loss: weight=0.0001; without optim.lr=0.1"
 
 
 def test_a_pipe_in_a_name_does_not_break_the_table(lab, tmp_path):

@@ -188,7 +188,7 @@ FILES = {
     "unknown design": (sheet(design="loo"), ["unknown design 'loo'", "leave_one_out"]),
     "unknown metric": (
         sheet(metric="{name: val/los}"),
-        ["metric.name='val/los' must be one of", "Did you mean 'val/loss'?"],
+        ["metric val/los: which way is better is not known", "Did you mean 'val/loss'?"],
     ),
     "metric direction": (
         sheet(metric="{better: down}"),
