@@ -76,7 +76,14 @@ def _held(record: Record, wanted: Mapping[str, dict[str, list[str]]]) -> Held:
     except UserError:
         return Held(status=DAMAGED, **common)
     if result is None:
-        return Held(status=INTERRUPTED, **common)
+        mark = record.mark()
+        return Held(
+            status=INTERRUPTED,
+            step=mark.step,
+            tokens=mark.tokens,
+            seconds=mark.seconds,
+            **common,
+        )
     return Held(
         status=result.status,
         step=result.step,

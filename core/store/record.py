@@ -6,6 +6,7 @@
                   pace.jsonl      {"step", "seconds", "tokens_per_second"}: what depends on the clock
                   held_out.npz    the losses of the last evaluation, token by token (held_out.py)
                   result.json     status and final numbers; written once, in one step, at the end
+                  interrupted.json  where it was saved when it was stopped in time; gone when it goes on
 
 Every file is whole at every instant, or a log whose last line may be torn: a reader may look at any time.  A log that
 lost a line is known: by a checkpoint of its run, by the writer when it saves and ends, by its digest in the result,
@@ -18,6 +19,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,15 @@ class Damaged(UserError):
     """What is there is not what a run leaves.  A file that cannot be read (rights, a lost disk) is not damaged."""
 
 
+@dataclass(frozen=True)
+class Mark:
+    """How far a run had come when it was stopped in time."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # of training
+
+
 class Record:
     """One run folder.  run: whose it must be, where the caller knows; a record of another is refused."""
 
@@ -49,6 +60,7 @@ class Record:
         self.result_path = folder / "result.json"
         self.about_path = folder / "run.json"
         self.recipe_path = folder / "recipe.yaml"
+        self.interrupted_path = folder / "interrupted.json"
         # Path -> what this object wrote there: a file that something else cut or removed is written again.
         self.written: dict[Path, bytearray] = {}
 
@@ -144,6 +156,19 @@ class Record:
         encoded = msgspec.json.encode(result)
         write_atomically(self.result_path, msgspec.json.format(encoded, indent=1))
 
+    # -- how far it came -------------------------------------------------------------------------------------------
+    def interrupted(self, step: int, tokens: int, seconds: float) -> None:
+        """The run was stopped in time, and saved at this step."""
+        told = msgspec.json.encode(Mark(step, tokens, seconds))
+        write_atomically(self.interrupted_path, told)
+
+    def mark(self) -> "Mark":
+        """Where it was stopped in time; zeros where it was not, or where nobody knows."""
+        try:
+            return msgspec.json.decode(self.interrupted_path.read_bytes(), type=Mark)
+        except (OSError, *FLAWS):
+            return Mark()
+
     # -- how it began ----------------------------------------------------------------------------------------------
     def begin(self, recipe: str, about: Mapping[str, Any], say: Say = print) -> None:
         """Open the folder for a new or resumed run: recipe.yaml, and run.json with the unix seconds of the first start.
@@ -156,7 +181,8 @@ class Record:
         error = self.folder / "error.txt"
         self._clear_the_places_of_files(error, say)
         partial = self.folder.glob(".*.partial")
-        for old in (self.result_path, self.held_out_path, error, *partial):
+        ends = (self.result_path, self.held_out_path, self.interrupted_path, error)
+        for old in (*ends, *partial):
             old.unlink(missing_ok=True)
         told = {**about, "started": first_start}
         if self.run:
@@ -168,7 +194,7 @@ class Record:
     def _clear_the_places_of_files(self, error: Path, say: Say) -> None:
         """A folder where a file should be, or a file where checkpoints should be, goes aside."""
         files = (self.recipe_path, self.about_path, self.metrics_path, self.pace_path)
-        ends = (self.held_out_path, self.result_path, error)
+        ends = (self.held_out_path, self.result_path, self.interrupted_path, error)
         wrong = [path for path in (*files, *ends) if path.is_dir()]
         checkpoints = self.folder / "checkpoints"
         if checkpoints.exists() and not checkpoints.is_dir():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ablab.core.errors import Diverged, ParentDiverged, Pruned
+from ablab.core.errors import Diverged, Halted, ParentDiverged, Pruned
 from ablab.core.fusion.places import places
 from ablab.core.language.written import dump
 from ablab.core.model.cost import cost_of
@@ -27,10 +27,16 @@ from ablab.core.train.trainer import Trainer, Warm
 # Whoever watches a run is told (step, scalars, seconds of training); it may raise Pruned.
 Log = Callable[[int, Mapping[str, float], float], None]
 Warn = Callable[[str], None]
+Halts = Callable[[], bool]  # asked after every step whether the run is to be saved and left
 
 
 def watched_by_nobody(step: int, scalars: Mapping[str, float], seconds: float) -> None:
     """The log of a run that only its record keeps."""
+
+
+def never() -> bool:
+    """The run goes on to its end."""
+    return False
 
 
 def run(
@@ -44,6 +50,7 @@ def run(
     warm: Warm | None = None,
     turn: AbstractContextManager = nullcontext(),
     parent: Path | None = None,
+    halts: Halts = never,
 ) -> Result:
     """Train to the end, from the last checkpoint if there is one, and leave a result.
 
@@ -51,7 +58,7 @@ def run(
     about: what run.json should say besides runtime and versions.  warm: shared by the runs of one process.
     turn: held from the first step to the last; whoever shares the device waits for it.
     parent: folder of what the recipe's `init` begins with; None: the run folder beside ours that it names.
-    Raises UserError for data that does not fit the recipe and for a folder that cannot be written.
+    Raises UserError for data that does not fit the recipe and for a folder that cannot be written; Halted.
     """
     settled = settle(runtime, recipe.batches.largest_micro_batch)
     service = places(recipe, settled)
@@ -75,7 +82,7 @@ def run(
             handover.take_over(trainer, source, warn)
         record.rewind(trainer.step)
         with turn:
-            metrics = Loop(trainer, record, log, warn).train()
+            metrics = Loop(trainer, record, log, warn, halts).train()
     except (Diverged, ParentDiverged) as end:
         status, error = DIVERGED, str(end)
     except Pruned:
@@ -103,11 +110,14 @@ def run(
 class Loop:
     """Train, log, evaluate and save until the last step."""
 
-    def __init__(self, trainer: Trainer, record: Record, log: Log, warn: Warn):
+    def __init__(
+        self, trainer: Trainer, record: Record, log: Log, warn: Warn, halts: Halts = never
+    ):
         self.trainer = trainer
         self.record = record
         self.log = log
         self.warn = warn
+        self.halts = halts
         self.recipe = trainer.recipe
         self.runtime = trainer.runtime
         self.steps = self.recipe.steps
@@ -115,18 +125,21 @@ class Loop:
         self.evaluations = {math.ceil(self.steps * (i + 1) / count) for i in range(count)}
         self.last_good = math.log(self.recipe.data.vocab)  # of a uniform guess, nats/token
         self.saved = time.perf_counter()
+        self.saved_step = trainer.step
 
     def train(self) -> dict[str, float]:
-        """Returns the last metrics.  Raises Diverged."""
+        """Returns the last metrics.  Raises Diverged, Halted."""
         trainer = self.trainer
         scalars: dict[str, float] = {}
         while trainer.step < self.steps:
+            if self.halts():
+                self._halt()
             norm = trainer.advance()
             t = trainer.step
             trainer.watch.step(norm, self._tokens_of(t))
             if self._ends_a_window(t) or t in self.evaluations:
                 scalars = self._report(t, norm)
-            if t < self.steps and self._must_save():
+            if t < self.steps and self._is_due() and self._is_sound():
                 self._save()
         return {name: value for name, value in scalars.items() if name != "tokens"}
 
@@ -169,9 +182,21 @@ class Loop:
     def _tokens_of(self, t: int) -> int:
         return self.recipe.tokens_after(t) - self.recipe.tokens_after(t - 1)
 
-    def _must_save(self) -> bool:
-        due = time.perf_counter() - self.saved >= self.runtime.save_seconds
-        return due and bool(self.trainer.training_step.window.isfinite().all())
+    def _halt(self) -> None:
+        """Save, say so in the folder, and leave.  What was broken by its last steps goes back to an older state."""
+        step = self.trainer.step
+        if step != self.saved_step and self._is_sound():
+            self._save()
+        self.record.interrupted(
+            step, self.recipe.tokens_after(step), self.trainer.watch.seconds
+        )
+        raise Halted(step)
+
+    def _is_due(self) -> bool:
+        return time.perf_counter() - self.saved >= self.runtime.save_seconds
+
+    def _is_sound(self) -> bool:
+        return bool(self.trainer.training_step.window.isfinite().all())
 
     def _save(self) -> None:
         self.trainer.watch.stop()
@@ -179,6 +204,7 @@ class Loop:
         self.trainer.save(self.record.folder / "checkpoints", logged)
         self.trainer.watch.go_on()
         self.saved = time.perf_counter()
+        self.saved_step = self.trainer.step
 
 
 def size_of(recipe: Recipe) -> dict[str, int]:

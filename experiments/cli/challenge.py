@@ -6,9 +6,11 @@ from typing import Annotated
 import typer
 
 from ablab.experiments.cli.asked import folders_of, prepare, store_of
+from ablab.experiments.cli.in_time import ends_in_time
 from ablab.experiments.cli.options import Jobs, Json, Name, Overrides, Plugins, Quiet, Where
 
 
+@ends_in_time
 def challenge(
     name: Name,
     arm: Annotated[str, typer.Argument(help="as the report names it, such as '- qk_norm'")],

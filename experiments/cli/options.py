@@ -38,4 +38,10 @@ Jobs = Annotated[
         "on one GPU they train in turn",
     ),
 ]
+Deadline = Annotated[
+    str | None,
+    typer.Option(
+        help="such as 9m: begin no run that cannot end in it, save what runs in time, exit with 75"
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")]

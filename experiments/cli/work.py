@@ -9,7 +9,9 @@ import typer
 from ablab.core.errors import UserError
 from ablab.core.store.planned import notes_on_design
 from ablab.experiments.cli.asked import folders_of, held_name, prepare, store_of
+from ablab.experiments.cli.in_time import ends_in_time
 from ablab.experiments.cli.options import (
+    Deadline,
     Jobs,
     Json,
     Name,
@@ -32,6 +34,7 @@ STUDY = (
 )
 
 
+@ends_in_time
 def run(
     name: Name,
     overrides: Overrides = None,
@@ -61,6 +64,7 @@ def run(
     ] = None,
     scale: Scale = None,
     jobs: Jobs = None,
+    deadline: Deadline = None,
     mlflow: Annotated[bool, typer.Option(help="show the runs in MLflow")] = True,
     run_inert: Annotated[
         bool,
@@ -197,6 +201,7 @@ def _hours(
     return hours_of(budget)
 
 
+@ends_in_time
 def study(
     name: Name,
     overrides: Overrides = None,
@@ -209,6 +214,7 @@ def study(
         ),
     ] = None,
     jobs: Jobs = None,
+    deadline: Deadline = None,
     mlflow: Annotated[bool, typer.Option(help="show the trials in MLflow")] = True,
     quiet: Quiet = False,
     plugins: Plugins = None,

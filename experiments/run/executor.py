@@ -9,9 +9,12 @@ from ablab.experiments.run.messages import Job, Message
 
 @dataclass(frozen=True)
 class Task:
-    """A job that is made when it is given out: ten thousand of them would fill the memory."""
+    """A job that is made when it is given out: ten thousand of them would fill the memory.
 
-    make: Callable[[], Job]
+    None: it is not to be begun any more, and is dropped.
+    """
+
+    make: Callable[[], Job | None]
     affinity: str = ""  # tasks of one affinity suit one worker: it is warm for the second
 
 
@@ -36,6 +39,13 @@ class Executor(Protocol):
 
     def stop(self, run: str) -> None:
         """End a run early, at its next log: it is Done with a pruned result."""
+
+    def halt(self) -> None:
+        """Give out nothing more; what trains is saved at its next step and Halted, and then `execute` returns.
+
+        It waits for that halting.GRACE seconds at most, and for no trace.  Called in a signal handler, it only notes
+        the wish.
+        """
 
     def close(self) -> None:
         """Leave nothing running.  What was still at work resumes from its checkpoint when it is asked for again."""

@@ -18,10 +18,12 @@ from ablab.core.store.record import Record
 from ablab.core.store.result import FAILED, Result
 from ablab.experiments.run.capacity import gpus_for
 from ablab.experiments.run.executor import Listener, Task
+from ablab.experiments.run.halting import GRACE, SIGNALS
 from ablab.experiments.run.messages import (
     Began,
     Busy,
     Done,
+    Halt,
     Job,
     Logged,
     Message,
@@ -75,11 +77,12 @@ class LocalProcesses:
         # of this host and this call: nobody else trains for us
         self.turns = [Turn() for _ in share]
         self.workers: list[WorkerProcess] = []
+        self.halting: float | None = None  # since when, on the clock
 
     def execute(self, tasks: Iterable[Task], heard: Listener) -> None:
         waiting = Waiting(tasks)
         wanted = len(self.workers)
-        while waiting or any(worker.job for worker in self.workers):
+        while self._goes_on(waiting):
             wanted = max(wanted, min(self.count, len(waiting.tasks)))
             self._start_missing(wanted)
             self._give_out(waiting)
@@ -91,12 +94,15 @@ class LocalProcesses:
             if worker.job and worker.job.run == run:
                 worker.tell(Stop(run))
 
+    def halt(self) -> None:
+        self.halting = time.monotonic()
+
     def close(self) -> None:
         """An idle worker sees its pipe close and tidies up behind itself; one at work is ended."""
         for worker in self.workers:
             worker.pipe.close()
             if not worker.is_free:
-                worker.process.terminate()
+                worker.process.kill()
         until = time.monotonic() + SECONDS_TO_TIDY
         for worker in self.workers:
             worker.process.join(timeout=max(until - time.monotonic(), 0.01))
@@ -107,6 +113,15 @@ class LocalProcesses:
             turn.close()
 
     # -- the steps of `execute` ------------------------------------------------------------------------------------
+    def _goes_on(self, waiting: "Waiting") -> bool:
+        if self.halting is None:
+            return bool(waiting) or any(worker.job for worker in self.workers)
+        waiting.clear()
+        training = [worker for worker in self.workers if isinstance(worker.job, TrainJob)]
+        for worker in training:
+            worker.halt()
+        return bool(training) and time.monotonic() - self.halting < GRACE
+
     def _start_missing(self, wanted: int) -> None:
         taken = {worker.slot for worker in self.workers}
         for slot in range(wanted):
@@ -122,10 +137,11 @@ class LocalProcesses:
 
     def _give_out(self, waiting: "Waiting") -> None:
         for worker in self.workers:
-            if worker.is_free and waiting.is_due:
+            while worker.is_free and waiting.is_due:
                 taken = {one.affinity for one in self.workers}
                 task = waiting.take(worker.affinity, taken)
-                worker.give(task.make(), task.affinity)
+                if job := task.make():
+                    worker.give(job, task.affinity)
 
     def _speaking(self) -> list["WorkerProcess"]:
         """The workers that have said something, or died; waits a little for the first."""
@@ -193,12 +209,19 @@ class WorkerProcess:
     is_free: bool = False  # ready, with nothing in hand, and fit for more
     affinity: str = ""  # of its last job
     job: Job | None = None  # in hand
+    told_to_halt: bool = False
 
     def give(self, job: Job, affinity: str) -> None:
         self.job = job
         self.affinity = affinity
         self.is_free = False
         self.tell(job)
+
+    def halt(self) -> None:
+        """Once."""
+        if not self.told_to_halt:
+            self.told_to_halt = True
+            self.tell(Halt())
 
     def tell(self, order: Order) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # dead: `hear` will find out
@@ -224,17 +247,20 @@ def start_worker(
     process = CONTEXT.Process(
         target=serve, args=(theirs, plugins, environment, turn), daemon=True
     )
-    with _no_interrupt():
+    with _no_signals():
         process.start()
     theirs.close()
     return WorkerProcess(slot, process, ours)
 
 
 @contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """A process started in here never gets Ctrl-C, not even while it imports; ours comes at the end."""
+def _no_signals() -> Iterator[None]:
+    """A process started in here gets none of SIGNALS, not even while it imports; ours come at the end.
+
+    A terminal and a scheduler send them to all processes, and the runner alone knows what to do.
+    """
     resource_tracker.ensure_running()  # would otherwise be started along, and unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
@@ -259,6 +285,10 @@ class Waiting:
             return bool(self.tasks)
         due, _ = self.postponed[0]
         return due < time.monotonic()
+
+    def clear(self) -> None:
+        self.tasks.clear()
+        self.postponed.clear()
 
     def postpone(self, job: Job, affinity: str) -> None:
         due = time.monotonic() + PATIENCE

@@ -42,7 +42,7 @@ def execute(
     run_inert: bool = False,
     only: list[PlannedRun] | None = None,
 ) -> Outcome:
-    """Train what is missing of `runs` (or of `only`); what was done.  Raises UserError, KeyboardInterrupt."""
+    """Train what is missing of `runs` (or of `only`); what was done.  Raises UserError, Interrupted."""
     asked = runs if only is None else only
     with Pool(experiment, store, watcher, jobs, plugins) as pool:
         claims, known = needed(asked, lambda id: result_of(store.run(id), watcher.say))
@@ -51,6 +51,7 @@ def execute(
         ended = [run for run in once(asked) if run.id in known]
         for run in ended:
             mend_recipe(store.run(run.id), run.recipe, watcher.say)
+            pool.pace.learn(run, known[run.id].step, known[run.id].seconds)
         done = [run.id for run in ended]
         for line in unheeded(pool.runtime, known).values():
             watcher.say(line)

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ablab.core.errors import Halted as HaltedRun
 from ablab.core.errors import Pruned, UserError, one_line, said_by, told
 from ablab.core.language.parse import parse
 from ablab.core.recipe.recipe import Recipe, run_id
@@ -27,6 +28,8 @@ from ablab.experiments.run.messages import (
     Busy,
     Done,
     Found,
+    Halt,
+    Halted,
     Job,
     Logged,
     Message,
@@ -55,7 +58,7 @@ def serve(
 ) -> None:
     """Answer jobs until the pipe closes.  turn: held while a run trains, where workers share a GPU.
 
-    Ctrl-C is the runner's to handle: processes.py keeps it from us.
+    Signals are the runner's to handle: processes.py keeps them from us.
     """
     threading.Thread(target=_end_with_the_runner, daemon=True).start()
     os.environ.update(environment)
@@ -75,7 +78,7 @@ def serve(
     with contextlib.suppress(EOFError, *GONE):  # then so are we
         pipe.send(Ready())
         while order := pipe.recv():
-            if isinstance(order, Stop):  # it came after the end
+            if isinstance(order, Stop | Halt):  # it came after the end
                 continue
             answer = worker.answer(order)
             pipe.send(answer)
@@ -148,36 +151,42 @@ class Worker:
             if found := _standing(record, job.before, self._warn):
                 return Found(found)
             self.pipe.send(Began())
-            return Done(self._run(job, recipe, runtime, record))
+            return self._run(job, recipe, runtime, record)
         finally:
             lock.release()
 
     def _warn(self, line: str) -> None:
         self.pipe.send(Warned(line))
 
-    def _run(self, job: TrainJob, recipe: Recipe, runtime: Runtime, record: Record) -> Result:
+    def _run(
+        self, job: TrainJob, recipe: Recipe, runtime: Runtime, record: Record
+    ) -> Done | Halted:
         """A crash is a result too: one line in the record, the traceback beside it."""
         from ablab.core.train.run import run
 
+        runner = _Runner(self.pipe, job.run)
         try:
-            return run(
+            result = run(
                 recipe,
                 runtime,
                 job.data,
                 record,
-                log=_PipeLog(self.pipe, job.run),
+                log=runner.log,
+                halts=runner.halts,
                 about=job.about,
                 warn=self._warn,
                 warm=self.warm,
                 turn=self.turn,
                 parent=None if recipe.before.run else job.start,
             )
+        except HaltedRun as end:
+            return Halted(end.step)
         except (UserError, *GONE):
             raise
         except (Exception, SystemExit) as fault:
             result = _crash(job.run, fault, record.folder / "error.txt")
             record.finish(result)
-            return result
+        return Done(result)
 
 
 def _clear_the_place(folder: Path, warn: Callable[[str], None]) -> None:
@@ -253,15 +262,28 @@ def _origin(fault: BaseException, words: str) -> str:
     return words.format(place) if place else ""
 
 
-@dataclass(frozen=True)
-class _PipeLog:
-    """Sends scalars to the runner, which alone talks to trackers and terminals."""
+@dataclass
+class _Runner:
+    """The runner, as a run that trains sees it: who is told scalars, and says when to stop."""
 
     pipe: Connection
     run: str
+    stop: bool = False
+    halt: bool = False
 
-    def __call__(self, step: int, scalars: Mapping[str, float], seconds: float) -> None:
+    def log(self, step: int, scalars: Mapping[str, float], seconds: float) -> None:
         self.pipe.send(Logged(step, dict(scalars), seconds))
+        self._listen()
+        if self.stop:
+            raise Pruned
+
+    def halts(self) -> bool:
+        """Asked after every step: 10 us."""
+        self._listen()
+        return self.halt
+
+    def _listen(self) -> None:
         while self.pipe.poll():
-            if self.pipe.recv() == Stop(self.run):
-                raise Pruned
+            order = self.pipe.recv()
+            self.stop |= order == Stop(self.run)
+            self.halt |= isinstance(order, Halt)
