@@ -35,6 +35,10 @@ Say = Callable[[str], None]
 Scalars = dict[str, int | float]
 
 
+def unfenced() -> None:
+    """Nobody else writes."""
+
+
 class Damaged(UserError):
     """What is there is not what a run leaves.  A file that cannot be read (rights, a lost disk) is not damaged."""
 
@@ -49,11 +53,18 @@ class Mark:
 
 
 class Record:
-    """One run folder.  run: whose it must be, where the caller knows; a record of another is refused."""
+    """One run folder.  run: whose it must be, where the caller knows; a record of another is refused.
 
-    def __init__(self, folder: Path, run: str | None = None):
+    fence: asked before every write; it raises where another process holds the run (core/store/claim.py).
+    """
+
+    def __init__(
+        self, folder: Path, run: str | None = None, fence: Callable[[], None] = unfenced
+    ):
         self.folder = folder
         self.run = run
+        self.fence = fence
+        self.claim_path = folder / ".claim"
         self.metrics_path = folder / "metrics.jsonl"
         self.pace_path = folder / "pace.jsonl"
         self.held_out_path = folder / "held_out.npz"
@@ -141,6 +152,7 @@ class Record:
 
     def keep(self, held_out: HeldOut) -> str:
         """Write the losses of the last evaluation; their digest, for the result."""
+        self.fence()
         content = encoded(held_out)
         write_atomically(self.held_out_path, content)
         return digest_of(content)
@@ -153,12 +165,14 @@ class Record:
             return 0
 
     def finish(self, result: Result) -> None:
+        self.fence()
         encoded = msgspec.json.encode(result)
         write_atomically(self.result_path, msgspec.json.format(encoded, indent=1))
 
     # -- how far it came -------------------------------------------------------------------------------------------
     def interrupted(self, step: int, tokens: int, seconds: float) -> None:
         """The run was stopped in time, and saved at this step."""
+        self.fence()
         told = msgspec.json.encode(Mark(step, tokens, seconds))
         write_atomically(self.interrupted_path, told)
 
@@ -173,8 +187,9 @@ class Record:
     def begin(self, recipe: str, about: Mapping[str, Any], say: Say = print) -> None:
         """Open the folder for a new or resumed run: recipe.yaml, and run.json with the unix seconds of the first start.
 
-        Only the process that holds the run's lock may call this: what an earlier attempt left behind goes.
+        Only the process that holds the run's claim may call this: what an earlier attempt left behind goes.
         """
+        self.fence()
         first_start = self.about().get("started")
         if not isinstance(first_start, int | float):
             first_start = time.time()
@@ -219,6 +234,7 @@ class Record:
     # -- its logs --------------------------------------------------------------------------------------------------
     def log(self, step: int, scalars: Mapping[str, float], pace: Mapping[str, float]) -> None:
         """Append one line to each log; flushed, so that a reader beside us sees it."""
+        self.fence()
         for path, values in ((self.metrics_path, scalars), (self.pace_path, pace)):
             line = _line({"step": step, **values})
             with writing(path):
@@ -233,6 +249,7 @@ class Record:
 
     def rewind(self, step: int) -> None:
         """Forget every logged line after `step`, a torn last line and damaged ones: the state as of that checkpoint."""
+        self.fence()
         for path in (self.metrics_path, self.pace_path):
             kept = _until(step, _content(path))
             if path.exists() and kept != _content(path):
@@ -241,6 +258,7 @@ class Record:
 
     def sync(self, say: Say) -> bytes:
         """Bring what was written to the disk, and what something else cut or removed back; what metrics.jsonl holds."""
+        self.fence()
         for path, content in self.written.items():
             if _content(path) != content:
                 say(f"{path} was changed while the run went on; written again")

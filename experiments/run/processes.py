@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 
 from ablab.core.errors import UserError
 from ablab.core.runtime.runtime import Runtime
+from ablab.core.store.claim import Watch, take
 from ablab.core.store.record import Record
 from ablab.core.store.result import FAILED, Result
 from ablab.experiments.run.capacity import gpus_for
@@ -159,7 +160,7 @@ class LocalProcesses:
             waiting.postpone(job, worker.affinity)
         waiting.tasks.extend(heard(job, said))
 
-    def _bury(self, worker: "WorkerProcess") -> Done | Untraced | None:
+    def _bury(self, worker: "WorkerProcess") -> Done | Busy | Untraced | None:
         """A worker died: what it had in hand is a failure, and another will take its place.
 
         Raises UserError where it died before it was ready.
@@ -180,21 +181,25 @@ class LocalProcesses:
                 return Untraced(cause)
             case TrainJob() as job:
                 cure = "run again to resume from its last checkpoint"
-                return Done(_lost(job, f"{cause}; {cure}"))
+                return _lost(job, f"{cause}; {cure}")
             case None:  # it died idle, as one does after a crash that may have poisoned it
                 return None
 
 
-def _lost(job: TrainJob, cause: str) -> Result:
-    """The result of a run whose worker died: what it had just written, else a failure."""
+def _lost(job: TrainJob, cause: str) -> Done | Busy:
+    """The result of a run whose worker died: what it had just written, else a failure, unless another goes on."""
     record = Record(job.folder, job.run)
     with suppress(UserError):  # half of it is no result
         written = record.result() if record.stamp() != job.before else None
         if written:
-            return written
+            return Done(written)
+    claim = take(record.claim_path, Watch())
+    if claim is None:
+        return Busy()
     result = Result(job.run, FAILED, step=0, tokens=0, error=cause)
     record.finish(result)
-    return result
+    claim.release()
+    return Done(result)
 
 
 # -- one of them -------------------------------------------------------------------------------------------------------

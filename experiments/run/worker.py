@@ -9,7 +9,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,8 @@ from ablab.core.errors import Pruned, UserError, one_line, said_by, told
 from ablab.core.language.parse import parse
 from ablab.core.recipe.recipe import Recipe, run_id
 from ablab.core.runtime.runtime import Runtime, settle
-from ablab.core.store.files import set_aside, write_atomically, writing
+from ablab.core.store.claim import Claim, Lost, Watch, take
+from ablab.core.store.files import set_aside, write_atomically
 from ablab.core.store.record import Record
 from ablab.core.store.result import FAILED, RETRY, Result
 from ablab.experiments.run.messages import (
@@ -122,6 +123,7 @@ class Worker:
     pipe: Connection  # to the runner
     warm: "Warm"  # keeps the trainer for the next run of the same structure
     turn: AbstractContextManager[Any]  # held while a run trains
+    watch: Watch = field(default_factory=Watch)  # of runs that others hold
 
     def answer(self, job: Job) -> Answer:
         try:
@@ -134,26 +136,31 @@ class Worker:
             return Refused(str(refusal))
 
     def _train(self, job: TrainJob) -> Answer:
-        """Train one run under its lock: no two processes, here or elsewhere, ever train the same one."""
-        from filelock import FileLock, Timeout
-
+        """Train one run under its claim: no two processes, here or elsewhere, ever train the same one."""
         recipe, runtime = _read(job)
-        record = Record(job.folder, job.run)
-        lock = FileLock(job.folder / ".lock")
         _clear_the_place(job.folder, self._warn)
-        with writing(job.folder):
-            job.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                return Busy()
+        claim = take(Record(job.folder).claim_path, self.watch)
+        if claim is None:
+            return Busy()
+        record = Record(job.folder, job.run, fence=claim.beat)
+        try:
+            with claim.beating():
+                return self._under(claim, job, recipe, runtime, record)
+        except Lost:  # we were asleep for so long that another went on: it is asked for again
+            return Busy()
+
+    def _under(
+        self, claim: Claim, job: TrainJob, recipe: Recipe, runtime: Runtime, record: Record
+    ) -> Answer:
+        """Raises Lost, and UserError of a claim that is ours."""
         try:
             if found := _standing(record, job.before, self._warn):
                 return Found(found)
             self.pipe.send(Began())
             return self._run(job, recipe, runtime, record)
-        finally:
-            lock.release()
+        except UserError:
+            claim.beat()
+            raise
 
     def _warn(self, line: str) -> None:
         self.pipe.send(Warned(line))
@@ -181,21 +188,20 @@ class Worker:
             )
         except HaltedRun as end:
             return Halted(end.step)
-        except (UserError, *GONE):
+        except (UserError, Lost, *GONE):
             raise
         except (Exception, SystemExit) as fault:
+            record.fence()
             result = _crash(job.run, fault, record.folder / "error.txt")
             record.finish(result)
         return Done(result)
 
 
 def _clear_the_place(folder: Path, warn: Callable[[str], None]) -> None:
-    """Set aside a file where the run folder should be, and a folder where its lock should be."""
-    lock = folder / ".lock"
-    wrong = folder if folder.exists() and not folder.is_dir() else lock
-    if wrong.exists() and (wrong is folder or lock.is_dir()):
-        warn(f"{wrong} is damaged (a folder for a file, or the reverse); set aside")
-        set_aside(wrong)
+    """Set aside a file where the run folder should be."""
+    if folder.exists() and not folder.is_dir():
+        warn(f"{folder} is damaged (a folder for a file, or the reverse); set aside")
+        set_aside(folder)
 
 
 def _read(job: Job) -> tuple[Recipe, Runtime]:

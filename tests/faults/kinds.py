@@ -294,7 +294,7 @@ RECORDS = {  # what a run leaves, and what a store holds besides
     "plan": "experiments/*.json",
     "liveness": "liveness.json",
     "verified": "data/tiny/.verified.json",
-    "lock": "runs/*/.lock",
+    "claim": "runs/*/.claim/*",
     "lock of a plan": "experiments/.*.lock",
 }
 OF_TOKENS = {
@@ -321,7 +321,7 @@ def damage(path: Path, case: Case) -> None:
     draw = case.draw
     content = path.read_bytes()
     place = draw.randrange(len(content)) if content else 0
-    foreign = case.other.files(str(Path("**") / path.name)) or [path]
+    foreign = case.other.files(str(Path("**") / path.name)) or case.other.files("**/*.json")
     ways: dict[str, Callable[[], object]] = {
         "cut": lambda: path.write_bytes(content[:place]),
         "emptied": lambda: path.write_bytes(b""),
@@ -630,12 +630,12 @@ def sync_killed(case: Case) -> None:
 # -- locks -------------------------------------------------------------------------------------------------------------
 @kind(6, name="a run held by another process for a while", state="half")
 def held_for_a_while(case: Case) -> None:
-    from filelock import FileLock
+    from ablab.core.store.claim import Watch, take
 
     (folder, *_) = sorted(case.lab.store.glob("runs/*"))
-    lock = FileLock(folder / ".lock")
-    lock.acquire()
+    claim = take(folder / ".claim", Watch())
+    assert claim, "nobody holds it"
     running = case.begin()
     time.sleep(case.draw.uniform(0.1, 1))
-    lock.release()
+    claim.release()
     check(running.end(), 0)

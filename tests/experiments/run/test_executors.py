@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import pytest
-from filelock import FileLock
 
 from ablab.core.recipe.recipe import plain, run_id
 from ablab.core.runtime.runtime import Runtime
+from ablab.core.store.claim import Watch, take
 from ablab.core.store.record import Record
 from ablab.core.store.result import FAILED, FINISHED, PRUNED, Result
 from ablab.experiments.run.executor import Executor, Task
@@ -160,12 +160,11 @@ def test_tasks_are_made_when_they_are_given_and_each_is_answered(executor, job):
 def test_a_run_that_another_process_holds_is_asked_for_again(executor, job):
     wanted = job()
     wanted.folder.mkdir()
-    lock = FileLock(wanted.folder / ".lock")
-    lock.acquire()
+    claim = take(Record(wanted.folder).claim_path, Watch())
 
     def then(message):
         if isinstance(message, Busy):
-            lock.release()
+            claim.release()
 
     listening = execute(executor, wanted, then)
     assert listening.heard[:2] == [Busy(), Began()]

@@ -42,18 +42,18 @@ class AfterSteps:
 
 
 def test_a_run_halted_after_any_step_goes_on_to_the_same_bits(tiny, token_folder, tmp_path):
-    recipe = tiny(["muon", "ema"])
+    recipe = tiny(["ema"])
     calm = Record(tmp_path / "calm")
     run(recipe, CPU, token_folder, calm, warn=quiet)
     halted = Record(tmp_path / "halted")
     came_to = []
-    for steps in (0, 1, 3, 4, 0, 2):
+    for steps in (0, 1, 3, 0):
         with pytest.raises(Halted) as end:
             run(recipe, CPU, token_folder, halted, warn=quiet, halts=AfterSteps(steps))
         came_to.append(end.value.step)
         assert halted.mark().step == end.value.step
         assert halted.result() is None
-    assert came_to == [0, 1, 4, 8, 8, 10]
+    assert came_to == [0, 1, 4, 4]
     run(recipe, CPU, token_folder, halted, warn=quiet)
     assert halted.metrics_path.read_bytes() == calm.metrics_path.read_bytes()
     assert halted.result().weights == calm.result().weights
@@ -80,6 +80,15 @@ def test_a_broken_state_is_not_saved_when_a_run_is_halted(tiny, token_folder, tm
 
 
 # -- signals -----------------------------------------------------------------------------------------------------------
+@pytest.fixture(autouse=True)
+def nothing_ignored():
+    """A shell ignores SIGINT in what it runs in the background."""
+    before = {sign: signal.signal(sign, signal.default_int_handler) for sign in SIGNALS}
+    yield
+    for sign, handler in before.items():
+        signal.signal(sign, handler)
+
+
 @dataclass
 class Told:
     halted: int = 0
