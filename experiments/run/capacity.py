@@ -13,6 +13,11 @@ def gpus_for(runtime: Runtime) -> list[str]:
     return [] if runtime.device == "cpu" else visible_gpus()
 
 
+def on_gpus(runtime: Runtime) -> bool:
+    """Whether its runs are trained on GPUs: of this machine, unless the runtime names a device."""
+    return runtime.device == "cuda" or bool(gpus_for(runtime))
+
+
 def default_jobs(runtime: Runtime) -> int:
     """One worker a GPU, AT_ONCE where they do not take turns; but no more than the cores carry at `threads` each.
 

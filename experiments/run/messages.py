@@ -8,6 +8,7 @@ a worker says          Ready                          it may be given a job
                        Done, Found, Busy, Halted,     the answer
                        Refused
     of a TraceJob      Traced, Untraced, Refused      the answer
+is said of a job       Lost                           its worker's machine is gone
 """
 
 from dataclasses import dataclass, field
@@ -110,6 +111,13 @@ class Halted:
 
 
 @dataclass(frozen=True)
+class Lost:
+    """The machine of its worker is gone: it is given out again, and resumes from its last checkpoint."""
+
+    why: str
+
+
+@dataclass(frozen=True)
 class Traced:
     digest: str
 
@@ -129,5 +137,5 @@ class Refused:
 
 
 OnTheWay = Began | Logged | Warned
-Answer = Done | Found | Busy | Halted | Traced | Untraced | Refused
+Answer = Done | Found | Busy | Lost | Halted | Traced | Untraced | Refused
 Message = OnTheWay | Answer

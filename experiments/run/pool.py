@@ -9,12 +9,12 @@ from typing import assert_never
 
 from ablab.core.errors import UserError
 from ablab.core.recipe.recipe import Recipe, plain, structure
-from ablab.core.runtime.runtime import NO_GPU, Runtime
+from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.result import DIVERGED, FINISHED, RETRY, Result
 from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
-from ablab.experiments.run.capacity import default_jobs, gpus_for
-from ablab.experiments.run.executor import Executor, Task
+from ablab.experiments.run.capacity import on_gpus
+from ablab.experiments.run.executor import Executor, Launcher, Task
 from ablab.experiments.run.forecast import Pace
 from ablab.experiments.run.gate import Gate
 from ablab.experiments.run.halting import Interrupted, halted_by_it, is_halted, time_left
@@ -26,6 +26,7 @@ from ablab.experiments.run.messages import (
     Halted,
     Job,
     Logged,
+    Lost,
     Message,
     Refused,
     Traced,
@@ -34,10 +35,9 @@ from ablab.experiments.run.messages import (
     Untraced,
     Warned,
 )
-from ablab.experiments.run.processes import local_processes
 from ablab.experiments.run.progress import Watcher, duration
-from ablab.experiments.run.service import settle_service
 from ablab.experiments.run.succession import Succession, once
+from ablab.experiments.run.this_machine import ThisMachine
 from ablab.experiments.track.trackers import Trackers
 
 Stops = Callable[[PlannedRun, int, dict[str, float]], bool]
@@ -73,26 +73,26 @@ class Pool:
         watcher: Watcher,
         jobs: int | None = None,
         plugins: Iterable[str] = (),
+        launcher: Launcher | None = None,
     ):
+        """launcher: where they run; default: on this machine."""
         self.experiment = experiment
         self.store = store
         self.watcher = watcher
-        asked = experiment.sheet.runtime
+        launcher = launcher or ThisMachine()
         self.before: dict[str, int] = {}  # run id -> the stamp of the result that it had
         self.parents: set[str] = set()  # ids of the runs from which others go on
-        self.jobs = jobs or default_jobs(asked)
-        self.gpus = gpus_for(asked)
-        if asked.device == "cuda" and not self.gpus:
-            raise UserError(NO_GPU)  # a worker would say so too, after seconds
         recipes = [one for chain in experiment.stage_recipes.values() for one in chain]
-        self.runtime = settle_service(asked, recipes, plugins)
+        self.runtime = launcher.settled(experiment.sheet.runtime, recipes, plugins)
+        self.jobs = jobs or launcher.carried(self.runtime)
+        self.on_gpus = on_gpus(self.runtime)
         # Name of the data -> their folder.
         self.data: dict[str, Path] = {}
         for stage in experiment.stages:
             folder = data_folder(stage.base, store, watcher.note)
             self.data[stage.base.data.name] = folder
         self.pace = Pace(self.runtime)
-        self.executor: Executor = local_processes(self.runtime, self.jobs, plugins)
+        self.executor: Executor = launcher.start(store, self.runtime, jobs, plugins)
         self.trackers: Trackers | None = None
 
     def __enter__(self) -> "Pool":
@@ -131,10 +131,10 @@ class Pool:
 
         On CPUs all are alike.
         """
-        return structure(run.recipe, self.runtime) if self.gpus else ""
+        return structure(run.recipe, self.runtime) if self.on_gpus else ""
 
     def tracing(self, run: PlannedRun) -> Task:
-        return Task(partial(self._trace_job, run), "trace" if self.gpus else "")
+        return Task(partial(self._trace_job, run), "trace" if self.on_gpus else "")
 
     def train_job(self, run: PlannedRun) -> TrainJob:
         return TrainJob(
@@ -225,6 +225,9 @@ class Reception:
         match message:
             case Traced(digest):
                 return self._let_through(job.run, digest)
+            case Lost(why) if isinstance(job, TraceJob):
+                self.pool.watcher.say(f"{self._title(job)}: {why}")
+                return ()
             case Untraced(why):
                 unchecked = f"the liveness check failed, so it trains unchecked: {why}"
                 self.pool.watcher.say(f"{self._title(job)}: {unchecked}")
@@ -256,7 +259,7 @@ class Reception:
                 assert self.gate, "only a gate asks for traces"
                 return self.gate.missing[job.run].title
 
-    def _follow(self, run: PlannedRun, message: Began | Logged | Warned | Busy) -> None:
+    def _follow(self, run: PlannedRun, message: Began | Logged | Warned | Busy | Lost) -> None:
         match message:
             case Began():
                 self.pool.watcher.started(run)
@@ -267,6 +270,8 @@ class Reception:
             case Busy():
                 holder = f"another process holds run {run.id}; waiting for it"
                 self._say_once(run.id, f"{_named(run)}: {holder}")
+            case Lost(why):
+                self.pool.watcher.say(f"{_named(run)}: {why}")
             case _:
                 assert_never(message)
 

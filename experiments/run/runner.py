@@ -19,6 +19,7 @@ from ablab.core.store.result import RETRY, Result
 from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.plan.grid_plan import merged_plan
+from ablab.experiments.run.executor import Launcher
 from ablab.experiments.run.gate import Gate
 from ablab.experiments.run.pool import Outcome, Pool
 from ablab.experiments.run.progress import Watcher
@@ -41,10 +42,14 @@ def execute(
     mlflow: bool = True,
     run_inert: bool = False,
     only: list[PlannedRun] | None = None,
+    launcher: Launcher | None = None,
 ) -> Outcome:
-    """Train what is missing of `runs` (or of `only`); what was done.  Raises UserError, Interrupted."""
+    """Train what is missing of `runs` (or of `only`); what was done.  Raises UserError, Interrupted.
+
+    launcher: where; default: on this machine.
+    """
     asked = runs if only is None else only
-    with Pool(experiment, store, watcher, jobs, plugins) as pool:
+    with Pool(experiment, store, watcher, jobs, plugins, launcher) as pool:
         claims, known = needed(asked, lambda id: result_of(store.run(id), watcher.say))
         missing = once(claims)
         check_parents(missing, known, store)
