@@ -122,9 +122,10 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "plan": {"text"},
         "track": {"text"},
         "run": {"text", "plan", "track"},
+        "launch": {"text", "plan", "track", "run"},
         "tune": {"text", "plan", "track", "run"},
         "bench": {"text", "plan", "track", "run", "tune"},
-        "cli": {"text", "plan", "track", "run", "tune", "bench"},
+        "cli": {"text", "plan", "track", "run", "launch", "tune", "bench"},
     },
 }
 HEAVY = {"torch", "mlflow", "optuna"}

@@ -71,15 +71,7 @@ class LocalProcesses(Workers["WorkerProcess"]):
 
     def close(self) -> None:
         """An idle worker sees its pipe close and tidies up behind itself; one at work is ended."""
-        for worker in self.workers:
-            worker.pipe.close()
-            if not worker.is_free:
-                worker.process.kill()
-        until = time.monotonic() + SECONDS_TO_TIDY
-        for worker in self.workers:
-            worker.process.join(timeout=max(until - time.monotonic(), 0.01))
-            worker.process.kill()
-            worker.process.join(timeout=1)  # at once, but for one that the kernel holds
+        end(self.workers)
         self.workers = []
         for turn in self.turns:
             turn.close()
@@ -153,6 +145,20 @@ def failure(job: Job, cause: str) -> Done | Busy | Untraced:
     record.finish(result)
     claim.release()
     return Done(result)
+
+
+def end(workers: Iterable[WorkerProcess]) -> None:
+    """Leave none of them running."""
+    ending = [*workers]
+    for worker in ending:
+        worker.pipe.close()
+        if not worker.is_free:
+            worker.process.kill()
+    until = time.monotonic() + SECONDS_TO_TIDY
+    for worker in ending:
+        worker.process.join(timeout=max(until - time.monotonic(), 0.01))
+        worker.process.kill()
+        worker.process.join(timeout=1)  # at once, but for one that the kernel holds
 
 
 def start_worker(
