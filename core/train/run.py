@@ -132,7 +132,7 @@ class Loop:
         trainer = self.trainer
         scalars: dict[str, float] = {}
         while trainer.step < self.steps:
-            if self.halts():
+            if trainer.agreed(self.halts()):
                 self._halt()
             norm = trainer.advance()
             t = trainer.step
@@ -193,7 +193,8 @@ class Loop:
         raise Halted(step)
 
     def _is_due(self) -> bool:
-        return time.perf_counter() - self.saved >= self.runtime.save_seconds
+        due = time.perf_counter() - self.saved >= self.runtime.save_seconds
+        return self.trainer.agreed(due)
 
     def _is_sound(self) -> bool:
         return bool(self.trainer.training_step.window.isfinite().all())
@@ -247,6 +248,7 @@ def _result(
         seconds=trainer.watch.seconds,
         tokens_per_second=trainer.watch.rate,
         peak_bytes=trainer.peak_memory(),
+        segments=trainer.segments if len(trainer.segments) > 1 else [],
         weights=trainer.digest() if status == FINISHED else "",
         evaluated=_evaluated(trainer) if status == FINISHED else "",
     )
@@ -255,10 +257,11 @@ def _result(
 def _memory_advice(recipe: Recipe, settled: Settled) -> str:
     batch, rows = recipe.data.batch, settled.micro_batch
     whole = recipe.batches.largest_micro_batch
-    smaller = [n for n in range(1, rows // 2 + 1) if whole % n == 0]
+    ranks = settled.ranks
+    smaller = [n for n in range(ranks, rows // 2 + 1, ranks) if whole % n == 0]
     return (
         f"out of memory: {_memory_in_use()} at data.batch={batch} in micro-batches of {rows}; "
-        f"try runtime.micro_batch={max(smaller, default=1)}"
+        f"try runtime.micro_batch={max(smaller, default=ranks)}"
     )
 
 
