@@ -55,6 +55,10 @@ class World(Protocol):
         """What rank 0 says: any plain value."""
         ...
 
+    def agreed(self, wish: bool) -> bool:
+        """What rank 0 wishes; cheap enough for every step, as no device is asked."""
+        ...
+
 
 class Joined:
     """A World of torch.distributed, whose process group this process has joined."""
@@ -81,6 +85,11 @@ class Joined:
         words = [word]
         dist.broadcast_object_list(words, src=0, group=self.words)
         return words[0]
+
+    def agreed(self, wish: bool) -> bool:
+        said = torch.tensor([wish])
+        dist.broadcast(said, src=0, group=self.words)
+        return bool(said.item())
 
 
 def _begun(handle: Handle | None) -> Handle:

@@ -178,7 +178,7 @@ class Optimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every state tensor by name: what a checkpoint must hold besides the parameters."""
-        named = {}
+        named: dict[str, Tensor] = {}
         for bank in self.banks:
             named |= named_state(bank.names[0], bank.state)
         return named | named_state(ON_GRADIENT, self.scaling.state)

@@ -297,7 +297,7 @@ class ShardedOptimizer(Optimizer):
 
     def _own(self) -> dict[str, Tensor]:
         """The state of our shares, by the names that the states of the whole banks have."""
-        named = {}
+        named: dict[str, Tensor] = {}
         for bank, part in zip(self.banks, self.parts, strict=True):
             named |= named_state(bank.names[0], part.state)
         return named
@@ -440,9 +440,22 @@ def _handed_on(one: Dealt, world: World) -> list[Handle]:
 class ShardedTrainer(Trainer):
     """A trainer of one rank; all ranks make the same calls.  Rank 0 writes and reads checkpoints, whole ones."""
 
-    def __init__(self, recipe: Recipe, runtime: Runtime, data_folder: Path, world: World):
+    def __init__(
+        self,
+        recipe: Recipe,
+        runtime: Runtime,
+        data_folder: Path,
+        world: World,
+        whole: int = WHOLE,
+    ):
+        """whole: as `shares_of` takes it."""
         self.world = world
+        self.whole = whole
         super().__init__(recipe, runtime, data_folder)
+
+    @property
+    def ranks(self) -> int:
+        return self.world.size
 
     @property
     def _own_rows(self) -> int:
@@ -455,7 +468,9 @@ class ShardedTrainer(Trainer):
         kernels: Collection[str],
         recorder: Recorder | None,
     ) -> Optimizer:
-        return ShardedOptimizer(self.model, recipe, compiled, kernels, recorder, self.world)
+        return ShardedOptimizer(
+            self.model, recipe, compiled, kernels, recorder, self.world, self.whole
+        )
 
     def _training_step(
         self, loss: Loss, recipe: Recipe, recorder: Recorder | None
@@ -482,10 +497,7 @@ class ShardedTrainer(Trainer):
             super().write(folder, tensors, origin)
 
     def agreed(self, wish: bool) -> bool:
-        """What rank 0 wishes; asked where all of them wait for the device anyway."""
-        if self.step % self.runtime.log_every:
-            return False
-        return self.world.told(wish)
+        return self.world.agreed(wish)
 
     def restore(self, folder: Path, warn: Callable[[str], None], logged: bytes = b"") -> None:
         """Rank 0 reads, and hands out what it found tensor by tensor."""

@@ -94,7 +94,7 @@ class TrainingStep:
 
     def _beside(self) -> dict[str, Tensor]:
         """What is not the optimizer's."""
-        state = {}
+        state: dict[str, Tensor] = {}
         for part, values in self.after:
             state |= {f"after/{part.kind}/{name}": value for name, value in values.items()}
         return state | {"window": self.window}

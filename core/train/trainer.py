@@ -58,6 +58,11 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, runtime: Runtime, data_folder: Path):
         self.runtime = settle(runtime, recipe.batches.largest_micro_batch)
+        if self.runtime.ranks != self.ranks:
+            raise UserError(
+                f"runtime.ranks={self.runtime.ranks}, and {self.ranks} take part; "
+                "start them with --gpus-per-run, or with torchrun"
+            )
         self.device = torch.device(self.runtime.device)
         torch.set_num_threads(self.runtime.threads)
         repeat_bits(self.runtime.deterministic)
@@ -80,6 +85,11 @@ class Trainer:
         self.restart(recipe, data_folder)
 
     # -- what ranks do otherwise (sharded.py) ----------------------------------------------------------------------
+    @property
+    def ranks(self) -> int:
+        """That take part."""
+        return 1
+
     def _optimizer(
         self,
         recipe: Recipe,

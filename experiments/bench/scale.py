@@ -237,6 +237,9 @@ class Silenced:
     def told(self, word: T) -> T:
         return self.world.told(word)
 
+    def agreed(self, wish: bool) -> bool:
+        return self.world.agreed(wish)
+
     def _begun(self, message: Callable[..., Handle], *given: Any) -> Handle:
         return Nothing() if self.silent else message(*given)
 
