@@ -32,6 +32,14 @@ class Pruned(Exception):
     """Raised by a log to end a run early: the study has seen enough.  A result, and one that can be taken up again."""
 
 
+class Halted(Exception):
+    """The run was asked to end in time: it is saved at this step, and has no result."""
+
+    def __init__(self, step: int):
+        super().__init__(f"halted at step {step}")
+        self.step = step
+
+
 class Diverged(Exception):
     """The training loss stopped being finite.  The run ends as a record, the grid goes on."""
 

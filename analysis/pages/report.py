@@ -243,8 +243,8 @@ def _warnings(plan: GridPlan, runs: pd.DataFrame, effects: list[Effect]) -> Iter
     yield from _absences(plan, runs)
     yield from _unmeasured(plan, effects)
     yield from _few_seeds(effects)
-    runs = [(row.cell, row.run) for row in plan.rows]
-    yield from notes_on_design(plan.factors, plan.infeasible, runs)
+    named = [(row.cell, row.run) for row in plan.rows]
+    yield from notes_on_design(plan.factors, plan.infeasible, named)
     yield from _noise(effects)
 
 

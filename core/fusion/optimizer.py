@@ -122,11 +122,15 @@ class FusedMove:
         self.scaling = scaling
         self.moves = [_move(bank) for bank in banks]
 
-    def __call__(self, lr: Any, fraction: Any, now: Now) -> Any:
+    def norm(self) -> Any:
+        """Of the gradients as they stand in the banks, 0-D."""
         import torch
 
         norms = [torch.linalg.vector_norm(bank.grad) for bank in self.banks]
-        norm = torch.stack(norms).norm() / fraction
+        return torch.stack(norms).norm()
+
+    def __call__(self, lr: Any, fraction: Any, now: Now) -> Any:
+        norm = self.norm() / fraction
         scale = self.scaling(norm, now) / fraction
         for bank, move in zip(self.banks, self.moves, strict=True):
             move(scale, lr * bank.lr, now)

@@ -26,7 +26,11 @@ class Runtime:
     compile: bool | Literal["blocks"] | None = None
     # record a step as CUDA graphs and replay them; null: on CUDA only
     replay: bool | None = None
-    micro_batch: Whole | None = None  # rows a forward pass; null: the whole batch
+    # rows a forward pass, of all ranks together; null: the whole batch
+    micro_batch: Whole | None = None
+    ranks: Whole = (
+        1  # GPUs (on a CPU processes) that train one run; they divide each micro-batch
+    )
     recompute: Natural = 0  # first blocks that keep no activations
     # the same bits every time on the same GPU; null: on CUDA, and a CPU repeats its bits anyway
     deterministic: bool | None = None
@@ -62,6 +66,12 @@ NO_GPU = (
 )
 
 
+NO_NCCL = (
+    "this build of torch has no NCCL, by which the GPUs of one run add up their gradients; "
+    "install a CUDA build of torch, or drop --gpus-per-run"
+)
+
+
 def settle(runtime: Runtime, rows: int) -> Settled:
     """Replace every `auto` by what this machine has.  rows: the recipe's batch.  Raises UserError."""
     import torch
@@ -94,7 +104,29 @@ def rows_at_once(runtime: Runtime, rows: int) -> int:
             f"runtime.micro_batch={asked} does not divide data.batch={rows}; "
             f"nearest: {min(nearest)}, {max(nearest)}"
         )
+    check_ranks(runtime, asked, rows)
     return asked
+
+
+def check_ranks(runtime: Runtime, micro_batch: int, rows: int) -> None:
+    """Raises UserError where the ranks cannot divide a micro-batch.  rows: the recipe's batch."""
+    ranks = runtime.ranks
+    if ranks > micro_batch:
+        of_batch = (
+            f"runtime.micro_batch={micro_batch}" if micro_batch < rows else f"data.batch={rows}"
+        )
+        raise UserError(
+            f"{ranks} GPUs a run (runtime.ranks) are more than the rows of a micro-batch, "
+            f"{of_batch}; use at most {micro_batch}, each with a row"
+        )
+    if micro_batch % ranks:
+        fit = [n for n in range(1, micro_batch + 1) if micro_batch % n == 0]
+        low = max(n for n in fit if n < ranks)
+        high = min(n for n in fit if n > ranks)
+        raise UserError(
+            f"{ranks} GPUs a run (runtime.ranks) do not divide a micro-batch of {micro_batch} rows "
+            f"(data.batch={rows}); nearest: {low}, {high}"
+        )
 
 
 def repeat_bits(asked: bool) -> None:

@@ -1,6 +1,7 @@
 """Writing files so that a kill, a full disk or a read-only folder leaves nothing half-written."""
 
 import os
+import secrets
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -12,6 +13,10 @@ from ablab.core.errors import UserError
 
 # What decoding a damaged file raises.  One byte that is not UTF-8 is no MsgspecError.
 FLAWS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+# Processes of two hosts may have one number, and write to one folder.
+OURS = secrets.token_hex(4)
 
 
 @contextmanager
@@ -28,7 +33,7 @@ def writing(path: Path):
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path` in one step: a reader sees the old file or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{OURS}.partial")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

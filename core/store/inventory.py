@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ablab.core.errors import UserError
+from ablab.core.store.claim import take_if_dead
 from ablab.core.store.files import writing
 from ablab.core.store.record import Record
 from ablab.core.store.result import DAMAGED, INTERRUPTED
@@ -70,7 +71,14 @@ def _held(record: Record, wanted: Mapping[str, dict[str, list[str]]]) -> Held:
     except UserError:
         return Held(status=DAMAGED, **common)
     if result is None:
-        return Held(status=INTERRUPTED, **common)
+        mark = record.mark()
+        return Held(
+            status=INTERRUPTED,
+            step=mark.step,
+            tokens=mark.tokens,
+            seconds=mark.seconds,
+            **common,
+        )
     return Held(
         status=result.status,
         step=result.step,
@@ -157,19 +165,13 @@ def remove(store: Store, what: Removal) -> None:
 
 
 def _delete_idle(record: Record) -> None:
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(record.folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"run {record.folder.name} is being trained; stop that command first"
-        ) from None
+    claim = take_if_dead(record.claim_path)
+    if claim is None:
+        raise UserError(f"run {record.folder.name} is being trained; stop that command first")
     try:
         _delete(record.folder)
     finally:
-        lock.release()
+        claim.release()
 
 
 def _delete(folder: Path) -> None:

@@ -6,6 +6,7 @@
                   pace.jsonl      {"step", "seconds", "tokens_per_second"}: what depends on the clock
                   held_out.npz    the losses of the last evaluation, token by token (held_out.py)
                   result.json     status and final numbers; written once, in one step, at the end
+                  interrupted.json  where it was saved when it was stopped in time; gone when it goes on
 
 Every file is whole at every instant, or a log whose last line may be torn: a reader may look at any time.  A log that
 lost a line is known: by a checkpoint of its run, by the writer when it saves and ends, by its digest in the result,
@@ -18,6 +19,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -33,22 +35,43 @@ Say = Callable[[str], None]
 Scalars = dict[str, int | float]
 
 
+def unfenced() -> None:
+    """Nobody else writes."""
+
+
 class Damaged(UserError):
     """What is there is not what a run leaves.  A file that cannot be read (rights, a lost disk) is not damaged."""
 
 
-class Record:
-    """One run folder.  run: whose it must be, where the caller knows; a record of another is refused."""
+@dataclass(frozen=True)
+class Mark:
+    """How far a run had come when it was stopped in time."""
 
-    def __init__(self, folder: Path, run: str | None = None):
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # of training
+
+
+class Record:
+    """One run folder.  run: whose it must be, where the caller knows; a record of another is refused.
+
+    fence: asked before every write; it raises where another process holds the run (core/store/claim.py).
+    """
+
+    def __init__(
+        self, folder: Path, run: str | None = None, fence: Callable[[], None] = unfenced
+    ):
         self.folder = folder
         self.run = run
+        self.fence = fence
+        self.claim_path = folder / ".claim"
         self.metrics_path = folder / "metrics.jsonl"
         self.pace_path = folder / "pace.jsonl"
         self.held_out_path = folder / "held_out.npz"
         self.result_path = folder / "result.json"
         self.about_path = folder / "run.json"
         self.recipe_path = folder / "recipe.yaml"
+        self.interrupted_path = folder / "interrupted.json"
         # Path -> what this object wrote there: a file that something else cut or removed is written again.
         self.written: dict[Path, bytearray] = {}
 
@@ -129,6 +152,7 @@ class Record:
 
     def keep(self, held_out: HeldOut) -> str:
         """Write the losses of the last evaluation; their digest, for the result."""
+        self.fence()
         content = encoded(held_out)
         write_atomically(self.held_out_path, content)
         return digest_of(content)
@@ -141,22 +165,39 @@ class Record:
             return 0
 
     def finish(self, result: Result) -> None:
+        self.fence()
         encoded = msgspec.json.encode(result)
         write_atomically(self.result_path, msgspec.json.format(encoded, indent=1))
+
+    # -- how far it came -------------------------------------------------------------------------------------------
+    def interrupted(self, step: int, tokens: int, seconds: float) -> None:
+        """The run was stopped in time, and saved at this step."""
+        self.fence()
+        told = msgspec.json.encode(Mark(step, tokens, seconds))
+        write_atomically(self.interrupted_path, told)
+
+    def mark(self) -> "Mark":
+        """Where it was stopped in time; zeros where it was not, or where nobody knows."""
+        try:
+            return msgspec.json.decode(self.interrupted_path.read_bytes(), type=Mark)
+        except (OSError, *FLAWS):
+            return Mark()
 
     # -- how it began ----------------------------------------------------------------------------------------------
     def begin(self, recipe: str, about: Mapping[str, Any], say: Say = print) -> None:
         """Open the folder for a new or resumed run: recipe.yaml, and run.json with the unix seconds of the first start.
 
-        Only the process that holds the run's lock may call this: what an earlier attempt left behind goes.
+        Only the process that holds the run's claim may call this: what an earlier attempt left behind goes.
         """
+        self.fence()
         first_start = self.about().get("started")
         if not isinstance(first_start, int | float):
             first_start = time.time()
         error = self.folder / "error.txt"
         self._clear_the_places_of_files(error, say)
         partial = self.folder.glob(".*.partial")
-        for old in (self.result_path, self.held_out_path, error, *partial):
+        ends = (self.result_path, self.held_out_path, self.interrupted_path, error)
+        for old in (*ends, *partial):
             old.unlink(missing_ok=True)
         told = {**about, "started": first_start}
         if self.run:
@@ -168,7 +209,7 @@ class Record:
     def _clear_the_places_of_files(self, error: Path, say: Say) -> None:
         """A folder where a file should be, or a file where checkpoints should be, goes aside."""
         files = (self.recipe_path, self.about_path, self.metrics_path, self.pace_path)
-        ends = (self.held_out_path, self.result_path, error)
+        ends = (self.held_out_path, self.result_path, self.interrupted_path, error)
         wrong = [path for path in (*files, *ends) if path.is_dir()]
         checkpoints = self.folder / "checkpoints"
         if checkpoints.exists() and not checkpoints.is_dir():
@@ -193,6 +234,7 @@ class Record:
     # -- its logs --------------------------------------------------------------------------------------------------
     def log(self, step: int, scalars: Mapping[str, float], pace: Mapping[str, float]) -> None:
         """Append one line to each log; flushed, so that a reader beside us sees it."""
+        self.fence()
         for path, values in ((self.metrics_path, scalars), (self.pace_path, pace)):
             line = _line({"step": step, **values})
             with writing(path):
@@ -207,6 +249,7 @@ class Record:
 
     def rewind(self, step: int) -> None:
         """Forget every logged line after `step`, a torn last line and damaged ones: the state as of that checkpoint."""
+        self.fence()
         for path in (self.metrics_path, self.pace_path):
             kept = _until(step, _content(path))
             if path.exists() and kept != _content(path):
@@ -215,6 +258,7 @@ class Record:
 
     def sync(self, say: Say) -> bytes:
         """Bring what was written to the disk, and what something else cut or removed back; what metrics.jsonl holds."""
+        self.fence()
         for path, content in self.written.items():
             if _content(path) != content:
                 say(f"{path} was changed while the run went on; written again")

@@ -48,6 +48,8 @@ class Result:
     error: str = ""
     code: str = ""  # fingerprint of the code that ran
     runtime: dict[str, Any] = field(default_factory=dict)
+    # [first step, ranks] of each part of a run that went on with another number of ranks
+    segments: list[list[int]] = field(default_factory=list)
     weights: str = ""  # digest of the final weights' bits, as trained
     # digest of the weights that were evaluated, where these are others: an average of them
     evaluated: str = ""

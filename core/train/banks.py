@@ -4,7 +4,7 @@ Parameters and gradients are views into their bank, so a step stacks nothing; th
 tensors (hyper-parameters too): kernels (core/fusion/optimizer.py), or compiled once, or run eagerly.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -73,10 +73,13 @@ class Optimizer:
         self.device = next(model.parameters()).device
         self.newton_schulz = _symmetric() if "newton_schulz" in kernels else newton_schulz
         self.banks = [self._bank(members, recipe) for members in _grouped(model)]
+        self.moved = self._moved()
+        for bank in self.moved:
+            bank.state = {part.kind: part.state(bank.weight, bank) for part in bank.transforms}
         self.scaling = GradientScale(recipe.optim, self.device)
         self.periodic = [
             (bank, part)
-            for bank in self.banks
+            for bank in self.moved
             for part in bank.transforms
             if part.refresh_every
         ]
@@ -109,14 +112,16 @@ class Optimizer:
         for i, (_, value) in enumerate(members):
             value.data = bank.weight[i]
             value.grad = bank.grad[i]
-        bank.state = {part.kind: part.state(weight, bank) for part in bank.transforms}
         return bank
+
+    def _moved(self) -> list[Bank]:
+        """What this process moves, and has the state of: all banks.  Ranks have a share each (sharded.py)."""
+        return self.banks
 
     def _move(self, compiled: bool, kernels: Collection[str]) -> Move:
         if "optimizer" in kernels:
             return FusedMove(self.banks, self.scaling)
-        move = ChainMove(self.banks, self.scaling)
-        return torch.compile(move.__call__, dynamic=False) if compiled else move
+        return chain_move(self.banks, self.scaling, compiled)
 
     def fits(self, recipe: Recipe) -> bool:
         """Whether `restart` can take the recipe, whose structure is ours: members of its banks agree where ours do."""
@@ -140,6 +145,7 @@ class Optimizer:
             bank.lr.copy_(per_member(rates.lr, bank.weight))
             bank.decay.copy_(per_member(rates.decay, bank.weight))
             bank.grad.zero_()
+        for bank in self.moved:
             for part in bank.transforms:
                 for name, value in part.state(bank.weight, bank).items():
                     bank.state[part.kind][name].copy_(value)
@@ -172,14 +178,18 @@ class Optimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every state tensor by name: what a checkpoint must hold besides the parameters."""
-        states = {bank.names[0]: bank.state for bank in self.banks}
-        states["on_gradient"] = self.scaling.state
-        return {
-            f"{owner}/{kind}/{name}": value
-            for owner, state in states.items()
-            for kind, tensors in state.items()
-            for name, value in tensors.items()
-        }
+        named: dict[str, Tensor] = {}
+        for bank in self.banks:
+            named |= named_state(bank.names[0], bank.state)
+        return named | named_state(ON_GRADIENT, self.scaling.state)
+
+    def like(self) -> dict[str, Tensor]:
+        """Tensors of the shapes and types of `tensors`, without values."""
+        return {name: value.to("meta") for name, value in self.tensors().items()}
+
+    def put(self, saved: Mapping[str, Tensor]) -> None:
+        """Take over those of `tensors` that are given, by name."""
+        put(self.tensors(), saved)
 
     @property
     def replayed(self) -> list[OnDevice]:
@@ -197,16 +207,26 @@ class Numbered:
         return self.move(lr, fraction, Now(*now))
 
 
+class Scaling(Protocol):
+    """norm of the mean gradient, 0-D -> what every gradient is multiplied by, 0-D."""
+
+    def __call__(self, norm: Tensor, now: Now) -> Tensor: ...
+
+
 class ChainMove:
     """Moves every bank by its chain:  w <- w - lr * chain(scale * gradient)."""
 
-    def __init__(self, banks: Sequence[Bank], scaling: "GradientScale"):
+    def __init__(self, banks: Sequence[Bank], scaling: Scaling):
         self.banks = banks
         self.scaling = scaling
 
-    def __call__(self, lr: Tensor, fraction: Tensor, now: Now) -> Tensor:
+    def norm(self) -> Tensor:
+        """Of the gradients as they stand in the banks, 0-D."""
         squares = torch.stack([bank.grad.square().sum() for bank in self.banks])
-        norm = squares.sum().sqrt() / fraction
+        return squares.sum().sqrt()
+
+    def __call__(self, lr: Tensor, fraction: Tensor, now: Now) -> Tensor:
+        norm = self.norm() / fraction
         scale = self.scaling(norm, now) / fraction
         for bank in self.banks:
             update = bank.grad * scale
@@ -218,6 +238,11 @@ class ChainMove:
             bank.weight.sub_(update * (lr * bank.lr))
             bank.grad.zero_()
         return norm
+
+
+def chain_move(banks: Sequence[Bank], scaling: Scaling, compiled: bool) -> Move:
+    move = ChainMove(banks, scaling)
+    return torch.compile(move.__call__, dynamic=False) if compiled else move
 
 
 class GradientScale:
@@ -257,6 +282,26 @@ class Clip:
 
     def __call__(self, norm: Tensor) -> Tensor:
         return (self.limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+ON_GRADIENT = "on_gradient"  # the owner, by name, of the state of GradientScale
+
+
+def named_state(owner: str, state: State) -> dict[str, Tensor]:
+    """owner: the first member of a bank, or ON_GRADIENT."""
+    return {
+        f"{owner}/{kind}/{name}": value
+        for kind, tensors in state.items()
+        for name, value in tensors.items()
+    }
+
+
+@torch.no_grad()
+def put(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy into `own` what is saved under its names; a name that is not is left as it is."""
+    for name, value in own.items():
+        if name in saved:
+            value.copy_(saved[name])
 
 
 def declared_of(value: nn.Parameter) -> Param:

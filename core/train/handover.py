@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -33,9 +32,7 @@ def keep(trainer: Trainer, folder: Path) -> None:
     """Leave the last state of a run in its folder, in the place of any that stands there."""
     place = state_of(folder)
     shutil.rmtree(place, ignore_errors=True)
-    checkpoint.write(
-        place, trainer.step, trainer.tensors() | _evaluated(trainer), trainer.origin()
-    )
+    trainer.write(place, trainer.tensors() | _evaluated(trainer), trainer.origin())
 
 
 def _evaluated(trainer: Trainer) -> Tensors:
@@ -62,10 +59,11 @@ def take_over(trainer: Trainer, source: Path, warn: Callable[[str], None]) -> No
     }
     weights = {name: saved[path] for path, name in named.items() if path in saved}
     trainer.begin_with(weights)
-    own = trainer.training_step.tensors()
+    own = trainer.training_step.like()
     for branch in asked.takes:
         taken = {name: value for name, value in own.items() if name.startswith(HEADS[branch])}
-        _copy(taken, saved, source)
+        _check(taken, saved, source)
+        trainer.training_step.put({name: saved[name] for name in taken})
 
 
 def _begin_with_weights(trainer: Trainer, digest: str, source: Path) -> None:
@@ -113,8 +111,7 @@ def _unfinished(result: Result | None) -> str:
     return f"ended as {result.status.replace('_', ' ')}; train it again first"
 
 
-@torch.no_grad()
-def _copy(own: Mapping[str, Tensor], saved: Tensors, source: Path) -> None:
+def _check(own: Mapping[str, Tensor], saved: Tensors, source: Path) -> None:
     """Raises UserError where the parent's state is of another shape."""
     for name, value in own.items():
         there = saved.get(name)
@@ -124,4 +121,3 @@ def _copy(own: Mapping[str, Tensor], saved: Tensors, source: Path) -> None:
                 f"{name} {list(value.shape)} cannot be taken over: {source.name} {found}; "
                 "keep its optimizer and averages, or take over weights alone"
             )
-        value.copy_(there)

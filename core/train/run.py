@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ablab.core.errors import Diverged, ParentDiverged, Pruned
+from ablab.core.errors import Diverged, Halted, ParentDiverged, Pruned
 from ablab.core.fusion.places import places
 from ablab.core.language.written import dump
 from ablab.core.model.cost import cost_of
@@ -29,10 +29,16 @@ QUIET = 0.9  # of a core: with less, something else ran there
 # Whoever watches a run is told (step, scalars, seconds of training); it may raise Pruned.
 Log = Callable[[int, Mapping[str, float], float], None]
 Warn = Callable[[str], None]
+Halts = Callable[[], bool]  # asked after every step whether the run is to be saved and left
 
 
 def watched_by_nobody(step: int, scalars: Mapping[str, float], seconds: float) -> None:
     """The log of a run that only its record keeps."""
+
+
+def never() -> bool:
+    """The run goes on to its end."""
+    return False
 
 
 def run(
@@ -46,6 +52,7 @@ def run(
     warm: Warm | None = None,
     turn: AbstractContextManager = nullcontext(),
     parent: Path | None = None,
+    halts: Halts = never,
 ) -> Result:
     """Train to the end, from the last checkpoint if there is one, and leave a result.
 
@@ -53,7 +60,7 @@ def run(
     about: what run.json should say besides runtime and versions.  warm: shared by the runs of one process.
     turn: held from the first step to the last; whoever shares the device waits for it.
     parent: folder of what the recipe's `init` begins with; None: the run folder beside ours that it names.
-    Raises UserError for data that does not fit the recipe and for a folder that cannot be written.
+    Raises UserError for data that does not fit the recipe and for a folder that cannot be written; Halted.
     """
     settled = settle(runtime, recipe.batches.largest_micro_batch)
     service = places(recipe, settled)
@@ -77,7 +84,7 @@ def run(
             handover.take_over(trainer, source, warn)
         record.rewind(trainer.step)
         with turn:
-            metrics = Loop(trainer, record, log, warn).train()
+            metrics = Loop(trainer, record, log, warn, halts).train()
     except (Diverged, ParentDiverged) as end:
         status, error = DIVERGED, str(end)
     except Pruned:
@@ -107,11 +114,14 @@ def run(
 class Loop:
     """Train, log, evaluate and save until the last step."""
 
-    def __init__(self, trainer: Trainer, record: Record, log: Log, warn: Warn):
+    def __init__(
+        self, trainer: Trainer, record: Record, log: Log, warn: Warn, halts: Halts = never
+    ):
         self.trainer = trainer
         self.record = record
         self.log = log
         self.warn = warn
+        self.halts = halts
         self.recipe = trainer.recipe
         self.runtime = trainer.runtime
         self.steps = self.recipe.steps
@@ -119,18 +129,21 @@ class Loop:
         self.evaluations = {math.ceil(self.steps * (i + 1) / count) for i in range(count)}
         self.last_good = math.log(self.recipe.data.vocab)  # of a uniform guess, nats/token
         self.saved = time.perf_counter()
+        self.saved_step = trainer.step
 
     def train(self) -> dict[str, float]:
-        """Returns the last metrics.  Raises Diverged."""
+        """Returns the last metrics.  Raises Diverged, Halted."""
         trainer = self.trainer
         scalars: dict[str, float] = {}
         while trainer.step < self.steps:
+            if trainer.agreed(self.halts()):
+                self._halt()
             norm = trainer.advance()
             t = trainer.step
             trainer.watch.step(norm, self._tokens_of(t))
             if self._ends_a_window(t) or t in self.evaluations:
                 scalars = self._report(t, norm)
-            if t < self.steps and self._must_save():
+            if t < self.steps and self._is_due() and self._is_sound():
                 self._save()
         return {name: value for name, value in scalars.items() if name != "tokens"}
 
@@ -173,9 +186,22 @@ class Loop:
     def _tokens_of(self, t: int) -> int:
         return self.recipe.tokens_after(t) - self.recipe.tokens_after(t - 1)
 
-    def _must_save(self) -> bool:
+    def _halt(self) -> None:
+        """Save, say so in the folder, and leave.  What was broken by its last steps goes back to an older state."""
+        step = self.trainer.step
+        if step != self.saved_step and self._is_sound():
+            self._save()
+        self.record.interrupted(
+            step, self.recipe.tokens_after(step), self.trainer.watch.seconds
+        )
+        raise Halted(step)
+
+    def _is_due(self) -> bool:
         due = time.perf_counter() - self.saved >= self.runtime.save_seconds
-        return due and bool(self.trainer.training_step.window.isfinite().all())
+        return self.trainer.agreed(due)
+
+    def _is_sound(self) -> bool:
+        return bool(self.trainer.training_step.window.isfinite().all())
 
     def _save(self) -> None:
         self.trainer.watch.stop()
@@ -183,6 +209,7 @@ class Loop:
         self.trainer.save(self.record.folder / "checkpoints", logged)
         self.trainer.watch.go_on()
         self.saved = time.perf_counter()
+        self.saved_step = self.trainer.step
 
 
 def size_of(recipe: Recipe) -> dict[str, int]:
@@ -225,6 +252,7 @@ def _result(
         seconds=trainer.watch.seconds,
         tokens_per_second=trainer.watch.rate,
         peak_bytes=trainer.peak_memory(),
+        segments=trainer.segments if len(trainer.segments) > 1 else [],
         weights=trainer.digest() if status == FINISHED else "",
         evaluated=_evaluated(trainer) if status == FINISHED else "",
     )
@@ -247,10 +275,11 @@ def _contended(trainer: Trainer, at_once: int) -> str:
 def _memory_advice(recipe: Recipe, settled: Settled) -> str:
     batch, rows = recipe.data.batch, settled.micro_batch
     whole = recipe.batches.largest_micro_batch
-    smaller = [n for n in range(1, rows // 2 + 1) if whole % n == 0]
+    ranks = settled.ranks
+    smaller = [n for n in range(ranks, rows // 2 + 1, ranks) if whole % n == 0]
     return (
         f"out of memory: {_memory_in_use()} at data.batch={batch} in micro-batches of {rows}; "
-        f"try runtime.micro_batch={max(smaller, default=1)}"
+        f"try runtime.micro_batch={max(smaller, default=ranks)}"
     )
 
 

@@ -1,13 +1,13 @@
 """One training step: micro-batches -> backward -> optimizer -> after_step."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from ablab.core.recipe.recipe import Recipe
 from ablab.core.runtime.replay import OnDevice, Recorder, on_device
-from ablab.core.train.banks import Optimizer
+from ablab.core.train.banks import Optimizer, put
 
 # rows of tokens, int [B,T+1] -> (nats to descend, nats to report), both summed over tokens
 Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -74,7 +74,27 @@ class TrainingStep:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything besides the parameters that a resumed run needs, by name."""
-        state = {f"optimizer/{name}": value for name, value in self.optimizer.tensors().items()}
+        return _of_optimizer(self.optimizer.tensors()) | self._beside()
+
+    def like(self) -> dict[str, Tensor]:
+        """Tensors of the shapes and types of `tensors`, without values."""
+        beside = {name: value.to("meta") for name, value in self._beside().items()}
+        return _of_optimizer(self.optimizer.like()) | beside
+
+    def put(self, saved: Mapping[str, Tensor]) -> None:
+        """Take over those of `tensors` that are given, by name."""
+        self.optimizer.put(
+            {
+                name.removeprefix(OPTIMIZER): value
+                for name, value in saved.items()
+                if name.startswith(OPTIMIZER)
+            }
+        )
+        put(self._beside(), saved)
+
+    def _beside(self) -> dict[str, Tensor]:
+        """What is not the optimizer's."""
+        state: dict[str, Tensor] = {}
         for part, values in self.after:
             state |= {f"after/{part.kind}/{name}": value for name, value in values.items()}
         return state | {"window": self.window}
@@ -84,3 +104,10 @@ class TrainingStep:
         """What is recorded, or could be: empty on a CPU."""
         own = [self.descend] if isinstance(self.descend, OnDevice) else []
         return own + self.optimizer.replayed
+
+
+OPTIMIZER = "optimizer/"  # the head of its names
+
+
+def _of_optimizer(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{OPTIMIZER}{name}": value for name, value in named.items()}

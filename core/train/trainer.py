@@ -3,9 +3,9 @@
 import gc
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,23 +21,24 @@ from ablab.core.model.transformer import Transformer
 from ablab.core.recipe.recipe import Recipe, run_id, structure
 from ablab.core.runtime.compilation import compile_kernels, compiled
 from ablab.core.runtime.fingerprint import code_fingerprint
-from ablab.core.runtime.replay import CudaGraphs, use_recordable_stream
+from ablab.core.runtime.replay import CudaGraphs, Recorder, use_recordable_stream
 from ablab.core.runtime.runtime import Runtime, environment, repeat_bits, settle
 from ablab.core.store.held_out import HeldOut
 from ablab.core.store.record import extent, holds
 from ablab.core.train import checkpoint
-from ablab.core.train.banks import Optimizer
+from ablab.core.train.banks import Optimizer, put
 from ablab.core.train.checkpoint import Origin
-from ablab.core.train.evaluate import held_out_loss
-from ablab.core.train.step import TrainingStep
+from ablab.core.train.evaluate import Measured, held_out_loss
+from ablab.core.train.step import Loss, TrainingStep
 from ablab.core.train.stopwatch import Stopwatch
 
 # cuBLAS repeats its bits only with a fixed workspace, and reads this once.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# Settings that say what is looked at and kept; `kernels` stands in an origin by what came of it.
+# Settings that a run may go on without: what is looked at and kept; `kernels` stands in an origin by what came of it.
 BITS_STAY = (
     "kernels",
+    "ranks",  # a run may go on with others: `Trainer.segments`
     "turns",
     "log_every",
     "evaluations",
@@ -57,6 +58,11 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, runtime: Runtime, data_folder: Path):
         self.runtime = settle(runtime, recipe.batches.largest_micro_batch)
+        if self.runtime.ranks != self.ranks:
+            raise UserError(
+                f"runtime.ranks={self.runtime.ranks}, and {self.ranks} take part; "
+                "start them with --gpus-per-run, or with torchrun"
+            )
         self.device = torch.device(self.runtime.device)
         torch.set_num_threads(self.runtime.threads)
         repeat_bits(self.runtime.deterministic)
@@ -69,16 +75,49 @@ class Trainer:
         model = Transformer(recipe, dtype, self.runtime.recompute, plan)
         self.model = model.to(self.device)
         how = self.runtime.compile
-        self.optimizer = Optimizer(self.model, recipe, bool(how), kernels, recorder)
+        self.optimizer = self._optimizer(recipe, bool(how), kernels, recorder)
         heads = heads_of(self.model)
         compile_kernels(
             self.model, heads, self.optimizer.rehearse, kernels, recipe.data.context, how
         )
         loss, self.nats = compiled(self.model, heads, how)
-        self.training_step = TrainingStep(
-            loss, self.optimizer, recipe, recipe.tokens_per_step, recorder
-        )
+        self.training_step = self._training_step(loss, recipe, recorder)
         self.restart(recipe, data_folder)
+
+    # -- what ranks do otherwise (sharded.py) ----------------------------------------------------------------------
+    @property
+    def ranks(self) -> int:
+        """That take part."""
+        return 1
+
+    def _optimizer(
+        self,
+        recipe: Recipe,
+        compiled: bool,
+        kernels: Collection[str],
+        recorder: Recorder | None,
+    ) -> Optimizer:
+        return Optimizer(self.model, recipe, compiled, kernels, recorder)
+
+    def _training_step(
+        self, loss: Loss, recipe: Recipe, recorder: Recorder | None
+    ) -> TrainingStep:
+        return TrainingStep(loss, self.optimizer, recipe, recipe.tokens_per_step, recorder)
+
+    def _rows(self, step: int, first: int) -> Tensor:
+        """Of the micro-batch that begins with window `first` of a step: all of them."""
+        return self.tokens.rows(step, first, self.runtime.micro_batch)
+
+    def _measured(self) -> Measured:
+        return held_out_loss(self.nats, self.tokens, self.runtime.micro_batch, self.device)
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor], origin: Origin) -> None:
+        """A checkpoint of this step."""
+        checkpoint.write(folder, self.step, dict(tensors), origin)
+
+    def agreed(self, wish: bool) -> bool:
+        """Whether what this process wishes, by its clock or a word from outside, is done after this step."""
+        return wish
 
     def _records(self) -> bool:
         return self.runtime.replay and self.device.type == "cuda"
@@ -88,6 +127,8 @@ class Trainer:
         self.recipe = recipe
         self.tokens = Tokens(recipe, data_folder)
         self.step = 0
+        # By how many ranks which steps were taken: [first step, ranks] of each part.
+        self.segments = [[0, self.runtime.ranks]]
         # Of the held-out tokens, float16 [rows,T], as the last evaluation found them.
         self.losses: Tensor | None = None
         self.watch = Stopwatch()
@@ -99,7 +140,7 @@ class Trainer:
 
     def rehearse(self) -> None:
         """Compile what a step and an evaluation run, then start over; nothing else stays of it."""
-        rows = self.tokens.rows(0, 0, self.runtime.micro_batch)
+        rows = self._rows(0, 0)
         # The evaluation first: a recorded step holds memory.
         with torch.no_grad():
             self.nats(rows.to(self.device))
@@ -115,9 +156,8 @@ class Trainer:
         return self.training_step.take(self.step, blocks, windows * self.recipe.data.context)
 
     def _micro_batches(self, step: int, windows: int) -> Iterator[Tensor]:
-        count = self.runtime.micro_batch
-        for first in range(0, windows, count):
-            yield self.tokens.rows(step, first, count)
+        for first in range(0, windows, self.runtime.micro_batch):
+            yield self._rows(step, first)
 
     def peak_memory(self) -> int:
         """Bytes on the GPU; 0 without one."""
@@ -150,8 +190,7 @@ class Trainer:
         return self._held_out_loss()
 
     def _held_out_loss(self) -> dict[str, float]:
-        rows = self.runtime.micro_batch
-        measured = held_out_loss(self.nats, self.tokens, rows, self.device)
+        measured = self._measured()
         self.losses = measured.nats
         return measured.scores
 
@@ -203,21 +242,46 @@ class Trainer:
         weights = {f"model/{name}": value for name, value in self.model.named_parameters()}
         return weights | self.training_step.tensors()
 
+    def like(self) -> dict[str, Tensor]:
+        """Tensors of the shapes and types of `tensors`, without values."""
+        weights = {
+            f"model/{name}": value.detach().to("meta")
+            for name, value in self.model.named_parameters()
+        }
+        return weights | self.training_step.like()
+
+    def put(self, saved: Mapping[str, Tensor]) -> None:
+        """Take over those of `tensors` that are given, by name."""
+        weights = {f"model/{name}": value for name, value in self.model.named_parameters()}
+        put(weights, saved)
+        self.training_step.put(saved)
+
     def save(self, folder: Path, logged: bytes = b"") -> None:
         """logged: what metrics.jsonl holds now."""
-        watch = torch.tensor([self.watch.seconds, self.watch.tokens], dtype=torch.float64)
-        tensors = self.tensors() | {"watch": watch}
-        checkpoint.write(folder, self.step, tensors, self.origin(extent(logged)))
+        self.write(folder, self.tensors() | self._beside(), self.origin(extent(logged)))
 
-    @torch.no_grad()
+    def _beside(self) -> dict[str, Tensor]:
+        """What a checkpoint says of the run besides its state."""
+        watch = torch.tensor([self.watch.seconds, self.watch.tokens], dtype=torch.float64)
+        return {"watch": watch, "segments": torch.tensor(self.segments)}
+
     def restore(self, folder: Path, warn: Callable[[str], None], logged: bytes = b"") -> None:
         """Continue from the newest checkpoint of this very run and of its log, if there is one."""
-        refusal = partial(self._refusal, logged)
-        if found := checkpoint.newest(folder, warn, refusal):
-            self.step, saved = found
-            self.watch = Stopwatch(*saved["watch"].tolist())
-            for name, value in self.tensors().items():
-                value.copy_(saved[name])
+        if found := self._newest(folder, warn, logged):
+            step, saved = found
+            self._go_on(step, saved)
+            self.put(saved)
+
+    def _newest(
+        self, folder: Path, warn: Callable[[str], None], logged: bytes
+    ) -> tuple[int, checkpoint.Tensors] | None:
+        return checkpoint.newest(folder, warn, partial(self._refusal, logged))
+
+    def _go_on(self, step: int, beside: Mapping[str, Tensor]) -> None:
+        """beside: what `_beside` said when the checkpoint was written."""
+        self.step = step
+        self.watch = Stopwatch(*beside["watch"].tolist())
+        self.segments = continued(beside["segments"].tolist(), step, self.runtime.ranks)
 
     def begin_with(self, weights: Mapping[str, Tensor]) -> None:
         """Step 0 with these weights, by name, in the place of those of the seed.
@@ -250,12 +314,18 @@ class Trainer:
 
     def _refusal(self, logged: bytes, origin: Origin, saved: dict[str, Tensor]) -> str:
         """Why a checkpoint is not this run's; empty where it is."""
-        if why := origin.differs(self.origin(origin.log)):
+        now = self.origin(origin.log)
+        if "segments" in saved and saved["segments"][-1][1] != self.runtime.ranks:
+            # Other ranks add up in another order; how many rows each takes at once is theirs to say.
+            rows = {"micro_batch": origin.runtime.get("micro_batch")}
+            now = replace(now, runtime=now.runtime | rows)
+        if why := origin.differs(now):
             return why
         if not holds(logged, origin.log):
             return "is later than metrics.jsonl, of which lines are lost or changed"
-        own = self.tensors() | {"watch": torch.empty(2)}
-        return "holds other tensors" if _shapes(own) != _shapes(saved) else ""
+        own = _shapes(self.like() | {"watch": torch.empty(2)})
+        there = {name: shape for name, shape in _shapes(saved).items() if name != "segments"}
+        return "holds other tensors" if own != there else ""
 
     def digest(self) -> str:
         """sha256 of the weights' bits, 16 hex digits."""
@@ -265,18 +335,30 @@ class Trainer:
         return total.hexdigest()[:16]
 
 
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+def continued(segments: list[list[int]], step: int, ranks: int) -> list[list[int]]:
+    """[first step, ranks] of each part of a run that goes on behind `step`."""
+    if segments[-1][1] == ranks:
+        return segments
+    return [*segments, [step, ranks]]
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in tensors.items()}
 
 
 class Warm:
     """Keeps the last trainer, and gives it to the next run of the same structure.
 
-    rehearse: compile before the run begins.
+    rehearse: compile before the run begins.  make: what builds one.
     """
 
-    def __init__(self, rehearse: bool = False) -> None:
+    def __init__(
+        self,
+        rehearse: bool = False,
+        make: Callable[[Recipe, Runtime, Path], Trainer] = Trainer,
+    ) -> None:
         self.rehearse = rehearse
+        self.make = make
         self.key = ""
         self.trainer: Trainer | None = None
 
@@ -288,7 +370,7 @@ class Warm:
             return kept
         del kept
         self._forget()
-        trainer = Trainer(recipe, runtime, data_folder)
+        trainer = self.make(recipe, runtime, data_folder)
         if self.rehearse:
             trainer.rehearse()
         self.key = key

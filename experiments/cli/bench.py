@@ -191,6 +191,28 @@ def grid(
     _write(found, out)
 
 
+@app.command()
+def scale(
+    gpus: Annotated[int, typer.Option(min=2, help="of this host, for one run")] = 2,
+    only: Annotated[str | None, typer.Option(help="a size: 70M or 430M [both]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="of a window (40; on a CPU 3)")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="of each kind; their median counts")] = 2,
+    warm_up: Annotated[
+        int | None, typer.Option(min=0, help="steps before each window (30; on a CPU 2)")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    out: Out = None,
+) -> None:
+    """Tokens/s of one run on one GPU and on several, and the share of their messages; random tokens."""
+    from ablab.experiments.bench.scale import bench_scale, show_scale
+
+    found = bench_scale(gpus, only, steps, windows, warm_up, device)
+    show_scale(found)
+    _write(found, out)
+
+
 def _asked(
     name: str | None, overrides: list[str] | None, plugins: list[Path] | None
 ) -> tuple[str, dict[str, Any]]:

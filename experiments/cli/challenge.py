@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ablab.experiments.cli.asked import folders_of, prepare, store_of
+from ablab.experiments.cli.in_time import ends_in_time
 from ablab.experiments.cli.options import (
     Jobs,
     Json,
@@ -20,6 +21,7 @@ from ablab.experiments.cli.options import (
 from ablab.experiments.track.chosen import tracked
 
 
+@ends_in_time
 def challenge(
     name: Name,
     arm: Annotated[str, typer.Argument(help="as the report names it, such as '- qk_norm'")],

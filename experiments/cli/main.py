@@ -30,13 +30,16 @@ from ablab.experiments.cli import (
     work,
 )
 from ablab.experiments.cli.arms import TakesArms
+from ablab.experiments.run.halting import INTERRUPTED as IN_TIME
 
 INTERRUPTED = 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # refusals of a disk that name no file
 EXITS = (
     "Exit codes: 0 done (a run that diverged is done); 1 runs failed, or ablab broke; "
     "2 the request cannot be met as asked;\n"
-    "130 interrupted (Ctrl-C or SIGTERM).  `--debug` anywhere shows where an error was raised."
+    "75 stopped in time by a signal or --deadline: what ran is saved, the same command goes on; "
+    "130 interrupted.\n"
+    "`--debug` anywhere shows where an error was raised."
 )
 
 app = typer.Typer(
@@ -113,7 +116,7 @@ def main() -> None:
         if debug:
             raise
         code = _explained(fault)
-    if code == INTERRUPTED:  # typer turns Ctrl-C into this number
+    if code in (INTERRUPTED, IN_TIME):  # typer turns Ctrl-C into the first
         print("interrupted; the same command goes on from here", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 

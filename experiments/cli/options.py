@@ -50,4 +50,10 @@ Mlflow = Annotated[
     bool | None,
     typer.Option("--mlflow/--no-mlflow", help="with MLflow or without, whatever --track says"),
 ]
+Deadline = Annotated[
+    str | None,
+    typer.Option(
+        help="such as 9m: begin no run that cannot end in it, save what runs in time, exit with 75"
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")]

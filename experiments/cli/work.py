@@ -15,7 +15,9 @@ from ablab.experiments.cli.asked import (
     prepare,
     store_of,
 )
+from ablab.experiments.cli.in_time import ends_in_time
 from ablab.experiments.cli.options import (
+    Deadline,
     Jobs,
     Json,
     Mlflow,
@@ -41,6 +43,7 @@ STUDY = (
 )
 
 
+@ends_in_time
 def run(
     name: Name,
     overrides: Overrides = None,
@@ -70,6 +73,7 @@ def run(
     ] = None,
     scale: Scale = None,
     jobs: Jobs = None,
+    deadline: Deadline = None,
     track: Track = None,
     mlflow: Mlflow = None,
     run_inert: Annotated[
@@ -211,6 +215,7 @@ def _hours(
     return hours_of(budget)
 
 
+@ends_in_time
 def study(
     name: Name,
     overrides: Overrides = None,
@@ -223,6 +228,7 @@ def study(
         ),
     ] = None,
     jobs: Jobs = None,
+    deadline: Deadline = None,
     track: Track = None,
     mlflow: Mlflow = None,
     quiet: Quiet = False,

@@ -1,5 +1,6 @@
 """How many runs this machine carries at once.  No torch here."""
 
+import math
 import os
 
 from ablab.core.runtime.runtime import Runtime, visible_gpus
@@ -11,6 +12,11 @@ AT_ONCE = 4
 def gpus_for(runtime: Runtime) -> list[str]:
     """The GPUs that its runs may use, as CUDA_VISIBLE_DEVICES names them."""
     return [] if runtime.device == "cpu" else visible_gpus()
+
+
+def on_gpus(runtime: Runtime) -> bool:
+    """Whether its runs are trained on GPUs: of this machine, unless the runtime names a device."""
+    return runtime.device == "cuda" or bool(gpus_for(runtime))
 
 
 def default_jobs(runtime: Runtime) -> int:
@@ -31,6 +37,11 @@ def training_at_once(runtime: Runtime, jobs: int) -> int:
     """Of so many jobs, those that train at one time: jobs that share a GPU may take turns on it."""
     gpus = len(gpus_for(runtime))
     return min(jobs, gpus) if gpus and runtime.turns else jobs
+
+
+def runs_a_device(runtime: Runtime, jobs: int) -> int:
+    """Of so many jobs, those that train on one device at one time; all CPUs of the machine are one."""
+    return math.ceil(training_at_once(runtime, jobs) / max(len(gpus_for(runtime)), 1))
 
 
 def _cores() -> int:

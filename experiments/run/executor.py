@@ -2,16 +2,23 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+from ablab.core.recipe.recipe import Recipe
+from ablab.core.runtime.runtime import Runtime
+from ablab.core.store.store import Store
 from ablab.experiments.run.messages import Job, Message
 
 
 @dataclass(frozen=True)
 class Task:
-    """A job that is made when it is given out: ten thousand of them would fill the memory."""
+    """A job that is made when it is given out: ten thousand of them would fill the memory.
 
-    make: Callable[[], Job]
+    None: it is not to be begun any more, and is dropped.
+    """
+
+    make: Callable[[], Job | None]
     affinity: str = ""  # tasks of one affinity suit one worker: it is warm for the second
 
 
@@ -21,7 +28,7 @@ class Listener(Protocol):
 
 
 class Executor(Protocol):
-    """Local processes (processes.py), or machines elsewhere.
+    """Local processes (processes.py), or machines elsewhere (experiments/launch/).
 
     tests/experiments/run/test_executors.py holds each of them to what is said here.
     """
@@ -29,13 +36,38 @@ class Executor(Protocol):
     def execute(self, tasks: Iterable[Task], heard: Listener) -> None:
         """Execute each task, and those that `heard` returns, until each has been answered.
 
-        `heard` is called in this thread, with every message of a job in the order in which it was said.  A Busy job is
-        given out again after a while.  A run whose worker dies is Done with a failed result, a trace is Untraced.
+        `heard` is called in this thread, with every message of a job in the order in which it was said.  A job that is
+        Busy, or Lost with a machine, is given out again after a while.  A run whose worker dies is Done with a failed
+        result, a trace is Untraced.
         Raises UserError where nothing can be executed.
         """
 
     def stop(self, run: str) -> None:
         """End a run early, at its next log: it is Done with a pruned result."""
 
+    def halt(self) -> None:
+        """Give out nothing more; what trains is saved at its next step and Halted, and then `execute` returns.
+
+        It waits for that halting.GRACE seconds at most, and for no trace.  Called in a signal handler, it only notes
+        the wish.
+        """
+
     def close(self) -> None:
         """Leave nothing running.  What was still at work resumes from its checkpoint when it is asked for again."""
+
+
+class Launcher(Protocol):
+    """Where the runs of a command are executed: on this machine (this_machine.py), or on others."""
+
+    def settled(
+        self, runtime: Runtime, recipes: Iterable[Recipe], plugins: Iterable[str | Path]
+    ) -> Runtime:
+        """The runtime as it is asked of every run.  Raises UserError where nothing can execute it."""
+
+    def carried(self, runtime: Runtime) -> int:
+        """How many runs it carries at a time, where nobody says."""
+
+    def start(
+        self, store: Store, runtime: Runtime, jobs: int | None, plugins: Iterable[str]
+    ) -> Executor:
+        """jobs: at a time; None: as many as it carries."""

@@ -119,6 +119,31 @@ def forecast(
     )
 
 
+@dataclass
+class Pace:
+    """How fast runs of one experiment train here, learned from those that do."""
+
+    runtime: Runtime
+    # run id -> FLOPs done, and the seconds of training that they took
+    seen: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def learn(self, run: PlannedRun, step: int, seconds: float) -> None:
+        """seconds: of training, over all its resumes, up to that step."""
+        if seconds:
+            done = _flops(run.recipe) * step / run.recipe.steps
+            self.seen[run.id] = (done, seconds)
+
+    def seconds(self, run: PlannedRun) -> float | None:
+        """What the whole run will take, with its evaluations and its beginning; None while nothing was measured."""
+        if not self.seen:
+            return None
+        done = sum(flops for flops, _ in self.seen.values())
+        taken = sum(seconds for _, seconds in self.seen.values())
+        work = _flops(run.recipe) + _evaluating(run.recipe, self.runtime)
+        device = "cuda" if gpus_for(self.runtime) else "cpu"
+        return work * taken / done + BEGINNINGS[device].run
+
+
 def _with_stages(runs: list[PlannedRun]) -> list[PlannedRun]:
     """As asked, each after those that it goes on from and that have not been named yet."""
     before = {one.id for run in runs for one in run.before}

@@ -14,13 +14,13 @@ from ablab.core.runtime.fingerprint import code_fingerprint
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
-from ablab.experiments.run.capacity import gpus_for
+from ablab.experiments.run.capacity import on_gpus
 from ablab.experiments.run.traces import Traces
 
 
 def path_of(runtime: Runtime) -> str:
-    """What decides who computes on this machine: `cuda triton bf16`, as asked."""
-    device = "cuda" if gpus_for(runtime) else "cpu"
+    """What decides who computes: `cuda triton bf16`, as asked."""
+    device = "cuda" if on_gpus(runtime) else "cpu"
     return f"{device} {runtime.kernels} {runtime.dtype}"
 
 

@@ -2,10 +2,13 @@
 
 the runner says        TrainJob, TraceJob             a job, to whoever is Ready
                        Stop                           end a run early
+                       Halt                           save the run in hand, and let go of it
 a worker says          Ready                          it may be given a job
     of a TrainJob      Began, Logged, Warned          and it goes on
-                       Done, Found, Busy, Refused     the answer
+                       Done, Found, Busy, Halted,     the answer
+                       Refused
     of a TraceJob      Traced, Untraced, Refused      the answer
+is said of a job       Lost                           its worker's machine is gone
 """
 
 from dataclasses import dataclass, field
@@ -49,8 +52,13 @@ class Stop:
     run: str
 
 
+@dataclass(frozen=True)
+class Halt:
+    """Save the run in hand at its next step, and let go of it.  Of one that holds none it changes nothing."""
+
+
 Job = TrainJob | TraceJob
-Order = Job | Stop
+Order = Job | Stop | Halt
 
 
 # -- what a worker says ------------------------------------------------------------------------------------------------
@@ -96,6 +104,20 @@ class Busy:
 
 
 @dataclass(frozen=True)
+class Halted:
+    """The run is saved at this step and has no result: the next call goes on from there."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The machine of its worker is gone: it is given out again, and resumes from its last checkpoint."""
+
+    why: str
+
+
+@dataclass(frozen=True)
 class Traced:
     digest: str
 
@@ -115,5 +137,5 @@ class Refused:
 
 
 OnTheWay = Began | Logged | Warned
-Answer = Done | Found | Busy | Traced | Untraced | Refused
+Answer = Done | Found | Busy | Lost | Halted | Traced | Untraced | Refused
 Message = OnTheWay | Answer

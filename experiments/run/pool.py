@@ -1,6 +1,5 @@
 """The pool: runs of one experiment become jobs, and what their executor says of them becomes what a person sees."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -10,20 +9,24 @@ from typing import assert_never
 
 from ablab.core.errors import UserError
 from ablab.core.recipe.recipe import Recipe, plain, structure
-from ablab.core.runtime.runtime import NO_GPU, Runtime
+from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.result import DIVERGED, FINISHED, RETRY, Result
 from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
-from ablab.experiments.run.capacity import default_jobs, gpus_for, training_at_once
-from ablab.experiments.run.executor import Executor, Task
+from ablab.experiments.run.capacity import on_gpus, runs_a_device
+from ablab.experiments.run.executor import Executor, Launcher, Task
+from ablab.experiments.run.forecast import Pace
 from ablab.experiments.run.gate import Gate
+from ablab.experiments.run.halting import Interrupted, halted_by_it, is_halted, time_left
 from ablab.experiments.run.messages import (
     Began,
     Busy,
     Done,
     Found,
+    Halted,
     Job,
     Logged,
+    Lost,
     Message,
     Refused,
     Traced,
@@ -32,10 +35,9 @@ from ablab.experiments.run.messages import (
     Untraced,
     Warned,
 )
-from ablab.experiments.run.processes import local_processes
-from ablab.experiments.run.progress import Watcher
-from ablab.experiments.run.service import settle_service
+from ablab.experiments.run.progress import Watcher, duration
 from ablab.experiments.run.succession import Succession, once
+from ablab.experiments.run.this_machine import ThisMachine
 from ablab.experiments.track.trackers import Trackers
 
 Stops = Callable[[PlannedRun, int, dict[str, float]], bool]
@@ -52,6 +54,8 @@ class Outcome:
     failed: list[str] = field(default_factory=list)
     # cell -> the reference from which the liveness check tells it by nothing
     inert: dict[str, str] = field(default_factory=dict)
+    # saved before their ends: the next call goes on
+    halted: list[str] = field(default_factory=list)
 
 
 def never(run: PlannedRun, step: int, scalars: dict[str, float]) -> bool:
@@ -69,26 +73,27 @@ class Pool:
         watcher: Watcher,
         jobs: int | None = None,
         plugins: Iterable[str] = (),
+        launcher: Launcher | None = None,
     ):
+        """launcher: where they run; default: on this machine."""
         self.experiment = experiment
         self.store = store
         self.watcher = watcher
-        asked = experiment.sheet.runtime
+        launcher = launcher or ThisMachine()
         self.before: dict[str, int] = {}  # run id -> the stamp of the result that it had
         self.parents: set[str] = set()  # ids of the runs from which others go on
-        self.jobs = jobs or default_jobs(asked)
-        self.gpus = gpus_for(asked)
-        if asked.device == "cuda" and not self.gpus:
-            raise UserError(NO_GPU)  # a worker would say so too, after seconds
         recipes = [one for chain in experiment.stage_recipes.values() for one in chain]
-        self.runtime = settle_service(asked, recipes, plugins)
+        self.runtime = launcher.settled(experiment.sheet.runtime, recipes, plugins)
+        self.jobs = jobs or launcher.carried(self.runtime)
+        self.on_gpus = on_gpus(self.runtime)
         # Name of the data -> their folder.
         self.data: dict[str, Path] = {}
         for stage in experiment.every_stage:
             folder = data_folder(stage.base, store, watcher.note)
             self.data[stage.base.data.name] = folder
+        self.pace = Pace(self.runtime)
         self.at_once = 1  # runs that train on one device at one time
-        self.executor: Executor = local_processes(self.runtime, self.jobs, plugins)
+        self.executor: Executor = launcher.start(store, self.runtime, jobs, plugins)
         self.trackers: Trackers | None = None
 
     def __enter__(self) -> "Pool":
@@ -112,28 +117,29 @@ class Pool:
 
         A run may be named for each of its cells.
         stops: asked at every log whether the run should end there.  gate: holds runs back until their cells are known
-        to be alive.  Raises UserError where a worker refuses one.
+        to be alive.  Raises UserError where a worker refuses one, Interrupted where they were stopped in time.
         """
         self.before |= {run.id: self.store.run(run.id).stamp() for run in runs}
         self.parents |= {run.recipe.before.run for run in runs}
-        training = min(training_at_once(self.runtime, self.jobs), len({run.id for run in runs}))
-        self.at_once = math.ceil(training / max(len(self.gpus), 1))
+        distinct = len({run.id for run in runs})
+        self.at_once = runs_a_device(self.runtime, min(self.jobs, distinct))
         reception = Reception(self, runs, stops, gate)
-        self.executor.execute(reception.first_tasks(), reception.heard)
+        with halted_by_it(self.executor):
+            self.executor.execute(reception.first_tasks(), reception.heard)
+        reception.check_all_ended()
         return reception.outcome
 
-    def training(self, run: PlannedRun) -> Task:
+    def affinity(self, run: PlannedRun) -> str:
         """On GPUs, runs that share compiled graphs suit one worker: a change of graph costs tens of seconds.
 
         On CPUs all are alike.
         """
-        affinity = structure(run.recipe, self.runtime) if self.gpus else ""
-        return Task(partial(self._train_job, run), affinity)
+        return structure(run.recipe, self.runtime) if self.on_gpus else ""
 
     def tracing(self, run: PlannedRun) -> Task:
-        return Task(partial(self._trace_job, run), "trace" if self.gpus else "")
+        return Task(partial(self._trace_job, run), "trace" if self.on_gpus else "")
 
-    def _train_job(self, run: PlannedRun) -> TrainJob:
+    def train_job(self, run: PlannedRun) -> TrainJob:
         return TrainJob(
             run=run.id,
             recipe=plain(run.recipe),
@@ -148,6 +154,10 @@ class Pool:
                 "at_once": self.at_once,
             },
         )
+
+    def is_begun(self, run: PlannedRun) -> bool:
+        """Whether it was saved on the way, by whoever trained it."""
+        return any((self.store.run(run.id).folder / "checkpoints").glob("step-*"))
 
     def _runtime_of(self, run: PlannedRun) -> Runtime:
         """A run from which others go on leaves its state."""
@@ -170,6 +180,8 @@ class Reception:
         self.gate = gate
         self.outcome = Outcome()
         self.said: set[str] = set()  # what is said once: warnings of a cell, runs waited for
+        # run id -> seconds that it would take, of those that cannot end before the deadline
+        self.too_long: dict[str, float] = {}
 
     def first_tasks(self) -> list[Task]:
         """What may begin at once: the missing traces, and the runs that wait for none and for no other run."""
@@ -183,13 +195,43 @@ class Reception:
         return traces + self._admitted(self.gate.passing())
 
     def _admitted(self, runs: Iterable[PlannedRun]) -> list[Task]:
-        return [self.pool.training(run) for run in self.succession.admit(runs)]
+        return [self._training(run) for run in self.succession.admit(runs)]
+
+    def _training(self, run: PlannedRun) -> Task:
+        return Task(partial(self._job_in_time, run), self.pool.affinity(run))
+
+    def _job_in_time(self, run: PlannedRun) -> TrainJob | None:
+        """None for a run that cannot end before the deadline: it is not begun.  One that was begun goes on."""
+        left = time_left()
+        if left is not None and not self.pool.is_begun(run):
+            needed = self.pool.pace.seconds(run)
+            if needed is not None and needed > left:
+                self.too_long[run.id] = needed
+                return None
+        return self.pool.train_job(run)
+
+    def check_all_ended(self) -> None:
+        """Raises Interrupted where a run was saved before its end, or not begun for lack of time."""
+        if self.too_long:
+            least = min(self.too_long.values())
+            left = max(time_left() or 0.0, 0.0)
+            self.pool.watcher.say(
+                f"--deadline: {len(self.too_long)} runs are not begun: each takes {duration(least)} or more, and "
+                f"{duration(left)} are left; a longer deadline begins them, or none (signals save what runs)"
+            )
+        ended = {*self.outcome.trained, *self.outcome.reused, *self.outcome.failed}
+        left_out = is_halted() and self.runs.keys() - ended
+        if self.outcome.halted or self.too_long or left_out:
+            raise Interrupted
 
     def heard(self, job: Job, message: Message) -> Iterable[Task]:
         """An executor's Listener."""
         match message:
             case Traced(digest):
                 return self._let_through(job.run, digest)
+            case Lost(why) if isinstance(job, TraceJob):
+                self.pool.watcher.say(f"{self._title(job)}: {why}")
+                return ()
             case Untraced(why):
                 unchecked = f"the liveness check failed, so it trains unchecked: {why}"
                 self.pool.watcher.say(f"{self._title(job)}: {unchecked}")
@@ -200,6 +242,11 @@ class Reception:
                 return self._ended(self.runs[job.run], result, self.outcome.trained)
             case Found(result):
                 return self._ended(self.runs[job.run], result, self.outcome.reused)
+            case Halted(step):
+                run = self.runs[job.run]
+                self.outcome.halted.append(run.id)
+                self.pool.watcher.say(f"{_named(run)}: saved at step {step}")
+                return ()
             case _:
                 self._follow(self.runs[job.run], message)
                 return ()
@@ -216,7 +263,7 @@ class Reception:
                 assert self.gate, "only a gate asks for traces"
                 return self.gate.missing[job.run].title
 
-    def _follow(self, run: PlannedRun, message: Began | Logged | Warned | Busy) -> None:
+    def _follow(self, run: PlannedRun, message: Began | Logged | Warned | Busy | Lost) -> None:
         match message:
             case Began():
                 self.pool.watcher.started(run)
@@ -227,11 +274,14 @@ class Reception:
             case Busy():
                 holder = f"another process holds run {run.id}; waiting for it"
                 self._say_once(run.id, f"{_named(run)}: {holder}")
+            case Lost(why):
+                self.pool.watcher.say(f"{_named(run)}: {why}")
             case _:
                 assert_never(message)
 
     def _logged(self, run: PlannedRun, message: Logged) -> None:
         step, scalars = message.step, message.scalars
+        self.pool.pace.learn(run, step, message.seconds)
         self.pool.watcher.logged(run, step, scalars)
         if self.pool.trackers:
             self.pool.trackers.log(run.id, step, scalars, message.seconds)
@@ -240,6 +290,7 @@ class Reception:
 
     def _ended(self, run: PlannedRun, result: Result, among: list[str]) -> list[Task]:
         """among: where the run belongs, unless it is to be tried again.  Returns those that waited for it."""
+        self.pool.pace.learn(run, result.step, result.seconds)
         if result.status in RETRY:
             among = self.outcome.failed
         among.append(run.id)
@@ -247,7 +298,7 @@ class Reception:
         if self.pool.trackers:
             self.pool.trackers.close(run.id)
         if result.status in (FINISHED, DIVERGED):  # of a parent that diverged, each says so
-            return [self.pool.training(one) for one in self.succession.ended(run.id)]
+            return [self._training(one) for one in self.succession.ended(run.id)]
         for one in self.succession.lost(run.id):
             self.pool.watcher.say(
                 f"{_named(one)}: not trained, for {_named(run)}, from which it goes on, "

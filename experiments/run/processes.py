@@ -3,40 +3,34 @@
 import multiprocessing
 import signal
 import time
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from ablab.core.errors import UserError
 from ablab.core.runtime.runtime import Runtime
+from ablab.core.store.claim import Watch, take
 from ablab.core.store.record import Record
 from ablab.core.store.result import FAILED, Result
 from ablab.experiments.run.capacity import gpus_for
-from ablab.experiments.run.executor import Listener, Task
+from ablab.experiments.run.halting import SIGNALS
 from ablab.experiments.run.messages import (
-    Began,
     Busy,
     Done,
     Job,
-    Logged,
     Message,
     Order,
     Ready,
-    Stop,
     TraceJob,
-    TrainJob,
     Untraced,
-    Warned,
 )
 from ablab.experiments.run.turns import Turn
-from ablab.experiments.run.worker import ends_itself, serve
+from ablab.experiments.run.worker import serve
+from ablab.experiments.run.workers import PATIENCE, WorkerHandle, Workers
 
-PATIENCE = 1.0  # seconds before a run that another process holds is asked for again
 SECONDS_TO_TIDY = 3.0  # that an idle worker has between the end of its pipe and its own
 CONTEXT = multiprocessing.get_context("spawn")
 
@@ -55,7 +49,7 @@ def local_processes(runtime: Runtime, jobs: int, plugins: Iterable[str]) -> "Loc
     )
 
 
-class LocalProcesses:
+class LocalProcesses(Workers["WorkerProcess"]):
     """Up to `count` processes, started as work comes: an Executor.
 
     gpus: one of these each, in rotation; empty: all see what we see.  share: likewise, those on which they take turns;
@@ -69,49 +63,18 @@ class LocalProcesses:
         gpus: Sequence[str] = (),
         share: Sequence[str] = (),
     ):
-        self.count = count
+        super().__init__(count)
         self.plugins = list(plugins)
         self.gpus = gpus
         # of this host and this call: nobody else trains for us
         self.turns = [Turn() for _ in share]
-        self.workers: list[WorkerProcess] = []
-
-    def execute(self, tasks: Iterable[Task], heard: Listener) -> None:
-        waiting = Waiting(tasks)
-        wanted = len(self.workers)
-        while waiting or any(worker.job for worker in self.workers):
-            wanted = max(wanted, min(self.count, len(waiting.tasks)))
-            self._start_missing(wanted)
-            self._give_out(waiting)
-            for worker in self._speaking():
-                self._listen(worker, waiting, heard)
-
-    def stop(self, run: str) -> None:
-        for worker in self.workers:
-            if worker.job and worker.job.run == run:
-                worker.tell(Stop(run))
 
     def close(self) -> None:
         """An idle worker sees its pipe close and tidies up behind itself; one at work is ended."""
-        for worker in self.workers:
-            worker.pipe.close()
-            if not worker.is_free:
-                worker.process.terminate()
-        until = time.monotonic() + SECONDS_TO_TIDY
-        for worker in self.workers:
-            worker.process.join(timeout=max(until - time.monotonic(), 0.01))
-            worker.process.kill()
-            worker.process.join(timeout=1)  # at once, but for one that the kernel holds
+        end(self.workers)
         self.workers = []
         for turn in self.turns:
             turn.close()
-
-    # -- the steps of `execute` ------------------------------------------------------------------------------------
-    def _start_missing(self, wanted: int) -> None:
-        taken = {worker.slot for worker in self.workers}
-        for slot in range(wanted):
-            if slot not in taken:
-                self.workers.append(self._start(slot))
 
     def _start(self, slot: int) -> "WorkerProcess":
         environment = {}
@@ -120,85 +83,20 @@ class LocalProcesses:
         turn = self.turns[slot % len(self.turns)] if self.turns else None
         return start_worker(slot, self.plugins, environment, turn)
 
-    def _give_out(self, waiting: "Waiting") -> None:
-        for worker in self.workers:
-            if worker.is_free and waiting.is_due:
-                taken = {one.affinity for one in self.workers}
-                task = waiting.take(worker.affinity, taken)
-                worker.give(task.make(), task.affinity)
-
     def _speaking(self) -> list["WorkerProcess"]:
         """The workers that have said something, or died; waits a little for the first."""
         pipes = wait([worker.pipe for worker in self.workers], timeout=PATIENCE / 2)
         return [worker for worker in self.workers if worker.pipe in pipes]
 
-    def _listen(self, worker: "WorkerProcess", waiting: "Waiting", heard: Listener) -> None:
-        job = worker.job
-        said = worker.hear()
-        if said is None:
-            said = self._bury(worker)
-        if job is None or said is None or isinstance(said, Ready):
-            return
-        if isinstance(said, Busy):
-            waiting.postpone(job, worker.affinity)
-        waiting.tasks.extend(heard(job, said))
-
-    def _bury(self, worker: "WorkerProcess") -> Done | Untraced | None:
-        """A worker died: what it had in hand is a failure, and another will take its place.
-
-        Raises UserError where it died before it was ready.
-        """
-        self.workers.remove(worker)
-        worker.pipe.close()
-        worker.process.join(timeout=10)
-        code = worker.process.exitcode
-        if not worker.was_ready:
-            raise UserError(
-                f"a worker ended with exit code {code} before it was ready; what it said stands above"
-            )
-        cause = (
-            f"the worker died with exit code {code} (-9: killed, often for lack of host memory)"
-        )
-        match worker.job:
-            case TraceJob():
-                return Untraced(cause)
-            case TrainJob() as job:
-                cure = "run again to resume from its last checkpoint"
-                return Done(_lost(job, f"{cause}; {cure}"))
-            case None:  # it died idle, as one does after a crash that may have poisoned it
-                return None
-
-
-def _lost(job: TrainJob, cause: str) -> Result:
-    """The result of a run whose worker died: what it had just written, else a failure."""
-    record = Record(job.folder, job.run)
-    with suppress(UserError):  # half of it is no result
-        written = record.result() if record.stamp() != job.before else None
-        if written:
-            return written
-    result = Result(job.run, FAILED, step=0, tokens=0, error=cause)
-    record.finish(result)
-    return result
+    def _bury(self, worker: "WorkerProcess") -> Done | Busy | Untraced | None:
+        return buried(worker)
 
 
 # -- one of them -------------------------------------------------------------------------------------------------------
 @dataclass(eq=False)
-class WorkerProcess:
-    """One worker, as the runner sees it."""
-
-    slot: int
+class WorkerProcess(WorkerHandle):
     process: BaseProcess
     pipe: Connection
-    was_ready: bool = False
-    is_free: bool = False  # ready, with nothing in hand, and fit for more
-    affinity: str = ""  # of its last job
-    job: Job | None = None  # in hand
-
-    def give(self, job: Job, affinity: str) -> None:
-        self.job = job
-        self.affinity = affinity
-        self.is_free = False
-        self.tell(job)
 
     def tell(self, order: Order) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # dead: `hear` will find out
@@ -210,11 +108,57 @@ class WorkerProcess:
             said: Ready | Message = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             return None
-        if not isinstance(said, Began | Logged | Warned):
-            self.was_ready = True
-            self.job = None
-            self.is_free = not ends_itself(said)
+        self.heard(said)
         return said
+
+
+def buried(worker: WorkerProcess) -> Done | Busy | Untraced | None:
+    """What is to be said of a worker that died: what it had in hand is a failure.
+
+    Raises UserError where it died before it was ready.
+    """
+    worker.pipe.close()
+    worker.process.join(timeout=10)
+    code = worker.process.exitcode
+    if not worker.was_ready:
+        raise UserError(
+            f"a worker ended with exit code {code} before it was ready; what it said stands above"
+        )
+    cause = f"the worker died with exit code {code} (-9: killed, often for lack of host memory)"
+    return failure(worker.job, cause) if worker.job else None
+
+
+def failure(job: Job, cause: str) -> Done | Busy | Untraced:
+    """The answer of a job whose worker is gone: what it had just written, else a failure, unless another goes on."""
+    if isinstance(job, TraceJob):
+        return Untraced(cause)
+    record = Record(job.folder, job.run)
+    with suppress(UserError):  # half of it is no result
+        written = record.result() if record.stamp() != job.before else None
+        if written:
+            return Done(written)
+    cure = "run again to resume from its last checkpoint"
+    claim = take(record.claim_path, Watch())
+    if claim is None:
+        return Busy()
+    result = Result(job.run, FAILED, step=0, tokens=0, error=f"{cause}; {cure}")
+    record.finish(result)
+    claim.release()
+    return Done(result)
+
+
+def end(workers: Iterable[WorkerProcess]) -> None:
+    """Leave none of them running."""
+    ending = [*workers]
+    for worker in ending:
+        worker.pipe.close()
+        if not worker.is_free:
+            worker.process.kill()
+    until = time.monotonic() + SECONDS_TO_TIDY
+    for worker in ending:
+        worker.process.join(timeout=max(until - time.monotonic(), 0.01))
+        worker.process.kill()
+        worker.process.join(timeout=1)  # at once, but for one that the kernel holds
 
 
 def start_worker(
@@ -224,57 +168,21 @@ def start_worker(
     process = CONTEXT.Process(
         target=serve, args=(theirs, plugins, environment, turn), daemon=True
     )
-    with _no_interrupt():
+    with _no_signals():
         process.start()
     theirs.close()
-    return WorkerProcess(slot, process, ours)
+    return WorkerProcess(process, ours, slot=slot)
 
 
 @contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """A process started in here never gets Ctrl-C, not even while it imports; ours comes at the end."""
+def _no_signals() -> Iterator[None]:
+    """A process started in here gets none of SIGNALS, not even while it imports; ours come at the end.
+
+    A terminal and a scheduler send them to all processes, and the runner alone knows what to do.
+    """
     resource_tracker.ensure_running()  # would otherwise be started along, and unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-# -- what they will be given -------------------------------------------------------------------------------------------
-class Waiting:
-    """Tasks in the order in which they came, and jobs that another process held when they were given out."""
-
-    def __init__(self, tasks: Iterable[Task]):
-        self.tasks = deque(tasks)
-        self.postponed: deque[tuple[float, Task]] = deque()  # when it is due, and what
-
-    def __bool__(self) -> bool:
-        return bool(self.tasks or self.postponed)
-
-    @property
-    def is_due(self) -> bool:
-        """Whether there is something to give out now."""
-        if self.tasks or not self.postponed:
-            return bool(self.tasks)
-        due, _ = self.postponed[0]
-        return due < time.monotonic()
-
-    def postpone(self, job: Job, affinity: str) -> None:
-        due = time.monotonic() + PATIENCE
-        self.postponed.append((due, Task(lambda: job, affinity)))
-
-    def take(self, own: str, taken: Collection[str]) -> Task:
-        """Take out the first task of the affinity `own`; else of one that is not `taken`; else the first.
-
-        own: of the worker that asks, warm for it.  taken: of all workers; the others find another affinity.
-        """
-        if not self.tasks:
-            _, task = self.postponed.popleft()
-            return task
-        of_own = (i for i, task in enumerate(self.tasks) if task.affinity == own)
-        of_nobody = (i for i, task in enumerate(self.tasks) if task.affinity not in taken)
-        place = next(chain(of_own, of_nobody), 0)
-        task = self.tasks[place]
-        del self.tasks[place]
-        return task

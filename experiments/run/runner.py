@@ -19,6 +19,7 @@ from ablab.core.store.result import RETRY, Result
 from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.plan.grid_plan import merged_plan
+from ablab.experiments.run.executor import Launcher
 from ablab.experiments.run.gate import Gate
 from ablab.experiments.run.pool import Outcome, Pool
 from ablab.experiments.run.progress import Watcher
@@ -42,16 +43,21 @@ def execute(
     tracked: Tracked = USUAL,
     run_inert: bool = False,
     only: list[PlannedRun] | None = None,
+    launcher: Launcher | None = None,
 ) -> Outcome:
-    """Train what is missing of `runs` (or of `only`); what was done.  Raises UserError, KeyboardInterrupt."""
+    """Train what is missing of `runs` (or of `only`); what was done.  Raises UserError, Interrupted.
+
+    launcher: where; default: on this machine.
+    """
     asked = runs if only is None else only
-    with Pool(experiment, store, watcher, jobs, plugins) as pool:
+    with Pool(experiment, store, watcher, jobs, plugins, launcher) as pool:
         claims, known = needed(asked, lambda id: result_of(store.run(id), watcher.say))
         missing = once(claims)
         check_parents(missing, known, store)
         ended = [run for run in once(asked) if run.id in known]
         for run in ended:
             mend_recipe(store.run(run.id), run.recipe, watcher.say)
+            pool.pace.learn(run, known[run.id].step, known[run.id].seconds)
         done = [run.id for run in ended]
         for line in unheeded(pool.runtime, known).values():
             watcher.say(line)

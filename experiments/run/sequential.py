@@ -43,12 +43,12 @@ class Looked:
     stopped: str = ""
 
 
-def hours_of(text: str) -> float:
+def hours_of(text: str, flag: str = "--budget", example: str = "90m, 4h or 2d") -> float:
     """`90m`, `4h`, `1.5d`.  Raises UserError."""
     said = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(s|m|min|h|d)\s*", text)
     hours = float(said[1]) * HOURS[said[2]] if said else 0.0
     if not hours:
-        raise UserError(f"--budget {text!r:.80} must be a time above 0, such as 90m, 4h or 2d")
+        raise UserError(f"{flag} {text!r:.80} must be a time above 0, such as {example}")
     return hours
 
 

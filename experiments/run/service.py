@@ -22,11 +22,11 @@ def settle_service(
         return runtime
     wanted = [plain(recipe) for recipe in recipes]
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
-        named = apart.submit(_common_of_plain, runtime, wanted, [*map(str, plugins)])
+        named = apart.submit(common_of_plain, runtime, wanted, [*map(str, plugins)])
         return replace(runtime, kernels=named.result())
 
 
-def _common_of_plain(
+def common_of_plain(
     runtime: Runtime, wanted: list[dict[str, Any]], plugins: list[str]
 ) -> tuple[KernelPlace, ...]:
     from ablab.ablations.registry import discover

@@ -9,16 +9,18 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ablab.core.errors import Halted as HaltedRun
 from ablab.core.errors import Pruned, UserError, one_line, said_by, told
 from ablab.core.language.parse import parse
 from ablab.core.recipe.recipe import Recipe, run_id
 from ablab.core.runtime.runtime import Runtime, settle
-from ablab.core.store.files import set_aside, write_atomically, writing
+from ablab.core.store.claim import Claim, Lost, Watch, take
+from ablab.core.store.files import set_aside, write_atomically
 from ablab.core.store.record import Record
 from ablab.core.store.result import FAILED, RETRY, Result
 from ablab.experiments.run.messages import (
@@ -27,6 +29,8 @@ from ablab.experiments.run.messages import (
     Busy,
     Done,
     Found,
+    Halt,
+    Halted,
     Job,
     Logged,
     Message,
@@ -55,7 +59,7 @@ def serve(
 ) -> None:
     """Answer jobs until the pipe closes.  turn: held while a run trains, where workers share a GPU.
 
-    Ctrl-C is the runner's to handle: processes.py keeps it from us.
+    Signals are the runner's to handle: processes.py keeps them from us.
     """
     threading.Thread(target=_end_with_the_runner, daemon=True).start()
     os.environ.update(environment)
@@ -75,7 +79,7 @@ def serve(
     with contextlib.suppress(EOFError, *GONE):  # then so are we
         pipe.send(Ready())
         while order := pipe.recv():
-            if isinstance(order, Stop):  # it came after the end
+            if isinstance(order, Stop | Halt):  # it came after the end
                 continue
             answer = worker.answer(order)
             pipe.send(answer)
@@ -119,6 +123,7 @@ class Worker:
     pipe: Connection  # to the runner
     warm: "Warm"  # keeps the trainer for the next run of the same structure
     turn: AbstractContextManager[Any]  # held while a run trains
+    watch: Watch = field(default_factory=Watch)  # of runs that others hold
 
     def answer(self, job: Job) -> Answer:
         try:
@@ -131,62 +136,72 @@ class Worker:
             return Refused(str(refusal))
 
     def _train(self, job: TrainJob) -> Answer:
-        """Train one run under its lock: no two processes, here or elsewhere, ever train the same one."""
-        from filelock import FileLock, Timeout
-
+        """Train one run under its claim: no two processes, here or elsewhere, ever train the same one."""
         recipe, runtime = _read(job)
-        record = Record(job.folder, job.run)
-        lock = FileLock(job.folder / ".lock")
         _clear_the_place(job.folder, self._warn)
-        with writing(job.folder):
-            job.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                return Busy()
+        claim = take(Record(job.folder).claim_path, self.watch)
+        if claim is None:
+            return Busy()
+        record = Record(job.folder, job.run, fence=claim.beat)
+        try:
+            with claim.beating():
+                return self._under(claim, job, recipe, runtime, record)
+        except Lost:  # we were asleep for so long that another went on: it is asked for again
+            return Busy()
+
+    def _under(
+        self, claim: Claim, job: TrainJob, recipe: Recipe, runtime: Runtime, record: Record
+    ) -> Answer:
+        """Raises Lost, and UserError of a claim that is ours."""
         try:
             if found := _standing(record, job.before, self._warn):
                 return Found(found)
             self.pipe.send(Began())
-            return Done(self._run(job, recipe, runtime, record))
-        finally:
-            lock.release()
+            return self._run(job, recipe, runtime, record)
+        except UserError:
+            claim.beat()
+            raise
 
     def _warn(self, line: str) -> None:
         self.pipe.send(Warned(line))
 
-    def _run(self, job: TrainJob, recipe: Recipe, runtime: Runtime, record: Record) -> Result:
+    def _run(
+        self, job: TrainJob, recipe: Recipe, runtime: Runtime, record: Record
+    ) -> Done | Halted:
         """A crash is a result too: one line in the record, the traceback beside it."""
         from ablab.core.train.run import run
 
+        runner = _Runner(self.pipe, job.run)
         try:
-            return run(
+            result = run(
                 recipe,
                 runtime,
                 job.data,
                 record,
-                log=_PipeLog(self.pipe, job.run),
+                log=runner.log,
+                halts=runner.halts,
                 about=job.about,
                 warn=self._warn,
                 warm=self.warm,
                 turn=self.turn,
                 parent=None if recipe.before.run else job.start,
             )
-        except (UserError, *GONE):
+        except HaltedRun as end:
+            return Halted(end.step)
+        except (UserError, Lost, *GONE):
             raise
         except (Exception, SystemExit) as fault:
+            record.fence()
             result = _crash(job.run, fault, record.folder / "error.txt")
             record.finish(result)
-            return result
+        return Done(result)
 
 
 def _clear_the_place(folder: Path, warn: Callable[[str], None]) -> None:
-    """Set aside a file where the run folder should be, and a folder where its lock should be."""
-    lock = folder / ".lock"
-    wrong = folder if folder.exists() and not folder.is_dir() else lock
-    if wrong.exists() and (wrong is folder or lock.is_dir()):
-        warn(f"{wrong} is damaged (a folder for a file, or the reverse); set aside")
-        set_aside(wrong)
+    """Set aside a file where the run folder should be."""
+    if folder.exists() and not folder.is_dir():
+        warn(f"{folder} is damaged (a folder for a file, or the reverse); set aside")
+        set_aside(folder)
 
 
 def _read(job: Job) -> tuple[Recipe, Runtime]:
@@ -253,15 +268,28 @@ def _origin(fault: BaseException, words: str) -> str:
     return words.format(place) if place else ""
 
 
-@dataclass(frozen=True)
-class _PipeLog:
-    """Sends scalars to the runner, which alone talks to trackers and terminals."""
+@dataclass
+class _Runner:
+    """The runner, as a run that trains sees it: who is told scalars, and says when to stop."""
 
     pipe: Connection
     run: str
+    stop: bool = False
+    halt: bool = False
 
-    def __call__(self, step: int, scalars: Mapping[str, float], seconds: float) -> None:
+    def log(self, step: int, scalars: Mapping[str, float], seconds: float) -> None:
         self.pipe.send(Logged(step, dict(scalars), seconds))
+        self._listen()
+        if self.stop:
+            raise Pruned
+
+    def halts(self) -> bool:
+        """Asked after every step: 10 us."""
+        self._listen()
+        return self.halt
+
+    def _listen(self) -> None:
         while self.pipe.poll():
-            if self.pipe.recv() == Stop(self.run):
-                raise Pruned
+            order = self.pipe.recv()
+            self.stop |= order == Stop(self.run)
+            self.halt |= isinstance(order, Halt)

@@ -21,6 +21,7 @@ OTHER = {
     "compile": True,
     "replay": True,
     "micro_batch": 2,
+    "ranks": 2,
     "recompute": 2,
     "deterministic": True,
     "turns": False,
@@ -187,6 +188,9 @@ def test_threads_are_as_many_as_asked_for(tiny, token_folder):
         assert trainer.runtime.threads == torch.get_num_threads() == count
 
 
+ELSEWHERE = {"device", "threads", "turns", "ranks"}
+
+
 def test_every_field_is_asked():
-    """`turns` is the runner's: tests/experiments/test_runner.py."""
-    assert set(asdict(Runtime())) == set(OTHER) == {*OBSERVED, "device", "threads", "turns"}
+    """`turns` is the runner's: tests/experiments/test_runner.py; `ranks`: tests/core/train/test_sharded.py."""
+    assert set(asdict(Runtime())) == set(OTHER) == ELSEWHERE | set(OBSERVED)

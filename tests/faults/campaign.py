@@ -181,7 +181,7 @@ def _stop_at_the_second_run() -> None:
         return real(self)
 
     trainer.Trainer.advance = advance
-    run.Loop._must_save = lambda self: self.trainer.step % 3 == 0
+    run.Loop._is_due = lambda self: self.trainer.step % 3 == 0
 
 
 def main() -> int:

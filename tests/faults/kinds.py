@@ -111,8 +111,9 @@ def check(ended, *codes: int) -> None:
 
 
 kind(28, name="runner killed")(signalled(signal.SIGKILL, (-signal.SIGKILL,)))
-kind(16, name="runner terminated")(signalled(signal.SIGTERM, (130, -signal.SIGTERM)))
-kind(16, name="Ctrl-C")(signalled(signal.SIGINT, (130,)))
+kind(16, name="runner terminated")(signalled(signal.SIGTERM, (75, -signal.SIGTERM)))
+kind(16, name="Ctrl-C")(signalled(signal.SIGINT, (75, 130)))
+kind(8, name="a SLURM warning")(signalled(signal.SIGUSR1, (75, -signal.SIGUSR1)))
 kind(6, name="runner of two jobs killed", scene="two")(
     signalled(signal.SIGKILL, (-signal.SIGKILL,))
 )
@@ -123,7 +124,7 @@ kind(6, name="killed, started anew", scene="grid")(
     signalled(signal.SIGKILL, (-signal.SIGKILL,), anew=True)
 )
 kind(6, name="Ctrl-C, started anew", scene="grid")(
-    signalled(signal.SIGINT, (130, -signal.SIGINT), anew=True)
+    signalled(signal.SIGINT, (75, 130, -signal.SIGINT), anew=True)
 )
 kind(10, name="killed while MLflow is shown", scene="shown")(
     signalled(signal.SIGKILL, (-signal.SIGKILL,))
@@ -132,7 +133,7 @@ kind(10, name="study killed", scene="study")(signalled(signal.SIGKILL, (-signal.
 kind(6, name="study on a journal killed", scene="journal")(
     signalled(signal.SIGKILL, (-signal.SIGKILL,))
 )
-kind(4, name="study interrupted", scene="study")(signalled(signal.SIGINT, (130,)))
+kind(4, name="study interrupted", scene="study")(signalled(signal.SIGINT, (75, 130)))
 kind(8, name="tokenizing killed", scene="tokens")(signalled(signal.SIGKILL, (-signal.SIGKILL,)))
 kind(3, name="tokenizing interrupted", scene="tokens")(signalled(signal.SIGINT, (130,)))
 
@@ -143,7 +144,7 @@ def interrupted_twice(case: Case) -> None:
     running.send(signal.SIGINT)
     time.sleep(case.draw.uniform(0, 0.2))
     running.send(signal.SIGINT)
-    check(running.end(), 0, 130, -signal.SIGINT)
+    check(running.end(), 0, 75, 130, -signal.SIGINT)
 
 
 @kind(14, name="all its processes killed")
@@ -287,12 +288,13 @@ RECORDS = {  # what a run leaves, and what a store holds besides
     "result": "runs/*/result.json",
     "metrics": "runs/*/metrics.jsonl",
     "pace": "runs/*/pace.jsonl",
+    "mark": "runs/*/interrupted.json",
     "held out": "runs/*/held_out.npz",
     "checkpoint": "runs/*/checkpoints/step-*",
     "plan": "experiments/*.json",
     "liveness": "liveness.json",
     "verified": "data/tiny/.verified.json",
-    "lock": "runs/*/.lock",
+    "claim": "runs/*/.claim/*",
     "lock of a plan": "experiments/.*.lock",
 }
 OF_TOKENS = {
@@ -319,7 +321,7 @@ def damage(path: Path, case: Case) -> None:
     draw = case.draw
     content = path.read_bytes()
     place = draw.randrange(len(content)) if content else 0
-    foreign = case.other.files(str(Path("**") / path.name)) or [path]
+    foreign = case.other.files(str(Path("**") / path.name)) or case.other.files("**/*.json")
     ways: dict[str, Callable[[], object]] = {
         "cut": lambda: path.write_bytes(content[:place]),
         "emptied": lambda: path.write_bytes(b""),
@@ -628,12 +630,12 @@ def sync_killed(case: Case) -> None:
 # -- locks -------------------------------------------------------------------------------------------------------------
 @kind(6, name="a run held by another process for a while", state="half")
 def held_for_a_while(case: Case) -> None:
-    from filelock import FileLock
+    from ablab.core.store.claim import Watch, take
 
     (folder, *_) = sorted(case.lab.store.glob("runs/*"))
-    lock = FileLock(folder / ".lock")
-    lock.acquire()
+    claim = take(folder / ".claim", Watch())
+    assert claim, "nobody holds it"
     running = case.begin()
     time.sleep(case.draw.uniform(0.1, 1))
-    lock.release()
+    claim.release()
     check(running.end(), 0)

@@ -146,8 +146,11 @@ def _without(inherited: list[Connection], target: Callable, args: Sequence) -> N
     target(*args)
 
 
-def warm_up() -> None:
-    """Import what commands import, and let workers be forked.  No tensor is made: torch's threads do not survive it."""
+def warm_up(mlflow: bool = True) -> None:
+    """Import what commands import, and let workers be forked.  No tensor is made: torch's threads do not survive it.
+
+    mlflow: 4 s, for what is shown there.
+    """
     import matplotlib.pyplot  # noqa: F401
     import optuna  # noqa: F401
     import pandas  # noqa: F401
@@ -160,15 +163,20 @@ def warm_up() -> None:
     from ablab.core.runtime.fingerprint import code_fingerprint
     from ablab.experiments.cli import main  # noqa: F401
     from ablab.experiments.run import processes
-    from ablab.experiments.track.mlflow_home import import_mlflow
 
     discover()
-    import_mlflow()
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
-
+    if mlflow:
+        _import_mlflow()
     code_fingerprint()  # of one state of the code, kept for all
     processes.CONTEXT = Forked()
     gc.freeze()  # a collection in a fork would copy every page of what was imported
+
+
+def _import_mlflow() -> None:
+    from ablab.experiments.track.mlflow_home import import_mlflow
+
+    import_mlflow()
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
 
 def fork(

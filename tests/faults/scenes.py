@@ -74,11 +74,21 @@ OF_THE_CLOCK = (
     "seconds",
     "tokens_per_second",
     "tokens_per_second_ratio",
+    "speed",
     "peak_bytes",
     "provenance",  # when the ledger heard of it
     "sheet",  # where its file lies
 )
-PASSING = (".lock", ".damaged", ".partial", ".verified.json", "-journal", "-wal", "-shm")
+PASSING = (
+    ".lock",
+    ".claim",
+    ".damaged",
+    ".partial",
+    ".verified.json",
+    "-journal",
+    "-wal",
+    "-shm",
+)
 Left = dict[str, Any]  # what is compared -> what it is
 
 

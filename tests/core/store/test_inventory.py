@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from filelock import FileLock
 
 from ablab.core.errors import UserError
 from ablab.core.store import inventory
+from ablab.core.store.claim import Watch, take
 from ablab.core.store.planned import GridPlan, Planned
 from ablab.core.store.result import DAMAGED, FINISHED, INTERRUPTED, Result
 from ablab.core.store.store import Store
@@ -99,10 +99,11 @@ def test_unused_runs_are_those_of_no_experiment(store):
 def test_a_run_that_is_being_trained_stays_whole(store):
     what = inventory.removal(store, ["cccc"])
     before = sorted(store.run(CUT).folder.iterdir())
-    with FileLock(store.run(CUT).folder / ".lock"):
-        with pytest.raises(UserError, match=f"run {CUT} is being trained; stop that command"):
-            inventory.remove(store, what)
-        assert sorted(path for path in before if path.exists()) == before
+    held = take(store.run(CUT).claim_path, Watch())
+    with pytest.raises(UserError, match=f"run {CUT} is being trained; stop that command"):
+        inventory.remove(store, what)
+    assert sorted(path for path in before if path.exists()) == before
+    held.release()
     inventory.remove(store, what)
     assert CUT not in left(store)
 

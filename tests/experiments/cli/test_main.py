@@ -72,7 +72,7 @@ def test_python_m_starts_the_same_command_line_where_ablab_is_not_on_the_path(
 def test_help_says_how_it_ends(ablab):
     ended = ablab("--help")
     assert ended.code == 0
-    for word in ("Exit codes: 0", "1 runs failed", "2 the request", "130", "--debug"):
+    for word in ("Exit codes: 0", "1 runs failed", "2 the request", "75", "130", "--debug"):
         assert word in ended.out
     assert ablab().code == 2
 

@@ -4,15 +4,18 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from ablab.core.recipe.recipe import plain, run_id
 from ablab.core.runtime.runtime import Runtime
+from ablab.core.store.claim import Watch, take
 from ablab.core.store.record import Record
 from ablab.core.store.result import FAILED, FINISHED, PRUNED, Result
+from ablab.core.store.store import Store
 from ablab.experiments.run.executor import Executor, Task
 from ablab.experiments.run.messages import (
     Began,
@@ -35,8 +38,10 @@ CPU = asdict(Runtime(device="cpu", log_every=1, evaluations=1))
 class Local:
     """Processes of this machine."""
 
-    def start(self) -> Executor:
+    def start(self, store: Store) -> Executor:
         return LocalProcesses(1)
+
+    def end(self) -> None: ...
 
     def kill_worker(self, executor) -> None:
         os.kill(executor.workers[0].process.pid, signal.SIGKILL)
@@ -45,7 +50,54 @@ class Local:
         return [worker.process.pid for worker in executor.workers]
 
 
-EXECUTORS = [Local()]
+class OnRay:
+    """A node of a Ray cluster, on this machine."""
+
+    def start(self, store: Store) -> Executor:
+        pytest.importorskip("ray", reason="needs ablab[ray]")
+        from ray.cluster_utils import Cluster
+
+        from ablab.experiments.launch.ray import RayLauncher
+
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 1, "include_dashboard": False},
+        )
+        launcher = RayLauncher(self.cluster.address)
+        runtime = launcher.settled(Runtime(**CPU), [], [])
+        assert launcher.carried(runtime) == 1
+        return launcher.start(store, runtime, None, [])
+
+    def end(self) -> None:
+        self.cluster.shutdown()
+
+    def kill_worker(self, executor) -> None:
+        [worker] = self.worker_ids(executor)
+        os.kill(worker, signal.SIGKILL)
+
+    def worker_ids(self, executor) -> list[int]:
+        """The processes that the actors have started."""
+        return [
+            pid
+            for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+            if "spawn_main" in words_of(pid) and "ray::Host" in words_of(parent_of(pid))
+        ]
+
+
+def words_of(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+def parent_of(pid: int) -> int:
+    with suppress(OSError):
+        _, _, stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+        return int(stat.split()[1])
+    return 0
+
+
+EXECUTORS = [Local(), OnRay()]
 
 
 @pytest.fixture(scope="module", params=EXECUTORS, ids=lambda kind: type(kind).__name__)
@@ -54,11 +106,12 @@ def kind(request):
 
 
 @pytest.fixture(scope="module")
-def executor(kind):
+def executor(kind, tmp_path_factory):
     """One for the file: a worker takes seconds to start."""
-    started = kind.start()
+    started = kind.start(Store(tmp_path_factory.mktemp("store")))
     yield started
     started.close()
+    kind.end()
 
 
 @pytest.fixture
@@ -160,12 +213,11 @@ def test_tasks_are_made_when_they_are_given_and_each_is_answered(executor, job):
 def test_a_run_that_another_process_holds_is_asked_for_again(executor, job):
     wanted = job()
     wanted.folder.mkdir()
-    lock = FileLock(wanted.folder / ".lock")
-    lock.acquire()
+    claim = take(Record(wanted.folder).claim_path, Watch())
 
     def then(message):
         if isinstance(message, Busy):
-            lock.release()
+            claim.release()
 
     listening = execute(executor, wanted, then)
     assert listening.heard[:2] == [Busy(), Began()]

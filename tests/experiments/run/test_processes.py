@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from ablab.experiments.run.executor import Task
-from ablab.experiments.run.processes import CONTEXT, Waiting
+from ablab.experiments.run.processes import CONTEXT
 from ablab.experiments.run.turns import Turn
+from ablab.experiments.run.workers import Waiting
 
 
 def tasks(*names: str, affinity=lambda name: name[0]) -> list[Task]:
@@ -45,7 +46,7 @@ def test_where_all_are_alike_the_first_comes_first():
 def test_a_job_that_another_process_holds_is_due_a_second_later_and_lets_others_pass(
     monkeypatch,
 ):
-    clock = "ablab.experiments.run.processes.time.monotonic"
+    clock = "ablab.experiments.run.workers.time.monotonic"
     now = 100.0
     monkeypatch.setattr(clock, lambda: now)
     waiting = Waiting([])

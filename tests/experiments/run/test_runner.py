@@ -118,7 +118,7 @@ def test_a_run_folder_is_complete_and_holds_no_litter(lab, first):
     logs = {"metrics.jsonl", "pace.jsonl"}
     complete = {"recipe.yaml", "run.json", "held_out.npz", "result.json"} | logs
     for folder in (lab.store / "runs").iterdir():
-        assert {path.name for path in folder.iterdir()} - {".lock"} == complete
+        assert {path.name for path in folder.iterdir()} - {".claim"} == complete
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         assert each("step", map(json.loads, lines)) == [5, 10, 15, 20]
 

@@ -1,0 +1,520 @@
+"""One run on many ranks: each takes its rows of a micro-batch, and moves its share of every bank.
+
+    rows        micro-batch [M, T+1]  ->  rank r of R takes rows  r M/R .. (r+1) M/R - 1
+    gradients   summed over ranks at their owner, piece by piece, while the backward pass goes on
+    norm        of the whole gradient, from each rank's share
+    weights     each rank moves its members of a bank, Newton-Schulz included, and hands them to the others
+
+A bank's members (equal parameters, one behind another) are cut into consecutive shares, one a rank, and so is the
+optimizer's state (ZeRO stage 1: Rajbhandari et al., arXiv:1910.02054).  Weights, gradients and averages of weights are
+whole on every rank.  Losses are sums over tokens, so a sum over ranks weighs every token alike.  Each sum is taken in
+one order on R ranks: R ranks repeat their bits, and differ from those of others by the rounding of sums.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ablab.core.fusion.optimizer import FusedMove
+from ablab.core.parts.transforms import Now
+from ablab.core.recipe.recipe import Recipe
+from ablab.core.runtime.replay import OnDevice, Recorder, on_device
+from ablab.core.runtime.runtime import Runtime
+from ablab.core.runtime.world import Handle, World
+from ablab.core.train import checkpoint
+from ablab.core.train.banks import (
+    ON_GRADIENT,
+    Bank,
+    ChainMove,
+    GradientScale,
+    Move,
+    Optimizer,
+    named_state,
+    put,
+)
+from ablab.core.train.checkpoint import Origin
+from ablab.core.train.evaluate import Measured, scored, spans_measured
+from ablab.core.train.step import Loss, TrainingStep
+from ablab.core.train.trainer import Trainer
+
+WHOLE = (
+    1 << 20
+)  # numbers of a bank below which one rank owns it: more messages would cost more than they share
+PIECE = (
+    32 << 20
+)  # bytes of gradients that go in one message, at least, where a share has as many
+
+Share = range  # of the members of a bank
+
+
+# -- who owns what -----------------------------------------------------------------------------------------------------
+def shares_of(banks: Sequence[Bank], ranks: int, whole: int = WHOLE) -> list[list[Share]]:
+    """For each bank, the members that each rank owns: consecutive, in the order of ranks, about as many numbers each.
+
+    whole: numbers below which one rank owns all of a bank.  One whose state cannot be cut has one owner too.
+    """
+    owned = [0] * ranks  # numbers so far
+    found: dict[int, list[Share]] = {}
+    largest_first = sorted(range(len(banks)), key=lambda i: -banks[i].weight.numel())
+    for i in largest_first:
+        counts = _counts(banks[i], owned, whole)
+        ends = [sum(counts[:rank]) for rank in range(ranks + 1)]
+        found[i] = [range(begin, end) for begin, end in pairwise(ends)]
+        for rank, count in enumerate(counts):
+            owned[rank] += count * banks[i].weight[0].numel()
+    return [found[i] for i in range(len(banks))]
+
+
+def _counts(bank: Bank, owned: Sequence[int], whole: int) -> list[int]:
+    """Members for each rank; those that cannot be dealt evenly go to whoever owns least."""
+    members, ranks = len(bank.names), len(owned)
+    by_load = sorted(range(ranks), key=lambda rank: owned[rank])
+    if bank.weight.numel() < whole or not _can_be_cut(bank):
+        return [members if rank == by_load[0] else 0 for rank in range(ranks)]
+    each, left = divmod(members, ranks)
+    return [each + (rank in by_load[:left]) for rank in range(ranks)]
+
+
+def part_of(bank: Bank, share: Share) -> Bank:
+    """The bank of some members: views of its tensors, without state."""
+    members = slice(share.start, share.stop)
+    return replace(
+        bank,
+        names=bank.names[members],
+        weight=bank.weight[members],
+        grad=bank.grad[members],
+        lr=bank.lr[members] if bank.lr.dim() else bank.lr,
+        decay=bank.decay[members] if bank.decay.dim() else bank.decay,
+        state={},
+    )
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+@dataclass(eq=False)
+class Piece:
+    """Consecutive members of a bank that one rank owns: their gradients go in one message."""
+
+    owner: int
+    grad: Tensor  # [n, ...], a view into the bank
+    names: frozenset[str]
+    place: int  # of its first parameter in the model; the backward pass ends with the lowest
+    missing: set[str] = field(default_factory=set)  # whose gradients have not come yet
+
+
+class Reduction:
+    """Sums the gradients of all ranks at their owners, each piece as soon as the backward pass has filled it.
+
+    Pieces leave in one order on every rank, that of the parameters from the last to the first, whatever the order in
+    which they are filled: so no two ranks ever wait for different messages.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: "ShardedOptimizer", world: World):
+        self.world = world
+        self.pieces = _pieces(model, optimizer)
+        self.under_way: list[Handle] = []
+        self.next = len(self.pieces)  # the piece to leave next; all of them: nobody listens
+        piece_of = {name: piece for piece in self.pieces for name in piece.names}
+        for name, parameter in model.named_parameters():
+            arrived = partial(self._arrived, piece_of[name], name)
+            parameter.register_post_accumulate_grad_hook(arrived)
+
+    def begin(self) -> None:
+        """From here on, gradients that come in are whole once they have come."""
+        for piece in self.pieces:
+            piece.missing = set(piece.names)
+        self.next = 0
+
+    def end(self) -> None:
+        """What has not left yet, parameters without a gradient among it, leaves; what follows sees the sums."""
+        while self.next < len(self.pieces):
+            self._send()
+        for handle in self.under_way:
+            handle.wait()
+        self.under_way.clear()
+
+    def send_all(self) -> None:
+        """All at once, with no backward pass beside them."""
+        self.begin()
+        self.end()
+
+    def _arrived(self, piece: Piece, name: str, parameter: Tensor) -> None:
+        """A hook of autograd: `parameter` has its gradient of this backward pass."""
+        piece.missing.discard(name)
+        while self.next < len(self.pieces) and not self.pieces[self.next].missing:
+            self._send()
+
+    def _send(self) -> None:
+        piece = self.pieces[self.next]
+        self.under_way.append(self.world.reduce(piece.grad, piece.owner))
+        self.next += 1
+
+
+def _pieces(model: nn.Module, optimizer: "ShardedOptimizer") -> list[Piece]:
+    """Those of the last parameters first."""
+    place_of = {name: place for place, (name, _) in enumerate(model.named_parameters())}
+    pieces = []
+    for bank, shares in zip(optimizer.banks, optimizer.shares, strict=True):
+        size = bank.grad[0].numel() * bank.grad.element_size()
+        count = max(-(-PIECE // size), 1)
+        for owner, share in enumerate(shares):
+            for begin in range(share.start, share.stop, count):
+                members = slice(begin, min(begin + count, share.stop))
+                names = frozenset(bank.names[members])
+                place = min(place_of[name] for name in names)
+                pieces.append(Piece(owner, bank.grad[members], names, place))
+    return sorted(pieces, key=lambda piece: -piece.place)
+
+
+class ShardedStep(TrainingStep):
+    """A training step of one rank: the gradients of its last micro-batch are summed while they come."""
+
+    def __init__(
+        self,
+        loss: Loss,
+        optimizer: "ShardedOptimizer",
+        recipe: Recipe,
+        tokens: int,
+        recorder: Recorder | None,
+        reduction: Reduction,
+    ):
+        self.reduction = reduction
+        # of our own rows, since the last step: what all ranks had goes into the window
+        self.nats = torch.zeros((), dtype=torch.float64, device=optimizer.device)
+        super().__init__(loss, optimizer, recipe, tokens, recorder)
+        self.descend_last = on_device(self._descend_last, optimizer.device, recorder)
+
+    def restart(self, recipe: Recipe) -> None:
+        super().restart(recipe)
+        self.nats.zero_()
+
+    def take(self, t: int, blocks: Iterable[Tensor], tokens: int | None = None) -> Tensor:
+        *others, last = blocks
+        for block in others:
+            self.descend(block)
+        self.descend_last(last)
+        return self.move(t, tokens)
+
+    def _descend(self, block: Tensor) -> None:
+        loss, nats = self.loss(block)
+        (loss / self.tokens).backward()
+        self.nats += nats
+
+    def _descend_last(self, block: Tensor) -> None:
+        self.reduction.begin()
+        self._descend(block)
+        read = self.reduction.world.all_reduce(self.nats)
+        self.reduction.end()
+        read.wait()
+        self.window[0] += self.nats
+        self.nats.zero_()
+
+    @property
+    def replayed(self) -> list[OnDevice]:
+        own = [self.descend_last] if isinstance(self.descend_last, OnDevice) else []
+        return own + super().replayed
+
+
+# -- the optimizer -----------------------------------------------------------------------------------------------------
+class ShardedOptimizer(Optimizer):
+    """Banks of which this rank moves its share, and has the state of no more."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        compiled: bool,
+        kernels: Collection[str],
+        recorder: Recorder | None,
+        world: World,
+        whole: int = WHOLE,
+    ):
+        self.world = world
+        self.whole = whole
+        super().__init__(model, recipe, compiled, kernels, recorder)
+
+    def _moved(self) -> list[Bank]:
+        self.shares = shares_of(self.banks, self.world.size, self.whole)
+        self.parts = [
+            part_of(bank, shares[self.world.rank])
+            for bank, shares in zip(self.banks, self.shares, strict=True)
+        ]
+        self.states = {
+            name: StateOf(like, bank, shares)
+            for bank, shares in zip(self.banks, self.shares, strict=True)
+            for name, like in like_of_state(bank).items()
+        }
+        return [part for part in self.parts if part.names]
+
+    def _move(self, compiled: bool, kernels: Collection[str]) -> Move:
+        given = Given(self.device)
+        moves: list[Move | None] = [
+            _move_of(part, given, compiled, kernels) if part.names else None
+            for part in self.parts
+        ]
+        self.dealt = [
+            Dealt(bank, shares, move)
+            for bank, shares, move in zip(self.banks, self.shares, moves, strict=True)
+        ]
+        return ShardedMove(self.world, self.moved, self.dealt, self.scaling, given)
+
+    def hand_on(self) -> None:
+        """Every rank's members of every bank go to all others, as behind their moves."""
+        for handle in [handle for one in self.dealt for handle in _handed_on(one, self.world)]:
+            handle.wait()
+
+    # -- saving: whole states go in and out, whatever the number of ranks ------------------------------------------
+    def tensors(self) -> dict[str, Tensor]:
+        """As on one rank; every rank must call it."""
+        own = self._own()
+        whole = {}
+        for name, state in self.states.items():
+            whole[name] = torch.empty_like(state.like, device=self.device)
+            for owner, there in enumerate(state.dealt(whole[name])):
+                if owner == self.world.rank and there.numel():
+                    there.copy_(own[name])
+                if there.numel():
+                    self.world.broadcast(there, owner).wait()
+        return whole | named_state(ON_GRADIENT, self.scaling.state)
+
+    def like(self) -> dict[str, Tensor]:
+        gradient = named_state(ON_GRADIENT, self.scaling.state)
+        on_gradient = {name: value.to("meta") for name, value in gradient.items()}
+        return {name: state.like for name, state in self.states.items()} | on_gradient
+
+    def put(self, saved: Mapping[str, Tensor]) -> None:
+        own = self._own()
+        rank = self.world.rank
+        mine = {
+            name: self.states[name].dealt(saved[name])[rank] for name in own if name in saved
+        }
+        put(own, mine)
+        put(named_state(ON_GRADIENT, self.scaling.state), saved)
+
+    def _own(self) -> dict[str, Tensor]:
+        """The state of our shares, by the names that the states of the whole banks have."""
+        named: dict[str, Tensor] = {}
+        for bank, part in zip(self.banks, self.parts, strict=True):
+            named |= named_state(bank.names[0], part.state)
+        return named
+
+
+@dataclass(frozen=True)
+class StateOf:
+    """One tensor of the state of a whole bank, and whose its rows are."""
+
+    like: Tensor  # of its shape and type, without values
+    bank: Bank
+    shares: list[Share]
+
+    def dealt(self, whole: Tensor) -> list[Tensor]:
+        """Views of what each rank has of it: the rows of its members, which come one behind another."""
+        return [self._of(share, whole) for share in self.shares]
+
+    def _of(self, share: Share, whole: Tensor) -> Tensor:
+        members = len(self.bank.names)
+        if len(share) == members:
+            return whole
+        if not share:
+            return whole.new_empty(0)
+        rows = whole.shape[0] // members
+        return whole[share.start * rows : share.stop * rows]
+
+
+def like_of_state(bank: Bank) -> dict[str, Tensor]:
+    """The state of a whole bank, by name, without values."""
+    weight = torch.empty_like(bank.weight, device="meta")
+    state = {part.kind: part.state(weight, bank) for part in bank.transforms}
+    return named_state(bank.names[0], state)
+
+
+def _can_be_cut(bank: Bank) -> bool:
+    """Whether every state that it has is of its members, one behind another."""
+    members = len(bank.names)
+    of_members = (
+        like.dim() and like.shape[0] % members == 0 for like in like_of_state(bank).values()
+    )
+    return all(of_members)
+
+
+class Given:
+    """The norm and the scale of all gradients, of which a share of them knows nothing; a Scaling."""
+
+    def __init__(self, device: torch.device):
+        self.norm = torch.zeros((), device=device)
+        self.scale = torch.zeros((), device=device)
+
+    def __call__(self, norm: Tensor, now: Now) -> Tensor:
+        return self.scale
+
+
+class PartChainMove(ChainMove):
+    scaling: Given
+
+    def norm(self) -> Tensor:
+        return self.scaling.norm
+
+
+class PartFusedMove(FusedMove):
+    scaling: Given
+
+    def norm(self) -> Tensor:
+        return self.scaling.norm
+
+
+def _move_of(part: Bank, given: Given, compiled: bool, kernels: Collection[str]) -> Move:
+    if "optimizer" in kernels:
+        return PartFusedMove([part], given)
+    move = PartChainMove([part], given)
+    return torch.compile(move.__call__, dynamic=False) if compiled else move
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """A bank, who owns which of its members, and the move of our own; None where we own none."""
+
+    bank: Bank
+    shares: list[Share]
+    move: Move | None
+
+
+class ShardedMove:
+    """One step of every bank: each rank moves its share, and hands it to the others while it moves the next."""
+
+    def __init__(
+        self,
+        world: World,
+        moved: Sequence[Bank],
+        dealt: Sequence[Dealt],
+        scaling: GradientScale,
+        given: Given,
+    ):
+        self.world = world
+        self.moved = moved
+        self.dealt = sorted(dealt, key=lambda one: len(one.bank.names))
+        self.scaling = scaling
+        self.given = given
+
+    def __call__(self, lr: Tensor, fraction: Tensor, now: Now) -> Tensor:
+        norm = self._norm()
+        self.given.norm.copy_(norm)
+        self.given.scale.copy_(self.scaling(norm / fraction, now))
+        handles: list[Handle] = []
+        # Those of few members first: tables of the vocabulary travel while polar factors are computed.
+        for one in self.dealt:
+            if one.move:
+                one.move(lr, fraction, now)
+            handles += _handed_on(one, self.world)
+            one.bank.grad.zero_()
+        for handle in handles:
+            handle.wait()
+        return norm / fraction
+
+    def _norm(self) -> Tensor:
+        """Of all gradients, 0-D."""
+        squares = [self.given.norm.new_zeros(())]
+        squares += [torch.linalg.vector_norm(bank.grad).square() for bank in self.moved]
+        total = torch.stack(squares).sum()
+        self.world.all_reduce(total).wait()
+        return total.sqrt()
+
+
+def _handed_on(one: Dealt, world: World) -> list[Handle]:
+    """Every rank's members of a bank go to all others."""
+    weight = one.bank.weight
+    if len({len(share) for share in one.shares}) == 1:
+        own = one.shares[world.rank]
+        return [world.all_gather(weight, weight[own.start : own.stop])]
+    return [
+        world.broadcast(weight[share.start : share.stop], owner)
+        for owner, share in enumerate(one.shares)
+        if share
+    ]
+
+
+# -- the trainer -------------------------------------------------------------------------------------------------------
+class ShardedTrainer(Trainer):
+    """A trainer of one rank; all ranks make the same calls.  Rank 0 writes and reads checkpoints, whole ones."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        runtime: Runtime,
+        data_folder: Path,
+        world: World,
+        whole: int = WHOLE,
+    ):
+        """whole: as `shares_of` takes it."""
+        self.world = world
+        self.whole = whole
+        super().__init__(recipe, runtime, data_folder)
+
+    @property
+    def ranks(self) -> int:
+        return self.world.size
+
+    @property
+    def _own_rows(self) -> int:
+        return self.runtime.micro_batch // self.world.size
+
+    def _optimizer(
+        self,
+        recipe: Recipe,
+        compiled: bool,
+        kernels: Collection[str],
+        recorder: Recorder | None,
+    ) -> Optimizer:
+        return ShardedOptimizer(
+            self.model, recipe, compiled, kernels, recorder, self.world, self.whole
+        )
+
+    def _training_step(
+        self, loss: Loss, recipe: Recipe, recorder: Recorder | None
+    ) -> TrainingStep:
+        optimizer = self.optimizer
+        assert isinstance(optimizer, ShardedOptimizer)
+        reduction = Reduction(self.model, optimizer, self.world)
+        tokens = recipe.tokens_per_step
+        return ShardedStep(loss, optimizer, recipe, tokens, recorder, reduction)
+
+    def _rows(self, step: int, first: int) -> Tensor:
+        count = self._own_rows
+        return self.tokens.rows(step, first + self.world.rank * count, count)
+
+    def _measured(self) -> Measured:
+        rows, rank, ranks = self._own_rows, self.world.rank, self.world.size
+        found = spans_measured(self.nats, self.tokens, rows, self.device, rank, ranks)
+        for tensor in found:
+            self.world.all_reduce(tensor).wait()  # to zeros: no sum is rounded
+        return scored(found, self.tokens, rows)
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor], origin: Origin) -> None:
+        if self.world.rank == 0:
+            super().write(folder, tensors, origin)
+
+    def agreed(self, wish: bool) -> bool:
+        return self.world.agreed(wish)
+
+    def restore(self, folder: Path, warn: Callable[[str], None], logged: bytes = b"") -> None:
+        """Rank 0 reads, and hands out what it found tensor by tensor."""
+        found = self._newest(folder, warn, logged) if self.world.rank == 0 else None
+        known = found and (found[0], {name: found[1][name] for name in self._beside()})
+        known = self.world.told(known)
+        if known is None:
+            return
+        saved = found[1] if found else {}
+        self._go_on(*known)
+        for name, value in self._handed_out(saved):
+            self.put({name: value})
+
+    def _handed_out(self, saved: checkpoint.Tensors) -> Iterator[tuple[str, Tensor]]:
+        for name, like in self.like().items():
+            value = torch.empty_like(like, device=self.device)
+            if saved:
+                value.copy_(saved[name])
+            self.world.broadcast(value, 0).wait()
+            yield name, value

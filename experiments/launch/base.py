@@ -1,0 +1,141 @@
+"""What every launcher beyond this machine has: who stands on the far side, and what it must find there.
+
+A launcher is one file: `ray.py`, `slurm.py`; this machine's own is experiments/run/this_machine.py.  Each gives an
+Executor (experiments/run/executor.py), and tests/experiments/run/test_executors.py holds it to that.  On the far side
+stands a Seat with a worker process, the same as on this machine: claims, checkpoints and results are its own.
+"""
+
+import importlib
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from uuid import uuid4
+
+from ablab.core.errors import UserError
+from ablab.core.language.parse import near
+from ablab.core.runtime.fingerprint import code_fingerprint
+from ablab.core.store.files import writing
+from ablab.core.store.store import Store
+from ablab.experiments.run.messages import Answer, Halt, Job, Message, Ready, Refused, Stop
+from ablab.experiments.run.processes import WorkerProcess, buried, end, start_worker
+
+SHARED = ".shared"  # of a store: what the sides of a command leave there for each other
+LOSSES = 3  # machines that one run may lose; the next loss counts as its own
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the far side must have in common with this one."""
+
+    store: Path
+    token: str  # that stands in the store
+    code: str  # fingerprint of what can change a number
+    plugins: tuple[str, ...]
+
+    @classmethod
+    def of(cls, store: Store, plugins: Iterable[str]) -> "Site":
+        return cls(store.root, leave_token(store.root), code_fingerprint(), tuple(plugins))
+
+    def check(self) -> None:
+        """On the far side.  Raises UserError for the first thing that differs there."""
+        from ablab.ablations.registry import discover
+
+        host = socket.gethostname()
+        shared_with(self.store, self.token)
+        if code_fingerprint() != self.code:
+            raise UserError(
+                f"{host} has another ablab than the machine that asks: code {code_fingerprint()} there, "
+                f"{self.code} here; install the same one on both"
+            )
+        try:
+            discover(self.plugins)
+        except UserError as flaw:
+            raise UserError(f"{host}: {flaw}") from None
+
+
+class Seat:
+    """A worker process on the machine where this stands, for a runner elsewhere: in a Ray actor, in a SLURM job."""
+
+    def __init__(self, site: Site):
+        self.site = site
+        self.worker: WorkerProcess | None = None
+
+    def answers(self, job: Job) -> Iterator[Message]:
+        """What is said of the job, as it is said; the last is its answer."""
+        try:
+            self.site.check()
+            worker = self.worker = self._ready()
+        except UserError as flaw:
+            yield Refused(str(flaw))
+            return
+        worker.give(job, "")
+        said: Message | Ready | None = None
+        while not isinstance(said, Answer):
+            said = worker.hear() or buried(worker)
+            if said is not None:
+                yield said
+        if not worker.is_free:  # it ends, or has ended
+            self.worker = None
+
+    def tell(self, order: Stop | Halt) -> None:
+        """Of the run in hand: end it at its next log, or save it at its next step."""
+        if self.worker:
+            self.worker.tell(order)
+
+    def close(self) -> None:
+        """Leave nothing running."""
+        if self.worker:
+            end([self.worker])
+        self.worker = None
+
+    def _ready(self) -> WorkerProcess:
+        """Raises UserError where it cannot start."""
+        worker = self.worker or start_worker(0, [*self.site.plugins], {}, None)
+        while not worker.is_free:
+            if worker.hear() is None:
+                buried(worker)
+        return worker
+
+
+def optional(module: str, extra: str) -> ModuleType:
+    """A package that only this launcher needs.  Raises UserError where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as missing:
+        raise UserError(
+            f"--launcher {extra} needs {module}, which cannot be imported here ({missing}); "
+            f"install it on every machine: pip install 'ablab[{extra}]'"
+        ) from None
+
+
+def check_keys(launcher: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raises UserError for an option that the launcher does not have."""
+    listed = [*known]
+    for key in given:
+        if key not in listed:
+            raise UserError(
+                f"--{launcher} {key}: no such option. {near(key, listed)}Known: {', '.join(listed)}"
+            )
+
+
+# -- whether the far side sees the store -------------------------------------------------------------------------------
+def leave_token(root: Path) -> str:
+    """Leave a file that whoever shares the store must see."""
+    token = uuid4().hex
+    place = root / SHARED
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / token).touch()
+    return token
+
+
+def shared_with(root: Path, token: str) -> None:
+    """On the far side.  Raises UserError where the store does not hold what was left there."""
+    if not (root / SHARED / token).exists():
+        raise UserError(
+            f"{socket.gethostname()} does not see the store {root}, or sees another there; every machine needs it "
+            "under this path, on a folder that they share: --store"
+        )
