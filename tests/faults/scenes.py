@@ -267,29 +267,40 @@ def of_tokens(lab: Lab) -> Left:
     return left | {"beside": sorted(os.listdir(lab.store / "data"))}
 
 
-def difference(one: Left, other: Left, forgiven: str = "") -> str:
-    """The first things in which they differ, in a line; empty where they do not.  forgiven: what says so may differ."""
+def differences(one: Left, other: Left, forgiven: str = "") -> list[str]:
+    """All in which they differ, a line each and whole.  forgiven: what says so may differ."""
     compared = [key for key in one | other if not (forgiven and forgiven in key)]
     differing = [key for key in compared if one.get(key) != other.get(key)]
-    told = [f"{key}{told_apart(one.get(key), other.get(key))}" for key in differing]
-    return "; ".join(told[:3])
+    return [f"{key}{told_apart(one.get(key), other.get(key))}" for key in differing]
 
 
 def told_apart(one: Any, other: Any) -> str:
     """Where two values differ, and what stands there."""
+    if isinstance(one, bytes) and isinstance(other, bytes):
+        return told_apart(one.splitlines(keepends=True), other.splitlines(keepends=True))
     if isinstance(one, dict) and isinstance(other, dict):
-        for key in one | other:
-            if one.get(key) != other.get(key):
-                return f".{key}{told_apart(one.get(key), other.get(key))}"
+        parts = [
+            f".{key}{told_apart(one.get(key), other.get(key))}"
+            for key in one | other
+            if one.get(key) != other.get(key)
+        ]
+        return ", ".join(parts)
     if isinstance(one, list) and isinstance(other, list):
-        only = [value for value in one if value not in other]
-        surplus = [value for value in other if value not in one]
+        only = _without(one, other)
+        surplus = _without(other, one)
         if len(only) == len(surplus) == 1:
             return f"[]{told_apart(only[0], surplus[0])}"
-        return (
-            f": {len(one)} and {len(other)} long; lacks {only[:3]}, has besides {surplus[:3]}"
-        )
-    return f": {str(one)[:200]} != {str(other)[:200]}"
+        return f": {len(one)} and {len(other)} long; lacks {only}, has besides {surplus}"
+    return f": {one} != {other}"
+
+
+def _without(these: list[Any], others: list[Any]) -> list[Any]:
+    """What is left of these when each of the others has taken one that equals it."""
+    left = list(these)
+    for value in others:
+        if value in left:
+            left.remove(value)
+    return left
 
 
 QUICK = ("--no-mlflow", "--json", "--jobs", "1")  # --json draws no pictures, which take longest
