@@ -236,12 +236,17 @@ def of_runs_and_mlflow(lab: Lab) -> Left:
 
 
 def of_mlflow(database: Path) -> Left:
-    """Its runs by name, twins and all: status, tags, parameters, and every point of their curves."""
+    """Its runs by name: status, tags, parameters, and every point of their curves.
+
+    Twins are among them, but for those that were retired: a server that stood still creates a run twice.
+    """
     left: Left = {}
     with closing(sqlite3.connect(database)) as base:
         ask = base.execute
         runs = ask(
-            "select run_uuid, name, status, lifecycle_stage from runs order by name"
+            "select run_uuid, name, status, lifecycle_stage from runs where run_uuid not in "
+            "(select run_uuid from tags where key = 'ablab.planned' and value = 'no') "
+            "order by name"
         ).fetchall()
         left["MLflow: runs"] = [shown[1:] for shown in runs]
         for id, name, *_ in runs:
