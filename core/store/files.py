@@ -1,6 +1,8 @@
 """Writing files so that a kill, a full disk or a read-only folder leaves nothing half-written."""
 
 import os
+import re
+import time
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -12,6 +14,9 @@ from ablab.core.errors import UserError
 
 # What decoding a damaged file raises.  One byte that is not UTF-8 is no MsgspecError.
 FLAWS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+PARTIAL = re.compile(r"\..+\.(\d+)\.partial")  # what a process of that id writes
+# Seconds without a write.  A process that is not seen here may be one of another machine that shares the folder.
+LEFT_BY_THE_DEAD, LEFT_BY_ANYONE = 60.0, 86400.0
 
 
 @contextmanager
@@ -27,7 +32,10 @@ def writing(path: Path):
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` in one step: a reader sees the old file or the new one, never a part."""
+    """Write `content` to `path` in one step: a reader sees the old file or the new one, never a part.
+
+    What writers that were killed have left half-written in the same folder goes.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with writing(path):
         try:
@@ -39,6 +47,34 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+    _sweep(path.parent)
+
+
+def _sweep(folder: Path) -> None:
+    with suppress(OSError):  # another process sweeps too
+        for name in os.listdir(folder):
+            if (written := PARTIAL.fullmatch(name)) and _is_left(
+                folder / name, int(written[1])
+            ):
+                os.unlink(folder / name)
+
+
+def _is_left(partial: Path, writer: int) -> bool:
+    """Whether nobody goes on writing it.  A folder is another's work in progress."""
+    age = time.time() - partial.stat().st_mtime
+    if not partial.is_file() or age < LEFT_BY_THE_DEAD:
+        return False
+    return age > LEFT_BY_ANYONE or not _lives(writer)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def set_aside(path: Path) -> Path:

@@ -190,6 +190,17 @@ class Record:
         foreign = self.run and about.get("run", self.run) != self.run
         return {} if foreign else about
 
+    def restore_about(self, told: Mapping[str, Any]) -> None:
+        """Write run.json of a run that has ended, as far as it can be known again: not when and where it began."""
+        if self.about_path.is_dir():
+            set_aside(self.about_path)
+        told = {**told, "restored": time.time()}
+        if self.run:
+            told["run"] = self.run
+        write_atomically(
+            self.about_path, msgspec.json.format(msgspec.json.encode(told), indent=1)
+        )
+
     # -- its logs --------------------------------------------------------------------------------------------------
     def log(self, step: int, scalars: Mapping[str, float], pace: Mapping[str, float]) -> None:
         """Append one line to each log; flushed, so that a reader beside us sees it."""
@@ -233,6 +244,17 @@ class Record:
     def pace(self) -> Iterator[Scalars]:
         """Damaged lines are left out: what the clock says is in no verdict."""
         return (values for _, values in _sound(sys.maxsize, _content(self.pace_path)))
+
+    def lost_pace(self) -> str:
+        """What is lost of pace.jsonl, whose lines are as many as those of metrics.jsonl; empty where nothing is."""
+        lines = self.logged().count(b"\n")
+        lost = lines - sum(1 for _ in self.pace())
+        if lost <= 0:
+            return ""
+        return (
+            f"{self.pace_path} has lost {lost} of {lines} lines: how fast the run was then is not shown, "
+            f"its numbers stand; delete {self.folder} to train it again"
+        )
 
 
 # -- the bytes of a log ------------------------------------------------------------------------------------------------

@@ -157,6 +157,8 @@ class Campaign:
             kinds.check(case.lab.run(case.after), 0)
         left = case.scene.left(case.lab)
         lost = differences(calm.left, left, case.forgiven)
+        if case.forgiven and not _said(case.forgiven, ended.said, left):
+            lost += differences(calm.left, left)
         litter = sorted(set(os.listdir(case.lab.temporary)) - set(calm.temporary))
         if litter:
             lost.append(f"litter in the temporary folder: {litter}")
@@ -174,6 +176,12 @@ class Campaign:
         lines = [f"{name:<{width}}  {times:>5}  {well:>8}" for name, times, well in rows]
         lines += [f"not done: {name}: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines)
+
+
+def _said(forgiven: str, said: str, left: Left) -> bool:
+    """Whether what cannot be restored was named, by the command and by every report."""
+    reports = [lines for key, lines in left.items() if key.endswith(f"lost {forgiven}")]
+    return forgiven in said and all(reports)
 
 
 def _stop_at_the_second_run() -> None:

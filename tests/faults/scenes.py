@@ -184,7 +184,9 @@ def of_runs(lab: Lab) -> Left:
             for row in plan.rows
         )
         if plan.design != "study":
-            left[f"report of {name}"] = report_of(store, name)
+            told = report_of(store, name)
+            left[f"report of {name}: lost pace"] = _split(told, "warnings", "pace.jsonl")
+            left[f"report of {name}"] = told
         for row in plan.rows:
             left |= run_of(lab.store / "runs" / row.run)
     for path in lab.files("studies/*.json"):
@@ -210,6 +212,13 @@ def report_of(store: Any, name: str) -> Any:
     from ablab.analysis.pages import report
 
     return without_clock(report.as_json(report.read(store, name)))
+
+
+def _split(told: dict[str, Any], key: str, about: str) -> list[str]:
+    """Take the lines about something out of a list of lines, and return them."""
+    lines = told[key]
+    told[key] = [line for line in lines if about not in line]
+    return [line for line in lines if about in line]
 
 
 def without_clock(told: Any) -> Any:
