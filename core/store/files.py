@@ -92,11 +92,18 @@ def set_aside(path: Path) -> Path:
 
 
 def lock_beside(path: Path) -> Path:
-    """The file to lock while `path` changes.  A folder in its place, which nobody could lock, goes aside."""
+    """The file to lock while `path` changes."""
     lock = path.with_name(f".{path.name}.lock")
-    if lock.is_dir():
-        set_aside(lock)
+    clear_the_lock(lock)
     return lock
+
+
+def clear_the_lock(lock: Path) -> bool:
+    """Set aside what stands in the place of a lock and nobody could lock: a folder, a link.  Whether there was any."""
+    wrong = lock.is_symlink() or lock.is_dir()
+    if wrong:
+        set_aside(lock)
+    return wrong
 
 
 def sqlite_url(path: Path) -> str:

@@ -29,6 +29,7 @@ from ablab.core.store.files import FLAWS, set_aside, write_atomically, writing
 from ablab.core.store.held_out import HeldOut, decoded, encoded
 from ablab.core.store.result import STATUSES, Result
 
+SEAL = "seal"  # key of result.json: digest of all the others
 Say = Callable[[str], None]
 Scalars = dict[str, int | float]
 
@@ -56,7 +57,9 @@ class Record:
     def result(self) -> Result | None:
         """The final result; None while there is none.  UserError names a damaged, foreign or impossible one."""
         try:
-            result = msgspec.json.decode(self.result_path.read_bytes(), type=Result)
+            content = self.result_path.read_bytes()
+            result = msgspec.json.decode(content, type=Result)
+            sealed = _is_sealed(content)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (IsADirectoryError, *FLAWS) as flaw:
@@ -67,6 +70,8 @@ class Record:
             raise self._damaged(f"it is of run {result.run[:80]!r}")
         if result.status not in STATUSES:
             raise self._damaged(f"there is no status {result.status[:40]!r}")
+        if not sealed:
+            raise self._damaged("something changed it after the run had left it")
         return result
 
     def _damaged(self, flaw: str) -> Damaged:
@@ -142,7 +147,9 @@ class Record:
 
     def finish(self, result: Result) -> None:
         encoded = msgspec.json.encode(result)
-        write_atomically(self.result_path, msgspec.json.format(encoded, indent=1))
+        sealed = msgspec.json.decode(encoded) | {SEAL: digest_of(encoded)}
+        written = msgspec.json.encode(sealed)
+        write_atomically(self.result_path, msgspec.json.format(written, indent=1))
 
     # -- how it began ----------------------------------------------------------------------------------------------
     def begin(self, recipe: str, about: Mapping[str, Any], say: Say = print) -> None:
@@ -272,6 +279,13 @@ def holds(logged: bytes, known: str) -> bool:
 def digest_of(content: bytes) -> str:
     """sha256 of a file, 16 hex digits: what a result keeps of it."""
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _is_sealed(content: bytes) -> bool:
+    """Whether a result says what it was written with; one without a seal, of before there were any, is believed."""
+    told = msgspec.json.decode(content)
+    seal = told.pop(SEAL, None)
+    return seal is None or seal == digest_of(msgspec.json.encode(told))
 
 
 def _content(path: Path) -> bytes:

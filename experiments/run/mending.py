@@ -8,6 +8,7 @@ pace.jsonl    cannot be known again: how fast each part of the run was.  No verd
 from collections.abc import Callable
 
 from ablab.core.errors import UserError
+from ablab.core.language.parse import parse
 from ablab.core.language.written import dump
 from ablab.core.model.cost import facts_of
 from ablab.core.recipe.load import read_yaml
@@ -44,9 +45,12 @@ def mend(
 def _mend_recipe(record: Record, recipe: Recipe, say: Say) -> None:
     path = record.recipe_path
     try:
-        read_yaml(path)
-    except UserError as flaw:
-        say(f"{flaw}; written again")
-        if path.is_dir():
-            set_aside(path)
-        write_atomically(path, dump(plain(recipe)).encode())
+        if parse(Recipe, read_yaml(path), "") == recipe:
+            return
+        flaw = f"{path} is not what the run left"
+    except UserError as refusal:
+        flaw = str(refusal)
+    say(f"{flaw}; written again")
+    if path.is_dir():
+        set_aside(path)
+    write_atomically(path, dump(plain(recipe)).encode())

@@ -18,7 +18,7 @@ from ablab.core.errors import Pruned, UserError, one_line, said_by, told
 from ablab.core.language.parse import parse
 from ablab.core.recipe.recipe import Recipe, run_id
 from ablab.core.runtime.runtime import Runtime, settle
-from ablab.core.store.files import set_aside, write_atomically, writing
+from ablab.core.store.files import clear_the_lock, set_aside, write_atomically, writing
 from ablab.core.store.record import Record
 from ablab.core.store.result import FAILED, RETRY, Result
 from ablab.experiments.run.messages import (
@@ -181,12 +181,12 @@ class Worker:
 
 
 def _clear_the_place(folder: Path, warn: Callable[[str], None]) -> None:
-    """Set aside a file where the run folder should be, and a folder where its lock should be."""
-    lock = folder / ".lock"
-    wrong = folder if folder.exists() and not folder.is_dir() else lock
-    if wrong.exists() and (wrong is folder or lock.is_dir()):
-        warn(f"{wrong} is damaged (a folder for a file, or the reverse); set aside")
-        set_aside(wrong)
+    """Set aside a file where the run folder should be, and what is no file where its lock should be."""
+    if folder.exists() and not folder.is_dir():
+        warn(f"{folder} is damaged (a file for a folder); set aside")
+        set_aside(folder)
+    if clear_the_lock(folder / ".lock"):
+        warn(f"{folder / '.lock'} is damaged (no file); set aside")
 
 
 def _read(job: Job) -> tuple[Recipe, Runtime]:

@@ -317,7 +317,7 @@ def damage(path: Path, case: Case) -> None:
     draw = case.draw
     content = path.read_bytes()
     place = draw.randrange(len(content)) if content else 0
-    foreign = case.other.files(str(Path("**") / path.name)) or [path]
+    foreign = case.other.files(str(Path("**") / path.name)) or case.other.files("**/*.json")
     ways: dict[str, Callable[[], object]] = {
         "cut": lambda: path.write_bytes(content[:place]),
         "emptied": lambda: path.write_bytes(b""),

@@ -195,11 +195,13 @@ def of_runs(lab: Lab) -> Left:
 
 
 def run_of(folder: Path) -> Iterator[tuple[str, Any]] | Left:
+    from ablab.core.recipe.load import read_yaml
     from ablab.core.store.record import Record
 
     result = json.loads((folder / "result.json").read_text())
     left = {
         f"{folder.name}: result": without_clock(result),
+        f"{folder.name}: recipe": read_yaml(folder / "recipe.yaml"),
         f"{folder.name}: log": (folder / "metrics.jsonl").read_bytes(),
         f"{folder.name}: pace": [line["step"] for line in Record(folder).pace()],
     }
