@@ -52,8 +52,8 @@ def load(store: Store, experiment: str) -> pd.DataFrame:
 
     Columns: cell, pair, seed, run, reference, note (from the plan); status, step, tokens, seconds, tokens_per_second,
     peak_bytes, error, code, contended (from the result; zero or empty without one); hole (where its
-    log is not what the run left, empty where it is); one column per final metric, per runtime setting and per place
-    that a kernel may serve, NaN where a run lacks it.
+    log is not what the run left, empty where it is); unpaced (what is lost of its clock's lines, likewise); one column
+    per final metric, per runtime setting and per place that a kernel may serve, NaN where a run lacks it.
     """
     plan = store.read_plan(experiment)
     return pd.DataFrame(
@@ -132,6 +132,7 @@ def _row(row: Planned, record: Record, result: Result | None) -> dict[str, Any]:
     ended = asdict(result or Result(row.run, status, step=0, tokens=0))
     del ended["log"], ended["held_out"]
     ended["hole"] = record.hole(result)
+    ended["unpaced"] = record.lost_pace() if result else ""
     metrics = ended.pop("metrics")
     runtime = ended.pop("runtime")
     kernels = ended.pop("kernels")

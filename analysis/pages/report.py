@@ -241,6 +241,7 @@ def _warnings(plan: GridPlan, runs: pd.DataFrame, effects: list[Effect]) -> Iter
     yield from _damages(runs)
     yield from _losses(runs)
     yield from _absences(plan, runs)
+    yield from _unpaced(runs)
     yield from _unmeasured(plan, effects)
     yield from _few_seeds(effects)
     named = [(row.cell, row.run) for row in plan.rows]
@@ -336,6 +337,12 @@ def _absences(plan: GridPlan, runs: pd.DataFrame) -> Iterator[str]:
         why = " (interrupted: killed, or still running)" if absent[frame.INTERRUPTED] else ""
         again = command(plan.name, sheet=plan.sheet, asked=plan.asked)
         yield f"{said(absent)} of {len(runs)} runs{why}; continue with: {again}"
+
+
+def _unpaced(runs: pd.DataFrame) -> Iterator[str]:
+    """Runs whose clock's lines are lost."""
+    for run in runs[runs.unpaced != ""].itertuples():
+        yield f"`{run.cell}`, seed {run.seed}: {run.unpaced}"
 
 
 def _unmeasured(plan: GridPlan, effects: list[Effect]) -> Iterator[str]:

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from ablab.core.language.declare import Where, params
 from ablab.core.model.plan import plan_for, wheres
 from ablab.core.recipe.asks import Builds, CountsKeys, CountsReadouts, MayBuild, Parametrizes
-from ablab.core.recipe.recipe import Model, Recipe
+from ablab.core.recipe.recipe import SCHEMA, Model, Recipe, identity_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,23 @@ def cost_of(recipe: Recipe) -> Cost:
         recipe.data.vocab,
         recipe.data.context,
     )
+
+
+def facts_of(recipe: Recipe) -> dict[str, Any]:
+    """What run.json says of a recipe, for readers that know none.
+
+    size: parameters, FLOPs a token (forward and backward), steps, tokens.  identity: what the run's name rests on
+    besides recipe.yaml.
+    """
+    cost = cost_of(recipe)
+    size = {
+        "parameters": cost.parameters,
+        "flops_per_token": cost.flops_per_token,
+        "steps": recipe.steps,
+        "tokens": recipe.tokens_after(recipe.steps),
+    }
+    identity = {"schema": SCHEMA, "plugins": identity_of(recipe)["plugins"]}
+    return {"size": size, "identity": identity}
 
 
 @lru_cache(maxsize=256)

@@ -1,7 +1,9 @@
 """Writing files so that a kill, a full disk or a read-only folder leaves nothing half-written."""
 
 import os
+import re
 import secrets
+import time
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -13,6 +15,9 @@ from ablab.core.errors import UserError
 
 # What decoding a damaged file raises.  One byte that is not UTF-8 is no MsgspecError.
 FLAWS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+PARTIAL = re.compile(r"\..+?\.(\d+)(-[0-9a-f]+)?\.partial")  # what a process of that id writes
+# Seconds without a write.  A process that is not seen here may be one of another machine that shares the folder.
+LEFT_BY_THE_DEAD, LEFT_BY_ANYONE = 60.0, 86400.0
 
 
 # Processes of two hosts may have one number, and write to one folder.
@@ -32,7 +37,10 @@ def writing(path: Path):
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` in one step: a reader sees the old file or the new one, never a part."""
+    """Write `content` to `path` in one step: a reader sees the old file or the new one, never a part.
+
+    What writers that were killed have left half-written in the same folder goes.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}-{OURS}.partial")
     with writing(path):
         try:
@@ -44,6 +52,34 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+    _sweep(path.parent)
+
+
+def _sweep(folder: Path) -> None:
+    with suppress(OSError):  # another process sweeps too
+        for name in os.listdir(folder):
+            if (written := PARTIAL.fullmatch(name)) and _is_left(
+                folder / name, int(written[1])
+            ):
+                os.unlink(folder / name)
+
+
+def _is_left(partial: Path, writer: int) -> bool:
+    """Whether nobody goes on writing it.  A folder is another's work in progress."""
+    age = time.time() - partial.stat().st_mtime
+    if not partial.is_file() or age < LEFT_BY_THE_DEAD:
+        return False
+    return age > LEFT_BY_ANYONE or not _lives(writer)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def set_aside(path: Path) -> Path:
@@ -61,11 +97,18 @@ def set_aside(path: Path) -> Path:
 
 
 def lock_beside(path: Path) -> Path:
-    """The file to lock while `path` changes.  A folder in its place, which nobody could lock, goes aside."""
+    """The file to lock while `path` changes."""
     lock = path.with_name(f".{path.name}.lock")
-    if lock.is_dir():
-        set_aside(lock)
+    clear_the_lock(lock)
     return lock
+
+
+def clear_the_lock(lock: Path) -> bool:
+    """Set aside what stands in the place of a lock and nobody could lock: a folder, a link.  Whether there was any."""
+    wrong = lock.is_symlink() or lock.is_dir()
+    if wrong:
+        set_aside(lock)
+    return wrong
 
 
 def sqlite_url(path: Path) -> str:

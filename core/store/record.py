@@ -31,6 +31,7 @@ from ablab.core.store.files import FLAWS, set_aside, write_atomically, writing
 from ablab.core.store.held_out import HeldOut, decoded, encoded
 from ablab.core.store.result import STATUSES, Result
 
+SEAL = "seal"  # key of result.json: digest of all the others
 Say = Callable[[str], None]
 Scalars = dict[str, int | float]
 
@@ -79,7 +80,9 @@ class Record:
     def result(self) -> Result | None:
         """The final result; None while there is none.  UserError names a damaged, foreign or impossible one."""
         try:
-            result = msgspec.json.decode(self.result_path.read_bytes(), type=Result)
+            content = self.result_path.read_bytes()
+            result = msgspec.json.decode(content, type=Result)
+            sealed = _is_sealed(content)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (IsADirectoryError, *FLAWS) as flaw:
@@ -90,6 +93,8 @@ class Record:
             raise self._damaged(f"it is of run {result.run[:80]!r}")
         if result.status not in STATUSES:
             raise self._damaged(f"there is no status {result.status[:40]!r}")
+        if not sealed:
+            raise self._damaged("something changed it after the run had left it")
         return result
 
     def _damaged(self, flaw: str) -> Damaged:
@@ -167,7 +172,9 @@ class Record:
     def finish(self, result: Result) -> None:
         self.fence()
         encoded = msgspec.json.encode(result)
-        write_atomically(self.result_path, msgspec.json.format(encoded, indent=1))
+        sealed = msgspec.json.decode(encoded) | {SEAL: digest_of(encoded)}
+        written = msgspec.json.encode(sealed)
+        write_atomically(self.result_path, msgspec.json.format(written, indent=1))
 
     # -- how far it came -------------------------------------------------------------------------------------------
     def interrupted(self, step: int, tokens: int, seconds: float) -> None:
@@ -231,6 +238,17 @@ class Record:
         foreign = self.run and about.get("run", self.run) != self.run
         return {} if foreign else about
 
+    def restore_about(self, told: Mapping[str, Any]) -> None:
+        """Write run.json of a run that has ended, as far as it can be known again: not when and where it began."""
+        if self.about_path.is_dir():
+            set_aside(self.about_path)
+        told = {**told, "restored": time.time()}
+        if self.run:
+            told["run"] = self.run
+        write_atomically(
+            self.about_path, msgspec.json.format(msgspec.json.encode(told), indent=1)
+        )
+
     # -- its logs --------------------------------------------------------------------------------------------------
     def log(self, step: int, scalars: Mapping[str, float], pace: Mapping[str, float]) -> None:
         """Append one line to each log; flushed, so that a reader beside us sees it."""
@@ -278,6 +296,17 @@ class Record:
         """Damaged lines are left out: what the clock says is in no verdict."""
         return (values for _, values in _sound(sys.maxsize, _content(self.pace_path)))
 
+    def lost_pace(self) -> str:
+        """What is lost of pace.jsonl, whose lines are as many as those of metrics.jsonl; empty where nothing is."""
+        lines = self.logged().count(b"\n")
+        lost = lines - sum(1 for _ in self.pace())
+        if lost <= 0:
+            return ""
+        return (
+            f"{self.pace_path} has lost {lost} of {lines} lines: how fast the run was then is not shown, "
+            f"its numbers stand; delete {self.folder} to train it again"
+        )
+
 
 # -- the bytes of a log ------------------------------------------------------------------------------------------------
 def extent(logged: bytes) -> str:
@@ -294,6 +323,13 @@ def holds(logged: bytes, known: str) -> bool:
 def digest_of(content: bytes) -> str:
     """sha256 of a file, 16 hex digits: what a result keeps of it."""
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _is_sealed(content: bytes) -> bool:
+    """Whether a result says what it was written with; one without a seal, of before there were any, is believed."""
+    told = msgspec.json.decode(content)
+    seal = told.pop(SEAL, None)
+    return seal is None or seal == digest_of(msgspec.json.encode(told))
 
 
 def _content(path: Path) -> bytes:

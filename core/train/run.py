@@ -14,8 +14,8 @@ from torch import Tensor
 from ablab.core.errors import Diverged, Halted, ParentDiverged, Pruned
 from ablab.core.fusion.places import places
 from ablab.core.language.written import dump
-from ablab.core.model.cost import cost_of
-from ablab.core.recipe.recipe import SCHEMA, Recipe, identity_of, plain, run_id
+from ablab.core.model.cost import facts_of
+from ablab.core.recipe.recipe import Recipe, plain, run_id
 from ablab.core.runtime.fingerprint import code_fingerprint
 from ablab.core.runtime.runtime import Runtime, Settled, environment, settle
 from ablab.core.store.files import write_atomically
@@ -66,8 +66,7 @@ def run(
     service = places(recipe, settled)
     kernels: dict[str, str] = {place: one.why for place, one in service.items()}
     how = {"runtime": asdict(settled), "kernels": kernels, "environment": environment()}
-    identity = {"schema": SCHEMA, "plugins": identity_of(recipe)["plugins"]}
-    told = {**about, **how, "size": size_of(recipe), "identity": identity}
+    told = {**about, **how, **facts_of(recipe)}
     record.begin(dump(plain(recipe)), told, warn)
     for place, one in service.items():
         if one.flaw:
@@ -83,6 +82,8 @@ def run(
             source = parent or record.folder.parent / recipe.init.run
             handover.take_over(trainer, source, warn)
         record.rewind(trainer.step)
+        if lost := record.lost_pace():
+            warn(lost)
         with turn:
             metrics = Loop(trainer, record, log, warn, halts).train()
     except (Diverged, ParentDiverged) as end:
@@ -210,17 +211,6 @@ class Loop:
         self.trainer.watch.go_on()
         self.saved = time.perf_counter()
         self.saved_step = self.trainer.step
-
-
-def size_of(recipe: Recipe) -> dict[str, int]:
-    """What a run will take, for readers that know no recipe: FLOPs a token (forward and backward), steps, tokens."""
-    cost = cost_of(recipe)
-    return {
-        "parameters": cost.parameters,
-        "flops_per_token": cost.flops_per_token,
-        "steps": recipe.steps,
-        "tokens": recipe.tokens_after(recipe.steps),
-    }
 
 
 def _result(

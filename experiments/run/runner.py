@@ -7,12 +7,7 @@ that another process holds is waited for, a killed run resumes, a crash is a rec
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from ablab.core.errors import UserError
-from ablab.core.language.written import dump
-from ablab.core.recipe.load import read_yaml
-from ablab.core.recipe.recipe import Recipe, plain
 from ablab.core.runtime.runtime import Runtime
-from ablab.core.store.files import set_aside, write_atomically
 from ablab.core.store.planned import GridPlan
 from ablab.core.store.record import Record
 from ablab.core.store.result import RETRY, Result
@@ -21,6 +16,7 @@ from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.plan.grid_plan import merged_plan
 from ablab.experiments.run.executor import Launcher
 from ablab.experiments.run.gate import Gate
+from ablab.experiments.run.mending import mend
 from ablab.experiments.run.pool import Outcome, Pool
 from ablab.experiments.run.progress import Watcher
 from ablab.experiments.run.registering import registered
@@ -56,7 +52,7 @@ def execute(
         check_parents(missing, known, store)
         ended = [run for run in once(asked) if run.id in known]
         for run in ended:
-            mend_recipe(store.run(run.id), run.recipe, watcher.say)
+            mend(store.run(run.id), run, experiment, known[run.id], watcher.say)
             pool.pace.learn(run, known[run.id].step, known[run.id].seconds)
         done = [run.id for run in ended]
         for line in unheeded(pool.runtime, known).values():
@@ -126,18 +122,6 @@ def unheeded(asked: Runtime, results: Mapping[str, Result]) -> dict[str, str]:
                 "delete their folders in runs/ to train them so"
             )
     return lines
-
-
-def mend_recipe(record: Record, recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Write recipe.yaml of an ended run again where it is gone or cannot be read: its identity says what it held."""
-    path = record.recipe_path
-    try:
-        read_yaml(path)
-    except UserError as flaw:
-        say(f"{flaw}; written again")
-        if path.is_dir():
-            set_aside(path)
-        write_atomically(path, dump(plain(recipe)).encode())
 
 
 def result_of(record: Record, say: Callable[[str], None]) -> Result | None:

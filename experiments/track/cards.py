@@ -8,7 +8,7 @@ import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ablab.core.errors import UserError
 from ablab.core.store.planned import GridPlan, Planned
@@ -17,6 +17,9 @@ from ablab.core.store.result import Result
 from ablab.core.store.store import Store
 from ablab.experiments.track.mlflow_view import colour_of
 from ablab.experiments.track.tracker import Card
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 CHARACTERS = 6000  # of a value; MLflow takes no more
 DIGEST_CHARACTERS = 36  # of the data's digest
@@ -94,6 +97,20 @@ def params_of(card: Card) -> dict[str, str]:
 
 def identity(tags: Mapping[str, str]) -> Identity:
     return tuple(tags.get(f"ablab.{key}") for key in ("run_id", "cell", "pair"))
+
+
+def told(run: "Run") -> tuple[bool, int, str]:
+    """Orders twins: the one of which MLflow was told most comes last, and twins of nothing come in an order too.
+
+    Twins arise where MLflow did twice what it was asked once: a request to create a run whose answer was late is sent
+    again, or another process asks for the same one.
+    """
+    return "ablab.result" in run.data.tags, step_of(run), run.info.run_id
+
+
+def step_of(run: "Run") -> int:
+    """The last step that MLflow was told of, as its tag says; -1: none."""
+    return int(run.data.tags.get("ablab.step", -1))
 
 
 def changed(tags: Mapping[str, str], held: Mapping[str, str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Rebuilding the MLflow view from the run folders: `ablab sync`."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from ablab.core.errors import UserError
@@ -13,11 +13,13 @@ from ablab.experiments.track.cards import (
     changed,
     fingerprint,
     identity,
+    step_of,
     tags_of,
+    told,
 )
 from ablab.experiments.track.mlflow_home import cure, errors
-from ablab.experiments.track.mlflow_tracker import MlflowTracker
-from ablab.experiments.track.mlflow_view import MlflowView
+from ablab.experiments.track.mlflow_tracker import MlflowTracker, status_of
+from ablab.experiments.track.mlflow_view import PLANNED, MlflowView
 from ablab.experiments.track.replay import (
     ADDED,
     CONTINUED,
@@ -59,19 +61,30 @@ def sync(
 
 def _sync_experiment(view: MlflowView, plan: GridPlan) -> list[str]:
     """What became of each planned run."""
-    # Newest first: of twins, the oldest stays.
-    held = {identity(run.data.tags): run for run in view.runs(plan.name)}
     cards = [card_of(view.store, plan, row) for row in plan.all_rows]
-    planned = {identity(tags_of(card)) for card in cards}
-    for who, run in held.items():
-        if who not in planned:
+    held = _one_of_each(view, plan.name, {identity(tags_of(card)) for card in cards})
+    return [_sync_run(view, card, held) for card in cards]
+
+
+def _one_of_each(
+    view: MlflowView, experiment: str, planned: Collection[Identity]
+) -> "dict[Identity, Run]":
+    """The MLflow run of each planned one that has any.  What is not planned is retired, and of twins all but one."""
+    held: dict[Identity, Run] = {}
+    for run in sorted(view.runs(experiment), key=told, reverse=True):
+        who = identity(run.data.tags)
+        if who not in planned or who in held:
             view.retire(run)
-    for run in view.retired(plan.name):
+            continue
+        held[who] = run
+        if run.data.tags.get(PLANNED) == "no":  # its revival was not told to the end
+            view.revive(run)
+    for run in sorted(view.retired(experiment), key=told, reverse=True):
         who = identity(run.data.tags)
         if who in planned and who not in held:
             view.revive(run)
             held[who] = run
-    return [_sync_run(view, card, held) for card in cards]
+    return held
 
 
 def _sync_run(view: MlflowView, card: Card, shown: "Mapping[Identity, Run]") -> str:
@@ -84,7 +97,10 @@ def _sync_run(view: MlflowView, card: Card, shown: "Mapping[Identity, Run]") -> 
     if run and result:
         tags["ablab.status"] = result.status
         tags["ablab.result"] = fingerprint(record.folder)
-        if not changed(tags, run.data.tags):
+        # What a server did late may have set a status or a step back.
+        ended = run.info.status == status_of(result.status)
+        last = max((int(line["step"]) for line in record.metrics()), default=-1)
+        if ended and step_of(run) >= last and not changed(tags, run.data.tags):
             return CURRENT
     tracker = MlflowTracker(view, strict=True, held=run)
     replay(record, card, tracker, result)

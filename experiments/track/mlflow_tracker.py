@@ -27,7 +27,9 @@ from ablab.experiments.track.cards import (
     name_of,
     params_of,
     started,
+    step_of,
     tags_of,
+    told,
 )
 from ablab.experiments.track.mlflow_view import NOTE, MlflowView
 from ablab.experiments.track.tracker import Card
@@ -149,11 +151,11 @@ class MlflowTracker:
     def _shown_step(self, run: "Run") -> int:
         """The last step that MLflow holds; -1: none.
 
-        The tag says so unless a kill came between points and tag.  A run that goes on from a checkpoint logs those
-        steps at other times: sent again, they would be twins.
+        The tag says so unless a kill came between points and tag, or an old tag came late.  A run that goes on from a
+        checkpoint logs those steps at other times: sent again, they would be twins.
         """
-        said = int(run.data.tags.get("ablab.step", -1))
-        if "ablab.result" in run.data.tags or EVERY_STEP not in run.data.metrics:
+        said = step_of(run)
+        if EVERY_STEP not in run.data.metrics:
             return said
         history = self.view.client.get_metric_history(run.info.run_id, EVERY_STEP)
         shown = max((point.step for point in history), default=said)
@@ -165,15 +167,19 @@ class MlflowTracker:
         """The run that shows this card already: a recipe may answer two cells."""
         if self.held:
             return self.held
+        shown = self._twin_of(tags, self.view.runs(card.experiment, card.run))
+        if shown:
+            return shown
+        retired = self._twin_of(tags, self.view.retired(card.experiment, card.run))
+        if retired:
+            self.view.revive(retired)
+        return retired
+
+    def _twin_of(self, tags: Mapping[str, str], runs: "list[Run]") -> "Run | None":
+        """The same one that `ablab sync` keeps."""
         who = identity(tags)
-        for twin in self.view.runs(card.experiment, card.run):
-            if identity(twin.data.tags) == who:
-                return twin
-        for twin in self.view.retired(card.experiment, card.run):
-            if identity(twin.data.tags) == who:
-                self.view.revive(twin)
-                return twin
-        return None
+        twins = [run for run in runs if identity(run.data.tags) == who]
+        return max(twins, key=told, default=None)
 
     def _created(self, card: Card, tags: Mapping[str, str], start: float) -> "Run":
         source = {
@@ -276,13 +282,18 @@ class MlflowTracker:
         if result:
             client.log_artifact(run, str(self._folder / "result.json"))
         ended = self._outbox.milliseconds(end)
-        client.set_terminated(run, STATUS.get(status, "FAILED"), ended)
+        client.set_terminated(run, status_of(status), ended)
         closing = {
             "ablab.status": status,
             "ablab.result": fingerprint(self._folder),
             NOTE: _note(self._description, result.error if result else ""),
         }
         self._outbox.send(closing)
+
+
+def status_of(status: str) -> str:
+    """MLflow's word for how a run ended."""
+    return STATUS.get(status, "FAILED")
 
 
 def _note(description: str, error: str = "") -> str:

@@ -139,7 +139,10 @@ class MlflowView:
 
     # -- what is no longer planned ---------------------------------------------------------------------------------
     def retire(self, run: "Run") -> None:
-        """Mark a run that its experiment no longer asks for, and take it out of the tables; MLflow keeps it."""
+        """Mark a run that its experiment no longer asks for, or a twin, and take it out of the tables.
+
+        MLflow keeps it.
+        """
         self.client.set_tag(run.info.run_id, PLANNED, "no")
         self.client.delete_run(run.info.run_id)
 
@@ -185,10 +188,9 @@ class MlflowView:
         """The mlflow Runs of an experiment, or those of one recipe in it; newest first."""
         return self._search(experiment, run, "ACTIVE_ONLY")
 
-    def summary(self, experiment: str) -> "Run | None":
-        """The run that holds the report."""
-        held = self._found(experiment, f"tags.`{KIND}` = '{SUMMARY}'", "ACTIVE_ONLY")
-        return held[0] if held else None
+    def summaries(self, experiment: str) -> "list[Run]":
+        """The run that holds the report; and twins of it, where a request to create it was done twice."""
+        return self._found(experiment, f"tags.`{KIND}` = '{SUMMARY}'", "ACTIVE_ONLY")
 
     def _search(self, experiment: str, run: str | None, which: str) -> "list[Run]":
         where = f"tags.`ablab.run_id` = '{run}'" if run else ""

@@ -25,7 +25,7 @@ def attach(view: MlflowView, plan: GridPlan) -> bool:
     files = report_files(view.store, plan.name)
     if not files:
         return False
-    held = view.summary(plan.name)
+    held = _only_one(view, plan.name)
     fingerprint = _fingerprint(files)
     if held and held.data.tags.get(REPORT) == fingerprint:
         return False
@@ -36,6 +36,16 @@ def attach(view: MlflowView, plan: GridPlan) -> bool:
     view.client.set_terminated(run.info.run_id, "FINISHED")
     view.client.set_tag(run.info.run_id, REPORT, fingerprint)
     return True
+
+
+def _only_one(view: MlflowView, experiment: str) -> "Run | None":
+    """The run that shows the report, if there is one; its twins are retired."""
+    held = view.summaries(experiment)
+    kept = max(held, key=lambda run: (REPORT in run.data.tags, run.info.run_id), default=None)
+    for run in held:
+        if run is not kept:
+            view.retire(run)
+    return kept
 
 
 def report_files(store: Store, experiment: str) -> list[Path]:

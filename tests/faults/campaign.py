@@ -5,8 +5,9 @@
     python tests/faults/campaign.py --only 'runner killed' --number 13 --keep      one again, and its folder kept
 
 Compared are identities, digests of weights, every line of metrics, plans, reports, kept weights, MLflow's rows and the
-names of all files; no process may outlive its command, and nothing may stay in the temporary folder.  The table says
-how often each kind was done and survived.  Exit code 1: something was lost.
+names of all files; no process may outlive its command, and nothing may stay in the temporary folder.  Of a loss the
+whole difference is printed, and kept as lost.txt in its folder (`--keep`).  The table says how often each kind was
+done and survived.  Exit code 1: something was lost.
 """
 
 import argparse
@@ -29,9 +30,13 @@ import kinds  # noqa: E402
 import processes  # noqa: E402
 import servers  # noqa: E402, F401  registers kinds of its own
 from kinds import KINDS, REFUSED, Case, Kind  # noqa: E402
-from scenes import SCENES, Lab, Left, Scene, difference, furnish  # noqa: E402
+from scenes import SCENES, Lab, Left, Scene, differences, furnish  # noqa: E402
 
 from ablab.experiments.track.mlflow_home import create_database  # noqa: E402
+
+
+class Lost(Exception):
+    """Something is not as in the calm run: all of it, a line each, and what the last command said."""
 
 
 @dataclass
@@ -124,11 +129,14 @@ class Campaign:
             print(f"not done: {why}")
             return
         except Exception as loss:
-            where = traceback.extract_tb(loss.__traceback__)[-1].lineno
-            lost = f"{type(loss).__name__}: {loss} (line {where})"
+            place = traceback.extract_tb(loss.__traceback__)[-1]
+            where = f"{Path(place.filename).name}:{place.lineno}"
+            lost = f"{type(loss).__name__} at {where}: {loss}"
         finally:
             if lost and self.keep:
-                shutil.move(root, self.root / f"lost-{kind.name}-{number}".replace(" ", "-"))
+                kept = self.root / f"lost-{kind.name}-{number}".replace(" ", "-")
+                shutil.move(root, kept)
+                (kept / "lost.txt").write_text(lost + "\n")
             shutil.rmtree(root, ignore_errors=True)
         self.done[kind.name] += 1
         self.survived[kind.name] += not lost
@@ -148,10 +156,14 @@ class Campaign:
         if case.after:
             kinds.check(case.lab.run(case.after), 0)
         left = case.scene.left(case.lab)
-        if differs := difference(calm.left, left, case.forgiven):
-            raise AssertionError(f"{differs}; it said: {ended.said[-300:]}")
+        lost = differences(calm.left, left, case.forgiven)
+        if case.forgiven and not _said(case.forgiven, ended.said, left):
+            lost += differences(calm.left, left)
         litter = sorted(set(os.listdir(case.lab.temporary)) - set(calm.temporary))
-        assert not litter, f"litter in the temporary folder: {litter}"
+        if litter:
+            lost.append(f"litter in the temporary folder: {litter}")
+        if lost:
+            raise Lost("\n  ".join(["", *lost, f"it said: {ended.said}"]))
 
     # -- what came of it -------------------------------------------------------------------------------------------
     def table(self) -> str:
@@ -164,6 +176,12 @@ class Campaign:
         lines = [f"{name:<{width}}  {times:>5}  {well:>8}" for name, times, well in rows]
         lines += [f"not done: {name}: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines)
+
+
+def _said(forgiven: str, said: str, left: Left) -> bool:
+    """Whether what cannot be restored was named, by the command and by every report."""
+    reports = [lines for key, lines in left.items() if key.endswith(f"lost {forgiven}")]
+    return forgiven in said and all(reports)
 
 
 def _stop_at_the_second_run() -> None:

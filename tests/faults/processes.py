@@ -89,7 +89,7 @@ def wait_for(holds: Callable[[], object], else_: str, patience: float, one: Runn
     while not holds():
         if time.monotonic() > until:
             one.send_to_all(signal.SIGKILL)
-            raise Hung(f"{else_}; it said: {one.log.read_text(errors='replace')[-400:]}")
+            raise Hung(f"{else_}; it said: {one.log.read_text(errors='replace')}")
         time.sleep(PAUSE)
 
 

@@ -194,7 +194,9 @@ def of_runs(lab: Lab) -> Left:
             for row in plan.rows
         )
         if plan.design != "study":
-            left[f"report of {name}"] = report_of(store, name)
+            told = report_of(store, name)
+            left[f"report of {name}: lost pace"] = _split(told, "warnings", "pace.jsonl")
+            left[f"report of {name}"] = told
         for row in plan.rows:
             left |= run_of(lab.store / "runs" / row.run)
     for path in lab.files("studies/*.json"):
@@ -203,11 +205,13 @@ def of_runs(lab: Lab) -> Left:
 
 
 def run_of(folder: Path) -> Iterator[tuple[str, Any]] | Left:
+    from ablab.core.recipe.load import read_yaml
     from ablab.core.store.record import Record
 
     result = json.loads((folder / "result.json").read_text())
     left = {
         f"{folder.name}: result": without_clock(result),
+        f"{folder.name}: recipe": read_yaml(folder / "recipe.yaml"),
         f"{folder.name}: log": (folder / "metrics.jsonl").read_bytes(),
         f"{folder.name}: pace": [line["step"] for line in Record(folder).pace()],
     }
@@ -220,6 +224,13 @@ def report_of(store: Any, name: str) -> Any:
     from ablab.analysis.pages import report
 
     return without_clock(report.as_json(report.read(store, name)))
+
+
+def _split(told: dict[str, Any], key: str, about: str) -> list[str]:
+    """Take the lines about something out of a list of lines, and return them."""
+    lines = told[key]
+    told[key] = [line for line in lines if about not in line]
+    return [line for line in lines if about in line]
 
 
 def without_clock(told: Any) -> Any:
@@ -246,12 +257,17 @@ def of_runs_and_mlflow(lab: Lab) -> Left:
 
 
 def of_mlflow(database: Path) -> Left:
-    """Its runs by name, twins and all: status, tags, parameters, and every point of their curves."""
+    """Its runs by name: status, tags, parameters, and every point of their curves.
+
+    Twins are among them, but for those that were retired: a server that stood still creates a run twice.
+    """
     left: Left = {}
     with closing(sqlite3.connect(database)) as base:
         ask = base.execute
         runs = ask(
-            "select run_uuid, name, status, lifecycle_stage from runs order by name"
+            "select run_uuid, name, status, lifecycle_stage from runs where run_uuid not in "
+            "(select run_uuid from tags where key = 'ablab.planned' and value = 'no') "
+            "order by name"
         ).fetchall()
         left["MLflow: runs"] = [shown[1:] for shown in runs]
         for id, name, *_ in runs:
@@ -277,29 +293,40 @@ def of_tokens(lab: Lab) -> Left:
     return left | {"beside": sorted(os.listdir(lab.store / "data"))}
 
 
-def difference(one: Left, other: Left, forgiven: str = "") -> str:
-    """The first things in which they differ, in a line; empty where they do not.  forgiven: what says so may differ."""
+def differences(one: Left, other: Left, forgiven: str = "") -> list[str]:
+    """All in which they differ, a line each and whole.  forgiven: what says so may differ."""
     compared = [key for key in one | other if not (forgiven and forgiven in key)]
     differing = [key for key in compared if one.get(key) != other.get(key)]
-    told = [f"{key}{told_apart(one.get(key), other.get(key))}" for key in differing]
-    return "; ".join(told[:3])
+    return [f"{key}{told_apart(one.get(key), other.get(key))}" for key in differing]
 
 
 def told_apart(one: Any, other: Any) -> str:
     """Where two values differ, and what stands there."""
+    if isinstance(one, bytes) and isinstance(other, bytes):
+        return told_apart(one.splitlines(keepends=True), other.splitlines(keepends=True))
     if isinstance(one, dict) and isinstance(other, dict):
-        for key in one | other:
-            if one.get(key) != other.get(key):
-                return f".{key}{told_apart(one.get(key), other.get(key))}"
+        parts = [
+            f".{key}{told_apart(one.get(key), other.get(key))}"
+            for key in one | other
+            if one.get(key) != other.get(key)
+        ]
+        return ", ".join(parts)
     if isinstance(one, list) and isinstance(other, list):
-        only = [value for value in one if value not in other]
-        surplus = [value for value in other if value not in one]
+        only = _without(one, other)
+        surplus = _without(other, one)
         if len(only) == len(surplus) == 1:
             return f"[]{told_apart(only[0], surplus[0])}"
-        return (
-            f": {len(one)} and {len(other)} long; lacks {only[:3]}, has besides {surplus[:3]}"
-        )
-    return f": {str(one)[:200]} != {str(other)[:200]}"
+        return f": {len(one)} and {len(other)} long; lacks {only}, has besides {surplus}"
+    return f": {one} != {other}"
+
+
+def _without(these: list[Any], others: list[Any]) -> list[Any]:
+    """What is left of these when each of the others has taken one that equals it."""
+    left = list(these)
+    for value in others:
+        if value in left:
+            left.remove(value)
+    return left
 
 
 QUICK = ("--no-mlflow", "--json", "--jobs", "1")  # --json draws no pictures, which take longest

@@ -56,6 +56,24 @@ def test_a_result_of_its_own_run_is_taken(tmp_path, status):
     assert record.sound_result(pytest.fail) == whole
 
 
+@given(st.integers(0), st.binary(min_size=1, max_size=3))
+def test_a_result_that_was_changed_anywhere_is_refused_or_says_the_same(
+    tmp_path_factory, place, other
+):
+    record = Record(tmp_path_factory.mktemp("any"), "mine")
+    numbers = {"val/loss": 3.744, "val/bits_per_byte": 1e-05, "train/loss": 3.0}
+    told = {"weights": "0af3", "runtime": {"dtype": "float32", "seed": 2**60}, "code": "ü"}
+    whole = Result("mine", FINISHED, step=1, tokens=64, metrics=numbers, seconds=0.1, **told)
+    record.finish(whole)
+    content = record.result_path.read_bytes()
+    place %= len(content)
+    record.result_path.write_bytes(content[:place] + other + content[place + len(other) :])
+    try:
+        assert record.result() == whole
+    except Damaged as damage:
+        assert "\n" not in str(damage)
+
+
 @given(st.binary(max_size=80))
 def test_no_bytes_in_a_record_raise_anything_but_one_line(tmp_path_factory, content):
     record = Record(tmp_path_factory.mktemp("any"), "mine")

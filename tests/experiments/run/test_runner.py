@@ -397,12 +397,24 @@ def test_each_damaged_record_costs_its_own_run_which_is_trained_again(new_lab):
     recipe = (full / "recipe.yaml").read_text()
     (full / "recipe.yaml").unlink()
     (base / "recipe.yaml").write_bytes(b"\xff")
+    about = json.loads((full / "run.json").read_text())
+    (full / "run.json").unlink()
+    pace = base / "pace.jsonl"
+    pace.write_bytes(pace.read_bytes()[:-5])
     kept = lab.run(*command, "runtime.keep_weights=true", "runtime.evaluations=2")
     assert kept.trained == []
     assert (full / "recipe.yaml").read_text() == recipe
     assert "width: 16" in (base / "recipe.yaml").read_text()
     assert f"{base / 'recipe.yaml'} is not UTF-8 text" in kept.err
     assert "runtime.keep_weights=True is asked, but 4 of the runs ended with False" in kept.err
+    mended = json.loads((full / "run.json").read_text())
+    assert mended.pop("restored") > about["started"]
+    lost = {"started", "environment"}
+    assert mended == {key: value for key, value in about.items() if key not in lost}
+    assert f"{full / 'run.json'} is lost or damaged; written again" in kept.err
+    unpaced = f"{pace} has lost 1 of 4 lines"
+    assert unpaced in kept.err
+    assert any(unpaced in line for line in kept.json["warnings"])
 
 
 def test_when_no_run_finishes_there_is_no_verdict_and_no_crash(new_lab):
