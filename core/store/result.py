@@ -44,4 +44,5 @@ class Result:
     evaluated: str = ""
     log: str = ""  # digest of metrics.jsonl
     held_out: str = ""  # digest of held_out.npz
+    dynamics: str = ""  # digest of dynamics.jsonl; "": nobody looked
     kernels: dict[str, str] = field(default_factory=dict)  # place -> what served it

@@ -17,11 +17,12 @@ from ablab.core.language.written import dump
 from ablab.core.model.cost import cost_of
 from ablab.core.recipe.recipe import SCHEMA, Recipe, identity_of, plain, run_id
 from ablab.core.runtime.fingerprint import code_fingerprint
-from ablab.core.runtime.runtime import Runtime, Settled, environment, settle
+from ablab.core.runtime.runtime import Runtime, Settled, environment, peak_flops, settle
 from ablab.core.store.files import write_atomically
 from ablab.core.store.record import Record, digest_of
 from ablab.core.store.result import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, Result
 from ablab.core.train import checkpoint, handover
+from ablab.core.train.dynamics import looks_into
 from ablab.core.train.trainer import Trainer, Warm
 
 # Whoever watches a run is told (step, scalars, seconds of training); it may raise Pruned.
@@ -87,7 +88,7 @@ def run(
         status, error = OUT_OF_MEMORY, _memory_advice(recipe, settled)
     result = _result(recipe, settled, kernels, trainer, status, error, metrics)
     record.sync(warn)
-    result = replace(result, log=digest_of(record.logged()))
+    result = replace(result, log=digest_of(record.logged()), dynamics=record.digest_of_looks())
     if trainer and status == FINISHED:
         result = replace(result, held_out=record.keep(trainer.held_out()))
     if trainer and status == FINISHED and settled.keep_weights:
@@ -115,13 +116,15 @@ class Loop:
         self.evaluations = {math.ceil(self.steps * (i + 1) / count) for i in range(count)}
         self.last_good = math.log(self.recipe.data.vocab)  # of a uniform guess, nats/token
         self.saved = time.perf_counter()
+        self.looks = looks_into(trainer, warn)
+        self.utilization = Utilization(self.recipe, trainer.runtime)
 
     def train(self) -> dict[str, float]:
         """Returns the last metrics.  Raises Diverged."""
         trainer = self.trainer
         scalars: dict[str, float] = {}
         while trainer.step < self.steps:
-            norm = trainer.advance()
+            norm = self.looks.advance()
             t = trainer.step
             trainer.watch.step(norm, self._tokens_of(t))
             if self._ends_a_window(t) or t in self.evaluations:
@@ -157,9 +160,11 @@ class Loop:
         if not (sound and all(math.isfinite(value) for value in scalars.values())):
             # This very step may have broken the weights: its own loss is older.
             raise Diverged(t, self.last_good)
-        rate = watch.rate
-        self.record.log(t, scalars, {"seconds": watch.seconds, "tokens_per_second": rate})
-        self.log(t, scalars | {"tokens_per_second": rate}, watch.seconds)
+        pace = {"tokens_per_second": watch.rate} | self.utilization.of(watch.rate)
+        self.record.log(t, scalars, {"seconds": watch.seconds} | pace)
+        looked = self.looks.look()
+        self.record.note_look(t, looked)
+        self.log(t, scalars | pace | looked, watch.seconds)
         watch.go_on()
         return scalars
 
@@ -179,6 +184,18 @@ class Loop:
         self.trainer.save(self.record.folder / "checkpoints", logged)
         self.trainer.watch.go_on()
         self.saved = time.perf_counter()
+
+
+class Utilization:
+    """MFU: the model's FLOPs, forward and backward, over what the GPU could do in bf16; none where that is unknown."""
+
+    def __init__(self, recipe: Recipe, runtime: Settled):
+        peak = peak_flops(runtime)
+        self.share = cost_of(recipe).flops_per_token / peak if peak else None
+
+    def of(self, rate: float) -> dict[str, float]:
+        """rate: tokens a second."""
+        return {} if self.share is None else {"mfu": self.share * rate}
 
 
 def size_of(recipe: Recipe) -> dict[str, int]:
