@@ -132,10 +132,11 @@ def _look(row: Planned, record: Record, result: Result | None) -> pd.DataFrame:
         "status": _status(record, result),
     }
     tokens = {line["step"]: line["tokens"] for line in record.metrics()}
-    lines = [
-        run | {"step": line["step"], "tokens": tokens.get(line["step"], math.nan)} | line
-        for line in record.dynamics(result)
-    ]
+    lines: list[dict[str, Any]] = []
+    for line in record.dynamics(result):
+        step = int(line["step"])
+        at = {"step": step, "tokens": tokens.get(step, math.nan)}
+        lines.append({**run, **at, **line})
     return pd.DataFrame(lines)
 
 

@@ -25,8 +25,21 @@ UPRIGHT = 30.0  # a range so many times its lowest value is drawn on a logarithm
 
 def quantities(looked: pd.DataFrame) -> list[str]:
     """What was seen of layers: kurtosis, hidden.weight, attention.gating.factor, ...  looked: of `frame.looks`."""
-    named = [str(column).split("/") for column in looked if str(column).startswith(PREFIX)]
-    return list(dict.fromkeys(name for _, name, place in named if place.isdigit()))
+    names = []
+    for column in _of_layers(looked):
+        _, name, place = column.split("/")
+        if place.isdigit():
+            names.append(name)
+    return list(dict.fromkeys(names))
+
+
+def _of_layers(table: pd.DataFrame) -> list[str]:
+    """layer/kurtosis/00, layer/kurtosis/end, ..."""
+    return [column for column in map(str, table) if column.startswith(PREFIX)]
+
+
+def _place(column: str) -> str:
+    return column.rpartition("/")[2]
 
 
 def layers(looked: pd.DataFrame, cell: str, shown: Sequence[str]) -> "Figure":
@@ -63,7 +76,7 @@ def _shades(means: pd.DataFrame) -> dict[str, Look]:
     """Layer -> how its lines are drawn, in every panel."""
     from matplotlib import colormaps
 
-    places = {column.rpartition("/")[2] for column in means if column.startswith(PREFIX)}
+    places = set(map(_place, _of_layers(means)))
     inside = sorted(place for place in places if place.isdigit())
     colours = colormaps["viridis_r"](np.linspace(*SHADES, len(inside)))
     return {
@@ -73,10 +86,10 @@ def _shades(means: pd.DataFrame) -> dict[str, Look]:
 
 
 def _panel(axes: "Axes", means: pd.DataFrame, name: str, shades: dict[str, Look]) -> None:
-    own = sorted(column for column in means if column.startswith(f"{PREFIX}{name}/"))
+    own = [column for column in sorted(_of_layers(means)) if column.split("/")[1] == name]
     marker = "o" if len(means) == 1 else ""
     for column in own:
-        place = column.rpartition("/")[2]
+        place = _place(column)
         look = shades.get(place, BESIDE)
         label = f"layer {int(place)}" if place in shades else place
         axes.plot(means.tokens, means[column], marker=marker, label=label, **look)

@@ -68,7 +68,8 @@ class Watched:
         if not before:
             return {}
         try:
-            found = self._norms(before) | self.probe.look(self._rows(), self.token_bytes)
+            norms = self._norms(before)
+            found = norms | self.probe.look(self._rows(), self.token_bytes)
         except torch.OutOfMemoryError:
             self.warn(f"step {self.trainer.step}: no memory for a look into the layers")
             return {}
@@ -78,8 +79,10 @@ class Watched:
     def _rows(self) -> Tensor:
         """The first rows of the step that was taken."""
         trainer = self.trainer
-        count = max(1, PROBED // trainer.recipe.data.context)
-        rows = trainer.tokens.rows(trainer.step - 1, 0, min(count, trainer.runtime.micro_batch))
+        few = max(1, PROBED // trainer.recipe.data.context)
+        count = min(few, trainer.runtime.micro_batch)
+        step = trainer.step - 1  # counted from 0, as the tokens are
+        rows = trainer.tokens.rows(step, 0, count)
         return rows.to(trainer.device)
 
     @torch.no_grad()
@@ -87,19 +90,22 @@ class Watched:
         """Of weights and of what the step changed, by role and place."""
         squares: dict[str, list[Tensor]] = {}
         for bank, old in zip(self.trainer.optimizer.banks, before, strict=True):
-            weights = _squares(bank.weight)
-            updates = _squares(bank.weight - old)
-            for name, weight, update in zip(bank.names, weights, updates, strict=True):
-                role, place = bank.declared.role, place_of(name)[0]
-                squares.setdefault(f"layer/{role}.weight/{place}", []).append(weight)
-                squares.setdefault(f"layer/{role}.update/{place}", []).append(update)
-        norms = torch.stack([torch.stack(own).sum() for own in squares.values()]).sqrt()
+            role = bank.declared.role
+            for kind, tensor in (("weight", bank.weight), ("update", bank.weight - old)):
+                for name, square in zip(bank.names, _squares(tensor), strict=True):
+                    place, _ = place_of(name)
+                    quantity = f"layer/{role}.{kind}/{place}"
+                    squares.setdefault(quantity, []).append(square)
+        sums = [torch.stack(own).sum() for own in squares.values()]
+        norms = torch.stack(sums).sqrt()
         return dict(zip(squares, norms.tolist(), strict=True))
 
 
 def _squares(members: Tensor) -> Tensor:
     """[N, ...] -> the sum of squares of each, fp64 [N]."""
-    return torch.linalg.vector_norm(members.flatten(1), dim=1, dtype=torch.float64).square()
+    rows = members.flatten(1)
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms.square()
 
 
 def looks_into(trainer: Trainer, warn: Callable[[str], None]) -> Looks:

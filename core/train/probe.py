@@ -11,7 +11,8 @@ Gaussian channels has the kurtosis 3, one that lives in a single channel W: the 
 released code (github.com/thepowerfuldeez/sample_efficient_gpt, transformer/transformer.py).
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,13 +26,15 @@ from ablab.core.model.objective import token_losses
 from ablab.core.model.plan import plan_of
 from ablab.core.model.transformer import Transformer
 from ablab.core.recipe.recipe import Recipe
-from ablab.core.train.evaluate import bits_per_byte
 
 ENTERS_A_SLOT = "on_"  # begins the name of a slot that holds several stages
 SMALL = ("vector", "gate")  # roles whose parameters are told one by one wherever they stand
 Numbers = dict[str, Tensor]  # 0-D each
 # What a stage offers, what it has bound, and its inputs -> quantity -> number.
 Reading = Callable[..., Numbers]
+# A module and the inputs of its call.
+Hook = Callable[[nn.Module, tuple[Any, ...]], None]
+MIX = "attention.mix"  # where queries meet keys
 
 
 class Probe:
@@ -47,14 +50,17 @@ class Probe:
         self.seen: Numbers = {}
         modules = dict(self.twin.named_modules())
         for path, stage in stages(plan):
-            place, name = place_of(path)
-            if reading := READINGS.get(type(stage.offer)):
-                hook = StageHook(self, f"{name}.{{}}/{place}", stage.offer, reading)
+            for hook in self._hooks_of(path, stage.offer):
                 modules[path].register_forward_pre_hook(hook)
-            if name == "attention.mix":
-                modules[path].register_forward_pre_hook(LogitHook(self, place))
         for i, block in enumerate(self.twin.blocks):
             block.register_forward_pre_hook(StreamHook(self, f"{i:02}"))
+
+    def _hooks_of(self, path: str, offer: Offer | None) -> Iterator[Hook]:
+        place, name = place_of(path)
+        if name == MIX:
+            yield LogitHook(self, place)
+        if offer and (reading := READINGS.get(type(offer))):
+            yield StageHook(self, name, place, offer, reading)
 
     @torch.no_grad()
     def look(self, rows: Tensor, token_bytes: Tensor) -> dict[str, float]:
@@ -64,8 +70,8 @@ class Probe:
         x = self.twin.trunk(inputs)
         self.note_stream(x, "end")
         self._note_parameters()
-        layers = {f"layer/{name}": value for name, value in self.seen.items()}
-        found = layers | self._readout(x, targets, token_bytes[targets])
+        found = {f"layer/{name}": value for name, value in self.seen.items()}
+        found |= self._readout(x, targets, token_bytes[targets])
         self.seen = {}
         values = torch.stack([value.double() for value in found.values()])
         return dict(zip(found, values.tolist(), strict=True))
@@ -79,9 +85,10 @@ class Probe:
             highest.append(logits.max().float())
             nats.append(token_losses(logits, target[None]).double())
         counted = torch.cat(nats) * (sizes > 0)
+        bits = counted.sum() / math.log(2)
         return {
             "train/logit": torch.stack(highest).max(),
-            "train/bits_per_byte": bits_per_byte(counted.sum(), sizes.sum()),
+            "train/bits_per_byte": bits / sizes.sum(),
         }
 
     def note_stream(self, x: Tensor, place: str) -> None:
@@ -89,12 +96,14 @@ class Probe:
         squares = x.float().square()
         m2 = squares.mean(-1)
         m4 = squares.square().mean(-1)
-        self.seen[f"kurtosis/{place}"] = (m4 / m2.square().clamp_min(1e-16)).mean()
+        kurtosis = m4 / m2.square().clamp_min(1e-16)
+        self.seen[f"kurtosis/{place}"] = kurtosis.mean()
         self.seen[f"rms/{place}"] = m2.sqrt().mean()
 
     def _note_parameters(self) -> None:
         for path, value in self.twin.named_parameters():
-            if declaration(value).role in SMALL or f".{ENTERS_A_SLOT}" in f".{path}":
+            in_a_slot = f".{ENTERS_A_SLOT}" in f".{path}"
+            if in_a_slot or declaration(value).role in SMALL:
                 place, name = place_of(path)
                 self.seen[f"{name}/{place}"] = in_one_number(value)
 
@@ -148,36 +157,37 @@ class LogitHook:
         self.place = place
 
     def __call__(self, mix: nn.Module, inputs: tuple[Any, ...]) -> None:
-        q, k, *_ = inputs
-        highest = torch.stack([largest_score(*row) for row in zip(q, k, strict=True)])
-        self.probe.seen[f"attention_logit/{self.place}"] = highest.max()
+        queries, keys, *_ = inputs
+        of_rows = [largest_score(q, k) for q, k in zip(queries, keys, strict=True)]
+        highest = torch.stack(of_rows).max()
+        self.probe.seen[f"attention_logit/{self.place}"] = highest
 
 
 def largest_score(q: Tensor, k: Tensor) -> Tensor:
     """max of q_t k_s / sqrt(D) over s <= t.  q: [H,T,D]; k: [KV,T,D], each for H / KV queries."""
-    heads, tokens, channels = q.shape
-    keys = k.float().repeat_interleave(heads // len(k), 0)
+    heads, _, channels = q.shape
+    shared_by = heads // len(k)
+    keys = k.float().repeat_interleave(shared_by, 0)
     scores = q.float() @ keys.transpose(1, 2) / channels**0.5
-    later = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
+    pairs = torch.ones_like(scores[0], dtype=torch.bool)
+    later = pairs.triu(1)
     return scores.masked_fill(later, -torch.inf).max()
 
 
 class StageHook:
-    """Before a stage that offers something: what it computes with its parameters.
+    """Before a stage that offers something: what it computes with its parameters."""
 
-    name: of a quantity, {} where the reading's own word goes.
-    """
-
-    def __init__(self, probe: Probe, name: str, offer: Offer, reading: Reading):
+    def __init__(self, probe: Probe, name: str, place: str, offer: Offer, reading: Reading):
         self.probe = probe
         self.name = name
+        self.place = place
         self.offer = offer
         self.reading = reading
 
     def __call__(self, stage: nn.Module, inputs: tuple[Any, ...]) -> None:
         bound = Built(self.offer, stage).bound()
         for word, value in self.reading(self.offer, bound, *inputs).items():
-            self.probe.seen[self.name.format(word)] = value
+            self.probe.seen[f"{self.name}.{word}/{self.place}"] = value
 
 
 def _factors(offer: HeadFactors, bound: dict[str, Any], y: Tensor, x: Tensor) -> Numbers:
