@@ -1,6 +1,7 @@
 """What a notebook asks for:  from ablab import analysis as ab.
 
     read_runs(), read_curves(), read_effects()   tidy pandas frames, from run folders or from an MLflow server
+    read_looks()                                 what was seen inside the layers, where runtime.dynamics asked
     read_speedups()                              what arms save in tokens, FLOPs and seconds, and its trend over sizes
     read_trials()                                the same of a study
     plot_*()                                     one function a plot, each returns a matplotlib Figure
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 Where = str | Path | None
 DYNAMICS = ("train/loss", "train/grad_norm", "optim/lr", "tokens_per_second")
+LAYERS = ("kurtosis", "rms", "attention_logit", "hidden.weight", "hidden.update")
 REMOTE = ("http://", "https://", "sqlite:", "postgresql", "mysql", "mssql", "databricks")
 
 
@@ -70,6 +72,18 @@ def read_curves(experiment: str, where: Where = None) -> "pd.DataFrame":
     from ablab.analysis.effects import frame
 
     return frame.curves(_store(where), experiment)
+
+
+def read_looks(experiment: str, where: Where = None) -> "pd.DataFrame":
+    """A row a look into a run (runtime.dynamics): cell, pair, run, step, tokens, and what was seen of each layer.
+
+    Columns as `layer/kurtosis/00`, `layer/hidden.update/03`, `layer/attention.gating.factor/07`.
+    """
+    if _is_server(where):
+        raise UserError(f"looks into layers are read from a store; {where!r} is a server")
+    from ablab.analysis.effects import frame
+
+    return frame.looks(_store(where), experiment)
 
 
 def read_effects(
@@ -185,6 +199,16 @@ def plot_speedups(experiments: str | Sequence[str], where: Where = None) -> "Fig
             "no arm has a speedup: each needs a common seed with its reference, and two evaluations or more"
         )
     return shown(sizes, found)
+
+
+def plot_layers(
+    looked: "pd.DataFrame", cell: str, quantities: Sequence[str] = LAYERS
+) -> "Figure":
+    """What goes on inside the layers of an arm: a panel a quantity, a line a layer.  looked: of `read_looks`."""
+    from ablab.analysis.pictures.layers import layers
+    from ablab.analysis.pictures.style import shown
+
+    return shown(layers, looked, cell, quantities)
 
 
 def plot_rates(study: str, where: Where = None) -> "Figure":

@@ -40,6 +40,7 @@ CURVE_COLUMNS = [
     "seconds",
     "tokens_per_second",
 ]
+LOOK_COLUMNS = ["cell", "reference", "pair", "run", "status", "step", "tokens"]
 
 
 def unit(metric: str) -> str:
@@ -107,6 +108,38 @@ def curves(store: Store, experiment: str, read: ReadCurve = curve) -> pd.DataFra
     return logged.reindex(columns=list(dict.fromkeys([*CURVE_COLUMNS, *logged])))
 
 
+def looks(store: Store, experiment: str) -> pd.DataFrame:
+    """One row per look into a run (runtime.dynamics), in the plan's order.
+
+    Columns: cell, reference, pair, run, status; step, tokens, and what was seen: `layer/kurtosis/00`, ...
+    (core/train/dynamics.py).  Empty where nobody looked.
+    Raises UserError for what is not what a run left.
+    """
+    tables = [
+        table for run in _runs(store, store.read_plan(experiment)) if len(table := _look(*run))
+    ]
+    return (
+        pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=LOOK_COLUMNS)
+    )
+
+
+def _look(row: Planned, record: Record, result: Result | None) -> pd.DataFrame:
+    run = {
+        "cell": row.cell,
+        "reference": row.reference,
+        "pair": row.pair,
+        "run": row.run,
+        "status": _status(record, result),
+    }
+    tokens = {line["step"]: line["tokens"] for line in record.metrics()}
+    lines: list[dict[str, Any]] = []
+    for line in record.dynamics(result):
+        step = int(line["step"])
+        at = {"step": step, "tokens": tokens.get(step, math.nan)}
+        lines.append({**run, **at, **line})
+    return pd.DataFrame(lines)
+
+
 def _runs(store: Store, plan: GridPlan) -> Iterator[tuple[Planned, Record, Result | None]]:
     for row in plan.rows:
         record = store.run(row.run)
@@ -130,7 +163,7 @@ def _status(record: Record, result: Result | None) -> str:
 def _row(row: Planned, record: Record, result: Result | None) -> dict[str, Any]:
     status = INERT if row.note.startswith(INERT) else _status(record, result)
     ended = asdict(result or Result(row.run, status, step=0, tokens=0))
-    del ended["log"], ended["held_out"]
+    del ended["log"], ended["held_out"], ended["dynamics"]
     ended["hole"] = record.hole(result)
     ended["unpaced"] = record.lost_pace() if result else ""
     metrics = ended.pop("metrics")

@@ -81,11 +81,11 @@ def _panel(axes: "Axes", rows: pd.DataFrame, over: str, colours: dict[str, str])
     low, high = np.nanmin(seen), np.nanmax(seen)
     room = 0.06 * (high - low or abs(high) or 1)
     axes.set_ylim(low - room, high + room)
-    axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+    axes.xaxis.set_major_formatter(lambda value, _: short(value))
     axes.locator_params(nbins=5)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """In thousands, millions, billions: 1.5M."""
     for size, letter in (
         (1e18, "E"),

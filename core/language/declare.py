@@ -111,6 +111,20 @@ def params(tree: Any, path: str = "") -> Iterator[tuple[str, Param]]:
             yield from params(_named(tree), path)
 
 
+def stages(tree: Any, path: str = "") -> Iterator[tuple[str, Stage]]:
+    """Every stage below `tree` with its dotted name; the same name the built module has."""
+    match tree:
+        case Stage():
+            yield path, tree
+        case dict():
+            for key, value in tree.items():
+                yield from stages(value, f"{path}.{key}" if path else str(key))
+        case tuple():
+            yield from stages(dict(enumerate(tree)), path)
+        case _ if is_dataclass(tree):
+            yield from stages(_named(tree), path)
+
+
 def multiplied(
     tree: Any, choose: Callable[[str, Linear], Callable | None], path: str = ""
 ) -> Any:

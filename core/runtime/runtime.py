@@ -11,6 +11,14 @@ from ablab.core.language.numbers import Natural, NonNegative, Whole
 KernelPlace = Literal["attention", "ffn", "loss", "newton_schulz", "optimizer"]
 
 
+PEAKS = {  # FLOP/s, dense bf16, by NVIDIA's data sheets of the SXM boards
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
+
+
 @dataclass(frozen=True)
 class Runtime:
     """What a person may ask for; `settle` turns it into what a machine does."""
@@ -43,6 +51,8 @@ class Runtime:
     evaluations: Whole = (
         10  # on held-out tokens, evenly spaced; the last one after the last step
     )
+    # optimizer steps between looks into the layers, a multiple of log_every; 0: none
+    dynamics: Natural = 0
     save_seconds: NonNegative = 60.0  # a kill loses at most this much work
     keep_weights: bool = False  # leave weights.safetensors behind
     keep_state: bool = False  # leave the whole last state behind, for runs that go on from it
@@ -81,6 +91,7 @@ def settle(runtime: Runtime, rows: int) -> Settled:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(NO_GPU)
+    _refuse_looks_without_a_log(runtime)
     on_gpu = device == "cuda"
     chosen: dict[str, Any] = {"device": device, "micro_batch": rows_at_once(runtime, rows)}
     if runtime.dtype == "auto":
@@ -92,6 +103,17 @@ def settle(runtime: Runtime, rows: int) -> Settled:
     if runtime.deterministic is None:
         chosen["deterministic"] = on_gpu
     return Settled(**asdict(runtime) | chosen)
+
+
+def _refuse_looks_without_a_log(runtime: Runtime) -> None:
+    every, log = runtime.dynamics, runtime.log_every
+    if every % log:
+        below, above = every // log * log, -(-every // log) * log
+        nearest = f"{below}, {above}" if below else f"{above}"
+        raise UserError(
+            f"runtime.dynamics={every} is no multiple of runtime.log_every={log}, and the log is the only wait "
+            f"for the device; nearest: {nearest}"
+        )
 
 
 def rows_at_once(runtime: Runtime, rows: int) -> int:
@@ -152,6 +174,16 @@ def visible_gpus() -> list[str]:
     if "-1" in names:
         names = names[: names.index("-1")]
     return [name for name in names if name]
+
+
+def peak_flops(runtime: Settled) -> float | None:
+    """FLOP/s of this GPU's dense products in bf16; None where that is not known, or the run's precision is another."""
+    import torch
+
+    if runtime.device != "cuda" or runtime.dtype != "bf16":
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for card, peak in PEAKS.items() if card in name), None)
 
 
 def environment() -> dict[str, str]:

@@ -4,13 +4,14 @@
                   run.json        who started it, how (Runtime), with which code and packages
                   metrics.jsonl   {"step", "tokens", "train/loss", ...}: the same bits whether or not the run was killed
                   pace.jsonl      {"step", "seconds", "tokens_per_second"}: what depends on the clock
+                  dynamics.jsonl  {"step", "layer/kurtosis/00", ...}: the same of looks into layers, if there were any
                   held_out.npz    the losses of the last evaluation, token by token (held_out.py)
                   result.json     status and final numbers; written once, in one step, at the end
                   interrupted.json  where it was saved when it was stopped in time; gone when it goes on
 
 Every file is whole at every instant, or a log whose last line may be torn: a reader may look at any time.  A log that
 lost a line is known: by a checkpoint of its run, by the writer when it saves and ends, by its digest in the result,
-which has that of held_out.npz too.
+which has those of dynamics.jsonl and held_out.npz too.
 """
 
 import hashlib
@@ -68,6 +69,7 @@ class Record:
         self.claim_path = folder / ".claim"
         self.metrics_path = folder / "metrics.jsonl"
         self.pace_path = folder / "pace.jsonl"
+        self.dynamics_path = folder / "dynamics.jsonl"
         self.held_out_path = folder / "held_out.npz"
         self.result_path = folder / "result.json"
         self.about_path = folder / "run.json"
@@ -215,7 +217,7 @@ class Record:
 
     def _clear_the_places_of_files(self, error: Path, say: Say) -> None:
         """A folder where a file should be, or a file where checkpoints should be, goes aside."""
-        files = (self.recipe_path, self.about_path, self.metrics_path, self.pace_path)
+        files = (self.recipe_path, self.about_path, *self._logs)
         ends = (self.held_out_path, self.result_path, self.interrupted_path, error)
         wrong = [path for path in (*files, *ends) if path.is_dir()]
         checkpoints = self.folder / "checkpoints"
@@ -253,13 +255,26 @@ class Record:
     def log(self, step: int, scalars: Mapping[str, float], pace: Mapping[str, float]) -> None:
         """Append one line to each log; flushed, so that a reader beside us sees it."""
         self.fence()
-        for path, values in ((self.metrics_path, scalars), (self.pace_path, pace)):
-            line = _line({"step": step, **values})
-            with writing(path):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with open(path, "ab") as file:
-                    file.write(line)
-            self.written.setdefault(path, bytearray()).extend(line)
+        self._append(self.metrics_path, step, scalars)
+        self._append(self.pace_path, step, pace)
+
+    def note_look(self, step: int, values: Mapping[str, float]) -> None:
+        """Append what was seen of the layers; nothing where nobody looked."""
+        if values:
+            self.fence()
+            self._append(self.dynamics_path, step, values)
+
+    def _append(self, path: Path, step: int, values: Mapping[str, float]) -> None:
+        line = _line({"step": step, **values})
+        with writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(path, "ab") as file:
+                file.write(line)
+        self.written.setdefault(path, bytearray()).extend(line)
+
+    @property
+    def _logs(self) -> tuple[Path, ...]:
+        return self.metrics_path, self.pace_path, self.dynamics_path
 
     def logged(self) -> bytes:
         """What metrics.jsonl holds; nothing where it cannot be read."""
@@ -268,7 +283,7 @@ class Record:
     def rewind(self, step: int) -> None:
         """Forget every logged line after `step`, a torn last line and damaged ones: the state as of that checkpoint."""
         self.fence()
-        for path in (self.metrics_path, self.pace_path):
+        for path in self._logs:
             kept = _until(step, _content(path))
             if path.exists() and kept != _content(path):
                 write_atomically(path, kept)
@@ -291,6 +306,24 @@ class Record:
 
     def metrics(self) -> Iterator[Scalars]:
         return _lines(self.metrics_path)
+
+    def dynamics(self, result: Result | None = None) -> Iterator[Scalars]:
+        """What was seen of the layers.  Raises Damaged where it is not what the run left, or no run can leave it."""
+        if result and result.dynamics and result.dynamics != self.digest_of_looks():
+            raise Damaged(
+                f"{self.dynamics_path} is not what the run left: lines are lost or changed; "
+                "no verdict rests on it, so delete it, or the run's folder to train that run again"
+            )
+        return _lines(self.dynamics_path)
+
+    def looks(self) -> Iterator[Scalars]:
+        """The same for a view: damaged lines are left out."""
+        return (values for _, values in _sound(sys.maxsize, _content(self.dynamics_path)))
+
+    def digest_of_looks(self) -> str:
+        """Empty where nobody looked."""
+        content = _content(self.dynamics_path)
+        return digest_of(content) if content else ""
 
     def pace(self) -> Iterator[Scalars]:
         """Damaged lines are left out: what the clock says is in no verdict."""

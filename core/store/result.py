@@ -55,6 +55,7 @@ class Result:
     evaluated: str = ""
     log: str = ""  # digest of metrics.jsonl
     held_out: str = ""  # digest of held_out.npz
+    dynamics: str = ""  # digest of dynamics.jsonl; "": nobody looked
     kernels: dict[str, str] = field(default_factory=dict)  # place -> what served it
     # Why its pace is that of a shared machine, in words: "2 runs at once"; "" where nothing was seen to share it.
     contended: str = ""

@@ -14,14 +14,15 @@ from torch import Tensor
 from ablab.core.errors import Diverged, Halted, ParentDiverged, Pruned
 from ablab.core.fusion.places import places
 from ablab.core.language.written import dump
-from ablab.core.model.cost import facts_of
+from ablab.core.model.cost import cost_of, facts_of
 from ablab.core.recipe.recipe import Recipe, plain, run_id
 from ablab.core.runtime.fingerprint import code_fingerprint
-from ablab.core.runtime.runtime import Runtime, Settled, environment, settle
+from ablab.core.runtime.runtime import Runtime, Settled, environment, peak_flops, settle
 from ablab.core.store.files import write_atomically
 from ablab.core.store.record import Record, digest_of
 from ablab.core.store.result import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, Result
 from ablab.core.train import checkpoint, handover
+from ablab.core.train.dynamics import looks_into
 from ablab.core.train.trainer import Trainer, Warm
 
 QUIET = 0.9  # of a core: with less, something else ran there
@@ -99,7 +100,7 @@ def run(
     if trainer:
         result = replace(result, contended=_contended(trainer, about.get("at_once", 1)))
     record.sync(warn)
-    result = replace(result, log=digest_of(record.logged()))
+    result = replace(result, log=digest_of(record.logged()), dynamics=record.digest_of_looks())
     if trainer and status == FINISHED:
         result = replace(result, held_out=record.keep(trainer.held_out()))
     if trainer and status == FINISHED and settled.keep_weights:
@@ -131,6 +132,8 @@ class Loop:
         self.last_good = math.log(self.recipe.data.vocab)  # of a uniform guess, nats/token
         self.saved = time.perf_counter()
         self.saved_step = trainer.step
+        self.looks = looks_into(trainer, warn)
+        self.utilization = Utilization(self.recipe, trainer.runtime)
 
     def train(self) -> dict[str, float]:
         """Returns the last metrics.  Raises Diverged, Halted."""
@@ -139,7 +142,7 @@ class Loop:
         while trainer.step < self.steps:
             if trainer.agreed(self.halts()):
                 self._halt()
-            norm = trainer.advance()
+            norm = self.looks.advance()
             t = trainer.step
             trainer.watch.step(norm, self._tokens_of(t))
             if self._ends_a_window(t) or t in self.evaluations:
@@ -175,9 +178,11 @@ class Loop:
         if not (sound and all(math.isfinite(value) for value in scalars.values())):
             # This very step may have broken the weights: its own loss is older.
             raise Diverged(t, self.last_good)
-        rate = watch.rate
-        self.record.log(t, scalars, {"seconds": watch.seconds, "tokens_per_second": rate})
-        self.log(t, scalars | {"tokens_per_second": rate}, watch.seconds)
+        pace = {"tokens_per_second": watch.rate} | self.utilization.of(watch.rate)
+        self.record.log(t, scalars, {"seconds": watch.seconds} | pace)
+        looked = self.looks.look()
+        self.record.note_look(t, looked)
+        self.log(t, scalars | pace | looked, watch.seconds)
         watch.go_on()
         return scalars
 
@@ -211,6 +216,18 @@ class Loop:
         self.trainer.watch.go_on()
         self.saved = time.perf_counter()
         self.saved_step = self.trainer.step
+
+
+class Utilization:
+    """MFU: the model's FLOPs, forward and backward, over what the GPU could do in bf16; none where that is unknown."""
+
+    def __init__(self, recipe: Recipe, runtime: Settled):
+        peak = peak_flops(runtime)
+        self.share = cost_of(recipe).flops_per_token / peak if peak else None
+
+    def of(self, rate: float) -> dict[str, float]:
+        """rate: tokens a second."""
+        return {} if self.share is None else {"mfu": self.share * rate}
 
 
 def _result(

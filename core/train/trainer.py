@@ -42,6 +42,7 @@ BITS_STAY = (
     "turns",
     "log_every",
     "evaluations",
+    "dynamics",
     "save_seconds",
     "keep_weights",
     "keep_state",

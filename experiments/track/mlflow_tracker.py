@@ -49,6 +49,7 @@ STATUS = {  # ours -> MLflow's
 METRICS, PARAMS = 1000, 100  # a batch; MLflow takes no more
 EVERY_STEP = "train/loss"  # a metric of each logged step; the points of a step leave together
 CURVES = 25  # metric keys a run: the UI draws a chart for each
+LAYERS = "layer/"  # begins the keys of looks into the layers, which stand beside those: somebody asked for them
 STEPS, SECONDS = (
     100,
     5.0,
@@ -240,8 +241,13 @@ class MlflowTracker:
             self._outbox.send()
 
     def _with_a_curve(self, scalars: Mapping[str, float]) -> Mapping[str, float]:
-        new = [key for key in scalars if key_of(key) not in self._latest]
-        room = max(CURVES - len(self._latest), 0)
+        new = [
+            key
+            for key in scalars
+            if key_of(key) not in self._latest and not key.startswith(LAYERS)
+        ]
+        drawn = sum(not key.startswith(LAYERS) for key in self._latest)
+        room = max(CURVES - drawn, 0)
         surplus = new[room:]
         if not surplus:
             return scalars

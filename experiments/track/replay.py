@@ -13,12 +13,13 @@ DAMAGED = "damaged"  # counted where there is one: its record cannot be read, an
 def replay(record: Record, card: Card, tracker: Tracker, result: Result | None = None) -> None:
     """Show a run folder as if it were training now; `result` ends the run, without one it goes on."""
     pace = {line["step"]: line for line in record.pace()}
+    looks = {line["step"]: line for line in record.looks()}
     seconds = 0.0
     tracker.open(card)
     for line in record.metrics():
         clock = pace.get(line["step"], {})
         seconds = clock.get("seconds", seconds)
-        scalars = line | clock
+        scalars = line | clock | looks.get(line["step"], {})
         scalars.pop("seconds", None)
         tracker.log(int(scalars.pop("step")), scalars, seconds)
     if result:

@@ -56,6 +56,47 @@ def test_dynamics_have_a_panel_a_metric(store, over):
     assert titles == ["train/loss (nats/token)", "val/loss (nats/token)"]
 
 
+@pytest.fixture
+def looked_into(store):
+    """Two looks into each run of `full`, into two layers and what leaves them."""
+    for row in store.read_plan("loo").rows:
+        if row.cell == "full":
+            for step in (300, 600):
+                seen = {
+                    f"layer/kurtosis/{place}": step + row.seed for place in ("00", "01", "end")
+                }
+                store.run(row.run).note_look(step, seen | {"train/logit": 9.0})
+    return store
+
+
+def test_looks_are_a_row_each_beside_the_tokens_of_their_step(looked_into):
+    table = ab.read_looks("loo", looked_into.root)
+    assert list(table.cell) == ["full"] * 6 and list(table.step) == [300, 600] * 3
+    curves = ab.read_curves("loo", looked_into.root).set_index(["run", "step"]).tokens
+    assert list(table.tokens) == [
+        curves[run, step] for run, step in zip(table.run, table.step, strict=True)
+    ]
+    assert table["layer/kurtosis/01"].iloc[-1] == 602
+
+
+def test_layers_have_a_panel_a_quantity_and_a_line_a_layer(looked_into):
+    table = ab.read_looks("loo", looked_into.root)
+    (axes,) = ab.plot_layers(table, "full", ["kurtosis"]).axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert lines == {name: [301, 601] for name in ("layer 0", "layer 1", "end")}
+    with pytest.raises(UserError, match="no layer has 'rms'; seen are: kurtosis$"):
+        ab.plot_layers(table, "full", ["rms"])
+    with pytest.raises(UserError, match="layers of '- a'; looked at: 'full'; .*dynamics=50"):
+        ab.plot_layers(table, "- a")
+
+
+def test_where_nobody_looked_the_table_is_empty_and_the_plot_says_how_to(store):
+    table = ab.read_looks("loo", store.root)
+    assert table.empty and "step" in table
+    with pytest.raises(UserError, match="looked at: none; .*runtime.dynamics=50"):
+        ab.plot_layers(table, "full")
+
+
 def test_each_plot_is_a_figure_that_can_be_changed(store):
     curves = ab.read_curves("loo", store.root)
     for figure in (ab.plot_effects("loo", store.root), ab.plot_curves(curves)):

@@ -11,7 +11,7 @@ from ablab.core.store.study_record import LR, WIDTH, StudyRecord, Trial
 
 FOLDER = Path(__file__).parents[2] / "analysis/notebooks"
 BOOKS = sorted(FOLDER.glob("*.ipynb"))
-PICTURES = {"comparing_arms": 2, "learning_rate_and_width": 5, "training_dynamics": 2}
+PICTURES = {"comparing_arms": 2, "learning_rate_and_width": 5, "training_dynamics": 3}
 
 
 def test_there_is_a_lesson_for_each():
@@ -49,6 +49,10 @@ def _log_what_workers_log(record):
             "train/grad_norm": 1.0 + number % 3,
         }
     record.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = ("kurtosis", "rms", "attention_logit", "hidden.weight", "hidden.update")
+    for line in lines[4::5]:
+        looked = {f"layer/{name}/{i:02}": 1.0 + i for name in names for i in range(3)}
+        record.note_look(line["step"], looked)
 
 
 def _study() -> StudyRecord:

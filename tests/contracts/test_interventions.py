@@ -26,6 +26,7 @@ from ablab.core.recipe.load import read_yaml
 from ablab.core.recipe.recipe import Recipe, plain, run_id
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.train.banks import Optimizer
+from ablab.core.train.probe import Probe, place_of
 from ablab.core.train.trainer import Trainer
 
 CPU = Runtime(device="cpu")
@@ -149,6 +150,24 @@ def test_is_alive_on_the_path_that_kernels_serve(arms, shows_by_kernels, variant
     assert shows_by_kernels(on) != shows_by_kernels(off), (
         f"INERT: {spelt(variant)} is dropped by a kernel"
     )
+
+
+@every_intervention
+def test_a_look_into_its_layers_tells_its_own_gates_mixes_and_gains(arms, build, batch, name):
+    """By what its stages declare: the parameters of small roles that it adds, each as a number of fp64."""
+    off, on = arms((name, {}))
+    model = build(on, stirred=0.1)
+    rows = batch(on)
+    found = Probe(model, on).look(rows, torch.ones(on.data.vocab))
+    assert all(map(math.isfinite, found.values()))
+    shared = {path for path, _ in params(plan_of(off))}
+    for path, value in model.named_parameters():
+        if path not in shared and value.declared.role in ("vector", "gate"):
+            place, quantity = place_of(path)
+            exact = value.detach().double()
+            expected = exact.mean() if value.dim() < 2 else exact.square().mean().sqrt()
+            told = found[f"layer/{quantity}/{place}"]
+            assert told == pytest.approx(expected.item(), rel=1e-5, abs=1e-8), path
 
 
 # ---- a fair pair with its reference ----

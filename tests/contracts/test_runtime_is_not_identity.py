@@ -28,6 +28,7 @@ OTHER = {
     "threads": 2,
     "log_every": 1,
     "evaluations": 3,
+    "dynamics": 10,
     "save_seconds": 0.0,
     "keep_weights": True,
     "keep_state": True,
@@ -40,6 +41,7 @@ KEEP_THE_BITS = (
     "deterministic",
     "log_every",
     "evaluations",
+    "dynamics",
     "save_seconds",
     "keep_weights",
     "keep_state",
@@ -105,6 +107,7 @@ class Seen:
         record = Record(place)
         self.result = run(recipe, runtime, folder, record)
         self.lines, self.about = list(record.metrics()), record.about()
+        self.looks = list(record.dynamics())
         self.kept = (place / "weights.safetensors").exists()
         self.left = left_state(place)
         self.deterministic = torch.are_deterministic_algorithms_enabled()
@@ -125,6 +128,7 @@ OBSERVED = {
     "deterministic": lambda seen: seen.deterministic,
     "log_every": lambda seen: [line["step"] for line in seen.lines if "val/loss" not in line],
     "evaluations": lambda seen: [line["step"] for line in seen.lines if "val/loss" in line],
+    "dynamics": lambda seen: [line["step"] for line in seen.looks],
     "save_seconds": lambda seen: seen.saves,
     "keep_weights": lambda seen: seen.kept,
     "keep_state": lambda seen: seen.left,

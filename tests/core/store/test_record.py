@@ -77,7 +77,8 @@ def test_a_result_that_was_changed_anywhere_is_refused_or_says_the_same(
 @given(st.binary(max_size=80))
 def test_no_bytes_in_a_record_raise_anything_but_one_line(tmp_path_factory, content):
     record = Record(tmp_path_factory.mktemp("any"), "mine")
-    for path in (record.result_path, record.about_path, record.metrics_path, record.pace_path):
+    logs = (record.metrics_path, record.pace_path, record.dynamics_path)
+    for path in (record.result_path, record.about_path, *logs):
         path.write_bytes(content)
     said = []
     assert record.sound_result(said.append) is None
@@ -85,7 +86,9 @@ def test_no_bytes_in_a_record_raise_anything_but_one_line(tmp_path_factory, cont
     assert isinstance(record.about(), dict)
     assert "\n" not in record.hole(None)
     list(record.pace())
+    list(record.looks())
     record.rewind(5)
+    assert list(record.dynamics()) == list(record.looks())
     assert record.hole(None) == ""
 
 

@@ -5,12 +5,15 @@ import shutil
 import struct
 import sys
 import zlib
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ablab.analysis.api import read_looks
 from ablab.core.errors import UserError
 from ablab.core.language.written import dump
 from ablab.core.recipe.recipe import plain
@@ -41,12 +44,14 @@ def store(lab) -> Store:
         record.begin(dump(plain(run.recipe)), {"params": experiment.params(run)})
         scalars = {"tokens": 1280, "train/loss": 2.0, "val/loss": 2.0 + run.recipe.seed / 9}
         record.log(20, scalars, {"seconds": 1.0, "tokens_per_second": 1280.0})
+        record.note_look(20, {"layer/kurtosis/00": 3.0})
         metrics = {"train/loss": 2.0, "val/loss": scalars["val/loss"]}
         log = digest_of(record.logged())
         how = {"device": "cpu", "keep_weights": False}
         ended = Result(
             run.id, FINISHED, 20, 1280, metrics, 1.0, 1280.0, 9, "", "c0de", how, log=log
         )
+        ended = replace(ended, dynamics=record.digest_of_looks())
         record.finish(ended)
     kept.write_plan(grid_plan_of(experiment, experiment.runs()))
     trials = [
@@ -79,7 +84,14 @@ def store(lab) -> Store:
     return kept
 
 
-RECORDS = ("result.json", "run.json", "metrics.jsonl", "pace.jsonl", "recipe.yaml")
+RECORDS = (
+    "result.json",
+    "run.json",
+    "metrics.jsonl",
+    "pace.jsonl",
+    "dynamics.jsonl",
+    "recipe.yaml",
+)
 VALUES = JSON | st.sampled_from(ODD) | st.sampled_from([10**30, -1, 1e308, "finished", "../x"])
 
 
@@ -124,6 +136,8 @@ def test_any_record_of_a_run(store, said, with_record, name, at, value, how):
         assert reported.code == 0, reported
         assert said("run", "kept.yaml", "--dry-run").code == 0
         shown_in_mlflow(store, plan)
+        with suppress(UserError):
+            read_looks("kept", store.root)
 
     with_record(folder / name, odd_bytes(folder / name, at, value, how), read)
 

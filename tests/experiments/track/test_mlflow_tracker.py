@@ -311,6 +311,24 @@ def test_the_first_25_metrics_get_a_curve_and_a_warning_names_the_next(store):
     assert len(said) == 1 and "'key25'" in said[0]
 
 
+def test_looks_into_layers_stand_beside_the_25_live_and_replayed(store):
+    plan, said = planned(store, cells=("base",), seeds=1), []
+    row = plan.rows[0]
+    record = store.run(row.run)
+    seen = {f"layer/kurtosis/{i:02}": float(i) for i in range(40)}
+    others = {f"key{i}": 1.0 for i in range(25)}
+    record.log(10, others, {"seconds": 1.0, "tokens_per_second": 9.0})
+    record.note_look(10, seen)
+    tracker = MlflowTracker(MlflowView(store, warn=said.append))
+    tracker.open(card_of(store, plan, row))
+    tracker.log(10, seen | others, 1.0)
+    tracker.flush()
+    assert only_run(store).data.metrics == seen | others and not said
+    MlflowView(store).client.delete_run(only_run(store).info.run_id)
+    replay(record, card_of(store, plan, row), MlflowTracker(MlflowView(store)))
+    assert seen.items() <= only_run(store).data.metrics.items()
+
+
 # -- telling it twice --------------------------------------------------------------------------------------------------
 def test_replaying_a_finished_run_twice_changes_nothing(store):
     plan = planned(store, cells=("base",), seeds=1)
