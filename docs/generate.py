@@ -447,6 +447,13 @@ def placed() -> str:
     return table(("option of `ablab run`", "what it says"), rows)
 
 
+def intervals() -> str:
+    """For verdicts.md: which method gives an interval, as the module that computes it says."""
+    from ablab.analysis.effects import intervals as methods
+
+    return doc_of(methods)
+
+
 GENERATED = {
     "reference/sheet.md": sheet,
     "reference/recipe.md": recipe,
@@ -460,7 +467,11 @@ GENERATED = {
     "reference/experiments.md": experiments,
 }
 HOUSE = ("architecture", "contributing", "changelog")  # pages of the repository's own root
-MARKS = {"<!-- run folder -->": run_folder, "<!-- places -->": placed}
+MARKS = {
+    "<!-- intervals -->": intervals,
+    "<!-- run folder -->": run_folder,
+    "<!-- places -->": placed,
+}
 
 
 # -- what mkdocs calls -------------------------------------------------------------------------------------------------
