@@ -49,16 +49,21 @@ else
 install = $(PIP) -c constraints.txt -e '.$(1)'
 endif
 
-EXTRAS := [test,lint]
+EXTRAS := [test,lint,docs]
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(call install)
+	$(call install,[plugins])
 	@touch $@
 
 $(VENV)/.ready-test: $(READY)
 	$(call install,$(EXTRAS))
 	@touch $@
+
+# The documentation, built from what the code knows; nothing is fetched.
+docs: $(VENV)/.ready-test
+	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --quiet --strict --config-file docs/mkdocs.yml
+	@echo "build/site/index.html; with a search:  $(BIN)/python -m http.server -d build/site"
 
 # After a change of constraints.txt: the digests of its files.
 lock: $(READY)
@@ -67,4 +72,4 @@ lock: $(READY)
 clean:
 	rm -rf $(VENV) ablab-store build dist *.egg-info
 
-.PHONY: demo test lint faults inputs audit lock clean
+.PHONY: demo test lint docs faults inputs audit lock clean

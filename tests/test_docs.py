@@ -9,8 +9,11 @@ import pytest
 from ablab.core.recipe.recipe import SCHEMA
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "README.md")
-FOLDERS = "core|kernels|ablations|experiments|analysis|configs|tests"
+PAGES = (
+    *("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "README.md"),
+    *(f"docs/pages/{path.name}" for path in sorted((ROOT / "docs" / "pages").glob("*.md"))),
+)
+FOLDERS = "core|kernels|ablations|experiments|analysis|configs|docs|tests"
 # `folder/`, `folder/file.py` or `folder/file.py:Class.method`
 REFERENCE = re.compile(rf"`((?:{FOLDERS})/[\w./-]*|[A-Z]+\.md)(?::([\w.]+))?`")
 

@@ -76,6 +76,7 @@ COMMANDS = {
     "make demo": None,  # the set-up of `make test` and `ablab run quickstart`
     "make test": None,  # CI runs it
     "make lint": None,  # likewise
+    "make docs": None,  # tests/test_site.py builds it so
 }
 
 

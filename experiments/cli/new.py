@@ -1,5 +1,8 @@
 """`ablab new`: a file to begin with."""
 
+import importlib.util
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -15,16 +18,27 @@ def intervention(
     folder: Folder = Path("plugins"),
 ) -> None:
     """Write FOLDER/NAME.py: a neutral intervention that passes the contract tests; change it into yours."""
+    from ablab.ablations import template
     from ablab.ablations.registry import discover
-    from ablab.ablations.template import write
 
     discover()
-    path = write(name, folder)
+    path = template.write(name, folder)
     typer.echo(f"wrote {path}")
     typer.echo(f"see it:  ablab list --plugins {folder}")
-    typer.echo(
-        f"test it: pytest tests/contracts --plugins {folder.absolute()} -k {name}   (in a checkout of ablab)"
+    typer.echo(f"test it: {_contract_tests(folder.absolute(), name)}")
+
+
+def _contract_tests(folder: Path, name: str) -> str:
+    """The command that runs them from any folder; they come with a checkout alone."""
+    tests = Path(__file__).resolve().parents[2] / "tests" / "contracts"
+    words = f"--plugins {shlex.quote(str(folder))} -k {name}"
+    if not tests.is_dir():
+        return f"pytest tests/contracts {words}   (in a checkout of ablab)"
+    pytest = f"{shlex.quote(sys.executable)} -m pytest"
+    lacks = (
+        "" if importlib.util.find_spec("pytest") else "   (after: pip install 'ablab[plugins]')"
     )
+    return f"{pytest} {shlex.quote(str(tests))} {words}{lacks}"
 
 
 @app.command()
@@ -33,11 +47,11 @@ def design(
     folder: Folder = Path("plugins"),
 ) -> None:
     """Write FOLDER/NAME.py: a function from a treatment to cells; change it into your design."""
+    from ablab.ablations import template
     from ablab.ablations.registry import discover
-    from ablab.ablations.template import write_design
 
     discover()
-    path = write_design(name, folder)
+    path = template.write_design(name, folder)
     typer.echo(f"wrote {path}")
     typer.echo(
         f"see its cells: ablab run quickstart design={name} --plugins {folder} --dry-run"

@@ -146,6 +146,7 @@ def test_is_alive(arms, shows, variant):
 
 @every_variant
 def test_is_alive_on_the_path_that_kernels_serve(arms, shows_by_kernels, variant):
+    pytest.importorskip("triton")  # there is none for macOS
     off, on = arms(variant, model__width=64, model__attention__head_dim=32)
     assert shows_by_kernels(on) != shows_by_kernels(off), (
         f"INERT: {spelt(variant)} is dropped by a kernel"
