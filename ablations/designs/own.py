@@ -28,6 +28,7 @@ from ablab.core.recipe.intervention import Intervention, Treatment
 
 MOST_CELLS = 1000  # each is planned, hashed and trained on every seed
 
+BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 Cells = Callable[..., Sequence[Cell]]
 
 
@@ -59,14 +60,14 @@ class Own:
 
 def made_from(name: str, function: Cells) -> type[Own]:
     """The design of a function.  Raises UserError for one that cannot be called with a treatment alone."""
-    first, *options = inspect.signature(function).parameters.values() or [None]
-    if first is None or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+    parameters = list(inspect.signature(function).parameters.values())
+    if not parameters or parameters[0].kind not in BY_PLACE:
         raise UserError(
             f"design {name!r} must be a function of a treatment: def {name}(treatment) -> list of Cell"
         )
     hints = get_type_hints(function, include_extras=True)
     fields = []
-    for option in options:
+    for option in parameters[1:]:
         if option.default is option.empty or option.name not in hints:
             raise UserError(
                 f"design {name!r}: give its option {option.name} a type and a default, "

@@ -211,7 +211,7 @@ def as_json(report: Report, logged: pd.DataFrame | None = None) -> dict[str, Any
         in_compute = speedups(report.runs, logged, plan.metric, plan.better)
     told = ["cell", "pair", "seed", "run", "status", plan.metric]
     told += ["tokens", "tokens_per_second", "code"]
-    runs = report.runs.reindex(columns=dict.fromkeys(told)).astype(object)
+    runs = report.runs.reindex(columns=list(dict.fromkeys(told))).astype(object)
     return {
         "experiment": plan.name,
         "question": plan.question,

@@ -111,7 +111,7 @@ def doses_of(name: str, written: Any, path: str) -> Doses:
             f"{path} names {len(parts)} doses; list at least one, and at most {MOST_DOSES}"
         )
     for word in names:
-        if not NAME.fullmatch(word):
+        if not isinstance(word, str) or not NAME.fullmatch(word):
             raise UserError(
                 f"{path}: {word!r:.60} cannot name a dose; use letters, digits and _.+-"
             )

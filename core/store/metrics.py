@@ -4,6 +4,7 @@ Held-out and training losses are logged (core/train/run.py:Loop), a pace and a p
 Names below `layer/` and `eval/` are open: who logs them is not asked here.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -41,8 +42,15 @@ LAST: Mapping[str, Known] = {  # by the last part of a name
     "bits_per_byte": Known("lower", "bits/byte", nears=True),
     "perplexity": Known("lower", "perplexity", nears=True),
     "accuracy": Known("higher", "accuracy", nears=True),
-    "core": Known("higher", "core", nears=True),
 }
+SUITES: Mapping[
+    str, Known
+] = {  # eval/SUITE...: a mean of tasks, a share of pairs, a likelihood
+    "core": Known("higher", "CORE"),
+    "blimp": Known("higher", "accuracy"),
+    "bpb": Known("lower", "bits/byte"),
+}
+SUITE = re.compile(r"eval/([a-z]+)(?=[_@/]|$)")
 EVALUATED = "val/"  # at every evaluation, so that a pruner can judge by it
 
 
@@ -53,4 +61,7 @@ def known(metric: str) -> Known:
         return exact
     if metric.startswith(f"{EVALUATED}bits_per_byte/"):  # of one source of a mix
         return LOGGED[f"{EVALUATED}bits_per_byte"]
+    suite = SUITE.match(metric)
+    if suite and suite[1] in SUITES:
+        return SUITES[suite[1]]
     return LAST.get(metric.rpartition("/")[2]) or Known(None, metric, nears=True)

@@ -236,8 +236,8 @@ def load(
             whole_menu(sheet)
     stem = sheet.name or path.stem
     sheet = asked.on_sheet(sheet)
-    if sheet.name:
-        check_name(sheet.name)
+    if sheet.name is not None or "name" in overrides:
+        check_name(sheet.name or "")
     if "name" in overrides and sheet.name == stem:
         raise UserError(f"name={stem} is its name already; choose another, or drop it")
     check_direction(sheet.metric)

@@ -30,6 +30,14 @@ PATHS = [
     "seeds",
     "design",
     "with.qk_norm.scale",
+    "with",
+    "arms",
+    "arms.wide.optim.lr",
+    "metric",
+    "metric.name",
+    "metric.better",
+    "question",
+    "name",
     "model.ffn.multiple",
     "optim.chains.hidden.steps.adam",
     "nonsense",
@@ -56,6 +64,25 @@ KEYS = st.sampled_from([*fields_of(Sheet), "with"]) | st.text(max_size=3)
 def test_any_sheet(lab, said, keys):
     text = sheet(**keys)
     (lab.root / "any.yaml").write_bytes(text.encode(errors="surrogatepass"))
+    said("run", "any.yaml", "--dry-run", "--no-mlflow")
+
+
+ARMS = {
+    "with": [{"z_loss": {"weight": [1.0, 2.0]}}, {"qk_norm": {"a": {"scale": 2.0}, "b": {}}}],
+    "design": "add_one",
+    "metric": {"name": "train/loss", "better": "lower"},
+    "arms": [
+        {"name": "wide", "set": {"model.width": 32, "with.ema.mix": 0.5}, "with": ["ema"]},
+        {"name": "wider", "without": ["ema"], "reference": "wide"},
+    ],
+}
+
+
+@many
+@given(at=st.floats(0, 1, exclude_max=True), value=JSON)
+def test_any_arm_and_any_dose(lab, said, at, value):
+    keys = {key: json.dumps(one) for key, one in changed(ARMS, at, value).items()}
+    (lab.root / "any.yaml").write_bytes(sheet(**keys).encode(errors="surrogatepass"))
     said("run", "any.yaml", "--dry-run", "--no-mlflow")
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ablab.core.errors import UserError
-from ablab.core.store.metrics import LOGGED, MEASURED
+from ablab.core.store.metrics import LOGGED, MEASURED, known
 from ablab.core.store.planned import command
 from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import load
@@ -33,8 +33,23 @@ def test_the_direction_of_a_known_metric_need_not_be_said(read):
             for better in ("lower", "higher"):
                 told = read(metric={"name": name, "better": better}).sheet.metric
                 assert told.better == better
-    assert read(metric={"name": "eval/core"}).sheet.metric.better == "higher"
-    assert read(metric={"name": "eval/blimp/accuracy"}).sheet.metric.better == "higher"
+
+
+@pytest.mark.parametrize(
+    ("name", "better"),
+    [
+        ("eval/core", "higher"),
+        ("eval/core@100/arc_easy", "higher"),
+        ("eval/core_20_of_22@100", "higher"),
+        ("eval/blimp", "higher"),
+        ("eval/bpb/web", "lower"),
+        ("eval/corer", None),
+        ("train/grad_norm", None),
+        ("layer/3/loss", "lower"),
+    ],
+)
+def test_the_direction_of_an_evaluation_is_that_of_its_suite(name, better):
+    assert known(name).better == better
 
 
 @pytest.mark.parametrize(
