@@ -4,6 +4,7 @@ Held-out and training losses are logged (core/train/run.py:Loop), a pace and a p
 Names below `layer/` and `eval/` are open: who logs them is not asked here.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -43,6 +44,11 @@ LAST: Mapping[str, Known] = {  # by the last part of a name
     "accuracy": Known("higher", "accuracy", nears=True),
     "core": Known("higher", "core", nears=True),
 }
+ASKED: Mapping[str, Known] = {  # eval/SUITE..., of an evaluation; its unit is its name
+    "core": Known("higher", "centered accuracy"),
+    "blimp": Known("higher", "accuracy"),
+    "bpb": Known("lower", "bits/byte"),
+}
 EVALUATED = "val/"  # at every evaluation, so that a pruner can judge by it
 
 
@@ -53,4 +59,6 @@ def known(metric: str) -> Known:
         return exact
     if metric.startswith(f"{EVALUATED}bits_per_byte/"):  # of one source of a mix
         return LOGGED[f"{EVALUATED}bits_per_byte"]
+    if asked := re.match(r"eval/([a-z]+)", metric):
+        return ASKED.get(asked[1]) or Known(None, metric)
     return LAST.get(metric.rpartition("/")[2]) or Known(None, metric, nears=True)

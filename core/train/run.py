@@ -29,6 +29,8 @@ QUIET = 0.9  # of a core: with less, something else ran there
 # Whoever watches a run is told (step, scalars, seconds of training); it may raise Pruned.
 Log = Callable[[int, Mapping[str, float], float], None]
 Warn = Callable[[str], None]
+# Scores of a run that has trained to its end, by its recipe, the weights that were evaluated, and how it runs.
+Judge = Callable[[Recipe, Mapping[str, Tensor], Settled], dict[str, float]]
 
 
 def watched_by_nobody(step: int, scalars: Mapping[str, float], seconds: float) -> None:
@@ -46,6 +48,7 @@ def run(
     warm: Warm | None = None,
     turn: AbstractContextManager = nullcontext(),
     parent: Path | None = None,
+    judge: Judge | None = None,
 ) -> Result:
     """Train to the end, from the last checkpoint if there is one, and leave a result.
 
@@ -53,6 +56,7 @@ def run(
     about: what run.json should say besides runtime and versions.  warm: shared by the runs of one process.
     turn: held from the first step to the last; whoever shares the device waits for it.
     parent: folder of what the recipe's `init` begins with; None: the run folder beside ours that it names.
+    judge: asked at the end for more scores, which stand in the result like any other.
     Raises UserError for data that does not fit the recipe and for a folder that cannot be written.
     """
     settled = settle(runtime, recipe.batches.largest_micro_batch)
@@ -78,6 +82,8 @@ def run(
         record.rewind(trainer.step)
         with turn:
             metrics = Loop(trainer, record, log, warn).train()
+            if judge:
+                metrics |= _judged(trainer, judge)
     except (Diverged, ParentDiverged) as end:
         status, error = DIVERGED, str(end)
     except Pruned:
@@ -183,6 +189,12 @@ class Loop:
         self.trainer.save(self.record.folder / "checkpoints", logged)
         self.trainer.watch.go_on()
         self.saved = time.perf_counter()
+
+
+def _judged(trainer: Trainer, judge: Judge) -> dict[str, float]:
+    with trainer.as_evaluated():
+        weights = dict(trainer.model.named_parameters())
+        return judge(trainer.recipe, weights, trainer.runtime)
 
 
 def size_of(recipe: Recipe) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,7 +11,7 @@ import typer
 from ablab.core.errors import UserError
 from ablab.experiments.cli.asked import folders_of, store_of
 from ablab.experiments.cli.evaluating import progress
-from ablab.experiments.cli.options import Json, Plugins, Quiet, Where
+from ablab.experiments.cli.options import Json, Plugins, Quiet, Track, Where
 from ablab.experiments.text import Row, table
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def evaluate(
         Path | None,
         typer.Option(help="download the public bundle of CORE into a new folder, and leave"),
     ] = None,
+    track: Track = None,
     quiet: Quiet = False,
     plugins: Plugins = None,
     store: Where = None,
@@ -100,6 +102,7 @@ def evaluate(
         for subject in arms.subjects
         for evaluation in asked.of(subject, where, how, quiet or as_json)
     ]
+    _show_in_views(where, [subject.run for subject in arms.subjects], track)
     for line in arms.others:
         typer.echo(f"left out: {line}", err=True)
     if as_json:
@@ -108,6 +111,22 @@ def evaluate(
         return typer.echo(json.dumps([told(one) for _, one in found], indent=1))
     for subject, evaluation in found:
         _show(subject, evaluation)
+
+
+def _show_in_views(store: "Store", runs: list[str], track: str | None) -> None:
+    """Bring the views of the experiments that hold these runs up to date."""
+    from ablab.core.store.inventory import wanted_runs
+    from ablab.experiments.track.chosen import tracked
+    from ablab.experiments.track.trackers import VIEWS
+
+    warn = partial(typer.echo, err=True)
+    try:
+        wanted = wanted_runs(store)
+        holding = sorted({name for run in runs if run for name in wanted.get(run, ())})
+        for view in tracked(track) if holding else ():
+            VIEWS[view](store, warn).sync(holding)
+    except UserError as lost:  # the scores stand; `ablab sync` shows them later
+        warn(f"warning: {lost}")
 
 
 def _arms_of(name: str, store: "Store", how: "How") -> "Arms":

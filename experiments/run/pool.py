@@ -13,6 +13,7 @@ from ablab.core.recipe.recipe import Recipe, plain, structure
 from ablab.core.runtime.runtime import NO_GPU, Runtime
 from ablab.core.store.result import DIVERGED, FINISHED, RETRY, Result
 from ablab.core.store.store import Store
+from ablab.experiments.evaluate.judge import check
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.run.capacity import default_jobs, gpus_for, training_at_once
 from ablab.experiments.run.executor import Executor, Task
@@ -88,6 +89,8 @@ class Pool:
             folder = data_folder(stage.base, store, watcher.note)
             self.data[stage.base.data.name] = folder
         self.at_once = 1  # runs that train on one device at one time
+        if judging := experiment.judging:
+            check(judging.suites, judging.metric)
         self.executor: Executor = local_processes(self.runtime, self.jobs, plugins)
         self.trackers: Trackers | None = None
 
@@ -142,6 +145,7 @@ class Pool:
             data=self.data[run.recipe.data.name],
             before=self.before[run.id],
             start=self.experiment.start.folder if self.experiment.start else None,
+            judging=None if run.id in self.parents else self.experiment.judging,
             about={
                 "experiment": self.experiment.name,
                 "params": self.experiment.params(run),

@@ -89,7 +89,9 @@ def llama(tmp_path):
     folder = tmp_path / "llama"
     LlamaForCausalLM(config).save_pretrained(folder)
     words = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"  # noqa: S106
+        tokenizer_object=tokenizer,
+        bos_token="<s>",  # noqa: S106
+        eos_token="</s>",  # noqa: S106
     )
     words.save_pretrained(folder)
     return folder
