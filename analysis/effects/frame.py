@@ -17,6 +17,7 @@ import pandas as pd
 
 from ablab.analysis.effects.service import COLUMN as KERNELS
 from ablab.core.errors import UserError
+from ablab.core.store.evaluation import scores_of
 from ablab.core.store.metrics import known
 from ablab.core.store.planned import GridPlan, Planned
 from ablab.core.store.record import Record
@@ -171,6 +172,7 @@ def _row(row: Planned, record: Record, result: Result | None) -> dict[str, Any]:
     kernels = ended.pop("kernels")
     ended["tokens_per_second"] = ended["tokens_per_second"] or math.nan  # zero: not measured
     ended |= metrics
+    ended |= scores_of(record, result) if result else {}
     ended |= {f"runtime/{key}": value for key, value in runtime.items()}
     ended |= {f"{KERNELS}{place}": served for place, served in kernels.items()}
     return asdict(row) | ended

@@ -25,6 +25,7 @@ from ablab.analysis.effects.effect import INCONCLUSIVE, INERT, REFERENCE, TOO_FE
 from ablab.analysis.effects.factorial import FactorEffect
 from ablab.analysis.pages.html_tables import (
     Table,
+    asked_table,
     costs,
     factor_table,
     failures,
@@ -35,7 +36,7 @@ from ablab.analysis.pages.html_tables import (
     verdicts,
 )
 from ablab.analysis.pages.method import how_to_read
-from ablab.analysis.pages.report import Report
+from ablab.analysis.pages.report import ASKED, Report
 from ablab.analysis.pages.report import read as read_report
 from ablab.analysis.pictures.bands import bands, differences, metrics_of
 from ablab.core.store.files import write_atomically
@@ -132,6 +133,8 @@ def main(page: Page) -> str:
             verdicts=verdicts(report),
             speedups=speedup_table(report, page.logged),
             factors=factor_table(report),
+            asked=asked_table(report),
+            asked_hint=ASKED,
             costs=costs(report, page.logged),
             failures=failures(report, live=bool(page.look)),
             trust=report.provenance,

@@ -14,6 +14,7 @@ from ablab.analysis.effects.intervals import MODERATED_FROM
 from ablab.analysis.effects.speedup import FLOPS, SECONDS, TOKENS, Speedup, speedups
 from ablab.analysis.pages.report import Report, off, times
 from ablab.analysis.pages.text import NONE, number
+from ablab.core.store.evaluation import Estimate
 from ablab.core.store.record import Record
 from ablab.core.store.result import FINISHED
 from ablab.core.store.store import Store
@@ -209,6 +210,42 @@ def _times(speedup: Speedup | None) -> Cell:
     if speedup is None:
         return Cell(NONE, kind="num")
     return Cell(times(speedup), speedup.factor, "num wrap")
+
+
+def asked_table(report: Report) -> Table:
+    """A row a score and an arm, of what evaluations found."""
+    columns = [
+        Column("score"),
+        Column("arm"),
+        Column("mean", "num"),
+        Column("95 % over items", "num"),
+        Column("sd", "num", "over seeds"),
+        Column("seeds", "num spare"),
+        Column("items", "num spare"),
+        Column("minus reference", "num"),
+        Column("95 % over the same items", "num spare"),
+    ]
+    rows = []
+    for one in report.asked:
+        delta = one.delta
+        rows.append(
+            [
+                Cell(one.name),
+                Cell(one.cell),
+                Cell(number(one.mean, ".4f"), one.mean, "num"),
+                Cell(f"{one.low:.4f} to {one.high:.4f}", one.low, "num wrap"),
+                Cell(number(one.sd, ".4f"), one.sd, "num"),
+                Cell(f"{one.seeds}", one.seeds, "num spare"),
+                Cell(f"{one.items:,}", one.items, "num spare"),
+                Cell(signed(delta.value) if delta else NONE, delta and delta.value, "num"),
+                Cell(_reach(delta), delta and delta.low, "num spare"),
+            ]
+        )
+    return Table(columns, rows)
+
+
+def _reach(delta: Estimate | None) -> str:
+    return f"{signed(delta.low)} to {signed(delta.high)}" if delta else NONE
 
 
 def factor_table(report: Report) -> Table:

@@ -31,6 +31,7 @@ from ablab.analysis.effects.effect import (
     ingredient,
 )
 from ablab.analysis.effects.effects import measure, noisy_arms
+from ablab.analysis.effects.evaluations import ArmScore, scores
 from ablab.analysis.effects.factorial import FactorEffect, factorial_effects
 from ablab.analysis.effects.intervals import MODERATED_FROM, PLAIN_FROM
 from ablab.analysis.effects.service import COLUMN as KERNELS
@@ -62,6 +63,9 @@ IN_COMPUTE = """\
 How many times less of it an arm needs than its reference for the worse one's final loss, with a 95 % interval over
 seeds; above 1 the arm is cheaper.  Seconds hold what the arm costs in throughput.  Losses before the end are those of
 a schedule that still has to decay, higher than a run of that length would end with."""
+ASKED = """\
+Intervals here say what other items of the same kind would have changed, and nothing about seeds: for that, see their
+sd.  Minus its reference an arm is compared on the same items, answer by answer, averaged over seeds."""
 FOOTNOTE = (
     f"{SERVED_OTHERWISE} arm and reference were served by different kernels (named above): "
     "this throughput compares the kernels too."
@@ -81,6 +85,7 @@ class Report:
     crossed: list[FactorEffect] = field(default_factory=list)
     # When it was registered, and how often this store calls A/A arms different: a sentence each.
     provenance: list[str] = field(default_factory=list)
+    asked: list[ArmScore] = field(default_factory=list)  # what evaluations found
 
     @property
     def answer(self) -> str:
@@ -116,11 +121,13 @@ def read(store: Store, experiment: str, mixed: bool = False) -> Report:
         judging = (plan.metric, plan.factors, plan.better, plan.equivalence)
         crossed = factorial_effects(runs, *judging)
     standing = promises.standing_of(store, plan)
+    asked = scores(store, runs)
     warnings = [
         *promises.look_of(plan, effects),
         *standing.deviations,
         *_warnings(plan, runs, effects),
         *dict.fromkeys(tokens.damages),
+        *dict.fromkeys(f"{damage}; it is left out" for damage in asked.damages),
         *promises.challenges(store, plan),
     ]
     provenance = [promises.registered(standing), str(false_alarms(store))]
@@ -128,7 +135,9 @@ def read(store: Store, experiment: str, mixed: bool = False) -> Report:
         provenance.append(
             f"`{plan.metric}` is no mean over held-out tokens: what another text would change is not known"
         )
-    return Report(plan, runs, effects, warnings, mixtures_found, crossed, provenance)
+    return Report(
+        plan, runs, effects, warnings, mixtures_found, crossed, provenance, asked.rows
+    )
 
 
 def write(store: Store, experiment: str, out: str | Path, mixed: bool = False) -> Path:
@@ -223,6 +232,7 @@ def as_json(report: Report, logged: pd.DataFrame | None = None) -> dict[str, Any
         "tuning": "same hyper-parameters, not tuned",
         "speedups": [asdict(speedup) for speedup in in_compute],
         "crossed": [asdict(effect) for effect in report.crossed],
+        "evaluations": [asdict(row) for row in report.asked],
         "effects": [asdict(effect) | {"off": off(plan, effect)} for effect in report.effects],
         "warnings": report.warnings,
         "provenance": report.provenance,
@@ -400,6 +410,7 @@ def _markdown(report: Report, logged: pd.DataFrame, pictures: list[str]) -> str:
         bullets(
             [f"`{effect.cell}`: {effect.note}" for effect in report.effects if effect.note]
         ),
+        _asked(report),
         "## How to read the intervals\n\n" + how_to_read(arms, plan.equivalence),
         "## How far to trust it\n\n" + bullets(report.provenance),
         "## Runs\n\n" + markdown_table(_listed(report.runs, plan.metric)),
@@ -444,6 +455,40 @@ def times(speedup: Speedup | None) -> str:
     bound = " (or more)" if speedup.at_least and speedup.factor > 1 else ""
     bound = " (or less)" if speedup.at_least and speedup.factor < 1 else bound
     return f"{speedup.factor:.2f} x{interval}{bound}"
+
+
+def asked_rows(report: Report) -> list[dict[str, str]]:
+    """A row of text for each score of each arm; the keys are the headings."""
+    rows = []
+    for one in report.asked:
+        delta = one.delta
+        within = f"{delta.low:+.4f} to {delta.high:+.4f}" if delta else NONE
+        rows.append(
+            {
+                "score": one.name,
+                "arm": one.cell,
+                "mean": number(one.mean, ".4f"),
+                "95 % over items": f"{one.low:.4f} to {one.high:.4f}",
+                "sd over seeds": number(one.sd, ".4f"),
+                "seeds": str(one.seeds),
+                "items": f"{one.items:,}",
+                "minus reference": number(delta.value if delta else None, "+.4f"),
+                "95 % over the same items": within,
+            }
+        )
+    return rows
+
+
+def _asked(report: Report) -> str:
+    """The section of what evaluations found; empty without any."""
+    if not report.asked:
+        return ""
+    bundles: dict[str, str] = {}
+    for one in report.asked:
+        bundles.setdefault(one.bundle, one.name)
+    digests = ", ".join(f"{name} {digest}" for digest, name in bundles.items())
+    note = f"{ASKED}  Digests of what was asked: {digests}."
+    return f"## Evaluations\n\n{note}\n\n{markdown_table(asked_rows(report))}"
 
 
 def _crossed(report: Report) -> str:

@@ -22,6 +22,7 @@ import msgspec
 from ablab.core.errors import UserError
 from ablab.core.store.files import FLAWS, write_atomically
 from ablab.core.store.record import Record
+from ablab.core.store.result import Result
 
 FOLDER = "evaluations"
 WIDE = 1.959964  # standard errors on either side of a 95 % interval
@@ -247,12 +248,37 @@ def read(path: Path) -> Evaluation:
     return found
 
 
-def evaluations_of(record: Record, weights: str) -> Iterator[Evaluation]:
-    """Those of a run's weights, in the order of their names.  Raises UserError for one that is damaged.
+def evaluations_of(record: Record, result: Result) -> Iterator[Evaluation]:
+    """Those of a run's weights, in the order of their names; damaged ones are passed over (`damages_of` names them).
 
-    weights: their digest; an evaluation of other weights, as the run had before it was trained again, is passed over.
+    An evaluation of other weights, as the run had before it was trained again, says nothing of it.
     """
-    for path in sorted((record.folder / FOLDER).glob("*.json")):
-        found = read(path)
+    weights = result.evaluated or result.weights
+    for path in files_of(record.folder):
+        try:
+            found = read(path)
+        except UserError:
+            continue
         if found.weights == weights:
             yield found
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted((folder / FOLDER).glob("*.json"))
+
+
+def damages_of(folder: Path) -> Iterator[str]:
+    """A line for each evaluation that cannot be read."""
+    for path in files_of(folder):
+        try:
+            read(path)
+        except UserError as damage:
+            yield str(damage)
+
+
+def scores_of(record: Record, result: Result) -> dict[str, float]:
+    """The headlines of a run's evaluations, where its result does not have them."""
+    found: dict[str, float] = {}
+    for evaluation in evaluations_of(record, result):
+        found |= {name: one.value for name, one in evaluation.headlines.items()}
+    return {name: value for name, value in found.items() if name not in result.metrics}

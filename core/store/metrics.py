@@ -43,10 +43,8 @@ LAST: Mapping[str, Known] = {  # by the last part of a name
     "perplexity": Known("lower", "perplexity", nears=True),
     "accuracy": Known("higher", "accuracy", nears=True),
 }
-SUITES: Mapping[
-    str, Known
-] = {  # eval/SUITE...: a mean of tasks, a share of pairs, a likelihood
-    "core": Known("higher", "CORE"),
+SUITES: Mapping[str, Known] = {  # eval/SUITE..., of an evaluation
+    "core": Known("higher", "centered accuracy"),
     "blimp": Known("higher", "accuracy"),
     "bpb": Known("lower", "bits/byte"),
 }

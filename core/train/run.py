@@ -31,6 +31,8 @@ QUIET = 0.9  # of a core: with less, something else ran there
 Log = Callable[[int, Mapping[str, float], float], None]
 Warn = Callable[[str], None]
 Halts = Callable[[], bool]  # asked after every step whether the run is to be saved and left
+# Scores of a run that has trained to its end, by its recipe, the weights that were evaluated, and how it runs.
+Judge = Callable[[Recipe, Mapping[str, Tensor], Settled], dict[str, float]]
 
 
 def watched_by_nobody(step: int, scalars: Mapping[str, float], seconds: float) -> None:
@@ -54,6 +56,7 @@ def run(
     turn: AbstractContextManager = nullcontext(),
     parent: Path | None = None,
     halts: Halts = never,
+    judge: Judge | None = None,
 ) -> Result:
     """Train to the end, from the last checkpoint if there is one, and leave a result.
 
@@ -61,6 +64,7 @@ def run(
     about: what run.json should say besides runtime and versions.  warm: shared by the runs of one process.
     turn: held from the first step to the last; whoever shares the device waits for it.
     parent: folder of what the recipe's `init` begins with; None: the run folder beside ours that it names.
+    judge: asked at the end for more scores, which stand in the result like any other.
     Raises UserError for data that does not fit the recipe and for a folder that cannot be written; Halted.
     """
     settled = settle(runtime, recipe.batches.largest_micro_batch)
@@ -87,6 +91,8 @@ def run(
             warn(lost)
         with turn:
             metrics = Loop(trainer, record, log, warn, halts).train()
+            if judge:
+                metrics |= _judged(trainer, judge)
     except (Diverged, ParentDiverged) as end:
         status, error = DIVERGED, str(end)
     except Pruned:
@@ -228,6 +234,12 @@ class Utilization:
     def of(self, rate: float) -> dict[str, float]:
         """rate: tokens a second."""
         return {} if self.share is None else {"mfu": self.share * rate}
+
+
+def _judged(trainer: Trainer, judge: Judge) -> dict[str, float]:
+    with trainer.as_evaluated():
+        weights = dict(trainer.model.named_parameters())
+        return judge(trainer.recipe, weights, trainer.runtime)
 
 
 def _result(

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,13 +11,16 @@ import typer
 from ablab.core.errors import UserError
 from ablab.experiments.cli.asked import folders_of, store_of
 from ablab.experiments.cli.evaluating import progress
-from ablab.experiments.cli.options import Json, Plugins, Quiet, Where
+from ablab.experiments.cli.options import Json, Plugins, Quiet, Track, Where
 from ablab.experiments.text import Row, table
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ablab.core.store.evaluation import Evaluation, Part
     from ablab.core.store.store import Store
     from ablab.experiments.evaluate.asking import Arms
+    from ablab.experiments.evaluate.exam import Examination
     from ablab.experiments.evaluate.subjects import How, Subject
 
 Suite = Literal["core", "blimp", "bpb"]
@@ -49,6 +53,10 @@ def evaluate(
             "(the held-out text of the run's own data)"
         ),
     ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option(help="a folder with YAML files of the harness's tasks, besides its own"),
+    ] = None,
     max_per_task: Annotated[
         int | None, typer.Option(min=1, help="items of each task (all)")
     ] = None,
@@ -67,6 +75,7 @@ def evaluate(
         Path | None,
         typer.Option(help="download the public bundle of CORE into a new folder, and leave"),
     ] = None,
+    track: Track = None,
     quiet: Quiet = False,
     plugins: Plugins = None,
     store: Where = None,
@@ -86,17 +95,38 @@ def evaluate(
         raise UserError("name a run, a folder or an experiment: ablab eval RUN --suite core")
     where = store_of(store)
     how = How(device, dtype, batch, trust_remote_code, tuple(folders_of(plugins)))
-    asked = Asked(suite, _words(tasks), bundle, max_per_task)
+    asked = Asked(suite, _words(tasks), bundle, include_path, max_per_task)
     arms = _arms_of(name, where, how)
-    found = [asked.of(subject, where, how, quiet or as_json) for subject in arms.subjects]
+    found = [
+        (subject, evaluation)
+        for subject in arms.subjects
+        for evaluation in asked.of(subject, where, how, quiet or as_json)
+    ]
+    _show_in_views(where, [subject.run for subject in arms.subjects], track)
     for line in arms.others:
         typer.echo(f"left out: {line}", err=True)
     if as_json:
         from ablab.experiments.evaluate.evaluating import as_json as told
 
-        return typer.echo(json.dumps([told(one) for one in found], indent=1))
-    for subject, evaluation in zip(arms.subjects, found, strict=True):
+        return typer.echo(json.dumps([told(one) for _, one in found], indent=1))
+    for subject, evaluation in found:
         _show(subject, evaluation)
+
+
+def _show_in_views(store: "Store", runs: list[str], track: str | None) -> None:
+    """Bring the views of the experiments that hold these runs up to date."""
+    from ablab.core.store.inventory import wanted_runs
+    from ablab.experiments.track.chosen import tracked
+    from ablab.experiments.track.trackers import VIEWS
+
+    warn = partial(typer.echo, err=True)
+    try:
+        wanted = wanted_runs(store)
+        holding = sorted({name for run in runs if run for name in wanted.get(run, ())})
+        for view in tracked(track) if holding else ():
+            VIEWS[view](store, warn).sync(holding)
+    except UserError as lost:  # the scores stand; `ablab sync` shows them later
+        warn(f"warning: {lost}")
 
 
 def _arms_of(name: str, store: "Store", how: "How") -> "Arms":
@@ -116,18 +146,29 @@ class Asked:
     suite: Suite | None
     tasks: list[str]
     bundle: Path | None
+    include: Path | None
     limit: int | None
 
-    def of(self, subject: "Subject", store: "Store", how: "How", quiet: bool) -> "Evaluation":
+    def of(
+        self, subject: "Subject", store: "Store", how: "How", quiet: bool
+    ) -> "Iterator[Evaluation]":
         from ablab.experiments.evaluate.answering import devices_of
-        from ablab.experiments.evaluate.asking import exam_of
         from ablab.experiments.evaluate.evaluating import evaluate
 
-        if self.suite is None:
+        for exam in self._exams(subject, store):
+            with progress(f"{subject.name}: {exam.title}", quiet) as watch:
+                yield evaluate(subject, exam, how, devices_of(how), watch)
+
+    def _exams(self, subject: "Subject", store: "Store") -> "Iterator[Examination]":
+        from ablab.experiments.evaluate import harness
+        from ablab.experiments.evaluate.asking import exam_of
+
+        if self.suite:
+            yield exam_of(self.suite, self.bundle, self.limit, self.tasks, subject, store)
+        elif self.tasks:
+            yield from (harness.exam(task, self.limit, self.include) for task in self.tasks)
+        else:
             raise UserError("say what to ask: --suite core, blimp or bpb, or --tasks NAMES")
-        exam = exam_of(self.suite, self.bundle, self.limit, self.tasks, subject, store)
-        with progress(f"{subject.name}: {exam.title}", quiet) as watch:
-            return evaluate(subject, exam, how, devices_of(how), watch)
 
 
 def _show(subject: "Subject", evaluation: "Evaluation") -> None:

@@ -18,8 +18,7 @@ PARADIGMS = 67
 def exam(folder: Path, limit: int | None = None) -> Exam:
     """limit: the first so many pairs of a paradigm.  Raises UserError: no such files, a malformed line."""
     files = paradigms(folder)
-    share = "" if len(files) == PARADIGMS else f"_{len(files)}_of_{PARADIGMS}"
-    title = f"blimp{share}" + (f"@{limit}" if limit else "")
+    title = f"blimp{share_of(len(files))}" + (f"@{limit}" if limit else "")
     return Exam(
         title=title,
         headline=PREFIX + title,
@@ -28,6 +27,11 @@ def exam(folder: Path, limit: int | None = None) -> Exam:
         bundle=digest_of(files, folder),
         source=str(folder),
     )
+
+
+def share_of(paradigms: int) -> str:
+    """What its name says of a mean over fewer or more."""
+    return "" if paradigms == PARADIGMS else f"_{paradigms}_of_{PARADIGMS}"
 
 
 def paradigms(folder: Path) -> list[Path]:

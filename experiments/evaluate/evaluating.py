@@ -14,7 +14,7 @@ from ablab.core.runtime.fingerprint import code_fingerprint
 from ablab.core.store.evaluation import Evaluation, path_of, read, write
 from ablab.core.store.files import set_aside
 from ablab.experiments.evaluate.answering import Answerer, Everywhere, Here
-from ablab.experiments.evaluate.exam import Exam
+from ablab.experiments.evaluate.exam import Examination
 from ablab.experiments.evaluate.progress import Progress
 from ablab.experiments.evaluate.subjects import Device, How, Subject
 
@@ -34,7 +34,7 @@ class Sitting:
     weights: str
     dtype: str
 
-    def standing(self, exam: Exam) -> Evaluation | None:
+    def standing(self, exam: Examination) -> Evaluation | None:
         """What was written of this very exam; a damaged file goes aside."""
         path = path_of(self.folder, exam.title)
         if not path.exists():
@@ -48,7 +48,7 @@ class Sitting:
         return found if same and found.bundle == exam.bundle else None
 
     def sit(
-        self, exam: Exam, answerer: Callable[[], Any], watch: Watch = unwatched
+        self, exam: Examination, answerer: Callable[[], Any], watch: Watch = unwatched
     ) -> Evaluation:
         """Ask what is not known yet, and write the evaluation.
 
@@ -76,13 +76,17 @@ class Sitting:
             progress.done()
         return evaluation
 
-    def _whose(self, exam: Exam) -> dict[str, str]:
+    def _whose(self, exam: Examination) -> dict[str, str]:
         asked = {"suite": exam.title, "bundle": exam.bundle}
         return asked | {"weights": self.weights, "dtype": self.dtype}
 
 
 def evaluate(
-    subject: Subject, exam: Exam, how: How, devices: list[Device], watch: Watch = unwatched
+    subject: Subject,
+    exam: Examination,
+    how: How,
+    devices: list[Device],
+    watch: Watch = unwatched,
 ) -> Evaluation:
     """Raises UserError."""
     sitting = Sitting(subject.folder, subject.weights, how.settled_dtype(devices[0]))

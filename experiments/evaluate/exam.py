@@ -3,9 +3,30 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from ablab.core.store.evaluation import Evaluation, Mean, Part
 from ablab.experiments.evaluate.questions import Answer, Question
+
+
+class Examination(Protocol):
+    """What is asked: `Exam`, or the harness's."""
+
+    @property
+    def title(self) -> str:
+        """Of the file: core@100."""
+        ...
+
+    @property
+    def bundle(self) -> str:
+        """Digest of what is asked."""
+        ...
+
+    def questions(self) -> Iterator[Question]: ...
+
+    def evaluation(self, answers: Mapping[str, Answer], weights: str) -> Evaluation:
+        """What the answers come to; who gave them, and how, is added by the caller."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +74,6 @@ class Exam:
             yield from paper.questions
 
     def evaluation(self, answers: Mapping[str, Answer], weights: str) -> Evaluation:
-        """What the answers come to; who gave them, and how, is added by the caller."""
         return Evaluation(
             suite=self.title,
             headline=self.headline,

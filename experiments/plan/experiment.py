@@ -14,6 +14,7 @@ from ablab.core.store.planned import CATALOG, Factors
 from ablab.core.store.registration import Stopping
 from ablab.experiments.plan.arms import ArmReader
 from ablab.experiments.plan.feasible import buildable
+from ablab.experiments.plan.judging import Judging, judging_of
 from ablab.experiments.plan.link import Link
 from ablab.experiments.plan.metrics import check_direction, check_left, check_study
 from ablab.experiments.plan.overrides import Overrides
@@ -72,6 +73,8 @@ class Experiment:
     arm_stages: dict[str, list[Stage]] = field(default_factory=dict, kw_only=True)
     # Its catalog entry or the stem of its file, then the overrides that make another experiment of it; [] without any.
     asked: list[str] = field(default_factory=list, kw_only=True)
+    # What its runs are asked at their end; None: nothing.
+    judging: Judging | None = field(default=None, kw_only=True)
     # What the first stage begins with; None: the weights of its seed.
     start: Start | None = field(default=None, kw_only=True)
     # What the design says of its cells besides, and of those that cannot be built: ablations/designs/cell.py:Layout.
@@ -242,6 +245,7 @@ def load(
         raise UserError(f"name={stem} is its name already; choose another, or drop it")
     check_direction(sheet.metric)
     check_study(sheet.metric.name, sheet.study)
+    judging = judging_of(sheet, path.parent)
     menu = whole_menu(sheet)
 
     def stages_of(asked: Overrides) -> list[Stage]:
@@ -264,6 +268,7 @@ def load(
         infeasible=layout.infeasible,
         start=start_of(sheet.init) if sheet.init else None,
         asked=[path.stem, *asked.words] if asked.words else [],
+        judging=judging,
     )
     check_left(sheet.metric.name, _buildable_recipes(experiment))
     return experiment

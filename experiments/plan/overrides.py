@@ -29,6 +29,7 @@ OF_THE_SHEET = (
     "init",
     "trunk",
     "metric",
+    "evaluate",
     "question",
     "name",
 )
@@ -36,7 +37,7 @@ STAGES = "stages"
 ARMS = "arms"
 WITH = "with"
 # How and how often a recipe runs and what is made of it, not what it computes.
-RENAMES_NOTHING = ("runtime", "seeds", "equivalence")
+RENAMES_NOTHING = ("runtime", "seeds", "equivalence", "evaluate")
 LONGEST_NAME = 150  # bytes; with an ending, a file's name may have 255
 
 
@@ -48,7 +49,7 @@ class Overrides:
     with.NAME.DOSE       a dose of an intervention, or a list of doses
     stages.NAME.PATH     a leaf of the recipe, or a dose, in one stage
     arms.NAME.PATH       likewise, in one of the arms that the sheet writes out
-    runtime.X, study.X, metric.X, seeds, design, equivalence, scale, init, trunk, question, name
+    runtime.X, study.X, metric.X, evaluate.X, seeds, design, equivalence, scale, init, trunk, question, name
                          a key of the sheet
     any other path       a leaf of the recipe
     """

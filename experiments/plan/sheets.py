@@ -51,6 +51,23 @@ class StudySheet:
 
 
 @dataclass(frozen=True)
+class EvaluateSheet:
+    """What every run is asked at its end, by suite: a path, relative to the sheet.  None of them: nothing."""
+
+    core: str | None = None  # a bundle in DCLM's format
+    blimp: str | None = None  # BLiMP's folder
+    bpb: str | None = None  # JSONL whose lines hold text and source
+    max_per_task: Whole | None = (
+        None  # items of each task, or documents of each source; None: all
+    )
+
+    @property
+    def suites(self) -> dict[str, str]:
+        named = {"core": self.core, "blimp": self.blimp, "bpb": self.bpb}
+        return {suite: path for suite, path in named.items() if path}
+
+
+@dataclass(frozen=True)
 class StageSheet:
     """One of `stages:`: how it differs from the experiment's recipe, and what it takes over from the one before."""
 
@@ -102,6 +119,7 @@ class Sheet:
     scale: Share = 1.0  # of tokens and steps: a shorter run with the same ratios
     stages: tuple[StageSheet, ...] = ()  # one after another; none: the recipe is all
     runtime: Runtime = field(default_factory=Runtime)
+    evaluate: EvaluateSheet = EvaluateSheet()
     study: StudySheet | None = None  # tune before comparing: `ablab study`
     command: str = ""  # how it is started, with the time and the result once measured
     time: str = ""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ablab.core.store.result import Result
+from ablab.experiments.plan.judging import Judging
 
 
 # -- what the runner says ----------------------------------------------------------------------------------------------
@@ -33,6 +34,8 @@ class TrainJob:
     before: int = 0
     # Of the weights to begin with, where no run of the store vouches for them.
     start: Path | None = None
+    # What it is asked at its end; None: nothing.
+    judging: Judging | None = None
     about: dict[str, Any] = field(default_factory=dict)  # what run.json says besides
 
 

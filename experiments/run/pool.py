@@ -12,6 +12,7 @@ from ablab.core.recipe.recipe import Recipe, plain, structure
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.result import DIVERGED, FINISHED, RETRY, Result
 from ablab.core.store.store import Store
+from ablab.experiments.evaluate.judge import check
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.run.capacity import on_gpus, runs_a_device
 from ablab.experiments.run.executor import Executor, Launcher, Task
@@ -93,6 +94,8 @@ class Pool:
             self.data[stage.base.data.name] = folder
         self.pace = Pace(self.runtime)
         self.at_once = 1  # runs that train on one device at one time
+        if judging := experiment.judging:
+            check(judging.suites, judging.metric)
         self.executor: Executor = launcher.start(store, self.runtime, jobs, plugins)
         self.trackers: Trackers | None = None
 
@@ -148,6 +151,7 @@ class Pool:
             data=self.data[run.recipe.data.name],
             before=self.before[run.id],
             start=self.experiment.start.folder if self.experiment.start else None,
+            judging=None if run.id in self.parents else self.experiment.judging,
             about={
                 "experiment": self.experiment.name,
                 "params": self.experiment.params(run),

@@ -47,6 +47,7 @@ from ablab.experiments.run.turns import Turn
 
 if TYPE_CHECKING:
     from ablab.core.train.trainer import Warm
+    from ablab.experiments.evaluate.judge import Judge
 
 GONE = (
     BrokenPipeError,
@@ -185,6 +186,7 @@ class Worker:
                 warm=self.warm,
                 turn=self.turn,
                 parent=None if recipe.before.run else job.start,
+                judge=_judge(job),
             )
         except HaltedRun as end:
             return Halted(end.step)
@@ -195,6 +197,15 @@ class Worker:
             result = _crash(job.run, fault, record.folder / "error.txt")
             record.finish(result)
         return Done(result)
+
+
+def _judge(job: TrainJob) -> "Judge | None":
+    if job.judging is None:
+        return None
+    from ablab.experiments.evaluate.judge import Judge
+
+    asked = job.judging
+    return Judge(asked.suites, asked.limit, job.folder, asked.metric)
 
 
 def _clear_the_place(folder: Path, warn: Callable[[str], None]) -> None:

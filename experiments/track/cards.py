@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ablab.core.errors import UserError
+from ablab.core.store.evaluation import files_of, scores_of
 from ablab.core.store.planned import GridPlan, Planned
 from ablab.core.store.record import Record
 from ablab.core.store.result import Result
@@ -136,14 +137,18 @@ def key_of(name: str) -> str:
     return re.sub(r"[^\w\-./: ]+", ".", name).strip("./")
 
 
-def summary_of(result: Result) -> dict[str, float]:
-    """What a finished run shows besides its curves: final metrics, tokens/second, peak device memory in GiB."""
+def summary_of(result: Result, record: Record | None = None) -> dict[str, float]:
+    """What a finished run shows besides its curves: final metrics, tokens/second, peak device memory in GiB.
+
+    record: of the run, whose later evaluations are shown too.
+    """
     pace = {
         "tokens_per_second": result.tokens_per_second,
         "peak_gib": result.peak_bytes / 2**30,
     }
     known = {key: value for key, value in pace.items() if value != 0}
-    return result.metrics | known
+    asked = scores_of(record, result) if record else {}
+    return result.metrics | asked | known
 
 
 # -- what a run folder says --------------------------------------------------------------------------------------------
@@ -172,6 +177,11 @@ def data_of(recipe: Path) -> tuple[str, str] | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """Of the result; empty while there is none."""
+    """Of the result and of what the run was asked since; empty while there is no result."""
     result = folder / "result.json"
-    return f"{zlib.crc32(result.read_bytes()):08x}" if result.is_file() else ""
+    if not result.is_file():
+        return ""
+    digest = 0
+    for path in (result, *files_of(folder)):
+        digest = zlib.crc32(path.read_bytes(), digest)
+    return f"{digest:08x}"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
+from ablab.core.store.evaluation import FOLDER, files_of
 from ablab.core.store.record import Record
 from ablab.core.store.result import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, PRUNED
 from ablab.experiments.track.cards import (
@@ -287,6 +288,8 @@ class MlflowTracker:
         result = Record(self._folder).result()
         if result:
             client.log_artifact(run, str(self._folder / "result.json"))
+            for path in files_of(self._folder):
+                client.log_artifact(run, str(path), FOLDER)
         ended = self._outbox.milliseconds(end)
         client.set_terminated(run, status_of(status), ended)
         closing = {

@@ -23,7 +23,7 @@ def replay(record: Record, card: Card, tracker: Tracker, result: Result | None =
         scalars.pop("seconds", None)
         tracker.log(int(scalars.pop("step")), scalars, seconds)
     if result:
-        tracker.close(result.status, summary_of(result))
+        tracker.close(result.status, summary_of(result, record))
     else:
         tracker.flush()
 

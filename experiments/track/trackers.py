@@ -161,9 +161,10 @@ class Feed:
         from ablab.experiments.track.cards import summary_of
 
         tracker = self.live.pop(run, None)
-        result = self.store.run(run).result()
+        record = self.store.run(run)
+        result = record.result()
         if tracker and result and not self.view.lost:
-            tracker.close(result.status, summary_of(result))
+            tracker.close(result.status, summary_of(result, record))
 
     def _sync(self, name: str) -> None:
         if not self.view.lost:

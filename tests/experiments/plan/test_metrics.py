@@ -33,6 +33,11 @@ def test_the_direction_of_a_known_metric_need_not_be_said(read):
             for better in ("lower", "higher"):
                 told = read(metric={"name": name, "better": better}).sheet.metric
                 assert told.better == better
+    asked = {"core": "bundle", "blimp": "pairs", "bpb": "val.jsonl"}
+    ways = {"eval/core": "higher", "eval/blimp/wh_island": "higher", "eval/bpb/sea": "lower"}
+    for name, better in ways.items():
+        sheet = read(metric={"name": name}, evaluate=asked).sheet
+        assert sheet.metric.better == better
 
 
 @pytest.mark.parametrize(
@@ -75,6 +80,8 @@ def test_the_direction_of_an_evaluation_is_that_of_its_suite(name, better):
         ),
         ({"name": "val/bits_per_byte/web"}, "is nothing that these runs leave"),
         ({"name": 3}, "metric.name=3 must be a word"),
+        ({"name": "eval/core"}, "say on what: evaluate: {core: PATH}"),
+        ({"name": "eval/cores", "better": "higher"}, "known: eval/core, eval/blimp, eval/bpb"),
     ],
 )
 def test_a_metric_that_cannot_judge_is_refused_before_anything_runs(read, metric, said):
