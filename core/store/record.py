@@ -216,15 +216,17 @@ class Record:
         self._write(self.about_path, msgspec.json.format(encoded, indent=1))
 
     def _clear_the_places_of_files(self, error: Path, say: Say) -> None:
-        """A folder where a file should be, or a file where checkpoints should be, goes aside."""
+        """A folder or a dead link where a file should be, or a file where checkpoints should be, goes aside."""
         files = (self.recipe_path, self.about_path, *self._logs)
         ends = (self.held_out_path, self.result_path, self.interrupted_path, error)
-        wrong = [path for path in (*files, *ends) if path.is_dir()]
+        wrong = [path for path in (*files, *ends) if path.is_dir() or _is_dead_link(path)]
         checkpoints = self.folder / "checkpoints"
         if checkpoints.exists() and not checkpoints.is_dir():
             wrong.append(checkpoints)
         for path in wrong:
-            say(f"{path} is damaged (a folder for a file, or the reverse); set aside")
+            say(
+                f"{path} is damaged (a folder or a dead link for a file, or the reverse); set aside"
+            )
             set_aside(path)
 
     def _write(self, path: Path, content: bytes) -> None:
@@ -356,6 +358,10 @@ def holds(logged: bytes, known: str) -> bool:
 def digest_of(content: bytes) -> str:
     """sha256 of a file, 16 hex digits: what a result keeps of it."""
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _is_dead_link(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
 
 
 def _is_sealed(content: bytes) -> bool:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from ablab.core.runtime.runtime import visible_gpus
+from tests.experiments.warmed import Warmed
+
 CONFIG = """\
 model: {width: 16, layers: 2, attention: {head_dim: 8}}
 data: {name: tiny, vocab: 64, context: 16, batch: 4, held_out: 320}
@@ -56,8 +59,9 @@ class Ended:
 class Lab:
     """A folder with STORE/data/tiny, mini.yaml, and what a test writes beside them."""
 
-    def __init__(self, root: Path, write_token_folder):
+    def __init__(self, root: Path, write_token_folder, warmed: Warmed):
         self.root = root
+        self.warmed = warmed
         self.store = root / "store"
         write_token_folder(self.store / "data" / "tiny", train=4000)
         (root / "mini.yaml").write_text(CONFIG)
@@ -76,17 +80,17 @@ class Lab:
         (self.root / f"{name}.yaml").write_text(json.dumps(content))  # JSON is YAML
         return f"{name}.yaml"
 
+    @property
+    def environment(self) -> dict[str, str]:
+        told = {"ABLAB_STORE": str(self.store), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        return os.environ | told
+
     def start(self, *words: str, **more) -> subprocess.Popen:
-        """`ablab WORDS` in a process group of its own."""
-        environment = os.environ | {
-            "ABLAB_STORE": str(self.store),
-            "OMP_NUM_THREADS": "1",
-            "COLUMNS": "200",
-        }
+        """`ablab WORDS`, started anew in a process group of its own."""
         return subprocess.Popen(
             [sys.executable, "-m", "ablab.experiments.cli.main", *words],
             cwd=self.root,
-            env=environment,
+            env=self.environment,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -95,10 +99,12 @@ class Lab:
         )
 
     def run(self, *words: str, **more) -> Ended:
-        """`ablab WORDS`, to its end."""
-        process = self.start(*words, **more)
-        out, err = process.communicate(timeout=240)
-        return Ended(process.returncode, out, err)
+        """`ablab WORDS`, to its end.  more: how it is started anew; else it is forked."""
+        if more or visible_gpus():  # CUDA survives no fork
+            process = self.start(*words, **more)
+            out, err = process.communicate(timeout=240)
+            return Ended(process.returncode, out, err)
+        return Ended(*self.warmed.run(words, self.root, self.environment))
 
     def files(self) -> dict[str, tuple[int, int, int]]:
         """Every file of the store: its inode, size and time.  Equal answers: nothing was touched."""
@@ -157,10 +163,18 @@ def wait_until_true(holds: Callable[[], object], what: str, seconds: float = 60)
         time.sleep(0.01)
 
 
+@pytest.fixture(scope="session")
+def warmed():
+    """What commands are forked from."""
+    held = Warmed()
+    yield held
+    held.stop()
+
+
 @pytest.fixture(scope="module")
-def new_lab(tmp_path_factory, write_token_folder):
+def new_lab(tmp_path_factory, write_token_folder, warmed):
     """A function that makes a lab of its own."""
-    return lambda: Lab(tmp_path_factory.mktemp("lab"), write_token_folder)
+    return lambda: Lab(tmp_path_factory.mktemp("lab"), write_token_folder, warmed)
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,12 @@ class Case:
     may_refuse: bool = False
     environment: dict[str, str] = field(default_factory=dict)  # of its commands
     after: tuple[str, ...] = ()  # a command that brings the view up to date in the end
+    foreign: list[Path] = field(default_factory=list)  # what is refused until it is moved away
     forgiven: str = ""  # what need not be as it was: what is told of it ends so
+
+    def move_away(self) -> None:
+        for path in self.foreign:
+            path.unlink()
 
     def begin(self, **how) -> Running:
         environment = self.environment | how.pop("environment", {})
@@ -315,7 +320,10 @@ FORGIVEN = {"pace.jsonl": "pace"}
 
 
 def damage(path: Path, case: Case) -> None:
-    """One of many ways in which a file is not what was written there."""
+    """One of many ways in which a file is not what was written there.
+
+    A plan of another sheet is refused: it is not ours to overwrite.
+    """
     draw = case.draw
     content = path.read_bytes()
     place = draw.randrange(len(content)) if content else 0
@@ -342,8 +350,11 @@ def damage(path: Path, case: Case) -> None:
     }
     way = draw.choice(list(ways))
     print(f"[{path.name}: {way}]", end=" ", flush=True)
-    case.forgiven = FORGIVEN.get(path.name, "")
+    case.forgiven = FORGIVEN.get(path.name, case.forgiven)
     ways[way]()
+    if way == "of another" and path.parent.name == "experiments":
+        case.may_refuse = True
+        case.foreign.append(path)
 
 
 def _without_a_line(content: bytes, draw: random.Random) -> bytes:
@@ -354,12 +365,13 @@ def _without_a_line(content: bytes, draw: random.Random) -> bytes:
 
 
 def damaged(records: dict[str, str], count: int = 1) -> Harm:
-    def does(case: Case) -> None:
+    def does(case: Case) -> Cure:
         found: list[Path] = []
         while not found:
             found = case.lab.files(records[case.draw.choice(list(records))])
         for path in case.draw.sample(found, min(count, len(found))):
             damage(path, case)
+        return case.move_away
 
     return does
 

@@ -185,17 +185,19 @@ def fork(
     environment: dict[str, str],
     log: Path,
     before: Callable[[], None] = nothing,
+    aside: Path | None = None,
 ) -> Running:
+    """aside: where its standard error goes; None: beside its output."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
         return Running(pid, log)
-    code = 70
+    code = 1  # as of any process that ends by an exception
     try:
         os.setsid()
-        with open(log, "wb") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+        for stream, path in ((1, log), (2, aside or log)):
+            with open(path, "ab") as file:
+                os.dup2(file.fileno(), stream)
         os.chdir(folder)
         os.environ.update(environment)
         tempfile.tempdir = None

@@ -142,6 +142,16 @@ def test_a_result_whose_log_lost_a_line_is_set_aside_and_said(tmp_path):
     assert str(record.metrics_path) in said[0] and "lines are lost or changed" in said[0]
 
 
+def test_a_dead_link_in_the_place_of_a_log_goes_aside(tmp_path):
+    record = Record(tmp_path, "mine")
+    record.pace_path.symlink_to("nowhere/at/all")
+    said = []
+    record.begin("", {}, said.append)
+    record.log(1, {"tokens": 64}, PACE)
+    assert len(said) == 1 and "dead link" in said[0]
+    assert [line["step"] for line in record.pace()] == [1]
+
+
 def test_a_folder_where_a_file_should_be_goes_aside_and_replaces_nothing(tmp_path):
     for content in ("first", "second"):
         wrong = tmp_path / "run.json"
