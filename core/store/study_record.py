@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from ablab.core.errors import UserError
-from ablab.core.store.files import FLAWS, write_atomically
+from ablab.core.store.files import FLAWS, set_aside, write_atomically
 from ablab.core.store.planned import command
 from ablab.core.store.result import DIVERGED, PRUNED, said
 from ablab.core.store.store import Store
@@ -99,8 +99,12 @@ def studies(store: Store) -> list[str]:
 
 
 def write(store: Store, record: StudyRecord) -> None:
+    """A folder in its place goes aside."""
+    path = study_path(store, record.name)
+    if path.is_dir():
+        set_aside(path)
     encoded = msgspec.json.encode(record)
-    write_atomically(study_path(store, record.name), msgspec.json.format(encoded, indent=1))
+    write_atomically(path, msgspec.json.format(encoded, indent=1))
 
 
 def read(store: Store, name: str) -> StudyRecord:

@@ -1,6 +1,7 @@
 """A bench for the command line: a folder with tokens and experiment files, and two ways to run `ablab` in it."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ablab.core.runtime.runtime import visible_gpus
+from ablab.experiments.run import processes
 from tests.experiments.warmed import Warmed
 
 CONFIG = """\
@@ -107,10 +109,13 @@ class Lab:
         return Ended(*self.warmed.run(words, self.root, self.environment))
 
     def files(self) -> dict[str, tuple[int, int, int]]:
-        """Every file of the store: its inode, size and time.  Equal answers: nothing was touched."""
+        """Every file of the store: its inode, size and time.  Equal answers: nothing was touched.
+
+        What is known of tokens is kept once they are two seconds old, by whoever reads them.
+        """
         found = {}
         for path in sorted(self.store.rglob("*")):
-            if path.is_file():
+            if path.is_file() and path.name != ".verified.json":
                 about = path.stat()
                 stamp = (about.st_ino, about.st_size, about.st_mtime_ns)
                 found[str(path.relative_to(self.store))] = stamp
@@ -161,6 +166,22 @@ def wait_until_true(holds: Callable[[], object], what: str, seconds: float = 60)
     while not holds():
         assert time.monotonic() < until, f"after {seconds} s: {what}"
         time.sleep(0.01)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def workers_are_forked():
+    """Workers of this process come from one that has imported what they import; each would need seconds for that.
+
+    That one is started with the first of them, and with the environment of that moment.
+    """
+    if visible_gpus():
+        yield
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ablab.core.train.run", "ablab.ablations.checks.liveness"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "CONTEXT", context)
+        yield
 
 
 @pytest.fixture(scope="session")

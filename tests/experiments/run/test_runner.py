@@ -409,7 +409,7 @@ def test_each_damaged_record_costs_its_own_run_which_is_trained_again(new_lab):
     assert "runtime.keep_weights=True is asked, but 4 of the runs ended with False" in kept.err
     mended = json.loads((full / "run.json").read_text())
     assert mended.pop("restored") > about["started"]
-    lost = {"started", "environment"}
+    lost = {"started", "environment", "at_once"}
     assert mended == {key: value for key, value in about.items() if key not in lost}
     assert f"{full / 'run.json'} is lost or damaged; written again" in kept.err
     unpaced = f"{pace} has lost 1 of 4 lines"
