@@ -95,7 +95,9 @@ def _named(arms: Sequence[Judged]) -> str:
     first = arms[0]
     if isinstance(first, FactorEffect):
         return f"{len(names)} effects"
-    return f"{len(names)} {'ingredients' if ingredient(first.cell)[0] else 'arms'}"
+    cells = [arm.cell for arm in arms if not isinstance(arm, FactorEffect)]
+    of_ingredients = all(ingredient(cell)[0] for cell in cells)
+    return f"{len(names)} {'ingredients' if of_ingredients else 'arms'}"
 
 
 def _listed(names: Sequence[str]) -> str:

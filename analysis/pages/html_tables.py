@@ -125,7 +125,7 @@ def _verdict(report: Report, effect: Effect) -> Verdict:
         cell=effect.cell,
         word=effect.word,
         says=effect.sentence,
-        off="" if effect.verdict == REFERENCE else off(report.plan, effect),
+        off=_control(report, effect),
         delta=effect.delta,
         low=effect.low,
         high=effect.high,
@@ -143,6 +143,17 @@ def _verdict(report: Report, effect: Effect) -> Verdict:
             Cell(effect.method or NONE, kind="spare"),
         ],
     )
+
+
+def _control(report: Report, effect: Effect) -> str:
+    """What stands where an arm's ingredients are off, and its reference where that is not the page's first."""
+    if effect.verdict == REFERENCE:
+        return ""
+    told = [off(report.plan, effect)]
+    first = next(one.cell for one in report.effects if one.verdict == REFERENCE)
+    if effect.reference != first:
+        told.append(f"as {effect.reference}")
+    return "; ".join(word for word in told if word)
 
 
 def signed(value: float) -> str:

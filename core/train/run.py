@@ -288,7 +288,7 @@ def _contended(trainer: Trainer, at_once: int) -> str:
     runtime, share = trainer.runtime, trainer.watch.share
     if runtime.device == "cpu" and runtime.threads == 1 and share < QUIET:
         seen.append("less than a core")
-    return ", ".join(seen)
+    return " and ".join(seen)
 
 
 def _memory_advice(recipe: Recipe, settled: Settled) -> str:
