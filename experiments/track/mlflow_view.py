@@ -33,6 +33,10 @@ NOTE = "mlflow.note.content"  # the description of a run or an experiment
 KIND = "ablab.kind"
 SUMMARY = "summary"  # kind of the run that holds an experiment's report
 PLANNED = "ablab.planned"  # "no": the experiment no longer asks for this run
+PARTS = {  # what ends the name of an experiment that a study has made -> what it shows
+    "study": "Here: the trials of its study, every point that was tried.",
+    "tuned": "Here: each arm at its own best setting, on seeds that the search has not seen.",
+}
 PAGE = 1000  # runs asked for at a time
 COLOURS = (  # Tableau's ten
     "#4e79a7",
@@ -69,11 +73,17 @@ def experiment_tags(store: Store, name: str) -> dict[str, str]:
         | margin
         | {
             "ablab.better": plan.better,
-            NOTE: plan.question,
+            NOTE: description_of(plan),
             "mlflow.experiment.primaryMetric.name": plan.metric,
             f"mlflow.sharedViewState.{ARMS}": json.dumps(view),
         }
     )
+
+
+def description_of(plan: GridPlan) -> str:
+    """The question, and what this experiment is to it where a study has made three of one."""
+    _, _, part = plan.name.rpartition("@")
+    return " ".join(said for said in (plan.question, PARTS.get(part, "")) if said)
 
 
 def _to_stderr(line: str) -> None:

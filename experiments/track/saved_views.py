@@ -27,6 +27,7 @@ def grid_view(plan: GridPlan) -> View:
     }
     curves = ["train/loss", "tokens_per_second", "train/grad_norm", "optim/lr"]
     charts = [_curve(plan.metric), _curve(plan.metric, over="tokens")]
+    charts += [_curve("train/loss", over="tokens")]
     charts += [_curve(metric) for metric in curves]
     return _rows(plan, columns, GRID_WIDTH, by_cell) | _section("arms", charts)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ablab.core.errors import UserError, without_password
+from ablab.experiments.track import ui_app
 from ablab.experiments.track.mlflow_home import (
     DATABASES,
     QUIET,
@@ -108,6 +109,8 @@ def _server(
         "--workers": "1",
         "--uvicorn-opts": "--log-level warning",
     }
+    if ui_app.is_installed():
+        options["--app-name"] = ui_app.APP
     command = [sys.executable, "-m", "mlflow", "server", "--no-serve-artifacts"]
     for option, value in options.items():
         command += [option, value]

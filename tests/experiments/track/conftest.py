@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ablab.experiments.track.ui_app import is_installed
+
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -91,6 +93,32 @@ def photograph(tmp_path):
         return done.stdout
 
     return look
+
+
+@pytest.fixture
+def window():
+    """A function from an address to a page that is clicked through as a person does; skips without a browser.
+
+    Every wait has a ceiling of a minute: a busy machine takes a while.
+    """
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("needs chromium")
+    if not is_installed():
+        pytest.skip("installed before MLflow had a page of ours: pip install -e .")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+
+        def open_(address: str):
+            context = browser.new_context(viewport={"width": 1440, "height": 1000})
+            context.set_default_timeout(60_000)
+            page = context.new_page()
+            page.goto(address)
+            return page
+
+        yield open_
+        browser.close()
 
 
 @pytest.fixture(scope="session")

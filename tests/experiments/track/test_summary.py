@@ -1,8 +1,7 @@
 """What a grid leaves in MLflow beside its runs: descriptions, the report, and a page that compares."""
 
-import json
+import time
 from dataclasses import replace
-from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -139,18 +138,46 @@ def test_frames_from_mlflow_are_those_from_the_folders(store):
 
 
 @pytest.mark.slow
-def test_the_runs_of_a_grid_can_be_compared_in_the_ui(store, serve, photograph, lacking):
-    """The page that the UI opens for runs that are selected and compared: a chart, and what differs between them."""
+def test_from_the_home_page_on_a_person_finds_the_arms_and_compares_runs(store, serve, window):
+    """Clicks and ticks alone, also to an experiment that comes while the server runs."""
     sync(store)
-    runs = MlflowView(store).runs("tiny")
     served = serve(store.root)
     try:
-        ids = quote(json.dumps([run.info.run_id for run in runs]))
-        experiments = quote(json.dumps([runs[0].info.experiment_id]))
-        page = f"{served.address}/#/compare-runs?runs={ids}&experiments={experiments}"
-        words = {run.info.run_name for run in runs}
-        words |= {"Parallel Coordinates Plot", "optim.lr", "0.007", "0.003", "Show diff only"}
-        words |= {"js-plotly-plot", "val/loss"}
-        assert lacking(words, lambda: photograph("compare", page, least_bytes=40_000)) == set()
+        page = window(served.address)
+        page.get_by_role("link", name="ablab/tiny", exact=True).click()
+        page.get_by_text("Group: - muon").wait_for()
+        assert "Does muon pay?" in page.content()
+        chosen = ("full · seed 0", "- muon · seed 0")
+        for name in chosen:
+            _tick(page, name)
+        page.get_by_role("button", name="Compare", exact=True).click()
+        page.get_by_text("Parallel Coordinates Plot").wait_for()
+        page.locator(".js-plotly-plot").first.wait_for()
+        words = {*chosen, "optim.lr", "0.007", "0.003", "Show diff only", "val/loss"}
+        assert lacking(words, page.content) == set()
+
+        plan = store.read_plan("tiny")
+        store.write_plan(replace(plan, name="later"))
+        sync(store, ["later"])
+        page.goto(served.address)
+        page.get_by_role("link", name="ablab/later", exact=True).click()
+        page.get_by_text("Group: - muon").wait_for()
+        assert "viewStateShareKey=arms" in page.url
     finally:
         served.stop()
+
+
+def _tick(page, run: str) -> None:
+    """The box of a run in the table, whose row stands in two halves of one id."""
+    row = page.get_by_role("row").filter(has_text=run).first.get_attribute("row-id")
+    page.locator(f'[row-id="{row}"] input[type=checkbox]').first.check()
+
+
+def lacking(words: set[str], content) -> set[str]:
+    """The words that a page has not shown after a minute."""
+    until = time.monotonic() + 60
+    while (
+        absent := {word for word in words if word not in content()}
+    ) and time.monotonic() < until:
+        time.sleep(0.2)
+    return absent
