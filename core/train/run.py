@@ -57,6 +57,7 @@ def run(
     parent: Path | None = None,
     halts: Halts = never,
     judge: Judge | None = None,
+    at_once: int = 1,
 ) -> Result:
     """Train to the end, from the last checkpoint if there is one, and leave a result.
 
@@ -65,6 +66,7 @@ def run(
     turn: held from the first step to the last; whoever shares the device waits for it.
     parent: folder of what the recipe's `init` begins with; None: the run folder beside ours that it names.
     judge: asked at the end for more scores, which stand in the result like any other.
+    at_once: runs that train on the device at one time; with others, the pace of this one compares with none.
     Raises UserError for data that does not fit the recipe and for a folder that cannot be written; Halted.
     """
     settled = settle(runtime, recipe.batches.largest_micro_batch)
@@ -104,7 +106,7 @@ def run(
         status, error = OUT_OF_MEMORY, _memory_advice(recipe, settled)
     result = _result(recipe, settled, kernels, trainer, status, error, metrics)
     if trainer:
-        result = replace(result, contended=_contended(trainer, about.get("at_once", 1)))
+        result = replace(result, contended=_contended(trainer, at_once))
     record.sync(warn)
     result = replace(result, log=digest_of(record.logged()), dynamics=record.digest_of_looks())
     if trainer and status == FINISHED:

@@ -155,8 +155,8 @@ class Pool:
             about={
                 "experiment": self.experiment.name,
                 "params": self.experiment.params(run),
-                "at_once": self.at_once,
             },
+            at_once=self.at_once,
         )
 
     def is_begun(self, run: PlannedRun) -> bool:

@@ -182,6 +182,7 @@ class Worker:
                 log=runner.log,
                 halts=runner.halts,
                 about=job.about,
+                at_once=job.at_once,
                 warn=self._warn,
                 warm=self.warm,
                 turn=self.turn,
