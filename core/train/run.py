@@ -22,6 +22,7 @@ from ablab.core.store.files import write_atomically
 from ablab.core.store.record import Record, digest_of
 from ablab.core.store.result import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, Result
 from ablab.core.train import checkpoint, handover
+from ablab.core.train.checkpoint import Kept
 from ablab.core.train.dynamics import looks_into
 from ablab.core.train.trainer import Trainer, Warm
 
@@ -99,9 +100,13 @@ def run(
         assert trainer, "only a log raises it"
         status, error = PRUNED, f"pruned at step {trainer.step}"
         # Asked for again, the run goes on from here.
-        trainer.save(checkpoints, record.sync(warn))
+        trainer.save(checkpoints, record.sync(warn), record.fence)
+        trainer.saver.wait()
     except torch.OutOfMemoryError:
         status, error = OUT_OF_MEMORY, _memory_advice(recipe, settled)
+    finally:
+        if trainer:
+            trainer.saver.settle()
     result = _result(recipe, settled, kernels, trainer, status, error, metrics)
     if trainer:
         result = replace(result, contended=_contended(trainer, about.get("at_once", 1)))
@@ -115,7 +120,7 @@ def run(
         handover.keep(trainer, record.folder)
     record.finish(result)
     if status != PRUNED:
-        checkpoint.clear(checkpoints)
+        checkpoint.clear(checkpoints, Kept(settled.keep_last, settled.keep_every))
     return result
 
 
@@ -203,14 +208,20 @@ class Loop:
         step = self.trainer.step
         if step != self.saved_step and self._is_sound():
             self._save()
+        self.trainer.saver.wait()
         self.record.interrupted(
             step, self.recipe.tokens_after(step), self.trainer.watch.seconds
         )
         raise Halted(step)
 
     def _is_due(self) -> bool:
-        due = time.perf_counter() - self.saved >= self.runtime.save_seconds
-        return self.trainer.agreed(due)
+        """Whether a step is to be saved; none is while another is still being written, but for those to keep."""
+        every = self.runtime.keep_every
+        if every and self.trainer.step % every == 0:
+            return True
+        seconds = self.runtime.save_seconds
+        late = time.perf_counter() - self.saved >= seconds
+        return self.trainer.agreed(late and (seconds == 0 or self.trainer.saver.is_idle()))
 
     def _is_sound(self) -> bool:
         return bool(self.trainer.training_step.window.isfinite().all())
@@ -218,7 +229,9 @@ class Loop:
     def _save(self) -> None:
         self.trainer.watch.stop()
         logged = self.record.sync(self.warn)
-        self.trainer.save(self.record.folder / "checkpoints", logged)
+        self.trainer.save(self.record.folder / "checkpoints", logged, self.record.fence)
+        if self.runtime.save_seconds == 0:
+            self.trainer.saver.wait()
         self.trainer.watch.go_on()
         self.saved = time.perf_counter()
         self.saved_step = self.trainer.step

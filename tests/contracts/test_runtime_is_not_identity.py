@@ -30,6 +30,8 @@ OTHER = {
     "evaluations": 3,
     "dynamics": 10,
     "save_seconds": 0.0,
+    "keep_last": 3,
+    "keep_every": 5,
     "keep_weights": True,
     "keep_state": True,
 }
@@ -43,6 +45,8 @@ KEEP_THE_BITS = (
     "evaluations",
     "dynamics",
     "save_seconds",
+    "keep_last",
+    "keep_every",
     "keep_weights",
     "keep_state",
 )
@@ -110,6 +114,7 @@ class Seen:
         self.looks = list(record.dynamics())
         self.kept = (place / "weights.safetensors").exists()
         self.left = left_state(place)
+        self.checkpoints = len(checkpoint.listed(place / "checkpoints"))
         self.deterministic = torch.are_deterministic_algorithms_enabled()
         patch.undo()
 
@@ -130,6 +135,8 @@ OBSERVED = {
     "evaluations": lambda seen: [line["step"] for line in seen.lines if "val/loss" in line],
     "dynamics": lambda seen: [line["step"] for line in seen.looks],
     "save_seconds": lambda seen: seen.saves,
+    "keep_last": lambda seen: seen.trainer.kept.last,
+    "keep_every": lambda seen: (seen.saves, seen.checkpoints),
     "keep_weights": lambda seen: seen.kept,
     "keep_state": lambda seen: seen.left,
 }
