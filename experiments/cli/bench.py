@@ -60,6 +60,21 @@ def report(
 
 
 @app.command()
+def claims(
+    runs: Annotated[int, typer.Option(min=10, help="of the plan")] = 10_000,
+    workers: Annotated[int, typer.Option(min=1, help="processes on one folder")] = 64,
+    out: Out = None,
+) -> None:
+    """What dividing runs among workers that share a folder costs, and how long a dead one keeps its run."""
+    from ablab.experiments.bench.claims import bench_claims, rate
+    from ablab.experiments.bench.targets import show_costs
+
+    costs = bench_claims(runs, workers)
+    show_costs(costs, out)
+    typer.echo(rate(costs))
+
+
+@app.command()
 def step(
     name: Name = None,
     overrides: Overrides = None,

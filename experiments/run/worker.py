@@ -138,27 +138,25 @@ class Worker:
 
     def _train(self, job: TrainJob) -> Answer:
         """Train one run under its claim: no two processes, here or elsewhere, ever train the same one."""
-        recipe, runtime = _read(job)
         _clear_the_place(job.folder, self._warn)
-        claim = take(Record(job.folder).claim_path, self.watch)
+        ended = Record(job.folder, job.run)
+        if found := _ended(ended, job.before):
+            return Found(found)
+        claim = take(ended.claim_path, self.watch)
         if claim is None:
             return Busy()
-        record = Record(job.folder, job.run, fence=claim.beat)
         try:
             with claim.beating():
-                return self._under(claim, job, recipe, runtime, record)
+                return self._under(claim, job, Record(job.folder, job.run, claim.beat))
         except Lost:  # we were asleep for so long that another went on: it is asked for again
             return Busy()
 
-    def _under(
-        self, claim: Claim, job: TrainJob, recipe: Recipe, runtime: Runtime, record: Record
-    ) -> Answer:
+    def _under(self, claim: Claim, job: TrainJob, record: Record) -> Answer:
         """Raises Lost, and UserError of a claim that is ours."""
         try:
             if found := _standing(record, job.before, self._warn):
                 return Found(found)
-            self.pipe.send(Began())
-            return self._run(job, recipe, runtime, record)
+            return self._trained(job, record)
         except UserError:
             claim.beat()
             raise
@@ -166,12 +164,12 @@ class Worker:
     def _warn(self, line: str) -> None:
         self.pipe.send(Warned(line))
 
-    def _run(
-        self, job: TrainJob, recipe: Recipe, runtime: Runtime, record: Record
-    ) -> Done | Halted:
+    def _trained(self, job: TrainJob, record: Record) -> Done | Halted:
         """A crash is a result too: one line in the record, the traceback beside it."""
         from ablab.core.train.run import run
 
+        recipe, runtime = _read(job)
+        self.pipe.send(Began())
         runner = _Runner(self.pipe, job.run)
         try:
             result = run(
@@ -242,6 +240,18 @@ def _trace(job: TraceJob) -> Traced | Untraced:
         raise
     except (Exception, SystemExit) as fault:
         return Untraced(told(fault) + _origin(fault, " (raised at {})"))
+
+
+def _ended(record: Record, before: int) -> Result | None:
+    """As `_standing`, at a glance and without a claim: what is damaged is looked at again under one."""
+    stamp = record.stamp()
+    if stamp in (0, before):
+        return None
+    with contextlib.suppress(UserError):
+        found = record.result()
+        if found and not record.hole(found):
+            return found
+    return None
 
 
 def _standing(record: Record, before: int, warn: Callable[[str], None]) -> Result | None:
