@@ -29,9 +29,9 @@ class Saver:
         self.on_gpu = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.on_gpu else None
         self.host: Tensors = {}
-        self.copied: torch.cuda.Event | None = (
-            None  # of a save for which no step has waited yet
-        )
+        # Of a save for which no step has waited yet; what it copies stays in memory until then.
+        self.copied: torch.cuda.Event | None = None
+        self.steady: list[Tensor] = []
         self.thread = ThreadPoolExecutor(1, "ablab-saver")
         self.under_way: Future[object] | None = None
 

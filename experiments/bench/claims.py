@@ -27,8 +27,8 @@ from ablab.experiments.bench.report import NAME, measured, planned, write_run
 from ablab.experiments.bench.targets import Cost
 from ablab.experiments.run.executor import Task
 from ablab.experiments.run.messages import Busy, Done, TrainJob
-from ablab.experiments.run.processes import Waiting
 from ablab.experiments.run.worker import Worker
+from ablab.experiments.run.workers import Waiting
 
 POINTS = 10  # logged lines a run
 FORK = multiprocessing.get_context("fork")
