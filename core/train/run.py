@@ -158,8 +158,8 @@ class Loop:
             trainer.watch.step(norm, self._tokens_of(t))
             if self._ends_a_window(t) or t in self.evaluations:
                 scalars = self._report(t, norm)
-            if t < self.steps and self._is_due() and self._is_sound():
-                self._save()
+            if t < self.steps and self._is_due():
+                self.save()
         return {name: value for name, value in scalars.items() if name != "tokens"}
 
     def _ends_a_window(self, t: int) -> bool:
@@ -206,8 +206,8 @@ class Loop:
     def _halt(self) -> None:
         """Save, say so in the folder, and leave.  What was broken by its last steps goes back to an older state."""
         step = self.trainer.step
-        if step != self.saved_step and self._is_sound():
-            self._save()
+        if step != self.saved_step:
+            self.save()
         self.trainer.saver.wait()
         self.record.interrupted(
             step, self.recipe.tokens_after(step), self.trainer.watch.seconds
@@ -223,10 +223,10 @@ class Loop:
         late = time.perf_counter() - self.saved >= seconds
         return self.trainer.agreed(late and (seconds == 0 or self.trainer.saver.is_idle()))
 
-    def _is_sound(self) -> bool:
-        return bool(self.trainer.training_step.window.isfinite().all())
-
-    def _save(self) -> None:
+    def save(self) -> None:
+        """A checkpoint of this step, unless the last ones have broken it."""
+        if not self.trainer.training_step.window.isfinite().all():
+            return
         self.trainer.watch.stop()
         logged = self.record.sync(self.warn)
         self.trainer.save(self.record.folder / "checkpoints", logged, self.record.fence)

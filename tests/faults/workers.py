@@ -48,7 +48,7 @@ class Host:
 
     def __call__(self) -> None:
         from ablab.core.store.record import Record
-        from ablab.experiments.run import processes as local
+        from ablab.experiments.run import workers as local
 
         claim.BEAT = BEAT
         local.PATIENCE = BEAT / 2
