@@ -22,7 +22,7 @@ from ablab.core.store.files import write_atomically
 from ablab.core.store.record import Record, digest_of
 from ablab.core.store.result import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, Result
 from ablab.core.train import checkpoint, handover
-from ablab.core.train.checkpoint import Kept
+from ablab.core.train.checkpoint import Kept, unfenced
 from ablab.core.train.dynamics import looks_into
 from ablab.core.train.trainer import Trainer, Warm
 
@@ -58,6 +58,7 @@ def run(
     parent: Path | None = None,
     halts: Halts = never,
     judge: Judge | None = None,
+    saved: Callable[[], None] = unfenced,
 ) -> Result:
     """Train to the end, from the last checkpoint if there is one, and leave a result.
 
@@ -66,6 +67,7 @@ def run(
     turn: held from the first step to the last; whoever shares the device waits for it.
     parent: folder of what the recipe's `init` begins with; None: the run folder beside ours that it names.
     judge: asked at the end for more scores, which stand in the result like any other.
+    halts: asked after every step whether to save and leave.  saved: called when a checkpoint is on the disk.
     Raises UserError for data that does not fit the recipe and for a folder that cannot be written; Halted.
     """
     settled = settle(runtime, recipe.batches.largest_micro_batch)
@@ -91,7 +93,7 @@ def run(
         if lost := record.lost_pace():
             warn(lost)
         with turn:
-            metrics = Loop(trainer, record, log, warn, halts).train()
+            metrics = Loop(trainer, record, log, warn, halts, saved).train()
             if judge:
                 metrics |= _judged(trainer, judge)
     except (Diverged, ParentDiverged) as end:
@@ -128,13 +130,20 @@ class Loop:
     """Train, log, evaluate and save until the last step."""
 
     def __init__(
-        self, trainer: Trainer, record: Record, log: Log, warn: Warn, halts: Halts = never
+        self,
+        trainer: Trainer,
+        record: Record,
+        log: Log,
+        warn: Warn,
+        halts: Halts = never,
+        then: Callable[[], None] = unfenced,
     ):
         self.trainer = trainer
         self.record = record
         self.log = log
         self.warn = warn
         self.halts = halts
+        self.then = then
         self.recipe = trainer.recipe
         self.runtime = trainer.runtime
         self.steps = self.recipe.steps
@@ -229,7 +238,8 @@ class Loop:
             return
         self.trainer.watch.stop()
         logged = self.record.sync(self.warn)
-        self.trainer.save(self.record.folder / "checkpoints", logged, self.record.fence)
+        folder = self.record.folder / "checkpoints"
+        self.trainer.save(folder, logged, self.record.fence, self.then)
         if self.runtime.save_seconds == 0:
             self.trainer.saver.wait()
         self.trainer.watch.go_on()

@@ -47,6 +47,7 @@ BITS_STAY = (
     "save_seconds",
     "keep_last",
     "keep_every",
+    "mirror",
     "keep_weights",
     "keep_state",
 )
@@ -269,14 +270,22 @@ class Trainer:
         self.training_step.put(saved)
 
     def save(
-        self, folder: Path, logged: bytes = b"", fence: Callable[[], None] = unfenced
+        self,
+        folder: Path,
+        logged: bytes = b"",
+        fence: Callable[[], None] = unfenced,
+        then: Callable[[], None] = unfenced,
     ) -> None:
-        """Begin to; `saver.wait` says when it is there.  logged: what metrics.jsonl holds now.  fence: a record's."""
+        """Begin to; `saver.wait` says when it is there.  logged: what metrics.jsonl holds now.  fence: a record's.
+
+        then: called when it is there.
+        """
         origin = self.origin(extent(logged))
         step, kept = self.step, self.kept
 
         def write(copies: Tensors) -> None:
             checkpoint.write(folder, step, copies, origin, kept, fence)
+            then()
 
         self.write_later(self.tensors() | self._beside(), write)
 

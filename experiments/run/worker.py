@@ -21,6 +21,7 @@ from ablab.core.recipe.recipe import Recipe, run_id
 from ablab.core.runtime.runtime import Runtime, settle
 from ablab.core.store.claim import Claim, Lost, Watch, take
 from ablab.core.store.files import set_aside, write_atomically
+from ablab.core.store.mirror import SECONDS_TO_END, Mirror, mirror_of
 from ablab.core.store.record import Record
 from ablab.core.store.result import FAILED, RETRY, Result
 from ablab.experiments.run.messages import (
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from ablab.core.train.trainer import Warm
     from ablab.experiments.evaluate.judge import Judge
 
+SECONDS_TO_COPY = 10.0  # of a run that is halted: its runner waits for it
 GONE = (
     BrokenPipeError,
     ConnectionResetError,
@@ -164,12 +166,23 @@ class Worker:
     def _warn(self, line: str) -> None:
         self.pipe.send(Warned(line))
 
-    def _trained(self, job: TrainJob, record: Record) -> Done | Halted:
+    def _trained(self, job: TrainJob, record: Record) -> Answer:
+        """Here, or found in the mirror, which has what came of it in the end."""
+        recipe, runtime = _read(job)
+        mirror = mirror_of(runtime.mirror, record.folder, self._warn, record.fence)
+        if mirror.fetch() and (found := _standing(record, job.before, self._warn)):
+            return Found(found)
+        self.pipe.send(Began())
+        answer = self._run(job, recipe, runtime, record, mirror)
+        mirror.finish(SECONDS_TO_COPY if isinstance(answer, Halted) else SECONDS_TO_END)
+        return answer
+
+    def _run(
+        self, job: TrainJob, recipe: Recipe, runtime: Runtime, record: Record, mirror: Mirror
+    ) -> Done | Halted:
         """A crash is a result too: one line in the record, the traceback beside it."""
         from ablab.core.train.run import run
 
-        recipe, runtime = _read(job)
-        self.pipe.send(Began())
         runner = _Runner(self.pipe, job.run)
         try:
             result = run(
@@ -179,6 +192,7 @@ class Worker:
                 record,
                 log=runner.log,
                 halts=runner.halts,
+                saved=mirror.push,
                 about=job.about,
                 warn=self._warn,
                 warm=self.warm,

@@ -32,6 +32,7 @@ OTHER = {
     "save_seconds": 0.0,
     "keep_last": 3,
     "keep_every": 5,
+    "mirror": "memory://copies",
     "keep_weights": True,
     "keep_state": True,
 }
@@ -47,6 +48,7 @@ KEEP_THE_BITS = (
     "save_seconds",
     "keep_last",
     "keep_every",
+    "mirror",
     "keep_weights",
     "keep_state",
 )
@@ -199,9 +201,11 @@ def test_threads_are_as_many_as_asked_for(tiny, token_folder):
         assert trainer.runtime.threads == torch.get_num_threads() == count
 
 
-ELSEWHERE = {"device", "threads", "turns", "ranks"}
+ELSEWHERE = {"mirror", "device", "threads", "turns", "ranks"}
 
 
 def test_every_field_is_asked():
-    """`turns` is the runner's: tests/experiments/test_runner.py; `ranks`: tests/core/train/test_sharded.py."""
+    """`turns` is the runner's: tests/experiments/test_runner.py; `ranks`: tests/core/train/test_sharded.py;
+    `mirror`: tests/core/store/test_mirror.py.
+    """
     assert set(asdict(Runtime())) == set(OTHER) == ELSEWHERE | set(OBSERVED)
