@@ -26,6 +26,10 @@ lint: $(VENV)/.ready-test .types/ablab
 faults: $(VENV)/.ready-test
 	$(BIN)/python tests/faults/campaign.py
 
+# Five processes on one folder, as on five hosts: two are killed, one sleeps, each run is finished once.
+workers: $(VENV)/.ready-test
+	$(BIN)/python tests/faults/workers.py
+
 inputs: $(VENV)/.ready-test
 	$(BIN)/python -m pytest tests/experiments/cli/test_any_input.py tests/experiments/cli/test_any_record.py \
 		--hypothesis-profile=thorough --timeout=3600 -n 2
@@ -72,4 +76,4 @@ lock: $(READY)
 clean:
 	rm -rf $(VENV) ablab-store build dist *.egg-info
 
-.PHONY: demo test lint docs faults inputs audit lock clean
+.PHONY: demo test lint docs faults workers inputs audit lock clean

@@ -75,6 +75,8 @@ COMMANDS = {
     "ablab run quickstart --no-mlflow": "--dry-run",
     "ablab bench kernels --only 'attention*'": HELP,
     "ablab bench grid loo_70m": HELP,
+    "ablab bench checkpoint 430m": HELP,
+    "ablab bench claims": HELP,
     "make demo": None,  # the set-up of `make test` and `ablab run quickstart`
     "make test": None,  # CI runs it
     "make lint": None,  # likewise

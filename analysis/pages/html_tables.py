@@ -248,7 +248,11 @@ def asked_table(report: Report) -> Table:
                 Cell(number(one.sd, ".4f"), one.sd, "num"),
                 Cell(f"{one.seeds}", one.seeds, "num spare"),
                 Cell(f"{one.items:,}", one.items, "num spare"),
-                Cell(signed(delta.value) if delta else NONE, delta.value if delta else None, "num"),
+                Cell(
+                    signed(delta.value) if delta else NONE,
+                    delta.value if delta else None,
+                    "num",
+                ),
                 Cell(_reach(delta), delta.low if delta else None, "num spare"),
             ]
         )

@@ -100,7 +100,13 @@ class CudaGraph:
         self.graph = torch.cuda.CUDAGraph()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        with torch.cuda.graph(self.graph, pool=pool, stream=torch.cuda.current_stream()):
+        # thread_local: a checkpoint may be on its way meanwhile (core/train/saving.py).
+        with torch.cuda.graph(
+            self.graph,
+            pool=pool,
+            stream=torch.cuda.current_stream(),
+            capture_error_mode="thread_local",
+        ):
             self.result = function(self.given)
         self.height = torch.cuda.max_memory_allocated() - before
 

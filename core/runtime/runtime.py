@@ -53,7 +53,12 @@ class Runtime:
     )
     # optimizer steps between looks into the layers, a multiple of log_every; 0: none
     dynamics: Natural = 0
-    save_seconds: NonNegative = 60.0  # a kill loses at most this much work
+    # between checkpoints: a kill loses at most this much work, and what a write takes; 0: after every step, and each
+    # is waited for
+    save_seconds: NonNegative = 60.0
+    keep_last: Whole = 2  # checkpoints: the newest, and some to fall back to when it is damaged
+    keep_every: Natural = 0  # optimizer steps: these are saved, and kept for good; 0: none
+    mirror: str = ""  # URL of a second copy of run folders, such as s3://bucket/place; "": none
     keep_weights: bool = False  # leave weights.safetensors behind
     keep_state: bool = False  # leave the whole last state behind, for runs that go on from it
 

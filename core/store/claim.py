@@ -30,10 +30,11 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
-from ablab.core.store.files import set_aside, writing
+from ablab.core.store.files import lock_beside, set_aside, writing
 
 BEAT = 2.0  # seconds
 STALE_AFTER = 10  # looks that find no beat
+LOOK_AGAIN = 0.02  # seconds, of those who wait for a file
 
 NAME = re.compile(r"(\d{6,})\.(?:free|([0-9a-f]{16})\.(\d+)\.(\d+)\.([0-9a-f]*)\.(.+))")
 TAKEN = (
@@ -235,6 +236,33 @@ class Claim:
         with self.changing, suppress(OSError):
             free = State(self.state.number)
             os.rename(self.place / self.state.name, self.place / free.name)
+
+
+def place_beside(path: Path) -> Path:
+    """Where to claim a file."""
+    return path.with_name(f".{path.name}.claim")
+
+
+@contextmanager
+def alone_with(path: Path) -> Iterator[None]:
+    """Wait until nobody else changes `path`; inside, nobody does.  For milliseconds: nothing tells who sleeps in here.
+
+    A lock of the system first: of those who wait on this host, it wakes one, and nobody has to look.
+    """
+    from filelock import FileLock
+
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(lock_beside(path))
+        lock.acquire()
+    try:
+        watch = Watch()
+        while (claim := take(place_beside(path), watch)) is None:
+            time.sleep(LOOK_AGAIN)
+        with claim.beating():
+            yield
+    finally:
+        lock.release()
 
 
 # -- who we are --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import time
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from types import TracebackType
 from urllib.parse import quote
 
 import msgspec
@@ -41,18 +42,51 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     What writers that were killed have left half-written in the same folder goes.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{OURS}.partial")
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with Growing(path) as file:
+        file.write(content)
+        file.appear()
     _sweep(path.parent)
+
+
+class Growing:
+    """A file that appears under its name in one step, when all of it is on the disk, or never."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.partial = path.with_name(f".{path.name}.{os.getpid()}-{OURS}.partial")
+
+    def __enter__(self) -> "Growing":
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.partial, "wb")
+        return self
+
+    def write(self, part: bytes | memoryview) -> None:
+        with writing(self.path):
+            self.file.write(part)
+
+    def sync(self) -> None:
+        with writing(self.path):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def appear(self, name: str = "") -> Path:
+        """name: by which it appears, where that is known only now."""
+        self.sync()
+        self.path = self.path.with_name(name) if name else self.path
+        with writing(self.path):
+            os.replace(self.partial, self.path)
+        return self.path
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with suppress(OSError):  # what it could not keep was said
+            self.file.close()
+        self.partial.unlink(missing_ok=True)
 
 
 def _sweep(folder: Path) -> None:

@@ -22,7 +22,8 @@ from typing import Any
 import msgspec
 
 from ablab.core.errors import UserError
-from ablab.core.store.files import FLAWS, lock_beside, writing
+from ablab.core.store.claim import alone_with
+from ablab.core.store.files import FLAWS, writing
 
 REGISTERED = "registered"  # what an experiment asks, before its runs
 VERDICTS = "verdicts"  # what was said of its arms, at the end or at a look
@@ -87,20 +88,16 @@ class Ledger:
         say: Callable[[str], None],
         always: bool,
     ) -> Entry:
-        from filelock import FileLock
-
         content = msgspec.json.decode(msgspec.json.encode(content))  # as it will be read again
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock_beside(self.path)):
-                lines = self._lines()
-                known = list(self._checked(lines))
-                alike = [one for one in known if _says(one, kind, experiment, content)]
-                if alike and not always:
-                    return alike[-1]
-                before = known[-1].hash if known else ""
-                entry = _sealed(Entry(kind, experiment, time.time(), content, before))
-                self._write(sum(map(len, lines)), entry, say)
+        with alone_with(self.path), writing(self.path):
+            lines = self._lines()
+            known = list(self._checked(lines))
+            alike = [one for one in known if _says(one, kind, experiment, content)]
+            if alike and not always:
+                return alike[-1]
+            before = known[-1].hash if known else ""
+            entry = _sealed(Entry(kind, experiment, time.time(), content, before))
+            self._write(sum(map(len, lines)), entry, say)
         return entry
 
     def _write(self, whole: int, entry: Entry, say: Callable[[str], None]) -> None:

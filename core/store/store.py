@@ -7,18 +7,23 @@ STORE/ledger.jsonl            what was asked before the runs, and what was said 
 """
 
 import os
+import secrets
+import socket
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from ablab.core.errors import UserError
-from ablab.core.store.files import FLAWS, lock_beside, set_aside, write_atomically, writing
+from ablab.core.store.claim import alone_with
+from ablab.core.store.files import FLAWS, set_aside, write_atomically, writing
 from ablab.core.store.planned import CATALOG, GridPlan, command
 from ablab.core.store.record import Record
 
 SHORTEST = 4  # digits of an id that may be typed for all of them
 LISTED = 4  # runs in a sentence
+SECONDS_TO_APPEAR = 5.0  # of a new file, on another host: NFS asks again after 3 s
 
 
 class Store:
@@ -99,14 +104,10 @@ class Store:
 
         A damaged plan is set aside, and `say` is told so.
         """
-        from filelock import FileLock
-
         path = self.plan_path(experiment)
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock_beside(path)):
-                plan = change(self._standing_plan(experiment, say))
-                self.write_plan(plan)
+        with alone_with(path), writing(path):
+            plan = change(self._standing_plan(experiment, say))
+            self.write_plan(plan)
         return plan
 
     def _standing_plan(self, experiment: str, say: Callable[[str], None]) -> GridPlan | None:
@@ -132,6 +133,31 @@ class Store:
             ) from None
         except (IsADirectoryError, *FLAWS) as flaw:
             raise UserError(f"{path} is damaged ({flaw}); `{again}` writes it again") from None
+
+    # -- seen from another host ------------------------------------------------------------------------------------
+    def leave_token(self) -> str:
+        """Leave a file that whoever works on this store elsewhere must see; its name."""
+        token = secrets.token_hex(8)
+        write_atomically(self._token_path(token), socket.gethostname().encode())
+        return token
+
+    def shared_with(self, token: str) -> None:
+        """Raises UserError where this is not the store in which the token was left."""
+        until = time.monotonic() + SECONDS_TO_APPEAR
+        while not self._token_path(token).is_file():
+            if time.monotonic() > until:
+                raise UserError(
+                    f"store {self.root} on {socket.gethostname()} is not the one that the runs are planned in; "
+                    "give a --store in a folder that all hosts share, by one path"
+                )
+            time.sleep(0.1)
+
+    def drop_token(self, token: str) -> None:
+        """All have seen it."""
+        self._token_path(token).unlink(missing_ok=True)
+
+    def _token_path(self, token: str) -> Path:
+        return self.root / ".shared" / token
 
     def experiments(self) -> list[str]:
         return sorted(path.stem for path in (self.root / "experiments").glob("*.json"))

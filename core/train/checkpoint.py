@@ -1,7 +1,8 @@
 """Checkpoints: one self-verifying safetensors file each, written in one step, no pickle.
 
-checkpoints/step-00000120-1a2b3c4d.safetensors: the number is the optimizer step, the tail the file's CRC-32.  Inside,
-beside the tensors: whose state it is, `Origin`.  What is damaged, renamed or another's is set aside and never taken.
+checkpoints/step-00000120-4711-1a2b3c4d.safetensors: optimizer step, bytes, CRC-32.  The name appears last, when all is
+on the disk: it is the manifest.  Inside, beside the tensors: whose state it is, `Origin`.  What is not as its name says
+is set aside and never taken: damaged, cut, half visible on a shared file system, renamed or another's.
 """
 
 import re
@@ -15,14 +16,42 @@ from typing import Any
 import msgspec
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 
-from ablab.core.store.files import FLAWS, set_aside, write_atomically
+from ablab.core.store.files import FLAWS, Growing, set_aside
 
 Tensors = dict[str, torch.Tensor]
 
-NAME = re.compile(r"step-(\d+)-([0-9a-f]{8})\.safetensors")
-KEEP = 2  # the newest, and one to fall back to when it is damaged
+# Files of older stores do not say their bytes.
+NAME = re.compile(
+    r"step-(?P<step>\d+)(?:-(?P<bytes>\d+))?-(?P<checksum>[0-9a-f]{8})\.safetensors"
+)
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which checkpoints stay when another is written."""
+
+    last: int = 2  # the newest, and one to fall back to when it is damaged
+    every: int = 0  # those of steps that this divides, for good; 0: none
+
+    def goes(self, path: Path, listed: list[Path]) -> bool:
+        return path not in listed[-self.last :] and not self.is_for_good(path)
+
+    def is_for_good(self, path: Path) -> bool:
+        return bool(self.every) and _step_of(path) % self.every == 0
 
 
 @dataclass(frozen=True)
@@ -67,19 +96,65 @@ def taken(origin: Origin, tensors: Tensors) -> str:
     return ""
 
 
-def write(folder: Path, step: int, tensors: Tensors, origin: Origin = Origin()) -> Path:
-    """Write one file, and keep as many as KEEP says."""
+def unfenced() -> None:
+    """Nobody else writes."""
+
+
+def write(
+    folder: Path,
+    step: int,
+    tensors: Tensors,
+    origin: Origin = Origin(),
+    kept: Kept = Kept(),
+    fence: Callable[[], None] = unfenced,
+) -> Path:
+    """Write one file, and remove those that need not be kept.
+
+    fence: asked when all is on the disk and the name is to appear; it raises where another process holds the run.
+    """
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     stamp = msgspec.json.encode(_Stamp(step, origin)).decode()
-    content = save(on_host, metadata={"ablab": stamp})
-    path = folder / f"step-{step:08d}-{zlib.crc32(content):08x}.safetensors"
     # Of a process that was killed in here: each as large as a checkpoint.
     for litter in folder.glob(".*.partial"):
         litter.unlink(missing_ok=True)
-    write_atomically(path, content)
-    for old in listed(folder)[:-KEEP]:
-        old.unlink(missing_ok=True)
+    size = 0
+    checksum = 0
+    with Growing(folder / f"step-{step:08d}.safetensors") as file:
+        for part in _encoded(on_host, {"ablab": stamp}):
+            file.write(part)
+            size += len(part)
+            checksum = zlib.crc32(part, checksum)
+        file.sync()
+        fence()
+        path = file.appear(f"step-{step:08d}-{size}-{checksum:08x}.safetensors")
+    whole = listed(folder)
+    for old in whole:
+        if kept.goes(old, whole):
+            old.unlink(missing_ok=True)
     return path
+
+
+def _encoded(tensors: Tensors, about: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, piece by piece: the length of the header, the header, each tensor.
+
+    safetensors.torch.save makes one `bytes` of it all, and holds Python's lock while it does: training would wait.
+    """
+    header: dict[str, Any] = {"__metadata__": about}
+    end = 0
+    for name, tensor in tensors.items():
+        begin = end
+        end += tensor.nbytes
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    told = msgspec.json.encode(header)
+    told += b" " * (-len(told) % 8)
+    yield len(told).to_bytes(8, "little") + told
+    for tensor in tensors.values():
+        if tensor.numel():
+            yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def listed(folder: Path) -> list[Path]:
@@ -88,17 +163,24 @@ def listed(folder: Path) -> list[Path]:
     return sorted((path for path in files if path.is_file()), key=_step_of)
 
 
+def _named(path: Path) -> re.Match[str]:
+    said = NAME.fullmatch(path.name)
+    assert said, f"{path} is no checkpoint"
+    return said
+
+
 def _step_of(path: Path) -> int:
-    return int(path.name.split("-")[1])
+    return int(_named(path)["step"])
 
 
-def _checksum_of(path: Path) -> str:
-    return path.stem.split("-")[2]
-
-
-def clear(folder: Path) -> None:
-    """The run is over: its checkpoints, damaged and half-written ones too, go."""
-    shutil.rmtree(folder, ignore_errors=True)
+def clear(folder: Path, kept: Kept = Kept()) -> None:
+    """The run is over: its checkpoints, damaged and half-written ones too, go, but for those that are kept for good."""
+    for_good = [path for path in listed(folder) if kept.is_for_good(path)]
+    if not for_good:
+        return shutil.rmtree(folder, ignore_errors=True)
+    for path in folder.iterdir():
+        if path not in for_good and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def newest(
@@ -130,8 +212,12 @@ def _foreign(folder: Path) -> Iterator[Path]:
 def _read(path: Path, refusal: Refusal) -> tuple[int, Tensors] | str:
     """Step and tensors, or why they are not taken."""
     try:
+        size = path.stat().st_size
+        named = int(_named(path)["bytes"] or size)
+        if size != named:
+            return f"is damaged ({size:,} bytes are there of {named:,})"
         content = path.read_bytes()
-        if f"{zlib.crc32(content):08x}" != _checksum_of(path):
+        if f"{zlib.crc32(content):08x}" != _named(path)["checksum"]:
             return "is damaged (its checksum differs)"
         stamp, tensors = _stamp_in(content), load(content)
     except (OSError, SafetensorError, *FLAWS) as error:

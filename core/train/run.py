@@ -22,6 +22,7 @@ from ablab.core.store.files import write_atomically
 from ablab.core.store.record import Record, digest_of
 from ablab.core.store.result import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, Result
 from ablab.core.train import checkpoint, handover
+from ablab.core.train.checkpoint import Kept, unfenced
 from ablab.core.train.dynamics import looks_into
 from ablab.core.train.trainer import Trainer, Warm
 
@@ -58,6 +59,7 @@ def run(
     halts: Halts = never,
     judge: Judge | None = None,
     at_once: int = 1,
+    saved: Callable[[], None] = unfenced,
 ) -> Result:
     """Train to the end, from the last checkpoint if there is one, and leave a result.
 
@@ -67,6 +69,7 @@ def run(
     parent: folder of what the recipe's `init` begins with; None: the run folder beside ours that it names.
     judge: asked at the end for more scores, which stand in the result like any other.
     at_once: runs that train on the device at one time; with others, the pace of this one compares with none.
+    halts: asked after every step whether to save and leave.  saved: called when a checkpoint is on the disk.
     Raises UserError for data that does not fit the recipe and for a folder that cannot be written; Halted.
     """
     settled = settle(runtime, recipe.batches.largest_micro_batch)
@@ -92,7 +95,7 @@ def run(
         if lost := record.lost_pace():
             warn(lost)
         with turn:
-            metrics = Loop(trainer, record, log, warn, halts).train()
+            metrics = Loop(trainer, record, log, warn, halts, saved).train()
             if judge:
                 metrics |= _judged(trainer, judge)
     except (Diverged, ParentDiverged) as end:
@@ -101,9 +104,13 @@ def run(
         assert trainer, "only a log raises it"
         status, error = PRUNED, f"pruned at step {trainer.step}"
         # Asked for again, the run goes on from here.
-        trainer.save(checkpoints, record.sync(warn))
+        trainer.save(checkpoints, record.sync(warn), record.fence)
+        trainer.saver.wait()
     except torch.OutOfMemoryError:
         status, error = OUT_OF_MEMORY, _memory_advice(recipe, settled)
+    finally:
+        if trainer:
+            trainer.saver.settle()
     result = _result(recipe, settled, kernels, trainer, status, error, metrics)
     if trainer:
         result = replace(result, contended=_contended(trainer, at_once))
@@ -117,7 +124,7 @@ def run(
         handover.keep(trainer, record.folder)
     record.finish(result)
     if status != PRUNED:
-        checkpoint.clear(checkpoints)
+        checkpoint.clear(checkpoints, Kept(settled.keep_last, settled.keep_every))
     return result
 
 
@@ -125,13 +132,20 @@ class Loop:
     """Train, log, evaluate and save until the last step."""
 
     def __init__(
-        self, trainer: Trainer, record: Record, log: Log, warn: Warn, halts: Halts = never
+        self,
+        trainer: Trainer,
+        record: Record,
+        log: Log,
+        warn: Warn,
+        halts: Halts = never,
+        then: Callable[[], None] = unfenced,
     ):
         self.trainer = trainer
         self.record = record
         self.log = log
         self.warn = warn
         self.halts = halts
+        self.then = then
         self.recipe = trainer.recipe
         self.runtime = trainer.runtime
         self.steps = self.recipe.steps
@@ -155,8 +169,8 @@ class Loop:
             trainer.watch.step(norm, self._tokens_of(t))
             if self._ends_a_window(t) or t in self.evaluations:
                 scalars = self._report(t, norm)
-            if t < self.steps and self._is_due() and self._is_sound():
-                self._save()
+            if t < self.steps and self._is_due():
+                self.save()
         return {name: value for name, value in scalars.items() if name != "tokens"}
 
     def _ends_a_window(self, t: int) -> bool:
@@ -203,24 +217,33 @@ class Loop:
     def _halt(self) -> None:
         """Save, say so in the folder, and leave.  What was broken by its last steps goes back to an older state."""
         step = self.trainer.step
-        if step != self.saved_step and self._is_sound():
-            self._save()
+        if step != self.saved_step:
+            self.save()
+        self.trainer.saver.wait()
         self.record.interrupted(
             step, self.recipe.tokens_after(step), self.trainer.watch.seconds
         )
         raise Halted(step)
 
     def _is_due(self) -> bool:
-        due = time.perf_counter() - self.saved >= self.runtime.save_seconds
-        return self.trainer.agreed(due)
+        """Whether a step is to be saved; none is while another is still being written, but for those to keep."""
+        every = self.runtime.keep_every
+        if every and self.trainer.step % every == 0:
+            return True
+        seconds = self.runtime.save_seconds
+        late = time.perf_counter() - self.saved >= seconds
+        return self.trainer.agreed(late and (seconds == 0 or self.trainer.saver.is_idle()))
 
-    def _is_sound(self) -> bool:
-        return bool(self.trainer.training_step.window.isfinite().all())
-
-    def _save(self) -> None:
+    def save(self) -> None:
+        """A checkpoint of this step, unless the last ones have broken it."""
+        if not self.trainer.training_step.window.isfinite().all():
+            return
         self.trainer.watch.stop()
         logged = self.record.sync(self.warn)
-        self.trainer.save(self.record.folder / "checkpoints", logged)
+        folder = self.record.folder / "checkpoints"
+        self.trainer.save(folder, logged, self.record.fence, self.then)
+        if self.runtime.save_seconds == 0:
+            self.trainer.saver.wait()
         self.trainer.watch.go_on()
         self.saved = time.perf_counter()
         self.saved_step = self.trainer.step

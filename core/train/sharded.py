@@ -39,7 +39,8 @@ from ablab.core.train.banks import (
 )
 from ablab.core.train.checkpoint import Origin
 from ablab.core.train.evaluate import Measured, scored, spans_measured
-from ablab.core.train.step import Loss, TrainingStep
+from ablab.core.train.saving import Write
+from ablab.core.train.step import Loss, TrainingStep, at_once
 from ablab.core.train.trainer import Trainer
 
 WHOLE = (
@@ -192,11 +193,18 @@ class ShardedStep(TrainingStep):
         super().restart(recipe)
         self.nats.zero_()
 
-    def take(self, t: int, blocks: Iterable[Tensor], tokens: int | None = None) -> Tensor:
+    def take(
+        self,
+        t: int,
+        blocks: Iterable[Tensor],
+        tokens: int | None = None,
+        before_move: Callable[[], None] = at_once,
+    ) -> Tensor:
         *others, last = blocks
         for block in others:
             self.descend(block)
         self.descend_last(last)
+        before_move()
         return self.move(t, tokens)
 
     def _descend(self, block: Tensor) -> None:
@@ -495,6 +503,10 @@ class ShardedTrainer(Trainer):
     def write(self, folder: Path, tensors: Mapping[str, Tensor], origin: Origin) -> None:
         if self.world.rank == 0:
             super().write(folder, tensors, origin)
+
+    def write_later(self, tensors: checkpoint.Tensors, write: Write) -> None:
+        if self.world.rank == 0:
+            super().write_later(tensors, write)
 
     def agreed(self, wish: bool) -> bool:
         return self.world.agreed(wish)

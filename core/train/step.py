@@ -13,6 +13,10 @@ from ablab.core.train.banks import Optimizer, put
 Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
+def at_once() -> None:
+    """Nothing is waited for."""
+
+
 class TrainingStep:
     """What every optimizer step of a recipe does; the trainer and the checks take the same one.
 
@@ -47,14 +51,22 @@ class TrainingStep:
         self.after = [(part, part.begin(self.weights)) for part in recipe.after_step]
         self.window.zero_()
 
-    def take(self, t: int, blocks: Iterable[Tensor], tokens: int | None = None) -> Tensor:
+    def take(
+        self,
+        t: int,
+        blocks: Iterable[Tensor],
+        tokens: int | None = None,
+        before_move: Callable[[], None] = at_once,
+    ) -> Tensor:
         """Optimizer step t (from 1) on micro-batches, int [B,T+1] each, on the host.
 
         tokens: of these micro-batches together; None: of a full step.
+        before_move: called between the gradients and the optimizer.
         Returns the gradient norm before clipping, 0-D; nothing waits for the device.
         """
         for block in blocks:
             self.descend(block)
+        before_move()
         return self.move(t, tokens)
 
     def move(self, t: int, tokens: int | None = None) -> Tensor:

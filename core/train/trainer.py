@@ -27,8 +27,9 @@ from ablab.core.store.held_out import HeldOut
 from ablab.core.store.record import extent, holds
 from ablab.core.train import checkpoint
 from ablab.core.train.banks import Optimizer, put
-from ablab.core.train.checkpoint import Origin
+from ablab.core.train.checkpoint import Kept, Origin, Tensors, unfenced
 from ablab.core.train.evaluate import Measured, held_out_loss
+from ablab.core.train.saving import Saver, Write
 from ablab.core.train.step import Loss, TrainingStep
 from ablab.core.train.stopwatch import Stopwatch
 
@@ -44,6 +45,9 @@ BITS_STAY = (
     "evaluations",
     "dynamics",
     "save_seconds",
+    "keep_last",
+    "keep_every",
+    "mirror",
     "keep_weights",
     "keep_state",
 )
@@ -83,6 +87,7 @@ class Trainer:
         )
         loss, self.nats = compiled(self.model, heads, how)
         self.training_step = self._training_step(loss, recipe, recorder)
+        self.saver = Saver(self.device)
         self.restart(recipe, data_folder)
 
     # -- what ranks do otherwise (sharded.py) ----------------------------------------------------------------------
@@ -113,8 +118,12 @@ class Trainer:
         return held_out_loss(self.nats, self.tokens, self.runtime.micro_batch, self.device)
 
     def write(self, folder: Path, tensors: Mapping[str, Tensor], origin: Origin) -> None:
-        """A checkpoint of this step."""
+        """A checkpoint of this step, at once."""
         checkpoint.write(folder, self.step, dict(tensors), origin)
+
+    def write_later(self, tensors: Tensors, write: Write) -> None:
+        """A checkpoint of this step, off the hot path."""
+        self.saver.save(tensors, write)
 
     def agreed(self, wish: bool) -> bool:
         """Whether what this process wishes, by its clock or a word from outside, is done after this step."""
@@ -154,7 +163,10 @@ class Trainer:
         windows = self.recipe.batches.at(self.step).windows
         blocks = self._micro_batches(self.step, windows)
         self.step += 1
-        return self.training_step.take(self.step, blocks, windows * self.recipe.data.context)
+        tokens = windows * self.recipe.data.context
+        return self.training_step.take(
+            self.step, blocks, tokens, self.saver.before_the_next_move
+        )
 
     def _micro_batches(self, step: int, windows: int) -> Iterator[Tensor]:
         for first in range(0, windows, self.runtime.micro_batch):
@@ -257,9 +269,29 @@ class Trainer:
         put(weights, saved)
         self.training_step.put(saved)
 
-    def save(self, folder: Path, logged: bytes = b"") -> None:
-        """logged: what metrics.jsonl holds now."""
-        self.write(folder, self.tensors() | self._beside(), self.origin(extent(logged)))
+    def save(
+        self,
+        folder: Path,
+        logged: bytes = b"",
+        fence: Callable[[], None] = unfenced,
+        then: Callable[[], None] = unfenced,
+    ) -> None:
+        """Begin to; `saver.wait` says when it is there.  logged: what metrics.jsonl holds now.  fence: a record's.
+
+        then: called when it is there.
+        """
+        origin = self.origin(extent(logged))
+        step, kept = self.step, self.kept
+
+        def write(copies: Tensors) -> None:
+            checkpoint.write(folder, step, copies, origin, kept, fence)
+            then()
+
+        self.write_later(self.tensors() | self._beside(), write)
+
+    @property
+    def kept(self) -> Kept:
+        return Kept(self.runtime.keep_last, self.runtime.keep_every)
 
     def _beside(self) -> dict[str, Tensor]:
         """What a checkpoint says of the run besides its state."""

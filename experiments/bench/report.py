@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from ablab.core.store.planned import GridPlan, Planned
-from ablab.core.store.record import digest_of
+from ablab.core.store.record import Record, digest_of
 from ablab.core.store.result import FINISHED, Result
 from ablab.core.store.store import Store
 from ablab.experiments.bench.targets import Cost
@@ -41,7 +41,7 @@ def bench_report(runs: int = 1_000, points: int = 500) -> list[Cost]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_store(Store(root), runs, points)
-        seconds, busy, mebibytes = _measured("report", NAME, "--store", str(root))
+        seconds, busy, mebibytes = measured("report", NAME, "--store", str(root))
         size = (root / "reports" / NAME / "report.html").stat().st_size / 2**20
         what = f"report of {runs:,} runs x {points} points"
         costs = [
@@ -56,6 +56,12 @@ def bench_report(runs: int = 1_000, points: int = 500) -> list[Cost]:
 def write_store(store: Store, runs: int, points: int, seed: int = 0) -> None:
     """An experiment of `runs` finished runs, SEEDS a cell, `points` lines each."""
     draw = np.random.default_rng(seed)
+    for run in planned(store, runs):
+        write_run(store.run(run), float(draw.normal(3, 0.01)), points, draw)
+
+
+def planned(store: Store, runs: int) -> list[str]:
+    """Write the plan of an experiment of so many runs; their ids."""
     rows = []
     for number in range(runs):
         cell, pair = divmod(number, SEEDS)
@@ -63,17 +69,15 @@ def write_store(store: Store, runs: int, points: int, seed: int = 0) -> None:
         run = f"{number:016x}"
         reference = "full" if cell else None
         rows.append(Planned(name, pair, seed=pair, run=run, reference=reference))
-        _write_run(store, run, float(draw.normal(3, 0.01)), points, draw)
     question = f"Which of {runs // SEEDS - 1} ideas pay?"
     store.write_plan(GridPlan(NAME, question, "val/loss", "lower", "leave_one_out", rows))
+    return [row.run for row in rows]
 
 
-def _write_run(
-    store: Store, run: str, final: float, points: int, draw: np.random.Generator
-) -> None:
+def write_run(record: Record, final: float, points: int, draw: np.random.Generator) -> Result:
     """As a worker leaves it; its lines are written at once, which spares a minute."""
-    record = store.run(run)
-    record.folder.mkdir(parents=True)
+    run = record.folder.name
+    record.folder.mkdir(parents=True, exist_ok=True)
     part = np.arange(1, points + 1) / points
     loss = final + 0.9 * (part**-0.3 - 1) + draw.normal(0, 0.01, points) * (1 - part)
     metrics, pace = [], []
@@ -108,10 +112,11 @@ def _write_run(
         code="c0ffee",
         log=digest_of(logged),
     )
-    record.result_path.write_bytes(msgspec.json.encode(ended))
+    record.finish(ended)
+    return ended
 
 
-def _measured(*words: str) -> tuple[float, float, float]:
+def measured(*words: str) -> tuple[float, float, float]:
     """Seconds of a command by the clock and by the processor, and the MiB that it held at most."""
     began = time.perf_counter()
     process = subprocess.Popen([*ABLAB, *words], stdout=subprocess.DEVNULL)  # noqa: S603 (ours)

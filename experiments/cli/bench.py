@@ -60,6 +60,40 @@ def report(
 
 
 @app.command()
+def checkpoint(
+    name: Name = None,
+    overrides: Overrides = None,
+    cell: Annotated[
+        str | None, typer.Option(help="one arm of the experiment (the first)")
+    ] = None,
+    plugins: Plugins = None,
+    out: Out = None,
+) -> None:
+    """How long a save holds training up, beside a step, and how long the disk takes; random tokens."""
+    subject, given = _asked(name, overrides, plugins)
+    from ablab.experiments.bench.checkpoint import bench_checkpoint, show_checkpoint
+
+    found = bench_checkpoint(subject, given, cell)
+    show_checkpoint(found)
+    _write(found, out)
+
+
+@app.command()
+def claims(
+    runs: Annotated[int, typer.Option(min=10, help="of the plan")] = 10_000,
+    workers: Annotated[int, typer.Option(min=1, help="processes on one folder")] = 64,
+    out: Out = None,
+) -> None:
+    """What dividing runs among workers that share a folder costs, and how long a dead one keeps its run."""
+    from ablab.experiments.bench.claims import bench_claims, rate
+    from ablab.experiments.bench.targets import show_costs
+
+    costs = bench_claims(runs, workers)
+    show_costs(costs, out)
+    typer.echo(rate(costs))
+
+
+@app.command()
 def step(
     name: Name = None,
     overrides: Overrides = None,

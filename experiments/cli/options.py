@@ -56,4 +56,10 @@ Deadline = Annotated[
         help="such as 9m: begin no run that cannot end in it, save what runs in time, exit with 75"
     ),
 ]
+Mirror = Annotated[
+    str | None,
+    typer.Option(
+        help="a second copy of the run folders, such as s3://bucket/place; a fresh machine goes on from it"
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")]

@@ -20,6 +20,7 @@ from ablab.experiments.cli.options import (
     Deadline,
     Jobs,
     Json,
+    Mirror,
     Mlflow,
     Name,
     Overrides,
@@ -74,6 +75,7 @@ def run(
     scale: Scale = None,
     jobs: Jobs = None,
     deadline: Deadline = None,
+    mirror: Mirror = None,
     track: Track = None,
     mlflow: Mlflow = None,
     run_inert: Annotated[
@@ -93,6 +95,7 @@ def run(
     where = store_of(store)
     shown = tracked(track, mlflow)
     hours = _hours(until_decided, budget, seeds, only)
+    overrides = [*(overrides or []), *mirrored(mirror)]
     experiment, runs = prepare(name, overrides, plugins, where, seeds, scale)
     if hours:
         from ablab.experiments.run.sequential import with_looks
@@ -215,6 +218,16 @@ def _hours(
     return hours_of(budget)
 
 
+def mirrored(url: str | None) -> list[str]:
+    """As an override.  Raises UserError for a URL that nothing here can open."""
+    if not url:
+        return []
+    from ablab.core.store.mirror import opened
+
+    opened(url)
+    return [f"runtime.mirror={url}"]
+
+
 @ends_in_time
 def study(
     name: Name,
@@ -229,6 +242,7 @@ def study(
     ] = None,
     jobs: Jobs = None,
     deadline: Deadline = None,
+    mirror: Mirror = None,
     track: Track = None,
     mlflow: Mlflow = None,
     quiet: Quiet = False,
@@ -239,6 +253,7 @@ def study(
     """As STUDY says."""
     where = store_of(store)
     shown = tracked(track, mlflow)
+    overrides = [*(overrides or []), *mirrored(mirror)]
     experiment, _ = prepare(name, overrides, plugins, where)
     from ablab.experiments.cli.printing import show_places, show_study
     from ablab.experiments.run.progress import watcher

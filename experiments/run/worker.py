@@ -21,6 +21,7 @@ from ablab.core.recipe.recipe import Recipe, run_id
 from ablab.core.runtime.runtime import Runtime, settle
 from ablab.core.store.claim import Claim, Lost, Watch, take
 from ablab.core.store.files import set_aside, write_atomically
+from ablab.core.store.mirror import SECONDS_TO_END, Mirror, mirror_of
 from ablab.core.store.record import Record
 from ablab.core.store.result import FAILED, RETRY, Result
 from ablab.experiments.run.messages import (
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from ablab.core.train.trainer import Warm
     from ablab.experiments.evaluate.judge import Judge
 
+SECONDS_TO_COPY = 10.0  # of a run that is halted: its runner waits for it
 GONE = (
     BrokenPipeError,
     ConnectionResetError,
@@ -138,27 +140,25 @@ class Worker:
 
     def _train(self, job: TrainJob) -> Answer:
         """Train one run under its claim: no two processes, here or elsewhere, ever train the same one."""
-        recipe, runtime = _read(job)
         _clear_the_place(job.folder, self._warn)
-        claim = take(Record(job.folder).claim_path, self.watch)
+        ended = Record(job.folder, job.run)
+        if found := _ended(ended, job.before):
+            return Found(found)
+        claim = take(ended.claim_path, self.watch)
         if claim is None:
             return Busy()
-        record = Record(job.folder, job.run, fence=claim.beat)
         try:
             with claim.beating():
-                return self._under(claim, job, recipe, runtime, record)
+                return self._under(claim, job, Record(job.folder, job.run, claim.beat))
         except Lost:  # we were asleep for so long that another went on: it is asked for again
             return Busy()
 
-    def _under(
-        self, claim: Claim, job: TrainJob, recipe: Recipe, runtime: Runtime, record: Record
-    ) -> Answer:
+    def _under(self, claim: Claim, job: TrainJob, record: Record) -> Answer:
         """Raises Lost, and UserError of a claim that is ours."""
         try:
             if found := _standing(record, job.before, self._warn):
                 return Found(found)
-            self.pipe.send(Began())
-            return self._run(job, recipe, runtime, record)
+            return self._trained(job, record)
         except UserError:
             claim.beat()
             raise
@@ -166,8 +166,19 @@ class Worker:
     def _warn(self, line: str) -> None:
         self.pipe.send(Warned(line))
 
+    def _trained(self, job: TrainJob, record: Record) -> Answer:
+        """Here, or found in the mirror, which has what came of it in the end."""
+        recipe, runtime = _read(job)
+        mirror = mirror_of(runtime.mirror, record.folder, self._warn, record.fence)
+        if mirror.fetch() and (found := _standing(record, job.before, self._warn)):
+            return Found(found)
+        self.pipe.send(Began())
+        answer = self._run(job, recipe, runtime, record, mirror)
+        mirror.finish(SECONDS_TO_COPY if isinstance(answer, Halted) else SECONDS_TO_END)
+        return answer
+
     def _run(
-        self, job: TrainJob, recipe: Recipe, runtime: Runtime, record: Record
+        self, job: TrainJob, recipe: Recipe, runtime: Runtime, record: Record, mirror: Mirror
     ) -> Done | Halted:
         """A crash is a result too: one line in the record, the traceback beside it."""
         from ablab.core.train.run import run
@@ -181,6 +192,7 @@ class Worker:
                 record,
                 log=runner.log,
                 halts=runner.halts,
+                saved=mirror.push,
                 about=job.about,
                 at_once=job.at_once,
                 warn=self._warn,
@@ -243,6 +255,18 @@ def _trace(job: TraceJob) -> Traced | Untraced:
         raise
     except (Exception, SystemExit) as fault:
         return Untraced(told(fault) + _origin(fault, " (raised at {})"))
+
+
+def _ended(record: Record, before: int) -> Result | None:
+    """As `_standing`, at a glance and without a claim: what is damaged is looked at again under one."""
+    stamp = record.stamp()
+    if stamp in (0, before):
+        return None
+    with contextlib.suppress(UserError):
+        found = record.result()
+        if found and not record.hole(found):
+            return found
+    return None
 
 
 def _standing(record: Record, before: int, warn: Callable[[str], None]) -> Result | None:

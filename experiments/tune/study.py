@@ -13,6 +13,7 @@ from dataclasses import replace
 from ablab.core.errors import UserError
 from ablab.core.recipe.intervention import at
 from ablab.core.store import study_record
+from ablab.core.store.claim import Claim, place_beside, take_if_dead
 from ablab.core.store.files import lock_beside, sqlite_url, writing
 from ablab.core.store.planned import GridPlan, command
 from ablab.core.store.result import PRUNED, Result
@@ -73,7 +74,7 @@ class Study:
     # -- tuning ----------------------------------------------------------------------------------------------------
     def tune(self, jobs: int | None, plugins: Iterable[str], tracked: Tracked) -> StudyRecord:
         """Run generations until every search is over or the hours are spent.  Returns what stands in the storage."""
-        with self._alone(), storage.reaching(self.url):
+        with self._alone() as claim, storage.reaching(self.url):
             trackers = trackers_for(self.store, self.plan(), self.watcher.say, tracked)
             pool = None
             self._say_unheeded(self._ended_before())
@@ -86,6 +87,7 @@ class Study:
                         pool = pool or self._pool(jobs, plugins)
                         pool.trackers = trackers.over(plan) if trackers else None
                         pool.train(missing, generation.stops)
+                    self._still_ours(claim)
                     generation.tell()
                     self.write()
             finally:
@@ -98,7 +100,7 @@ class Study:
             return self.write(importances=True)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> Iterator[Claim]:
         """Two coordinators of one study would store each trial twice."""
         from filelock import FileLock, Timeout
 
@@ -109,14 +111,26 @@ class Study:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                raise UserError(
-                    f"another process tunes {self.experiment.name} in {self.store.root}; "
-                    "wait for it, or use another --store"
-                ) from None
+                raise self._tuned_elsewhere() from None
         try:
-            yield
+            claim = take_if_dead(place_beside(path))
+            if claim is None:
+                raise self._tuned_elsewhere()
+            with claim.beating():
+                yield claim
         finally:
             lock.release()
+
+    def _still_ours(self, claim: Claim) -> None:
+        """After a sleep in which another coordinator has gone on, there is nothing left to tell."""
+        if claim.is_lost():
+            raise self._tuned_elsewhere()
+
+    def _tuned_elsewhere(self) -> UserError:
+        return UserError(
+            f"another process tunes {self.experiment.name} in {self.store.root}; "
+            "wait for it, or use another --store"
+        )
 
     def _generations(self) -> Iterator[Generation]:
         """One after another: the next is proposed when the last has been told."""

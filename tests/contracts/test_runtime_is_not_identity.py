@@ -30,6 +30,9 @@ OTHER = {
     "evaluations": 3,
     "dynamics": 10,
     "save_seconds": 0.0,
+    "keep_last": 3,
+    "keep_every": 5,
+    "mirror": "memory://copies",
     "keep_weights": True,
     "keep_state": True,
 }
@@ -43,6 +46,9 @@ KEEP_THE_BITS = (
     "evaluations",
     "dynamics",
     "save_seconds",
+    "keep_last",
+    "keep_every",
+    "mirror",
     "keep_weights",
     "keep_state",
 )
@@ -110,6 +116,7 @@ class Seen:
         self.looks = list(record.dynamics())
         self.kept = (place / "weights.safetensors").exists()
         self.left = left_state(place)
+        self.checkpoints = len(checkpoint.listed(place / "checkpoints"))
         self.deterministic = torch.are_deterministic_algorithms_enabled()
         patch.undo()
 
@@ -130,6 +137,8 @@ OBSERVED = {
     "evaluations": lambda seen: [line["step"] for line in seen.lines if "val/loss" in line],
     "dynamics": lambda seen: [line["step"] for line in seen.looks],
     "save_seconds": lambda seen: seen.saves,
+    "keep_last": lambda seen: seen.trainer.kept.last,
+    "keep_every": lambda seen: (seen.saves, seen.checkpoints),
     "keep_weights": lambda seen: seen.kept,
     "keep_state": lambda seen: seen.left,
 }
@@ -192,9 +201,11 @@ def test_threads_are_as_many_as_asked_for(tiny, token_folder):
         assert trainer.runtime.threads == torch.get_num_threads() == count
 
 
-ELSEWHERE = {"device", "threads", "turns", "ranks"}
+ELSEWHERE = {"mirror", "device", "threads", "turns", "ranks"}
 
 
 def test_every_field_is_asked():
-    """`turns` is the runner's: tests/experiments/test_runner.py; `ranks`: tests/core/train/test_sharded.py."""
+    """`turns` is the runner's: tests/experiments/test_runner.py; `ranks`: tests/core/train/test_sharded.py;
+    `mirror`: tests/core/store/test_mirror.py.
+    """
     assert set(asdict(Runtime())) == set(OTHER) == ELSEWHERE | set(OBSERVED)

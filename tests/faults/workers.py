@@ -11,7 +11,6 @@ step aside without a word in a record.  Exit code 1: something was lost.
 import argparse
 import json
 import os
-import random
 import signal
 import sys
 import tempfile
@@ -49,7 +48,7 @@ class Host:
 
     def __call__(self) -> None:
         from ablab.core.store.record import Record
-        from ablab.experiments.run import processes as local
+        from ablab.experiments.run import workers as local
 
         claim.BEAT = BEAT
         local.PATIENCE = BEAT / 2
@@ -62,7 +61,7 @@ class Host:
         def finish(record: Record, result) -> None:
             real_finish(record, result)
             with open(self.finished, "a") as file:
-                file.write(f"{result.run} {result.status} {self.name}\n")
+                file.write(f"{result.run} {self.name}\n")
 
         Record.finish = finish
 
@@ -72,26 +71,25 @@ class Workers:
     lab: Lab
     hosts: list[Host]
     running: list[Running]
+    runs: int  # that there are
 
-    def holding(self, host: Host) -> Path | None:
-        """The claim that a host has."""
+    def holding(self) -> dict[int, Path]:
+        """Which host has which claim."""
+        names = {host.name: host.number for host in self.hosts}
+        found = {}
         for place in sorted(self.lab.store.glob("runs/*/.claim")):
             state = standing(place)
-            if state and state.host == host.name:
-                return place
-        return None
+            if state and state.host in names:
+                found[names[state.host]] = place
+        return found
 
-    def wait_for_claim(self, number: int) -> Path:
-        host = self.hosts[number]
-        found: list[Path] = []
+    def finished(self) -> Counter[str]:
+        """Run -> how often it was finished."""
+        return Counter(line.split()[0] for line in self.lines())
 
-        def looks() -> bool:
-            place = self.holding(host)
-            found.extend([place] if place else [])
-            return bool(found)
-
-        wait_for(looks, f"{host.name} took no run", PATIENCE, self.running[number])
-        return found[-1]
+    def lines(self) -> list[str]:
+        path = self.hosts[0].finished
+        return path.read_text().splitlines() if path.exists() else []
 
     def wait_until_another_has(self, place: Path, before: State, by: int) -> float:
         """Seconds until the claim has another owner."""
@@ -105,43 +103,55 @@ class Workers:
         return time.monotonic() - since
 
 
-def start(lab: Lab, finished: Path) -> Workers:
+def start(lab: Lab, finished: Path, runs: int) -> Workers:
     hosts = [Host(number, finished) for number in range(HOSTS)]
     running = [lab.start(WORDS, before=host) for host in hosts]
-    return Workers(lab, hosts, running)
+    return Workers(lab, hosts, running, runs)
 
 
-def put_to_sleep(workers: Workers, number: int) -> tuple[Path, State]:
-    """In the midst of a run, which it must not let go of in the last moment."""
-    one = workers.running[number]
+def put_one_to_sleep(workers: Workers) -> tuple[int, Path, State]:
+    """The first that is seen with a run, in the midst of it."""
     while True:
-        place = workers.wait_for_claim(number)
-        one.send_to_all(signal.SIGSTOP)
-        state = standing(place)
-        if state and state.host == workers.hosts[number].name:
-            return place, state
-        one.send_to_all(signal.SIGCONT)
+        wait_for(workers.holding, "nobody took a run", PATIENCE, workers.running[0])
+        for number, place in workers.holding().items():
+            workers.running[number].send_to_all(signal.SIGSTOP)
+            state = standing(place)
+            if state and state.host == workers.hosts[number].name:
+                return number, place, state
+            workers.running[number].send_to_all(signal.SIGCONT)
 
 
-def disturb(workers: Workers, draw: random.Random) -> list[float]:
-    """Seconds until the runs of those who were killed, and of the one who slept, had another owner."""
-    asleep, *killed = draw.sample(range(HOSTS), 3)
-    awake = next(number for number in range(HOSTS) if number not in (asleep, *killed))
-    place, state = put_to_sleep(workers, asleep)
-    for number in killed:
-        workers.wait_for_claim(number)
-        workers.running[number].send_to_all(signal.SIGKILL)
-        workers.running[number].end()
+def kill_one(workers: Workers, spared: set[int]) -> int:
+    """One that has a run, or that waits for that of the sleeper when there is no other left."""
+    one = next(iter(set(range(HOSTS)) - spared))
+
+    def holding() -> set[int]:
+        held = set(workers.holding()) - spared
+        return held or ({one} if len(workers.finished()) >= workers.runs - 1 else set())
+
+    wait_for(holding, "nobody took a run", PATIENCE, workers.running[one])
+    killed = min(holding() or {one})
+    workers.running[killed].send_to_all(signal.SIGKILL)
+    workers.running[killed].end()
+    return killed
+
+
+def disturb(workers: Workers) -> float:
+    """Seconds until the run of the one who slept had another owner."""
+    asleep, place, state = put_one_to_sleep(workers)
+    gone = {asleep}
+    for _ in range(2):
+        gone.add(kill_one(workers, gone))
+    [awake, *_] = set(range(HOSTS)) - gone
     taken = workers.wait_until_another_has(place, state, awake)
     workers.running[asleep].send_to_all(signal.SIGCONT)
-    for number in range(HOSTS):
-        if number not in killed:
-            ended = workers.running[number].end()
-            assert ended.code == 0, (number, ended)
-    return [taken]
+    for number in {asleep, *range(HOSTS)} - (gone - {asleep}):
+        ended = workers.running[number].end()
+        assert ended.code == 0, (number, ended)
+    return taken
 
 
-def campaign(root: Path, seeds: int, seed: int) -> str:
+def campaign(root: Path, seeds: int) -> str:
     """What was seen, in words.  Raises AssertionError."""
     lab = furnish(root / "fresh")
     sheet = GRID | {"seeds": list(range(seeds))}
@@ -149,18 +159,15 @@ def campaign(root: Path, seeds: int, seed: int) -> str:
     calm = lab.copy(root / "calm")
     assert calm.run(WORDS).code == 0
     shared = lab.copy(root / "shared")
-    finished = root / "finished"
+    workers = start(shared, root / "finished", 3 * seeds)
     began = time.monotonic()
-    [taken] = disturb(start(shared, finished), random.Random(seed))  # noqa: S311  not a secret
+    taken = disturb(workers)
     seconds = time.monotonic() - began
-    lines = [line.split() for line in finished.read_text().splitlines()]
-    times = Counter(run for run, *_ in lines)
+    times = workers.finished()
     assert set(times.values()) == {1}, [run for run, count in times.items() if count > 1]
-    assert len(times) == 3 * seeds, len(times)
-    assert {status for _, status, _ in lines} == {"finished"}
     differs = difference(of_runs(calm), of_runs(shared))
     assert not differs, differs
-    shares = Counter(host for *_, host in lines)
+    shares = Counter(line.split()[1] for line in workers.lines())
     told = ", ".join(f"{host} {count}" for host, count in sorted(shares.items()))
     return (
         f"{len(times)} runs by {HOSTS} workers in {seconds:.1f} s, each finished once: {told}\n"
@@ -172,12 +179,11 @@ def campaign(root: Path, seeds: int, seed: int) -> str:
 def main() -> int:
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--seeds", type=int, default=8, help="of 3 arms each")
-    asked.add_argument("--seed", type=int, default=0, help="who is killed, and who sleeps")
     words = asked.parse_args()
     processes.warm_up(mlflow=False)
     with tempfile.TemporaryDirectory(prefix="ablab-workers-") as root:
         try:
-            print(campaign(Path(root), words.seeds, words.seed))
+            print(campaign(Path(root), words.seeds))
         except (AssertionError, processes.Hung) as loss:
             where = traceback.extract_tb(loss.__traceback__)[-1].lineno
             print(f"LOST: {loss} (line {where})")

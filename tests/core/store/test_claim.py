@@ -12,8 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ablab.core.errors import UserError
 from ablab.core.store import claim
-from ablab.core.store.claim import STALE_AFTER, Claim, Lost, State, Watch, standing, take
+from ablab.core.store.claim import (
+    STALE_AFTER,
+    Claim,
+    Lost,
+    State,
+    Watch,
+    alone_with,
+    standing,
+    take,
+)
+from ablab.core.store.store import Store
 
 FORK = multiprocessing.get_context("fork")
 
@@ -270,3 +281,41 @@ def test_a_damaged_place_can_be_taken_and_is_tidy_then(place, damage):
     assert os.listdir(place) == [held.state.name]
     left = {path.name for path in place.parent.iterdir()} - {".claim.damaged"}
     assert left == {".claim"}
+
+
+# -- files that several change -----------------------------------------------------------------------------------------
+def append(path: Path, times: int, host: str) -> None:
+    """As a process of that host: no lock of this one holds it back."""
+    claim._kernel = lambda: host
+    import filelock
+
+    filelock.FileLock.acquire = lambda self: None
+    for _ in range(times):
+        with alone_with(path):
+            content = path.read_text() if path.exists() else ""
+            path.write_text(f"{content}{host}\n")
+
+
+def test_a_file_that_four_hosts_change_loses_nothing(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    many = [FORK.Process(target=append, args=(path, 10, f"{host}" * 8)) for host in "abcd"]
+    for one in many:
+        one.start()
+    for one in many:
+        one.join()
+        assert one.exitcode == 0
+    assert len(path.read_text().splitlines()) == 40
+
+
+def test_a_store_is_shared_with_those_who_see_its_token(tmp_path, monkeypatch):
+    monkeypatch.setattr("ablab.core.store.store.SECONDS_TO_APPEAR", 0.2)
+    ours = Store(tmp_path / "ours")
+    token = ours.leave_token()
+    Store(tmp_path / "ours").shared_with(token)
+    with pytest.raises(
+        UserError, match="is not the one that the runs are planned in; give a --store"
+    ):
+        Store(tmp_path / "theirs").shared_with(token)
+    ours.drop_token(token)
+    with pytest.raises(UserError, match="is not the one"):
+        ours.shared_with(token)

@@ -4,9 +4,14 @@ import os
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from ablab.core.errors import UserError
+from ablab.core.store.claim import Lost
 from ablab.core.train import checkpoint
+from ablab.core.train.checkpoint import Kept
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
@@ -120,3 +125,80 @@ def test_a_partial_file_of_a_killed_writer_is_never_read_and_goes_with_the_next_
     assert checkpoint.newest(tmp_path, never)[0] == 1
     checkpoint.write(tmp_path, 3, tensors(3.0))
     assert not half.exists() and len(list(tmp_path.iterdir())) == 2
+
+
+# -- what stays --------------------------------------------------------------------------------------------------------
+def steps_in(folder) -> list[int]:
+    return [int(path.name.split("-")[1]) for path in checkpoint.listed(folder)]
+
+
+@pytest.mark.parametrize(
+    ("kept", "left"),
+    [
+        (Kept(), [11, 12]),
+        (Kept(last=1), [12]),
+        (Kept(last=4), [9, 10, 11, 12]),
+        (Kept(last=1, every=5), [5, 10, 12]),
+        (Kept(last=3, every=4), [4, 8, 10, 11, 12]),
+    ],
+)
+def test_the_last_and_every_so_many_stay(tmp_path, kept, left):
+    for step in range(1, 13):
+        checkpoint.write(tmp_path, step, tensors(step), kept=kept)
+    assert steps_in(tmp_path) == left
+    (tmp_path / "step-00000003-00000000.safetensors.damaged").touch()
+    checkpoint.clear(tmp_path, kept)
+    for_good = [step for step in left if kept.every and step % kept.every == 0]
+    assert steps_in(tmp_path) == for_good
+    assert len(list(tmp_path.iterdir()) if tmp_path.exists() else []) == len(for_good)
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+DTYPES = st.sampled_from(list(checkpoint.DTYPES))
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(DTYPES, st.lists(st.integers(0, 5), max_size=3)), max_size=6))
+def test_a_file_is_one_that_safetensors_reads(tmp_path_factory, shapes):
+    """Of any types and shapes, scalars and empty ones too."""
+    folder = tmp_path_factory.mktemp("any")
+    draw = torch.Generator().manual_seed(len(shapes))
+    saved = {
+        f"t{i}": (torch.rand(shape, generator=draw) * 100).to(dtype)
+        for i, (dtype, shape) in enumerate(shapes)
+    }
+    path = checkpoint.write(folder, 1, saved)
+    found = load_file(path)
+    assert found.keys() == saved.keys()
+    for name, value in saved.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value)
+
+
+def test_the_name_says_how_many_bytes_there_must_be(tmp_path):
+    """A file of which a shared file system shows a part is not read at all."""
+    checkpoint.write(tmp_path, 10, tensors(10.0))
+    path = checkpoint.write(tmp_path, 20, tensors(20.0))
+    size = path.stat().st_size
+    os.truncate(path, size - 5)
+    said = []
+    assert checkpoint.newest(tmp_path, said.append)[0] == 10
+    assert f"{path} is damaged ({size - 5:,} bytes are there of {size:,}); set aside" in said[0]
+
+
+def test_a_file_of_an_older_store_that_does_not_say_its_bytes_is_read(tmp_path):
+    path = checkpoint.write(tmp_path, 20, tensors(20.0))
+    head, _, checksum = path.name.rsplit("-", 2)
+    path.rename(tmp_path / f"{head}-{checksum}")
+    assert checkpoint.newest(tmp_path, never)[0] == 20
+
+
+def test_who_lost_the_run_while_it_wrote_leaves_nothing(tmp_path):
+    def lost() -> None:
+        raise Lost(tmp_path)
+
+    checkpoint.write(tmp_path, 10, tensors(10.0))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(Lost):
+        checkpoint.write(tmp_path, 20, tensors(20.0), fence=lost)
+    assert sorted(tmp_path.iterdir()) == before

@@ -176,14 +176,16 @@ def test_signals_to_the_runner_the_worker_and_both_lose_nothing(grid, alive, wai
     wait_until(lambda: not alive(worker), "nobody told it, and it did not notice")
 
     newest = max((record.folder / "checkpoints").glob("step-*.safetensors"))
-    newest.write_bytes(newest.read_bytes()[:-1])
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:-1])
     process, worker = start_and_wait_for(lab, a, 120)
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     assert "interrupted" in err
     assert "Traceback" not in err
-    assert f"A, seed 0: checkpoint {newest} is damaged (its checksum differs); set aside" in err
+    flaw = f"is damaged ({len(whole) - 1:,} bytes are there of {len(whole):,}); set aside"
+    assert f"A, seed 0: checkpoint {newest} {flaw}" in err
     assert not alive(worker)
     assert record.result() is None
 
