@@ -7,6 +7,9 @@ STORE/ledger.jsonl            what was asked before the runs, and what was said 
 """
 
 import os
+import secrets
+import socket
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from ablab.core.store.record import Record
 
 SHORTEST = 4  # digits of an id that may be typed for all of them
 LISTED = 4  # runs in a sentence
+SECONDS_TO_APPEAR = 5.0  # of a new file, on another host: NFS asks again after 3 s
 
 
 class Store:
@@ -132,6 +136,31 @@ class Store:
             ) from None
         except (IsADirectoryError, *FLAWS) as flaw:
             raise UserError(f"{path} is damaged ({flaw}); `{again}` writes it again") from None
+
+    # -- seen from another host ------------------------------------------------------------------------------------
+    def leave_token(self) -> str:
+        """Leave a file that whoever works on this store elsewhere must see; its name."""
+        token = secrets.token_hex(8)
+        write_atomically(self._token_path(token), socket.gethostname().encode())
+        return token
+
+    def shared_with(self, token: str) -> None:
+        """Raises UserError where this is not the store in which the token was left."""
+        until = time.monotonic() + SECONDS_TO_APPEAR
+        while not self._token_path(token).is_file():
+            if time.monotonic() > until:
+                raise UserError(
+                    f"store {self.root} on {socket.gethostname()} is not the one that the runs are planned in; "
+                    "give a --store in a folder that all hosts share, by one path"
+                )
+            time.sleep(0.1)
+
+    def drop_token(self, token: str) -> None:
+        """All have seen it."""
+        self._token_path(token).unlink(missing_ok=True)
+
+    def _token_path(self, token: str) -> Path:
+        return self.root / ".shared" / token
 
     def experiments(self) -> list[str]:
         return sorted(path.stem for path in (self.root / "experiments").glob("*.json"))
