@@ -109,7 +109,6 @@ class RayLauncher:
     def settled(
         self, runtime: Runtime, recipes: Iterable[Recipe], plugins: Iterable[str | Path]
     ) -> Runtime:
-        connect(self.ray, self.address)
         needs = self._needs(runtime)
         if runtime.device == "auto":
             runtime = replace(runtime, device="cuda" if needs.num_gpus else "cpu")
@@ -138,6 +137,7 @@ class RayLauncher:
         return RayWorkers(self.ray, site, self._needs(runtime), jobs)
 
     def _needs(self, runtime: Runtime) -> Needs:
+        connect(self.ray, self.address)
         return self.asked.settled(runtime, self.ray.nodes())
 
 
