@@ -265,6 +265,7 @@ class RayWorkers(Workers[HostHandle]):
         for worker in self.workers:
             self.ray.kill(worker.actor)
         self.workers = []
+        self.site.leave()
         self.ray.shutdown()
 
     def _start(self, slot: int) -> HostHandle:

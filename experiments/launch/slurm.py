@@ -54,7 +54,9 @@ IN_FLIGHT = 1000  # jobs submitted and not answered: SLURM's usual longest array
 MINUTES = 60  # of a job, unless `time` says; longer runs are requeued
 REQUEUES = 1000  # each begins where the last one saved
 LOOKING = 1.0  # seconds between two looks into the mailboxes
-PATIENCE = 30.0  # seconds before a run that another process holds is submitted again
+# Seconds that a job waits for a run that another process holds, longer than that one may be silent
+# (core/store/claim.py: 20); then it lets others pass, and is submitted again as much later.
+PATIENCE = 30.0
 # Seconds after a job's end in which its last words may still come to show on a shared folder.
 SILENCE = 15.0
 GPUS = ("gres", "gpus_per_node", "gpus_per_task", "num_gpus")  # options that ask for some
@@ -162,9 +164,10 @@ def _message(line: bytes) -> Any:
 class ArrayTask:
     """What an element of an array does.  submitit pickles it, and again when its job is requeued."""
 
-    def __init__(self, site: Site, job: Job, said: Path, told: Path):
+    def __init__(self, site: Site, job: Job, patience: float, said: Path, told: Path):
         self.site = site
         self.job = job
+        self.patience = patience
         self.said = Mailbox(said)
         self.told = Mailbox(told)
         self.seat: Seat | None = None
@@ -192,12 +195,21 @@ class ArrayTask:
         self.seat.close()
 
     def _work(self, seat: Seat) -> None:
+        until = time.monotonic() + self.patience
+        while not self._answered(seat, until):
+            time.sleep(LOOKING)
+
+    def _answered(self, seat: Seat, until: float) -> bool:
+        """False where another holds the run, and there is time to ask once more."""
         for message in seat.answers(self.job):
+            if isinstance(message, Busy) and time.monotonic() < until and not self.preempted:
+                return False
             if isinstance(message, Halted) and self.preempted:
                 message = Warned(
                     f"SLURM ends its job at step {message.step}; saved and requeued"
                 )
             self.said.put(message)
+        return True
 
     def checkpoint(self) -> Any:
         """submitit's question, in a signal handler: what to do when the job is begun again."""
@@ -208,7 +220,7 @@ class ArrayTask:
             self.seat.tell(Halt())
             self.thread.join(GRACE)
             self.seat.close()
-        again = ArrayTask(self.site, self.job, self.said.path, self.told.path)
+        again = ArrayTask(self.site, self.job, self.patience, self.said.path, self.told.path)
         return DelayedSubmission(again)
 
 
@@ -271,6 +283,7 @@ class SlurmArrays:
         ):
             time.sleep(LOOKING / 10)
         self.flights = []
+        self.site.leave()
 
     # -- the steps of `execute` ------------------------------------------------------------------------------------
     def _goes_on(self, waiting: Waiting) -> bool:
@@ -298,7 +311,10 @@ class SlurmArrays:
             self.given += 1
             name = f"{self.given:05}-{job.run}"
             boxes.append((self.folder / f"{name}.said", self.folder / f"{name}.told"))
-        calls = [ArrayTask(self.site, job, *box) for job, box in zip(jobs, boxes, strict=True)]
+        calls = [
+            ArrayTask(self.site, job, self.patience, *box)
+            for job, box in zip(jobs, boxes, strict=True)
+        ]
         if not calls:
             return
         try:
