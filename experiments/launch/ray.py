@@ -149,6 +149,8 @@ def connect(ray: Any, address: str) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        # It would still print what happens to nodes, to stdout; a Lost says it in a line.
+        ray._private.worker._worker_logs_enabled = False
     except Exception as refusal:
         said = one_line(str(refusal))
         if "token" in said.lower() or "auth" in said.lower():

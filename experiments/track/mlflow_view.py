@@ -14,6 +14,7 @@ from ablab.core.store.store import Store
 from ablab.experiments.track.mlflow_home import (
     DATABASES,
     artifacts,
+    check_schema,
     create_database,
     follow_the_store,
     import_mlflow,
@@ -33,6 +34,7 @@ NOTE = "mlflow.note.content"  # the description of a run or an experiment
 KIND = "ablab.kind"
 SUMMARY = "summary"  # kind of the run that holds an experiment's report
 PLANNED = "ablab.planned"  # "no": the experiment no longer asks for this run
+SHOWN = 240  # characters of what went wrong
 PAGE = 1000  # runs asked for at a time
 COLOURS = (  # Tableau's ten
     "#4e79a7",
@@ -99,6 +101,8 @@ class MlflowView:
         mlflow = import_mlflow()
         if self.uri.startswith(DATABASES):
             open_database_once()
+            if self.uri != local_uri(self.store.root):
+                check_schema(self.uri)
         if self.uri == local_uri(self.store.root):
             create_database(self.store.root)
             with suppress(sqlite3.Error):  # MLflow says what is wrong with it
@@ -129,7 +133,7 @@ class MlflowView:
         text, _, _ = str(cause).partition("[SQL:")
         text, _, _ = text.partition("(Background on")
         text = " ".join(text.split())
-        line = f"MLflow at {self.uri} failed ({text[:200] or type(cause).__name__})"
+        line = f"MLflow at {self.uri} failed ({text[:SHOWN] or type(cause).__name__})"
         return without_password(line)
 
     def warn_once(self, topic: str, line: str) -> None:

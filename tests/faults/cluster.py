@@ -92,7 +92,7 @@ def wait_for(holds: Callable[[], object], what: str, running: subprocess.Popen) 
 def done(running: subprocess.Popen) -> dict:
     """Its outcome, as `--json` says it."""
     out, _ = running.communicate(timeout=PATIENCE)
-    assert running.returncode == 0, running.returncode
+    assert running.returncode == 0 and out.startswith("{"), (running.returncode, out[:2000])
     return json.loads(out)["outcome"]
 
 
