@@ -30,6 +30,12 @@ faults: $(VENV)/.ready-test
 workers: $(VENV)/.ready-test
 	$(BIN)/python tests/faults/workers.py
 
+# What every launcher keeps; a grid on a Ray cluster of this machine, of which a node is killed and another joins.
+cluster: $(VENV)/.ready-test
+	$(PIP) -c constraints.txt -e '.[ray,slurm]'
+	ABLAB_CLUSTER=1 $(BIN)/python -m pytest tests/experiments/run/test_executors.py
+	$(BIN)/python tests/faults/cluster.py
+
 inputs: $(VENV)/.ready-test
 	$(BIN)/python -m pytest tests/experiments/cli/test_any_input.py tests/experiments/cli/test_any_record.py \
 		--hypothesis-profile=thorough --timeout=3600 -n 2
@@ -76,4 +82,4 @@ lock: $(READY)
 clean:
 	rm -rf $(VENV) ablab-store build dist *.egg-info
 
-.PHONY: demo test lint docs faults workers inputs audit lock clean
+.PHONY: demo test lint docs faults workers cluster inputs audit lock clean

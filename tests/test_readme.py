@@ -41,6 +41,8 @@ COMMANDS = {
     "ablab run imu1_tiny": "--dry-run",
     "ablab run loo_70m optim.lr=0.01 --only '*gating*' --seeds 0-4": "--dry-run",
     "ablab run loo_70m --until-decided --budget 4h": "--dry-run",
+    "ablab run loo_70m --launcher ray --address ray://HOST:10001 --ray num_gpus=0.5": HELP,
+    "ablab run loo_70m --launcher slurm --slurm partition=gpu --slurm gres=gpu:1 --slurm time=240": HELP,
     "ablab plan loo_70m --effect 0.003 --power 0.8": HELP,
     "ablab challenge loo_70m '- gating'": HELP,
     "ablab why RUN_A RUN_B": HELP,

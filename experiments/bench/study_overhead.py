@@ -18,6 +18,7 @@ from ablab.core.store.store import Store
 from ablab.experiments.bench.clocks import host_seconds
 from ablab.experiments.bench.targets import Cost
 from ablab.experiments.plan.experiment import Experiment, PlannedRun, load
+from ablab.experiments.run.executor import Launcher
 from ablab.experiments.run.progress import Quiet
 from ablab.experiments.tune import study
 
@@ -59,6 +60,7 @@ class FormulaPool:
         watcher: Any,
         jobs: int | None = None,
         plugins: Iterable[str] = (),
+        launcher: Launcher | None = None,
     ) -> None:
         self.spent = spent
         self.store = store

@@ -50,6 +50,26 @@ Mlflow = Annotated[
     bool | None,
     typer.Option("--mlflow/--no-mlflow", help="with MLflow or without, whatever --track says"),
 ]
+LauncherName = Annotated[
+    str, typer.Option("--launcher", help="where the runs are executed: local, ray, slurm")
+]
+Address = Annotated[
+    str,
+    typer.Option(
+        help="of the Ray cluster: HOST:6379 on a machine of it, ray://HOST:10001 from any other; "
+        "$RAY_ADDRESS, else this machine's"
+    ),
+]
+RayOptions = Annotated[
+    list[str] | None,
+    typer.Option("--ray", help="KEY=VALUE: num_gpus of each run, as 0.25; num_cpus"),
+]
+SlurmOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--slurm", help="KEY=VALUE of submitit: partition=gpu, gres=gpu:1, time=240 (minutes)"
+    ),
+]
 Deadline = Annotated[
     str | None,
     typer.Option(

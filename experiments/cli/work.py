@@ -17,16 +17,20 @@ from ablab.experiments.cli.asked import (
 )
 from ablab.experiments.cli.in_time import ends_in_time
 from ablab.experiments.cli.options import (
+    Address,
     Deadline,
     Jobs,
     Json,
+    LauncherName,
     Mirror,
     Mlflow,
     Name,
     Overrides,
     Plugins,
     Quiet,
+    RayOptions,
     Scale,
+    SlurmOptions,
     Track,
     Where,
 )
@@ -35,6 +39,7 @@ from ablab.experiments.track.chosen import MLFLOW, Tracked, tracked
 if TYPE_CHECKING:
     from ablab.core.store.store import Store
     from ablab.experiments.plan.experiment import Experiment, PlannedRun
+    from ablab.experiments.run.executor import Launcher
     from ablab.experiments.run.pool import Outcome
     from ablab.experiments.run.progress import Watcher
 
@@ -74,6 +79,10 @@ def run(
     ] = None,
     scale: Scale = None,
     jobs: Jobs = None,
+    launcher: LauncherName = "local",
+    address: Address = "",
+    ray: RayOptions = None,
+    slurm: SlurmOptions = None,
     deadline: Deadline = None,
     mirror: Mirror = None,
     track: Track = None,
@@ -90,10 +99,12 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Train what is missing of an experiment, then print the verdicts.  Ask twice, run once."""
+    from ablab.experiments.launch.named import Launching
     from ablab.experiments.plan.selection import chosen
 
     where = store_of(store)
     shown = tracked(track, mlflow)
+    launching = Launching(launcher, address, tuple(ray or ()), tuple(slurm or ()))
     hours = _hours(until_decided, budget, seeds, only)
     overrides = [*(overrides or []), *mirrored(mirror)]
     experiment, runs = prepare(name, overrides, plugins, where, seeds, scale)
@@ -121,7 +132,8 @@ def run(
     from ablab.experiments.run.progress import watcher
 
     watching = watcher(experiment.sheet.metric.name, quiet or as_json)
-    train = Training(where, watching, jobs, folders_of(plugins), shown, run_inert)
+    there = launching.of(experiment.sheet)
+    train = Training(where, watching, jobs, folders_of(plugins), shown, run_inert, there)
     try:
         named = [(one.cell, one.id) for one in runs]
         for note in notes_on_design(experiment.factors, experiment.infeasible, named):
@@ -153,6 +165,7 @@ class Training:
     plugins: list[str]
     tracked: Tracked
     run_inert: bool
+    launcher: "Launcher"
 
     def __call__(
         self,
@@ -172,6 +185,7 @@ class Training:
             self.tracked,
             self.run_inert,
             only,
+            self.launcher,
         )
 
     def all_at_once(
@@ -241,6 +255,10 @@ def study(
         ),
     ] = None,
     jobs: Jobs = None,
+    launcher: LauncherName = "local",
+    address: Address = "",
+    ray: RayOptions = None,
+    slurm: SlurmOptions = None,
     deadline: Deadline = None,
     mirror: Mirror = None,
     track: Track = None,
@@ -256,16 +274,20 @@ def study(
     overrides = [*(overrides or []), *mirrored(mirror)]
     experiment, _ = prepare(name, overrides, plugins, where)
     from ablab.experiments.cli.printing import show_places, show_study
+    from ablab.experiments.launch.named import Launching
     from ablab.experiments.run.progress import watcher
     from ablab.experiments.tune.confirmation import confirm
     from ablab.experiments.tune.study import Study
 
     folders = folders_of(plugins)
+    launching = Launching(launcher, address, tuple(ray or ()), tuple(slurm or ()))
+    there = launching.of(experiment.sheet)
     watching = watcher(experiment.sheet.metric.name, quiet or as_json)
     try:
-        record = Study(experiment, where, watching, storage).tune(jobs, folders, shown)
+        tuning = Study(experiment, where, watching, storage, there)
+        record = tuning.tune(jobs, folders, shown)
         if experiment.sheet.seeds:
-            confirm(experiment, where, watching, record, jobs, folders, shown)
+            confirm(experiment, where, watching, record, jobs, folders, shown, there)
     finally:
         watching.close()
     show_study(where, experiment.name, as_json)

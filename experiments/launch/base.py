@@ -12,17 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from uuid import uuid4
 
 from ablab.core.errors import UserError
 from ablab.core.language.parse import near
 from ablab.core.runtime.fingerprint import code_fingerprint
-from ablab.core.store.files import writing
 from ablab.core.store.store import Store
 from ablab.experiments.run.messages import Answer, Halt, Job, Message, Ready, Refused, Stop
 from ablab.experiments.run.processes import WorkerProcess, buried, end, start_worker
 
-SHARED = ".shared"  # of a store: what the sides of a command leave there for each other
 LOSSES = 3  # machines that one run may lose; the next loss counts as its own
 
 
@@ -37,14 +34,18 @@ class Site:
 
     @classmethod
     def of(cls, store: Store, plugins: Iterable[str]) -> "Site":
-        return cls(store.root, leave_token(store.root), code_fingerprint(), tuple(plugins))
+        return cls(store.root, store.leave_token(), code_fingerprint(), tuple(plugins))
+
+    def leave(self) -> None:
+        """When nobody needs to see it any more."""
+        Store(self.store).drop_token(self.token)
 
     def check(self) -> None:
         """On the far side.  Raises UserError for the first thing that differs there."""
         from ablab.ablations.registry import discover
 
         host = socket.gethostname()
-        shared_with(self.store, self.token)
+        Store(self.store).shared_with(self.token)
         if code_fingerprint() != self.code:
             raise UserError(
                 f"{host} has another ablab than the machine that asks: code {code_fingerprint()} there, "
@@ -119,23 +120,3 @@ def check_keys(launcher: str, given: Mapping[str, Any], known: Iterable[str]) ->
             raise UserError(
                 f"--{launcher} {key}: no such option. {near(key, listed)}Known: {', '.join(listed)}"
             )
-
-
-# -- whether the far side sees the store -------------------------------------------------------------------------------
-def leave_token(root: Path) -> str:
-    """Leave a file that whoever shares the store must see."""
-    token = uuid4().hex
-    place = root / SHARED
-    with writing(place):
-        place.mkdir(parents=True, exist_ok=True)
-        (place / token).touch()
-    return token
-
-
-def shared_with(root: Path, token: str) -> None:
-    """On the far side.  Raises UserError where the store does not hold what was left there."""
-    if not (root / SHARED / token).exists():
-        raise UserError(
-            f"{socket.gethostname()} does not see the store {root}, or sees another there; every machine needs it "
-            "under this path, on a folder that they share: --store"
-        )

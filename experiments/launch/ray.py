@@ -109,7 +109,6 @@ class RayLauncher:
     def settled(
         self, runtime: Runtime, recipes: Iterable[Recipe], plugins: Iterable[str | Path]
     ) -> Runtime:
-        connect(self.ray, self.address)
         needs = self._needs(runtime)
         if runtime.device == "auto":
             runtime = replace(runtime, device="cuda" if needs.num_gpus else "cpu")
@@ -138,6 +137,7 @@ class RayLauncher:
         return RayWorkers(self.ray, site, self._needs(runtime), jobs)
 
     def _needs(self, runtime: Runtime) -> Needs:
+        connect(self.ray, self.address)
         return self.asked.settled(runtime, self.ray.nodes())
 
 
@@ -149,6 +149,8 @@ def connect(ray: Any, address: str) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        # It would still print what happens to nodes, to stdout; a Lost says it in a line.
+        ray._private.worker._worker_logs_enabled = False
     except Exception as refusal:
         said = one_line(str(refusal))
         if "token" in said.lower() or "auth" in said.lower():
@@ -265,6 +267,7 @@ class RayWorkers(Workers[HostHandle]):
         for worker in self.workers:
             self.ray.kill(worker.actor)
         self.workers = []
+        self.site.leave()
         self.ray.shutdown()
 
     def _start(self, slot: int) -> HostHandle:

@@ -120,6 +120,9 @@ class Sheet:
     stages: tuple[StageSheet, ...] = ()  # one after another; none: the recipe is all
     runtime: Runtime = field(default_factory=Runtime)
     evaluate: EvaluateSheet = EvaluateSheet()
+    # Options of --launcher ray and --launcher slurm: {num_gpus: 0.25}, {partition: gpu, gres: gpu:1, time: 240}.
+    ray: dict[str, Any] = field(default_factory=dict)
+    slurm: dict[str, Any] = field(default_factory=dict)
     study: StudySheet | None = None  # tune before comparing: `ablab study`
     command: str = ""  # how it is started, with the time and the result once measured
     time: str = ""

@@ -159,8 +159,9 @@ class Workers(ABC, Generic[W]):
 class Waiting:
     """Tasks in the order in which they came, and jobs that nobody could take when they were given out."""
 
-    def __init__(self, tasks: Iterable[Task]):
+    def __init__(self, tasks: Iterable[Task], patience: float = PATIENCE):
         self.tasks = deque(tasks)
+        self.patience = patience
         self.postponed: deque[tuple[float, Task]] = deque()  # when it is due, and what
 
     def __bool__(self) -> bool:
@@ -179,7 +180,7 @@ class Waiting:
         self.postponed.clear()
 
     def postpone(self, job: Job, affinity: str) -> None:
-        due = time.monotonic() + PATIENCE
+        due = time.monotonic() + self.patience
         self.postponed.append((due, Task(lambda: job, affinity)))
 
     def take(self, own: str, taken: Collection[str]) -> Task:

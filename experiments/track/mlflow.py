@@ -23,6 +23,10 @@ class Mlflow:
     def ensure(self) -> bool:
         return self.view.ensure()
 
+    def again(self) -> bool:
+        self.view.lost = False
+        return self.view.ensure()
+
     def lose(self, cause: Exception) -> None:
         self.view.lose(cause)
 

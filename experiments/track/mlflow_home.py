@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 
+from ablab.core.errors import UserError
 from ablab.core.store.files import sqlite_url
 
 DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")
@@ -63,6 +64,30 @@ def open_database_once() -> None:
     from mlflow.store.db import utils
 
     utils.MAX_RETRY_COUNT = 1
+
+
+def check_schema(uri: str) -> None:
+    """Raises UserError for a database of others that our MLflow would migrate at its first touch, or cannot read.
+
+    Where a table is missing, MLflow takes a database for a fresh one and migrates it, whoever writes to it meanwhile.
+    """
+    from alembic.runtime.migration import MigrationContext
+    from mlflow.store.db.utils import _get_latest_schema_revision
+    from mlflow.version import VERSION
+    from sqlalchemy import create_engine
+
+    engine = create_engine(uri)
+    try:
+        with engine.connect() as connection:
+            found = MigrationContext.configure(connection).get_current_revision()
+    finally:
+        engine.dispose()
+    wanted = _get_latest_schema_revision()
+    if found not in (None, wanted):
+        raise UserError(
+            f"its schema {found} is not that of MLflow {VERSION} here, {wanted}; ablab migrates no database of others: "
+            "back it up, stop who writes, `mlflow db upgrade URI`"
+        )
 
 
 def errors() -> tuple[type[Exception], ...]:

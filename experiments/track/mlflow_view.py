@@ -14,6 +14,7 @@ from ablab.core.store.store import Store
 from ablab.experiments.track.mlflow_home import (
     DATABASES,
     artifacts,
+    check_schema,
     create_database,
     follow_the_store,
     import_mlflow,
@@ -37,6 +38,7 @@ PARTS = {  # what ends the name of an experiment that a study has made -> what i
     "study": "Here: the trials of its study, every point that was tried.",
     "tuned": "Here: each arm at its own best setting, on seeds that the search has not seen.",
 }
+SHOWN = 240  # characters of what went wrong
 PAGE = 1000  # runs asked for at a time
 COLOURS = (  # Tableau's ten
     "#4e79a7",
@@ -109,6 +111,8 @@ class MlflowView:
         mlflow = import_mlflow()
         if self.uri.startswith(DATABASES):
             open_database_once()
+            if self.uri != local_uri(self.store.root):
+                check_schema(self.uri)
         if self.uri == local_uri(self.store.root):
             create_database(self.store.root)
             with suppress(sqlite3.Error):  # MLflow says what is wrong with it
@@ -139,7 +143,7 @@ class MlflowView:
         text, _, _ = str(cause).partition("[SQL:")
         text, _, _ = text.partition("(Background on")
         text = " ".join(text.split())
-        line = f"MLflow at {self.uri} failed ({text[:200] or type(cause).__name__})"
+        line = f"MLflow at {self.uri} failed ({text[:SHOWN] or type(cause).__name__})"
         return without_password(line)
 
     def warn_once(self, topic: str, line: str) -> None:

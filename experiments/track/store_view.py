@@ -129,6 +129,10 @@ class StoreView:
             self.lose(cause)
         return not self.lost
 
+    def again(self) -> bool:
+        """What it writes is not lost for a while, as a server is: a disk is full, a login is missing."""
+        return False
+
     def connect(self) -> None:
         """Raises what it likes where it cannot be used."""
 

@@ -42,6 +42,9 @@ class View(Protocol):
     def ensure(self) -> bool:
         """Open it now.  False, after one warning, where that cannot be done."""
 
+    def again(self) -> bool:
+        """Of one that is lost: whether it can be reached now, and goes on.  Says nothing."""
+
     def lose(self, cause: Exception) -> None:
         """Give up, and say once that runs go on unseen."""
 

@@ -26,6 +26,7 @@ from ablab.experiments.track.tracker import Tracker, View
 
 Task = Callable[[], object]
 Say = Callable[[str], None]
+AGAIN_SECONDS = 30.0  # between two questions to a view that is lost whether it is there again
 FINISH_SECONDS = 60.0  # that a command waits for its views at the end, however slow they are
 
 
@@ -102,6 +103,7 @@ class Feed:
         self.store = store
         self.say = say
         self.live: dict[str, Tracker] = {}  # by run id
+        self.asked_at = time.monotonic()  # the view, whether it is there
         self.view = VIEWS[name](store, say)
         self.queue: SimpleQueue[Task | None] = SimpleQueue()
         self.put(self.view.ensure)
@@ -141,11 +143,24 @@ class Feed:
     def log(
         self, plan: GridPlan, run: str, step: int, scalars: dict[str, float], seconds: float
     ) -> None:
-        if self.view.lost:
+        if not self._is_there():
             return
         if run not in self.live:
             self.live[run] = self._opened(plan, run)
         self.live[run].log(step, scalars, seconds)
+
+    def _is_there(self) -> bool:
+        """A view that was lost and has come back shows all that the folders hold: each run is opened anew."""
+        if not self.view.lost:
+            return True
+        if time.monotonic() - self.asked_at < AGAIN_SECONDS:
+            return False
+        self.live.clear()
+        found = self.view.again()
+        self.asked_at = time.monotonic()
+        if found:
+            self.say(f"{TITLES[self.name]} is there again, and shows what it missed")
+        return found
 
     def _opened(self, plan: GridPlan, run: str) -> Tracker:
         """A tracker that has shown what the run's folder holds."""
@@ -167,5 +182,5 @@ class Feed:
             tracker.close(result.status, summary_of(result, record))
 
     def _sync(self, name: str) -> None:
-        if not self.view.lost:
+        if self._is_there():
             self.view.sync([name], unfinished=False)

@@ -11,6 +11,7 @@ from ablab.core.store.planned import command
 from ablab.core.store.store import Store
 from ablab.core.store.study_record import WIDTH, StudyRecord, finished
 from ablab.experiments.plan.experiment import Experiment
+from ablab.experiments.run.executor import Launcher
 from ablab.experiments.run.progress import Watcher
 from ablab.experiments.run.runner import execute
 from ablab.experiments.track.chosen import Tracked
@@ -35,6 +36,7 @@ def confirm(
     jobs: int | None,
     plugins: Iterable[str],
     tracked: Tracked,
+    launcher: Launcher | None = None,
 ) -> None:
     """Train every cell twice on each confirmation seed: at the values of the experiment file, and at its own best ones.
 
@@ -53,7 +55,16 @@ def confirm(
         start=experiment.start,
     )
     for asked in (experiment, tuned):
-        execute(asked, store, asked.runs(), watcher, jobs, plugins, tracked)
+        execute(
+            asked,
+            store,
+            asked.runs(),
+            watcher,
+            jobs,
+            plugins,
+            tracked,
+            launcher=launcher,
+        )
 
 
 def _among(cell: Cell, best: dict[str, Point]) -> Cell:

@@ -4,7 +4,7 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from json import JSONDecodeError
 from pathlib import Path
@@ -57,11 +57,9 @@ def open_storage(url: str) -> "BaseStorage":
     except UserError:
         raise
     except Exception as refusal:
-        cause: BaseException | None = refusal
-        if isinstance(
-            refusal, ImportError
-        ):  # Optuna's; its cause names the module that is missing
-            cause = refusal.__cause__ or refusal.__context__
+        cause: BaseException = refusal
+        if isinstance(refusal, ImportError):  # Optuna's own; its cause names the missing module
+            cause = refusal.__cause__ or refusal.__context__ or refusal
         raise UserError(
             f"the Optuna storage {without_password(url)} cannot be opened ({_line(cause)}); check --storage"
         ) from None
@@ -78,14 +76,34 @@ def _database(url: str) -> "BaseStorage":
     from optuna.storages import RDBStorage
 
     patience = PATIENCE.get(url.split(":")[0], {})
+    how = {
+        "engine_kwargs": {"connect_args": patience},
+        "skip_table_creation": _is_made(url, patience),
+    }
     for _ in range(TRIES - 1):
         try:
-            return RDBStorage(url, {"connect_args": patience})
+            return RDBStorage(url, **how)
         except Exception as refusal:
             if not MADE_MEANWHILE.search(str(refusal)):
                 raise
         time.sleep(PAUSE_SECONDS)
-    return RDBStorage(url, {"connect_args": patience})
+    return RDBStorage(url, **how)
+
+
+def _is_made(url: str, patience: Mapping[str, Any]) -> bool:
+    """Whether Optuna's tables are there, of whichever version: it would add those that an older schema lacks.
+
+    It stamps the version after the last of them.
+    """
+    from alembic.runtime.migration import MigrationContext
+    from sqlalchemy import create_engine
+
+    engine = create_engine(url, connect_args=dict(patience))
+    try:
+        with engine.connect() as connection:
+            return MigrationContext.configure(connection).get_current_revision() is not None
+    finally:
+        engine.dispose()
 
 
 def _journal(path: Path) -> "BaseStorage":

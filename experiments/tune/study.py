@@ -21,10 +21,11 @@ from ablab.core.store.store import Store
 from ablab.core.store.study_record import StudyRecord
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.plan.grid_plan import grid_plan_of
-from ablab.experiments.run.capacity import default_jobs
+from ablab.experiments.run.executor import Launcher
 from ablab.experiments.run.pool import Pool
 from ablab.experiments.run.progress import Watcher
 from ablab.experiments.run.runner import result_of, unheeded
+from ablab.experiments.run.this_machine import ThisMachine
 from ablab.experiments.track.chosen import Tracked
 from ablab.experiments.track.trackers import trackers_for
 from ablab.experiments.tune import soundness, storage
@@ -40,9 +41,17 @@ class Study:
     """The coordinator of one experiment's study.  Nothing is written before the whole study has been found sound."""
 
     def __init__(
-        self, experiment: Experiment, store: Store, watcher: Watcher, url: str | None = None
+        self,
+        experiment: Experiment,
+        store: Store,
+        watcher: Watcher,
+        url: str | None = None,
+        launcher: Launcher | None = None,
     ):
-        """url: of the Optuna storage; default STORE/optuna.db."""
+        """url: of the Optuna storage; default STORE/optuna.db.
+
+        launcher: where runs train; default: on this machine.
+        """
         sheet = experiment.sheet.study
         if sheet is None:
             raise UserError(
@@ -53,6 +62,7 @@ class Study:
         self.sheet = sheet
         self.store = store
         self.watcher = watcher
+        self.launcher = launcher or ThisMachine()
         self.axes = axes_of(sheet.space)
         soundness.check(experiment, sheet, self.axes)
         self.searches = [
@@ -153,7 +163,7 @@ class Study:
         ]
 
     def _pool(self, jobs: int | None, plugins: Iterable[str]) -> Pool:
-        return Pool(self.experiment, self.store, self.leaderboard, jobs, plugins)
+        return Pool(self.experiment, self.store, self.leaderboard, jobs, plugins, self.launcher)
 
     def _missing(self, generation: Generation, jobs: int | None) -> list[PlannedRun]:
         """The runs to train: without a result, or pruned where this study would let them go on."""
@@ -170,7 +180,7 @@ class Study:
             else:
                 missing.append(run)
         self._say_unheeded(known)
-        carried = jobs or default_jobs(self.experiment.sheet.runtime)
+        carried = jobs or self.launcher.carried(self.experiment.sheet.runtime)
         at_once = min(carried, len(missing))
         self.watcher.planned(len(generation.runs), len(known), at_once)
         self.leaderboard.generation(generation.candidates, known)

@@ -84,6 +84,39 @@ class OnRay:
         ]
 
 
+class OnSlurm:
+    """Jobs of submitit, whose local executor stands in for SLURM.
+
+    Each starts an interpreter and imports torch, 70 s of a core in all: `make cluster` asks for them.
+    """
+
+    def start(self, store: Store) -> Executor:
+        if "ABLAB_CLUSTER" not in os.environ:
+            pytest.skip("a minute of a core: make cluster")
+        from ablab.experiments.launch.slurm import SlurmLauncher
+
+        launcher = SlurmLauncher({"cluster": "local"})
+        runtime = launcher.settled(Runtime(**CPU), [], [])
+        started = launcher.start(store, runtime, 1, [])
+        started.patience = 1.0
+        return started
+
+    def end(self) -> None: ...
+
+    def kill_worker(self, executor) -> None:
+        [worker] = self.worker_ids(executor)
+        os.kill(worker, signal.SIGKILL)
+
+    def worker_ids(self, executor) -> list[int]:
+        """The processes that the jobs have started."""
+        controllers = [flight.submitted._process.pid for flight in executor.flights]
+        return [
+            pid
+            for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+            if "spawn_main" in words_of(pid) and parent_of(parent_of(pid)) in controllers
+        ]
+
+
 def words_of(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_text()
@@ -97,7 +130,7 @@ def parent_of(pid: int) -> int:
     return 0
 
 
-EXECUTORS = [Local(), OnRay()]
+EXECUTORS = [Local(), OnRay(), OnSlurm()]
 
 
 @pytest.fixture(scope="module", params=EXECUTORS, ids=lambda kind: type(kind).__name__)
@@ -267,10 +300,22 @@ def test_a_run_whose_worker_dies_is_a_failure_and_another_worker_takes_the_next(
     assert second.status == FINISHED
 
 
-def test_nothing_runs_on_when_it_is_closed(executor, kind, alive):
+class Enough(Exception):
+    """Ends `execute` in the midst of a run."""
+
+
+def test_nothing_runs_on_when_it_is_closed(executor, kind, job, alive, wait_until):
     """The last test of the file, for it ends the executor of the others."""
-    ids = kind.worker_ids(executor)
-    assert ids
+    ids = []
+
+    def then(message):
+        if isinstance(message, Logged):
+            ids.extend(kind.worker_ids(executor))
+            raise Enough
+
+    with pytest.raises(Enough):
+        execute(executor, job(LONG), then)
     assert all(map(alive, ids))
     executor.close()
-    assert not any(map(alive, ids))
+    wait_until(lambda: not any(map(alive, ids)), "a worker outlived its executor")
+    assert ids

@@ -112,6 +112,32 @@ def test_a_server_that_is_not_there_or_refuses_us_is_named_without_the_password(
         )
 
 
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_storage_of_an_older_optuna_is_named_with_its_cure_and_not_touched(
+    tmp_path, request, kind
+):
+    """Optuna would add the tables that an older schema lacks before it looks at the version."""
+    import sqlalchemy
+
+    url = f"sqlite:///{tmp_path}/team.db"
+    if kind == "postgresql":
+        server = request.getfixturevalue("postgres")
+        server.create("older")
+        url = server.url_of("older")
+    open_storage(url)
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(
+            sqlalchemy.text("update alembic_version set version_num = 'v2.6.0.a'")
+        )
+        connection.execute(sqlalchemy.text("drop table trial_heartbeats"))
+    before = sqlalchemy.inspect(engine).get_table_names()
+    with pytest.raises(UserError, match="optuna storage upgrade --storage"):
+        open_storage(url)
+    assert sqlalchemy.inspect(engine).get_table_names() == before
+    engine.dispose()
+
+
 def test_a_file_that_is_no_database_is_named_and_kept(tmp_path):
     (tmp_path / "notes.db").write_text("my notes\n" * 100)
     with pytest.raises(UserError, match="notes.db cannot be opened .*not a database"):
@@ -270,11 +296,11 @@ def test_two_stores_may_start_on_a_fresh_server_at_once(tmp_path, monkeypatch):
     asked = []
 
     class Late(storages.RDBStorage):
-        def __init__(self, url, options):
+        def __init__(self, url, **options):
             asked.append(url)
             if len(asked) == 1:
                 raise RuntimeError('relation "studies" already exists')
-            super().__init__(url, options)
+            super().__init__(url, **options)
 
     monkeypatch.setattr(storages, "RDBStorage", Late)
     _, record, _ = valley.tune(tmp_path, BLOCK, None)

@@ -66,7 +66,7 @@ class Formula:
 
     seconds, trained = 0.0, []
 
-    def __init__(self, experiment, store, watcher, jobs=None, plugins=()):
+    def __init__(self, experiment, store, watcher, jobs=None, plugins=(), launcher=None):
         self.experiment = experiment
         self.store = store
         self.watcher = watcher

@@ -1,0 +1,67 @@
+"""From the words of a command to its launcher."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ablab.core.errors import UserError
+from ablab.core.language.parse import near
+from ablab.core.language.written import read
+from ablab.experiments.plan.sheets import Sheet
+from ablab.experiments.run.executor import Launcher
+from ablab.experiments.run.this_machine import ThisMachine
+
+LAUNCHERS = ("local", "ray", "slurm")
+
+
+@dataclass(frozen=True)
+class Launching:
+    """What a command says of where its runs are executed."""
+
+    launcher: str = "local"
+    address: str = ""  # of a Ray cluster
+    ray: tuple[str, ...] = ()  # KEY=VALUE
+    slurm: tuple[str, ...] = ()
+
+    def of(self, sheet: Sheet) -> Launcher:
+        """Options of the command win over those of the sheet.  Raises UserError."""
+        self._check()
+        if self.launcher == "ray":
+            from ablab.experiments.launch.ray import RayLauncher
+
+            return RayLauncher(self.address, sheet.ray | options_of("ray", self.ray))
+        if self.launcher == "slurm":
+            from ablab.experiments.launch.slurm import SlurmLauncher
+
+            return SlurmLauncher(sheet.slurm | options_of("slurm", self.slurm))
+        return ThisMachine()
+
+    def _check(self) -> None:
+        if self.launcher not in LAUNCHERS:
+            raise UserError(
+                f"--launcher {self.launcher!r:.40}: no such launcher. {near(self.launcher, LAUNCHERS)}"
+                f"Known: {', '.join(LAUNCHERS)}"
+            )
+        flags: Mapping[str, tuple[object, str]] = {
+            "--address": (self.address, "ray"),
+            "--ray": (self.ray, "ray"),
+            "--slurm": (self.slurm, "slurm"),
+        }
+        for flag, (given, launcher) in flags.items():
+            if given and self.launcher != launcher:
+                raise UserError(
+                    f"{flag} speaks to another launcher than {self.launcher}; add --launcher {launcher}, or drop it"
+                )
+
+
+def options_of(launcher: str, words: Iterable[str]) -> dict[str, Any]:
+    """`KEY=VALUE`, values as YAML.  Raises UserError."""
+    options = {}
+    for word in words:
+        key, sign, value = word.partition("=")
+        if not sign or not key.isidentifier():
+            raise UserError(
+                f"--{launcher} {word!r:.80} must look like KEY=VALUE, as partition=gpu"
+            )
+        options[key] = read(value)
+    return options

@@ -1,0 +1,153 @@
+"""What a command and a sheet say of a launcher, and what it refuses.  No cluster is started."""
+
+import dataclasses
+import socket
+from types import SimpleNamespace
+
+import pytest
+
+from ablab.core.errors import UserError
+from ablab.core.runtime.runtime import Runtime
+from ablab.core.store.store import Store
+from ablab.experiments.launch.base import Site, optional
+from ablab.experiments.launch.named import Launching
+from ablab.experiments.launch.ray import Needs, check_reachable, needs_of
+from ablab.experiments.launch.slurm import SlurmLauncher
+from ablab.experiments.run.this_machine import ThisMachine
+
+SHEET = SimpleNamespace(ray={}, slurm={})
+
+
+def refusal(call, *words, **named) -> str:
+    with pytest.raises(UserError) as refused:
+        call(*words, **named)
+    line = str(refused.value)
+    assert "\n" not in line
+    assert len(line) < 500
+    return line
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+def test_without_a_word_runs_stay_on_this_machine():
+    assert isinstance(Launching().of(SHEET), ThisMachine)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"launcher": "slrm"}, "Did you mean 'slurm'?"),
+        ({"address": "head:6379"}, "add --launcher ray"),
+        ({"slurm": ("time=5",)}, "add --launcher slurm"),
+        ({"launcher": "slurm", "ray": ("num_gpus=1",)}, "add --launcher ray"),
+        ({"launcher": "slurm", "slurm": ("partition",)}, "must look like KEY=VALUE"),
+        ({"launcher": "slurm", "slurm": ("partitoin=gpu",)}, "Did you mean 'partition'?"),
+    ],
+)
+def test_a_word_that_fits_nothing_is_named_with_its_cure(asked, said):
+    assert said in refusal(Launching(**asked).of, SHEET)
+
+
+def test_options_of_the_command_win_over_those_of_the_sheet():
+    sheet = SimpleNamespace(ray={}, slurm={"partition": "cpu", "time": 30})
+    asked = Launching("slurm", slurm=("partition=gpu", "gres=gpu:2"))
+    assert asked.of(sheet).options == {"partition": "gpu", "time": 30, "gres": "gpu:2"}
+
+
+def test_a_missing_extra_is_one_line_that_says_how_to_install_it():
+    assert "pip install 'ablab[ray]'" in refusal(optional, "no_such_module", "ray")
+
+
+# -- Ray ---------------------------------------------------------------------------------------------------------------
+def node(alive: bool = True, **resources: float) -> dict:
+    return {"Alive": alive, "Resources": resources}
+
+
+@pytest.mark.parametrize(
+    ("needs", "there", "fitting"),
+    [
+        (Needs(0, 1), node(CPU=4), 4),
+        (Needs(0, 3), node(CPU=4), 1),
+        (Needs(1, 1), node(CPU=4), 0),
+        (Needs(1, 1), node(CPU=16, GPU=8), 8),
+        (Needs(2, 1), node(CPU=16, GPU=7), 3),
+        (Needs(0.25, 1), node(CPU=16, GPU=2), 8),
+        (Needs(0.4, 1), node(CPU=16, GPU=2), 4),  # no run lies on two halves
+        (Needs(0.25, 4), node(CPU=16, GPU=2), 4),
+        (Needs(0, 1), node(alive=False, CPU=4), 0),
+    ],
+)
+def test_a_node_carries_as_many_runs_as_its_scarcest_resource(needs, there, fitting):
+    assert needs.fit(there) == fitting
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "settled"),
+    [
+        ("auto", [node(CPU=4)], Needs(0, 2)),
+        ("auto", [node(CPU=4), node(CPU=4, GPU=1)], Needs(1, 2)),
+        ("cpu", [node(CPU=4, GPU=1)], Needs(0, 2)),
+        ("cuda", [node(CPU=4)], Needs(1, 2)),
+    ],
+)
+def test_a_run_needs_a_gpu_where_it_would_use_one(device, there, settled):
+    assert Needs().settled(Runtime(device=device, threads=2), there) == settled
+    assert Needs(num_gpus=0.5).settled(Runtime(device=device), there).num_gpus == 0.5
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_gpus": -1}, {"num_gpus": 1.5}, {"num_cpus": 0, "num_gpus": 0}]
+)
+def test_needs_that_ray_would_refuse_or_misread_are_refused(options):
+    assert refusal(needs_of, options).startswith("--ray num_")
+
+
+def test_an_address_where_nobody_answers_is_refused_at_once():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert "nobody answers at" in refusal(check_reachable, f"ray://127.0.0.1:{port}")
+    assert "must look like HOST:6379" in refusal(check_reachable, "head")
+    assert "must look like HOST:6379" in refusal(check_reachable, "http://head:8265/")
+
+
+# -- what the far side must find ---------------------------------------------------------------------------------------
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    monkeypatch.setattr("ablab.core.store.store.SECONDS_TO_APPEAR", 0.0)
+    return Site.of(Store(tmp_path / "store"), [])
+
+
+def test_a_store_that_is_not_shared_or_has_moved_is_named(site, tmp_path):
+    site.check()
+    site.store.rename(tmp_path / "moved")
+    assert str(site.store) in refusal(site.check)
+    Store(site.store).leave_token()  # another store under that path
+    assert str(site.store) in refusal(site.check)
+
+
+def test_another_ablab_on_a_node_is_named_with_both_fingerprints(site):
+    other = dataclasses.replace(site, code="0123456789ab")
+    assert "another ablab" in refusal(other.check)
+    assert "0123456789ab" in refusal(other.check)
+
+
+def test_a_plugin_folder_that_a_node_lacks_is_named_with_the_node(site):
+    lacking = dataclasses.replace(site, plugins=("/nowhere/plugins",))
+    line = refusal(lacking.check)
+    assert line.startswith(socket.gethostname())
+    assert "/nowhere/plugins is not a folder" in line
+
+
+# -- SLURM -------------------------------------------------------------------------------------------------------------
+def test_a_machine_without_slurm_says_so(tmp_path):
+    launcher = SlurmLauncher({"partition": "gpu"})
+    line = refusal(launcher.start, Store(tmp_path), Runtime(device="cpu"), 1, [])
+    assert "start this on a machine that has sbatch and srun" in line
+
+
+def test_runs_use_gpus_of_slurm_where_some_are_asked_for():
+    auto = Runtime()
+    assert SlurmLauncher({"gres": "gpu:1"}).settled(auto, [], []).device == "cuda"
+    assert SlurmLauncher({"partition": "gpu"}).settled(auto, [], []).device == "cpu"
+    same = Runtime(kernels="same")
+    assert "runtime.kernels=[attention,loss]" in refusal(SlurmLauncher().settled, same, [], [])
