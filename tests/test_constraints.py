@@ -38,6 +38,25 @@ def test_every_locked_package_has_digests_of_its_files():
         assert len(set(digests)) == len(digests) == entry.count("--hash"), entry
 
 
+def test_the_container_takes_what_it_needs_from_the_locks():
+    """No container is built here: what it copies is there, is let through, and is all that the wheel is made of."""
+    words = (ROOT / "Dockerfile").read_text()
+    let_through = (ROOT / ".dockerignore").read_text().splitlines()
+    copied = {
+        name
+        for line in re.findall(r"^COPY (.*) \S+$", words, flags=re.M)
+        for name in line.split()
+    }
+    packed = re.findall(
+        r'^"ablab.(\w+)" = "', (ROOT / "pyproject.toml").read_text(), flags=re.M
+    )
+    assert copied >= {"constraints.lock", "constraints-cuda.lock", "pyproject.toml", *packed}
+    for name in copied:
+        assert (ROOT / name).exists()
+        assert f"!{name}" in let_through
+    assert "--require-hashes --no-deps -r constraints.lock -r constraints-cuda.lock" in words
+
+
 def test_what_a_cuda_build_of_torch_needs_stands_apart():
     """A CPU build is installed from the first lock alone."""
     assert {name.split("-")[0] for name in pins_in(CUDA_LOCK)} == {"nvidia", "cuda"}

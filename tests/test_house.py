@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -442,7 +443,7 @@ def test_a_commit_is_checked_by_what_lint_runs():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def wheel(tmp_path_factory) -> Path:
     """Built from a copy, so that the checkout stays clean."""
     copy = tmp_path_factory.mktemp("source")
     for name in (*FOLDERS, "pyproject.toml", "README.md", "LICENSE"):
@@ -469,16 +470,24 @@ def test_the_wheel_holds_every_module_and_every_data_file(wheel):
     assert held == {f"ablab/{shown(path)}" for path in (*MODULES, *data)}
 
 
-def test_the_wheel_runs_where_nothing_else_of_ablab_is(wheel, tmp_path):
-    site = tmp_path / "site"
+@pytest.fixture(scope="module")
+def elsewhere(wheel, tmp_path_factory):
+    """A folder of a user's own, and a function that runs the wheel's `ablab` there."""
+    site = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     install = [*pip, "install", "--no-deps", "--no-index", "--target", site, wheel]
     subprocess.run(install, check=True, capture_output=True)
+    folder = tmp_path_factory.mktemp("elsewhere")
 
     def ablab(*words):
         command = [sys.executable, "-c", RUNS_FROM_THE_WHEEL, site, *words]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
+    return folder, ablab
+
+
+def test_the_wheel_runs_where_nothing_else_of_ablab_is(elsewhere):
+    _, ablab = elsewhere
     listed = ablab("list")
     assert listed.returncode == 0
     assert not listed.stderr
@@ -489,6 +498,36 @@ def test_the_wheel_runs_where_nothing_else_of_ablab_is(wheel, tmp_path):
     described = ablab("show", "quickstart")  # reads base, size and data configs
     assert described.returncode == 0
     assert "f1114b0699edd867" in described.stdout
+
+
+OWN_CONFIG = """
+model: {width: 16, layers: 2, attention: {head_dim: 8}}
+data: {name: tiny, vocab: 64, context: 16, batch: 4, held_out: 320}
+budget: {tokens: 320}
+schedule: {warmup_steps: 1}
+"""
+OWN_SHEET = """
+question: Does my idea run beside my code?
+base: [base, mini]
+with: [my_idea]
+design: single
+seeds: [0]
+"""
+
+
+def test_the_wheel_trains_a_users_own_idea_by_a_sheet_beside_it(elsewhere, write_token_folder):
+    folder, ablab = elsewhere
+    write_token_folder(folder / "ablab-store" / "data" / "tiny")
+    (folder / "mini.yaml").write_text(OWN_CONFIG)
+    (folder / "mine.yaml").write_text(OWN_SHEET)
+    made = ablab("new", "intervention", "my_idea")
+    assert "in a checkout of ablab" in made.stdout, made.stderr
+    words = ("--plugins", "plugins", "--no-mlflow", "--run-inert", "--json", "--quiet")
+    ended = ablab("run", "mine.yaml", *words)
+    assert ended.returncode == 0, ended.stderr
+    (run,) = json.loads(ended.stdout)["outcome"]["trained"]
+    recipe = (folder / "ablab-store" / "runs" / run / "recipe.yaml").read_text()
+    assert "my_idea" in recipe
 
 
 # This checkout may be installed editable.

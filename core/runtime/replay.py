@@ -31,6 +31,11 @@ class Recorder(Protocol):
         ...
 
 
+def finest(device: torch.device) -> torch.dtype:
+    """Of sums over many tokens: fp64, which Apple's GPUs lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class OnDevice:
     """A function of a tensor on the device, called with one on the host; nobody waits for the copy.
 
@@ -58,7 +63,7 @@ class OnDevice:
         self.calls[shape] += 1
         if self.device.type == "cuda":
             given = given.pin_memory().to(self.device, non_blocking=True)
-        return self.function(given)
+        return self.function(given.to(self.device))
 
     @property
     def height(self) -> int:

@@ -23,7 +23,8 @@ PEAKS = {  # FLOP/s, dense bf16, by NVIDIA's data sheets of the SXM boards
 class Runtime:
     """What a person may ask for; `settle` turns it into what a machine does."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # auto: a CUDA GPU where torch sees one, else the CPU; mps, a GPU of Apple's, has to be named
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     # of activations; weights and optimizer state are always fp32
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     # auto: ours where they measured faster (see `ablab show`); triton: ours in every place, or a refusal;
@@ -67,7 +68,7 @@ class Runtime:
 class Settled(Runtime):
     """A runtime that leaves nothing to choose.  Settling it again changes nothing."""
 
-    device: Literal["cpu", "cuda"]
+    device: Literal["cpu", "cuda", "mps"]
     dtype: Literal["fp32", "bf16"]
     compile: bool | Literal["blocks"]
     replay: bool
@@ -78,6 +79,12 @@ class Settled(Runtime):
 NO_GPU = (
     "runtime.device=cuda, but torch sees no GPU here; "
     "use runtime.device=cpu or install a CUDA build of torch"
+)
+
+
+NO_MPS = (
+    "runtime.device=mps, but torch sees no GPU of Apple's here; "
+    "use runtime.device=cpu, or macOS on Apple silicon"
 )
 
 
@@ -94,8 +101,7 @@ def settle(runtime: Runtime, rows: int) -> Settled:
     device = runtime.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(NO_GPU)
+    _refuse_missing(device, runtime.ranks)
     _refuse_looks_without_a_log(runtime)
     on_gpu = device == "cuda"
     chosen: dict[str, Any] = {"device": device, "micro_batch": rows_at_once(runtime, rows)}
@@ -118,6 +124,21 @@ def _refuse_looks_without_a_log(runtime: Runtime) -> None:
         raise UserError(
             f"runtime.dynamics={every} is no multiple of runtime.log_every={log}, and the log is the only wait "
             f"for the device; nearest: {nearest}"
+        )
+
+
+def _refuse_missing(device: str, ranks: int) -> None:
+    """Raises UserError for a device that torch does not see here."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(NO_GPU)
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError(NO_MPS)
+    if device == "mps" and ranks > 1:
+        raise UserError(
+            f"runtime.ranks={ranks}, but runtime.device=mps is one GPU, and torch joins no more of them; "
+            "use runtime.ranks=1"
         )
 
 
@@ -199,6 +220,8 @@ def environment() -> dict[str, str]:
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    if torch.backends.mps.is_available():
+        gpu = "Apple MPS"
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ablab.core.data.tokens import Tokens
+from ablab.core.runtime.replay import finest
 
 
 class Measured(NamedTuple):
@@ -26,7 +27,7 @@ class Spans(NamedTuple):
     """What was measured of the held-out rows, span by span (Tokens.held_out_spans); zeros where nothing was."""
 
     nats: Tensor  # of each token, float16 [rows,T]
-    sums: Tensor  # [spans,3], fp64: nats, nats of tokens that stand for bytes, bytes
+    sums: Tensor  # [spans,3], fp64 where the device has it: nats, nats of tokens that stand for bytes, bytes
 
 
 def held_out_loss(
@@ -56,12 +57,12 @@ def spans_measured(
     total = tokens.held_out_rows()
     spans = list(tokens.held_out_spans(rows))
     every = torch.zeros(total, tokens.context, dtype=torch.float16, device=device)
-    sums = torch.zeros(len(spans), 3, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(spans), 3, dtype=finest(device), device=device)
     for number in range(rank, len(spans), ranks):
         _, first, count = spans[number]
         block = tokens.held_out_batch(first, count)
-        block = block[torch.arange(rows) % count].to(device, non_blocking=True)
-        losses = nats_of(block)[:count].double()
+        block = block[torch.arange(rows) % count].to(device, non_blocking=device.type == "cuda")
+        losses = nats_of(block)[:count].to(sums.dtype)
         weight = table[block[:count, 1:]]
         every[first : first + count] = losses
         nats, counted, size = sums[number].unbind()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ablab.core.recipe.recipe import Recipe
-from ablab.core.runtime.replay import OnDevice, Recorder, on_device
+from ablab.core.runtime.replay import OnDevice, Recorder, finest, on_device
 from ablab.core.train.banks import Optimizer, put
 
 # rows of tokens, int [B,T+1] -> (nats to descend, nats to report), both summed over tokens
@@ -39,7 +39,7 @@ class TrainingStep:
         self.tokens = tokens
         self.weights = [bank.weight for bank in optimizer.banks]
         # nats and tokens since whoever reads it last cleared it
-        self.window = torch.zeros(2, dtype=torch.float64, device=optimizer.device)
+        self.window = torch.zeros(2, dtype=finest(optimizer.device), device=optimizer.device)
         self.descend = on_device(self._descend, optimizer.device, recorder)
         self.restart(recipe)
 

@@ -11,7 +11,7 @@ AT_ONCE = 4
 
 def gpus_for(runtime: Runtime) -> list[str]:
     """The GPUs that its runs may use, as CUDA_VISIBLE_DEVICES names them."""
-    return [] if runtime.device == "cpu" else visible_gpus()
+    return [] if runtime.device in ("cpu", "mps") else visible_gpus()
 
 
 def on_gpus(runtime: Runtime) -> bool:
@@ -24,6 +24,8 @@ def default_jobs(runtime: Runtime) -> int:
 
     Without a GPU, as many as the cores carry.
     """
+    if runtime.device == "mps":
+        return 1  # there is one GPU, and its memory is the machine's
     carried = max(_cores() // runtime.threads, 1)
     gpus = len(gpus_for(runtime))
     if not gpus:
