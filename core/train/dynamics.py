@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ablab.core.runtime.replay import finest
 from ablab.core.train.probe import Probe, place_of
 from ablab.core.train.trainer import Trainer
 
@@ -102,9 +103,9 @@ class Watched:
 
 
 def _squares(members: Tensor) -> Tensor:
-    """[N, ...] -> the sum of squares of each, fp64 [N]."""
+    """[N, ...] -> the sum of squares of each, in the finest numbers that the device has, [N]."""
     rows = members.flatten(1)
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=finest(rows.device))
     return norms.square()
 
 

@@ -26,6 +26,7 @@ from ablab.core.model.objective import token_losses
 from ablab.core.model.plan import plan_of
 from ablab.core.model.transformer import Transformer
 from ablab.core.recipe.recipe import Recipe
+from ablab.core.runtime.replay import finest
 
 ENTERS_A_SLOT = "on_"  # begins the name of a slot that holds several stages
 SMALL = ("vector", "gate")  # roles whose parameters are told one by one wherever they stand
@@ -73,7 +74,7 @@ class Probe:
         found = {f"layer/{name}": value for name, value in self.seen.items()}
         found |= self._readout(x, targets, token_bytes[targets])
         self.seen = {}
-        values = torch.stack([value.double() for value in found.values()])
+        values = torch.stack([value.to(finest(value.device)) for value in found.values()])
         return dict(zip(found, values.tolist(), strict=True))
 
     def _readout(self, x: Tensor, targets: Tensor, sizes: Tensor) -> Numbers:
@@ -83,7 +84,7 @@ class Probe:
         for row, target in zip(self.twin.norm(x), targets, strict=True):
             logits = self.twin.logits(row[None])
             highest.append(logits.max().float())
-            nats.append(token_losses(logits, target[None]).double())
+            nats.append(token_losses(logits, target[None]).to(finest(x.device)))
         counted = torch.cat(nats) * (sizes > 0)
         bits = counted.sum() / math.log(2)
         return {
