@@ -75,6 +75,7 @@ JOURNEYS = (
     "A result",
     "An override",
     "A trial",
+    "An evaluation",
 )
 
 

@@ -56,6 +56,8 @@ COMMANDS = {
     "ablab import-hf DIR --out NEW": HELP,
     'ablab generate RUN --prompt "The cat"': HELP,
     "ablab eval RUN --suite core --bundle DIR": HELP,
+    "ablab eval --fetch-bundle bundle": HELP,  # a network
+    "ablab eval RUN --suite core --bundle bundle --max-per-task 500": HELP,
     "ablab convert smollm2 DIR --width 1152 --n-heads 18 --out NEW": HELP,
     "ablab bench decode": HELP,
     "ablab runs": WRITTEN,

@@ -248,19 +248,15 @@ def asked_table(report: Report) -> Table:
                 Cell(number(one.sd, ".4f"), one.sd, "num"),
                 Cell(f"{one.seeds}", one.seeds, "num spare"),
                 Cell(f"{one.items:,}", one.items, "num spare"),
-                Cell(
-                    signed(delta.value) if delta else NONE,
-                    delta.value if delta else None,
-                    "num",
-                ),
-                Cell(_reach(delta), delta.low if delta else None, "num spare"),
+                Cell(signed(delta.value), delta.value, "num") if delta else Cell(NONE),
+                Cell(_reach(delta), delta.low, "num spare") if delta else Cell(NONE),
             ]
         )
     return Table(columns, rows)
 
 
-def _reach(delta: Estimate | None) -> str:
-    return f"{signed(delta.low)} to {signed(delta.high)}" if delta else NONE
+def _reach(delta: Estimate) -> str:
+    return f"{signed(delta.low)} to {signed(delta.high)}"
 
 
 def factor_table(report: Report) -> Table:

@@ -238,14 +238,32 @@ def read(path: Path) -> Evaluation:
     """Raises UserError for one that is damaged or not there."""
     try:
         found = msgspec.json.decode(path.read_bytes(), type=Evaluation)
-        if not all(part.values and part.baseline < 1 for part in found.parts):
-            raise msgspec.ValidationError("a part has no items")
-        if not all(len(part.sizes) in (0, len(part.values)) for part in found.parts):
-            raise msgspec.ValidationError("items and sizes differ in number")
+        if flaw := next(_flaws(found), ""):
+            raise msgspec.ValidationError(flaw)
     except (OSError, *FLAWS) as flaw:
         why = getattr(flaw, "strerror", None) or flaw
         raise UserError(f"{path} is damaged ({why}); delete it and evaluate again") from None
     return found
+
+
+MOST = 1e15  # of a value: sums of such stay finite
+
+
+def _flaws(found: Evaluation) -> Iterator[str]:
+    """What no evaluation leaves."""
+    if not found.parts:
+        yield "it has no parts"
+    for part in found.parts:
+        if not part.values:
+            yield f"part {part.name!r:.40} has no items"
+        if len(part.sizes) not in (0, len(part.values)):
+            yield f"part {part.name!r:.40} has {len(part.values)} items and {len(part.sizes)} sizes"
+        if not all(0 < size < MOST for size in part.sizes):
+            yield f"part {part.name!r:.40} has an item of no size"
+        if not all(abs(value) < MOST for value in part.values):
+            yield f"part {part.name!r:.40} has a value beyond all measure"
+        if not 0 <= part.baseline < 1:
+            yield f"part {part.name!r:.40} has the baseline {part.baseline}"
 
 
 def evaluations_of(record: Record, result: Result) -> Iterator[Evaluation]:

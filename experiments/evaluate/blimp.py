@@ -1,7 +1,8 @@
 """BLiMP: 67 paradigms of 1,000 minimal pairs; right is the sentence that the model finds likelier as a whole.
 
 Warstadt et al. 2020, arXiv:1912.00582.  FOLDER/*.jsonl or FOLDER/data/*.jsonl, a paradigm a file, a pair a line:
-{"sentence_good", "sentence_bad"}.  The score is the mean of the paradigms' accuracies; guessing has 0.5.
+{"sentence_good", "sentence_bad"}.  As in lm-evaluation-harness a space stands before each sentence.  The score is the
+mean of the paradigms' accuracies; guessing has 0.5.
 """
 
 from pathlib import Path
@@ -48,7 +49,9 @@ def paradigms(folder: Path) -> list[Path]:
 def _paper(path: Path, limit: int | None) -> Paper:
     items = read_lines(path, _flaw)
     questions = [
-        Question(path.stem, i, SENTENCES, (item["sentence_good"], item["sentence_bad"]))
+        Question(
+            path.stem, i, SENTENCES, (f" {item['sentence_good']}", f" {item['sentence_bad']}")
+        )
         for i, item in enumerate(items[:limit])
     ]
     return Paper(path.stem, questions, there=len(items))

@@ -10,6 +10,8 @@ import pytest
 from ablab.analysis.effects import frame
 from ablab.analysis.pages import html, report
 from ablab.analysis.pages.html import rounded
+from ablab.core.store.evaluation import Evaluation, Part
+from ablab.core.store.evaluation import write as write_evaluation
 from ablab.core.store.planned import Factors
 
 FULL = [3.000, 3.001, 3.002]
@@ -83,6 +85,27 @@ def test_a_curve_has_its_band_and_the_difference_its_own(lab, tmp_path):
     assert difference["sd"][-1] == pytest.approx(
         np.std(np.subtract(WITHOUT, FULL), ddof=1), rel=1e-2
     )
+
+
+def test_evaluations_stand_on_both_pages_and_nothing_does_without_any(lab, tmp_path):
+    """full has 3 of 4 right, - muon 2 of 4 on the same items."""
+    lab.cell("full", FULL, None)
+    lab.cell("- muon", WITHOUT)
+    assert "Evaluations" not in page(lab, tmp_path)
+    for planned in lab.rows:
+        record = lab.store.run(planned.run)
+        record.finish(replace(record.result(), weights="w"))
+        right = [1.0, 1.0, float(planned.cell == "full"), 0.0]
+        asked = Evaluation("blimp", "eval/blimp", "centered", [Part("t", right)], "d1ge57", "w")
+        write_evaluation(record.folder, asked)
+    text = page(lab, tmp_path)
+    section = text[text.index('<section id="evaluations">') :].partition("</section>")[0]
+    assert "eval/blimp" in section and "0.7500" in section and "−0.2500" in section
+    markdown = report.write(lab.write(), lab.name, tmp_path / "md").read_text()
+    assert "| `eval/blimp` | - muon | 0.5000 |" in markdown
+    assert "eval/blimp d1ge57" in markdown
+    told = report.as_json(report.read(lab.write(), lab.name))["evaluations"]
+    assert [one["mean"] for one in told] == [0.75, 0.5]
 
 
 def test_what_was_lost_is_shown_with_its_reason(lab, tmp_path):

@@ -17,6 +17,8 @@ from ablab.analysis.api import read_looks
 from ablab.core.errors import UserError
 from ablab.core.language.written import dump
 from ablab.core.recipe.recipe import plain
+from ablab.core.store.evaluation import Evaluation, Part
+from ablab.core.store.evaluation import write as write_evaluation
 from ablab.core.store.record import digest_of
 from ablab.core.store.result import FINISHED, Result
 from ablab.core.store.store import Store
@@ -53,6 +55,10 @@ def store(lab) -> Store:
         )
         ended = replace(ended, dynamics=record.digest_of_looks())
         record.finish(ended)
+        asked = Part("one", [1.0, 0.0, 1.0]), Part("two", [3.5, 2.0], [4, 5])
+        write_evaluation(
+            record.folder, Evaluation("blimp", "eval/blimp", "centered", list(asked), "b", "")
+        )
     kept.write_plan(grid_plan_of(experiment, experiment.runs()))
     trials = [
         Trial(
@@ -91,6 +97,7 @@ RECORDS = (
     "pace.jsonl",
     "dynamics.jsonl",
     "recipe.yaml",
+    "evaluations/blimp.json",
 )
 VALUES = JSON | st.sampled_from(ODD) | st.sampled_from([10**30, -1, 1e308, "finished", "../x"])
 
@@ -161,7 +168,7 @@ def shown_in_mlflow(store: Store, plan) -> None:
         result = record.result()
         if not record.hole(result):
             replay(record, card, Sink(), result)
-            summary_of(result)
+            summary_of(result, record)
     except UserError:
         pass
 

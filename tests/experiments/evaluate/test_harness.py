@@ -130,6 +130,46 @@ def test_scores_are_the_harness_own_item_by_item(tmp_path, include, llama, monke
     assert ours["bits_per_byte"].score == pytest.approx(bits, rel=1e-5)
 
 
+PAIRS = """\
+task: pairs
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: ""
+doc_to_target: 0
+doc_to_choice: "{{{{[sentence_good, sentence_bad]}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@needs_lm_eval
+def test_blimp_is_asked_as_the_harness_asks_it(tmp_path, include, llama, monkeypatch):
+    """Its own template, lm_eval/tasks/blimp/_template_yaml, on a file."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    from ablab.experiments.evaluate import blimp, harness
+
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    words = WORDS.split()
+    lines = [
+        {
+            "sentence_good": " ".join(words[i : i + 4]),
+            "sentence_bad": " ".join(words[i + 1 : i + 5]),
+        }
+        for i in range(9)
+    ]
+    (pairs / "order.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (include / "pairs.yaml").write_text(PAIRS.format(path=pairs / "order.jsonl"))
+    subject = subject_of(str(llama), Store(tmp_path / "store"))
+    found = []
+    for exam in (blimp.exam(pairs), harness.exam("pairs", None, include)):
+        (part,) = evaluate(subject, exam, How("cpu"), ["cpu"]).parts
+        found.append(part.values)
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 2
+
+
 @needs_lm_eval
 def test_what_the_harness_cannot_ask_is_refused_in_a_line(tmp_path, include):
     from ablab.experiments.evaluate import harness
