@@ -466,6 +466,7 @@ def test_the_wheel_holds_every_module_and_every_data_file(wheel):
     folders = ("experiments/catalog", "analysis/pages/web")
     beside = [path for folder in folders for path in (ROOT / folder).iterdir()]
     beside += (ROOT / "configs").rglob("*")
+    beside += (ROOT / "experiments/track").glob("*.js")
     data = [path for path in beside if path.is_file() and path.suffix != ".pyc"]
     assert held == {f"ablab/{shown(path)}" for path in (*MODULES, *data)}
 
