@@ -329,7 +329,7 @@ def default_shown(param: Any) -> str:
     if param.required:
         return "required"
     value = param.default
-    if value is None or callable(value) or value in ((), [], False):
+    if value is None or callable(value) or value in ((), [], False, ""):
         return ""
     return f"`{value}`"
 
