@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.experiments.warmed import Warmed
+
 ROOT = Path(__file__).parents[1]
 SMALL = (
     "data.name=docs data.vocab=32000 data.held_out=1024 data.batch=2 budget.tokens=1.5e3 schedule.warmup_steps=2"
@@ -110,9 +112,11 @@ def test_every_command_of_the_readme_is_listed_here():
 def test_the_commands_of_the_readme_do_what_they_say(tmp_path):
     write_text(tmp_path / "text")
     said = {}
+    warmed = Warmed()
     for command, suffix in COMMANDS.items():
         if suffix is not None:
-            said[command] = output(command, suffix, tmp_path)
+            said[command] = output(command, suffix, tmp_path, warmed)
+    warmed.stop()
     assert "my_idea" in said["ablab list --plugins plugins"]
     assert "my_idea" not in said["ablab list"]
     collected = said["pytest tests/contracts --plugins plugins -k my_idea"]
@@ -135,27 +139,37 @@ def write_text(folder: Path) -> None:
         (folder / f"{half}.jsonl").write_bytes(b"".join(few[half::2]))
 
 
-def output(command: str, suffix: str, folder: Path) -> str:
+def output(command: str, suffix: str, folder: Path, warmed: Warmed) -> str:
     """What a command of the README prints, run in the folder with its suffix."""
     program, _, rest = command.partition(" ")
-    rest = rest.replace("tests/contracts", shlex.quote(str(ROOT / "tests" / "contracts")))
-    rest = rest.replace("--plugins plugins", f"--plugins {folder / 'plugins'}")
-    line = f"{RUNS[program]} {rest} {suffix}"
+    words = [word for one in shlex.split(f"{rest} {suffix}") for word in expanded(one, folder)]
+    environment = os.environ | {"ABLAB_STORE": str(folder / "store"), "OMP_NUM_THREADS": "1"}
+    if program == "ablab":
+        code, out, err = warmed.run(words, folder, environment)
+    else:
+        code, out, err = asked_of_pytest(words, folder, environment)
+    assert code == 0, f"{command} {suffix}\n{out[-2000:]}\n{err[-2000:]}"
+    return out
+
+
+def expanded(word: str, folder: Path) -> list[str]:
+    """As a shell does it: what matches, in the order of names, else the word itself."""
+    found = sorted(folder.glob(word)) if "*" in word else []
+    return [str(path.relative_to(folder)) for path in found] or [word]
+
+
+def asked_of_pytest(
+    words: list[str], folder: Path, environment: dict[str, str]
+) -> tuple[int, str, str]:
+    """`pytest WORDS` as in the house's folder; a folder of plugins is that of the commands."""
+    places = {"tests/contracts": ROOT / "tests" / "contracts", "plugins": folder / "plugins"}
+    told = [str(places.get(word, word)) for word in words]
     done = subprocess.run(
-        line,
-        shell=True,
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *told],
         cwd=folder,
-        env=os.environ | {"ABLAB_STORE": str(folder / "store")},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=240,
     )
-    end = f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    assert done.returncode == 0, f"{line}\n{end}"
-    return done.stdout
-
-
-RUNS = {
-    "ablab": f"{sys.executable} -m ablab.experiments.cli.main",
-    "pytest": f"{sys.executable} -m pytest -p no:cacheprovider",
-}
+    return done.returncode, done.stdout, done.stderr

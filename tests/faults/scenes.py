@@ -76,6 +76,7 @@ OF_THE_CLOCK = (
     "tokens_per_second_ratio",
     "speed",
     "peak_bytes",
+    "seal",  # of all that a result says
     "provenance",  # when the ledger heard of it
     "sheet",  # where its file lies
 )
