@@ -4,6 +4,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -48,6 +49,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     _sweep(path.parent)
 
 
+def unfenced() -> None:
+    """Nobody else writes here."""
+
+
 class Growing:
     """A file that appears under its name in one step, when all of it is on the disk, or never."""
 
@@ -65,16 +70,13 @@ class Growing:
         with writing(self.path):
             self.file.write(part)
 
-    def sync(self) -> None:
+    def appear(self, name: str = "", fence: Callable[[], None] = unfenced) -> Path:
+        """name: by which it appears, where that is known only now.  fence: asked when all of it is on the disk."""
+        self.path = self.path.with_name(name) if name else self.path
         with writing(self.path):
             self.file.flush()
             os.fsync(self.file.fileno())
-
-    def appear(self, name: str = "") -> Path:
-        """name: by which it appears, where that is known only now."""
-        self.sync()
-        self.path = self.path.with_name(name) if name else self.path
-        with writing(self.path):
+            fence()
             os.replace(self.partial, self.path)
         return self.path
 

@@ -28,17 +28,13 @@ from typing import Any
 import msgspec
 
 from ablab.core.errors import UserError
-from ablab.core.store.files import FLAWS, set_aside, write_atomically, writing
+from ablab.core.store.files import FLAWS, set_aside, unfenced, write_atomically, writing
 from ablab.core.store.held_out import HeldOut, decoded, encoded
 from ablab.core.store.result import STATUSES, Result
 
 SEAL = "seal"  # key of result.json: digest of all the others
 Say = Callable[[str], None]
 Scalars = dict[str, int | float]
-
-
-def unfenced() -> None:
-    """Nobody else writes."""
 
 
 class Damaged(UserError):

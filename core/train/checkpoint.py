@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from ablab.core.store.files import FLAWS, Growing, set_aside
+from ablab.core.store.files import FLAWS, Growing, set_aside, unfenced
 
 Tensors = dict[str, torch.Tensor]
 
@@ -96,10 +96,6 @@ def taken(origin: Origin, tensors: Tensors) -> str:
     return ""
 
 
-def unfenced() -> None:
-    """Nobody else writes."""
-
-
 def write(
     folder: Path,
     step: int,
@@ -124,9 +120,7 @@ def write(
             file.write(part)
             size += len(part)
             checksum = zlib.crc32(part, checksum)
-        file.sync()
-        fence()
-        path = file.appear(f"step-{step:08d}-{size}-{checksum:08x}.safetensors")
+        path = file.appear(f"step-{step:08d}-{size}-{checksum:08x}.safetensors", fence)
     whole = listed(folder)
     for old in whole:
         if kept.goes(old, whole):

@@ -18,11 +18,11 @@ from ablab.core.model.cost import cost_of, facts_of
 from ablab.core.recipe.recipe import Recipe, plain, run_id
 from ablab.core.runtime.fingerprint import code_fingerprint
 from ablab.core.runtime.runtime import Runtime, Settled, environment, peak_flops, settle
-from ablab.core.store.files import write_atomically
+from ablab.core.store.files import unfenced, write_atomically
 from ablab.core.store.record import Record, digest_of
 from ablab.core.store.result import DIVERGED, FINISHED, OUT_OF_MEMORY, PRUNED, Result
 from ablab.core.train import checkpoint, handover
-from ablab.core.train.checkpoint import Kept, unfenced
+from ablab.core.train.checkpoint import Kept
 from ablab.core.train.dynamics import looks_into
 from ablab.core.train.trainer import Trainer, Warm
 

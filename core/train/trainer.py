@@ -23,11 +23,12 @@ from ablab.core.runtime.compilation import compile_kernels, compiled
 from ablab.core.runtime.fingerprint import code_fingerprint
 from ablab.core.runtime.replay import CudaGraphs, Recorder, use_recordable_stream
 from ablab.core.runtime.runtime import Runtime, environment, repeat_bits, settle
+from ablab.core.store.files import unfenced
 from ablab.core.store.held_out import HeldOut
 from ablab.core.store.record import extent, holds
 from ablab.core.train import checkpoint
 from ablab.core.train.banks import Optimizer, put
-from ablab.core.train.checkpoint import Kept, Origin, Tensors, unfenced
+from ablab.core.train.checkpoint import Kept, Origin, Tensors
 from ablab.core.train.evaluate import Measured, held_out_loss
 from ablab.core.train.saving import Saver, Write
 from ablab.core.train.step import Loss, TrainingStep

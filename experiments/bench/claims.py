@@ -28,7 +28,7 @@ from ablab.experiments.bench.targets import Cost
 from ablab.experiments.run.executor import Task
 from ablab.experiments.run.messages import Busy, Done, TrainJob
 from ablab.experiments.run.worker import Worker
-from ablab.experiments.run.workers import Waiting
+from ablab.experiments.run.workers import PATIENCE, Waiting
 
 POINTS = 10  # logged lines a run
 FORK = multiprocessing.get_context("fork")
@@ -147,7 +147,7 @@ def _inherit(place: Path) -> None:
     claim._kernel = lambda: "elsewhere"  # type: ignore[assignment]
     watch = Watch()
     while take(place, watch) is None:
-        time.sleep(1.0)  # as often as a runner asks again
+        time.sleep(PATIENCE)
 
 
 def rate(costs: list[Cost]) -> str:

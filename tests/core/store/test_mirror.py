@@ -11,8 +11,9 @@ import pytest
 from ablab.core.errors import Halted, UserError
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.store import mirror
+from ablab.core.store.files import unfenced
 from ablab.core.store.mirror import Manifest, Remote, mirror_of
-from ablab.core.store.record import Record, unfenced
+from ablab.core.store.record import Record
 from ablab.core.train import checkpoint
 from ablab.core.train.run import run
 
