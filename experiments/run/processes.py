@@ -34,7 +34,9 @@ from ablab.experiments.run.turns import Turn
 from ablab.experiments.run.worker import serve
 from ablab.experiments.run.workers import PATIENCE, WorkerHandle, Workers
 
-SECONDS_TO_TIDY = 3.0  # that an idle worker has between the end of its pipe and its own
+# That an idle worker has between the end of its pipe and its own: one alone, and one that leads others.
+SECONDS_TO_TIDY = 3.0
+SECONDS_TO_PART = 20.0
 CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -123,6 +125,7 @@ class LocalProcesses(Workers["WorkerProcess"]):
 class WorkerProcess(WorkerHandle):
     process: BaseProcess
     pipe: Connection
+    leads: bool = False  # other processes, which it started
     cause: str = ""  # of its death, where it says one
 
     def tell(self, order: Order) -> None:
@@ -186,8 +189,9 @@ def end(workers: Iterable[WorkerProcess]) -> None:
         worker.pipe.close()
         if not worker.is_free:
             worker.process.kill()
-    until = time.monotonic() + SECONDS_TO_TIDY
+    now = time.monotonic()
     for worker in ending:
+        until = now + (SECONDS_TO_PART if worker.leads else SECONDS_TO_TIDY)
         worker.process.join(timeout=max(until - time.monotonic(), 0.01))
         worker.process.kill()
         worker.process.join(timeout=1)  # at once, but for one that the kernel holds
@@ -209,7 +213,7 @@ def start_worker(
     with _no_signals():
         process.start()
     theirs.close()
-    return WorkerProcess(process, ours, slot=slot)
+    return WorkerProcess(process, ours, serving.leads, slot=slot)
 
 
 @contextmanager

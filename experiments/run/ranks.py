@@ -38,7 +38,7 @@ from ablab.experiments.run.worker import (
 )
 
 if TYPE_CHECKING:
-    from ablab.core.runtime.world import World
+    from ablab.core.runtime.world import Joined, World
     from ablab.core.train.trainer import Warm
 
 SECONDS_BETWEEN_LOOKS = 0.2  # of the agent at its ranks
@@ -163,7 +163,7 @@ def warm_for(world: "World", rehearse: bool) -> "Warm":
     return Warm(rehearse, make)
 
 
-def lead(pipe: Connection, world: "World", warm: "Warm", turn: Turn | None) -> None:
+def lead(pipe: Connection, world: "Joined", warm: "Warm", turn: Turn | None) -> None:
     """Rank 0: answer jobs, and let the others take part in them."""
     worker = Leader(pipe, warm, turn or nullcontext(), world=world)
     answer_all(pipe, worker)
@@ -176,7 +176,7 @@ def lead(pipe: Connection, world: "World", warm: "Warm", turn: Turn | None) -> N
 class Leader(Worker):
     """Executes jobs on all ranks."""
 
-    world: "World"
+    world: "Joined"
     broken: list[str] = field(default_factory=list)  # runs that did not end on all ranks alike
 
     def _run_called(

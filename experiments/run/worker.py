@@ -138,11 +138,21 @@ def _end_with_it() -> None:
     os._exit(1)
 
 
+class Pipe(Protocol):
+    """To the runner: a Connection, or what stands for one."""
+
+    def send(self, said: Any, /) -> None: ...
+
+    def poll(self) -> bool: ...
+
+    def recv(self) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Worker:
     """Executes jobs, one after another."""
 
-    pipe: Connection  # to the runner
+    pipe: Pipe
     warm: "Warm"  # keeps the trainer for the next run of the same structure
     turn: AbstractContextManager[Any]  # held while a run trains
     watch: Watch = field(default_factory=Watch)  # of runs that others hold
@@ -349,7 +359,7 @@ class Heard(Protocol):
 class Runner:
     """The runner, as a run that trains sees it."""
 
-    pipe: Connection
+    pipe: Pipe
     run: str
     stop: bool = False
     halt: bool = False

@@ -18,7 +18,7 @@ from ablab.core.train.trainer import Trainer
 from tests.core.train.worlds import Threads
 
 code_fingerprint()  # kept: Python 3.11 cannot parse in two threads at a time
-CHAINS = [[], ["muon"], ["muon", "normuon", "cautious_wd"], ["mup", "muon"]]
+CHAINS = [[], ["mup", "muon", "normuon", "cautious_wd"]]
 # Its bases of a few tokens' gradients turn with the rounding of a sum, so its losses part by 1e-3.
 TURNING = [["soap"]]
 
