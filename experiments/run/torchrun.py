@@ -4,6 +4,7 @@ torchrun --nnodes 2 --nproc-per-node 8 ... -m ablab.experiments.cli run EXPERIME
 """
 
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from ablab.core.errors import UserError
 from ablab.core.runtime.runtime import Runtime
 from ablab.experiments.run.capacity import gpus_for
 from ablab.experiments.run.executor import Listener, Task
+from ablab.experiments.run.halting import SIGNALS
 from ablab.experiments.run.messages import Busy, Halt, Job, Message, Order, Stop
 from ablab.experiments.run.ranks import Leader, follow, local_rank, warm_for
 from ablab.experiments.run.worker import keep_freed_memory
@@ -38,6 +40,8 @@ def follow_command(runtime: Runtime) -> None:
     """What every rank but the first does: take part in what rank 0 trains, until it has trained all."""
     from ablab.core.runtime.world import join, leave
 
+    for number in SIGNALS:  # rank 0 hears them too, and says when all stop
+        signal.signal(number, signal.SIG_IGN)
     keep_freed_memory()
     world = join(device_of(runtime), local_rank())
     follow(world, warm_for(world, rehearse=False))
