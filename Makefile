@@ -36,6 +36,10 @@ cluster: $(VENV)/.ready-test
 	ABLAB_CLUSTER=1 $(BIN)/python -m pytest tests/experiments/run/test_executors.py
 	$(BIN)/python tests/faults/cluster.py
 
+# One run on several processes, each of them killed in turn, and taken up by others.
+ranks: $(VENV)/.ready-test
+	$(BIN)/python tests/faults/ranks.py
+
 inputs: $(VENV)/.ready-test
 	$(BIN)/python -m pytest tests/experiments/cli/test_any_input.py tests/experiments/cli/test_any_record.py \
 		--hypothesis-profile=thorough --timeout=3600 -n 2
@@ -82,4 +86,4 @@ lock: $(READY)
 clean:
 	rm -rf $(VENV) ablab-store build dist *.egg-info
 
-.PHONY: demo test lint docs faults workers cluster inputs audit lock clean
+.PHONY: demo test lint docs faults ranks workers cluster inputs audit lock clean

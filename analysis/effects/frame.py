@@ -53,7 +53,7 @@ def load(store: Store, experiment: str) -> pd.DataFrame:
     """One row per planned run, in the plan's order.
 
     Columns: cell, pair, seed, run, reference, note (from the plan); status, step, tokens, seconds, tokens_per_second,
-    peak_bytes, error, code, contended (from the result; zero or empty without one); hole (where its
+    peak_bytes, error, code, contended, segments (from the result; zero or empty without one); hole (where its
     log is not what the run left, empty where it is); unpaced (what is lost of its clock's lines, likewise); one column
     per final metric, per runtime setting and per place that a kernel may serve, NaN where a run lacks it.
     """
@@ -161,10 +161,17 @@ def _status(record: Record, result: Result | None) -> str:
     return INTERRUPTED if record.folder.is_dir() else MISSING
 
 
+def in_parts(segments: list[list[int]]) -> str:
+    """`2 ranks, 1 from step 120`: by how many ranks a run was trained that went on with others; else empty."""
+    later = [f"{ranks} from step {first}" for first, ranks in segments[1:]]
+    return ", ".join([f"{segments[0][1]} ranks", *later]) if later else ""
+
+
 def _row(row: Planned, record: Record, result: Result | None) -> dict[str, Any]:
     status = INERT if row.note.startswith(INERT) else _status(record, result)
     ended = asdict(result or Result(row.run, status, step=0, tokens=0))
     del ended["log"], ended["held_out"], ended["dynamics"]
+    ended["segments"] = in_parts(ended["segments"])
     ended["hole"] = record.hole(result)
     ended["unpaced"] = record.lost_pace() if result else ""
     metrics = ended.pop("metrics")

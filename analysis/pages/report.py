@@ -248,6 +248,7 @@ def _warnings(plan: GridPlan, runs: pd.DataFrame, effects: list[Effect]) -> Iter
     yield from _settings(finished(runs))
     yield from _other_services(effects)
     yield from _contended(finished(runs))
+    yield from _in_parts(finished(runs))
     yield from _damages(runs)
     yield from _losses(runs)
     yield from _absences(plan, runs)
@@ -317,6 +318,16 @@ def _contended(done: pd.DataFrame) -> Iterator[str]:
             f"{len(shared)} of {len(done)} runs shared their machine ({_counted(Counter(shared.contended))}), so their "
             "tokens/s compare nothing: no ratio and no speedup in seconds is told of them; "
             "for those run with --jobs 1 where nothing else runs"
+        )
+
+
+def _in_parts(done: pd.DataFrame) -> Iterator[str]:
+    parts = done[done.segments != ""]
+    if len(parts):
+        yield (
+            f"{len(parts)} of {len(done)} runs went on with another number of GPUs "
+            f"({_counted(Counter(parts.segments))}): from there their sums are taken in another order, "
+            "and so their last digits are others"
         )
 
 

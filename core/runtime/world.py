@@ -34,6 +34,9 @@ class World(Protocol):
 
     rank: int  # from 0, which plans and records
     size: int
+    recordable: (
+        bool  # whether its messages can be part of a CUDA graph; else they are sent one by one
+    )
 
     def all_reduce(self, tensor: Tensor) -> Handle:
         """The sum over ranks, in place, everywhere."""
@@ -63,10 +66,12 @@ class World(Protocol):
 class Joined:
     """A World of torch.distributed, whose process group this process has joined."""
 
-    def __init__(self, words: dist.ProcessGroup | None = None):
-        """words: the group for what is said; None: the one for tensors."""
+    def __init__(self, words: dist.ProcessGroup | None, recordable: bool):
+        """words: the group for what is said."""
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
+        self.backend = dist.get_backend()
+        self.recordable = recordable
         self.words = words
 
     def all_reduce(self, tensor: Tensor) -> Handle:
@@ -104,17 +109,36 @@ def join(device: str, local_rank: int) -> Joined:
     """
     if device == "cpu":
         dist.init_process_group("gloo", timeout=PATIENCE)
-        return Joined(_for_words())
+        return Joined(_for_words(), recordable=False)
     if not dist.is_nccl_available():
         raise UserError(NO_NCCL)
     own = torch.device("cuda", local_rank)
     torch.cuda.set_device(own)
     dist.init_process_group("nccl", timeout=PATIENCE, device_id=own)
-    return Joined(_for_words())
+    words = _for_words()
+    everywhere = torch.tensor(int(_is_recorded()))
+    dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=words)
+    return Joined(words, recordable=bool(everywhere.item()))
 
 
 def _for_words() -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo", timeout=IDLE)
+
+
+def _is_recorded() -> bool:
+    """Whether a message of this NCCL can be recorded and replayed."""
+    sent = torch.ones(1, device="cuda")
+    dist.all_reduce(sent)  # as it is: the first one connects the ranks
+    torch.cuda.synchronize()
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            dist.all_reduce(sent)
+        graph.replay()
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def leave() -> None:

@@ -250,11 +250,12 @@ class Loop:
 
 
 class Utilization:
-    """MFU: the model's FLOPs, forward and backward, over what the GPU could do in bf16; none where that is unknown."""
+    """MFU: the model's FLOPs, forward and backward, over what its GPUs could do in bf16; none where that is unknown."""
 
     def __init__(self, recipe: Recipe, runtime: Settled):
         peak = peak_flops(runtime)
-        self.share = cost_of(recipe).flops_per_token / peak if peak else None
+        per_token = cost_of(recipe).flops_per_token
+        self.share = per_token / (peak * runtime.ranks) if peak else None
 
     def of(self, rate: float) -> dict[str, float]:
         """rate: tokens a second."""

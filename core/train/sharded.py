@@ -182,12 +182,14 @@ class ShardedStep(TrainingStep):
         tokens: int,
         recorder: Recorder | None,
         reduction: Reduction,
+        of_messages: Recorder | None,
     ):
+        """of_messages: records what sends any."""
         self.reduction = reduction
         # of our own rows, since the last step: what all ranks had goes into the window
         self.nats = torch.zeros((), dtype=torch.float64, device=optimizer.device)
         super().__init__(loss, optimizer, recipe, tokens, recorder)
-        self.descend_last = on_device(self._descend_last, optimizer.device, recorder)
+        self.descend_last = on_device(self._descend_last, optimizer.device, of_messages)
 
     def restart(self, recipe: Recipe) -> None:
         super().restart(recipe)
@@ -476,8 +478,9 @@ class ShardedTrainer(Trainer):
         kernels: Collection[str],
         recorder: Recorder | None,
     ) -> Optimizer:
+        of_messages = recorder if self.world.recordable else None
         return ShardedOptimizer(
-            self.model, recipe, compiled, kernels, recorder, self.world, self.whole
+            self.model, recipe, compiled, kernels, of_messages, self.world, self.whole
         )
 
     def _training_step(
@@ -487,7 +490,8 @@ class ShardedTrainer(Trainer):
         assert isinstance(optimizer, ShardedOptimizer)
         reduction = Reduction(self.model, optimizer, self.world)
         tokens = recipe.tokens_per_step
-        return ShardedStep(loss, optimizer, recipe, tokens, recorder, reduction)
+        of_messages = recorder if self.world.recordable else None
+        return ShardedStep(loss, optimizer, recipe, tokens, recorder, reduction, of_messages)
 
     def _rows(self, step: int, first: int) -> Tensor:
         count = self._own_rows

@@ -220,6 +220,7 @@ class Silenced:
         self.world = world
         self.rank = world.rank
         self.size = world.size
+        self.recordable = world.recordable
         self.silent = False
 
     def all_reduce(self, tensor: Tensor) -> Handle:

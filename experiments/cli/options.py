@@ -38,6 +38,14 @@ Jobs = Annotated[
         "on one GPU they train in turn",
     ),
 ]
+GpusPerRun = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus-per-run",
+        min=1,
+        help="of this machine, for each run: they share its batch and its optimizer (1); as runtime.ranks",
+    ),
+]
 Track = Annotated[
     str | None,
     typer.Option(

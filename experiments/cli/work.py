@@ -19,6 +19,7 @@ from ablab.experiments.cli.in_time import ends_in_time
 from ablab.experiments.cli.options import (
     Address,
     Deadline,
+    GpusPerRun,
     Jobs,
     Json,
     LauncherName,
@@ -37,6 +38,7 @@ from ablab.experiments.cli.options import (
 from ablab.experiments.track.chosen import MLFLOW, Tracked, tracked
 
 if TYPE_CHECKING:
+    from ablab.core.runtime.runtime import Runtime
     from ablab.core.store.store import Store
     from ablab.experiments.plan.experiment import Experiment, PlannedRun
     from ablab.experiments.run.executor import Launcher
@@ -79,6 +81,7 @@ def run(
     ] = None,
     scale: Scale = None,
     jobs: Jobs = None,
+    gpus_per_run: GpusPerRun = None,
     launcher: LauncherName = "local",
     address: Address = "",
     ray: RayOptions = None,
@@ -106,8 +109,10 @@ def run(
     shown = tracked(track, mlflow)
     launching = Launching(launcher, address, tuple(ray or ()), tuple(slurm or ()))
     hours = _hours(until_decided, budget, seeds, only)
-    overrides = [*(overrides or []), *mirrored(mirror)]
-    experiment, runs = prepare(name, overrides, plugins, where, seeds, scale)
+    words = [*with_ranks(overrides, gpus_per_run), *mirrored(mirror)]
+    experiment, runs = prepare(name, words, plugins, where, seeds, scale)
+    if is_follower():
+        return follow_command(experiment.sheet.runtime)
     if hours:
         from ablab.experiments.run.sequential import with_looks
 
@@ -212,6 +217,25 @@ class Training:
         return looked.outcome, {"look": told}
 
 
+def with_ranks(overrides: list[str] | None, gpus_per_run: int | None) -> list[str]:
+    """--gpus-per-run, said as an override."""
+    words = list(overrides or [])
+    return words if gpus_per_run is None else [*words, f"runtime.ranks={gpus_per_run}"]
+
+
+def is_follower() -> bool:
+    """Whether torchrun started this command, and another process of it plans and records."""
+    from ablab.experiments.run import torchrun
+
+    return torchrun.is_follower()
+
+
+def follow_command(runtime: "Runtime") -> None:
+    from ablab.experiments.run import torchrun
+
+    torchrun.follow_command(runtime)
+
+
 def _hours(
     until_decided: bool, budget: str | None, seeds: str | None, only: list[str] | None
 ) -> float | None:
@@ -255,6 +279,7 @@ def study(
         ),
     ] = None,
     jobs: Jobs = None,
+    gpus_per_run: GpusPerRun = None,
     launcher: LauncherName = "local",
     address: Address = "",
     ray: RayOptions = None,
@@ -271,8 +296,10 @@ def study(
     """As STUDY says."""
     where = store_of(store)
     shown = tracked(track, mlflow)
-    overrides = [*(overrides or []), *mirrored(mirror)]
-    experiment, _ = prepare(name, overrides, plugins, where)
+    words = [*with_ranks(overrides, gpus_per_run), *mirrored(mirror)]
+    experiment, _ = prepare(name, words, plugins, where)
+    if is_follower():
+        return follow_command(experiment.sheet.runtime)
     from ablab.experiments.cli.printing import show_places, show_study
     from ablab.experiments.launch.named import Launching
     from ablab.experiments.run.progress import watcher

@@ -19,26 +19,33 @@ def on_gpus(runtime: Runtime) -> bool:
     return runtime.device == "cuda" or bool(gpus_for(runtime))
 
 
+def seats_for(runtime: Runtime) -> list[str]:
+    """The GPUs of one run each, likewise: "0" and "1", or "0,1" where two train it.  Those left over stay idle."""
+    gpus, each = gpus_for(runtime), runtime.ranks
+    firsts = range(0, len(gpus) - each + 1, each)
+    return [",".join(gpus[first : first + each]) for first in firsts]
+
+
 def default_jobs(runtime: Runtime) -> int:
-    """One worker a GPU, AT_ONCE where they do not take turns; but no more than the cores carry at `threads` each.
+    """One worker a seat, AT_ONCE where they do not take turns; but no more than the cores carry at `threads` each.
 
     Without a GPU, as many as the cores carry.
     """
     if runtime.device == "mps":
         return 1  # there is one GPU, and its memory is the machine's
-    carried = max(_cores() // runtime.threads, 1)
-    gpus = len(gpus_for(runtime))
-    if not gpus:
+    carried = max(_cores() // (runtime.threads * runtime.ranks), 1)
+    seats = len(seats_for(runtime))
+    if not seats:
         return carried
     if runtime.turns:
-        return gpus
-    return max(min(gpus * AT_ONCE, carried), gpus)
+        return seats
+    return max(min(seats * AT_ONCE, carried), seats)
 
 
 def training_at_once(runtime: Runtime, jobs: int) -> int:
     """Of so many jobs, those that train at one time: jobs that share a GPU may take turns on it."""
-    gpus = len(gpus_for(runtime))
-    return min(jobs, gpus) if gpus and runtime.turns else jobs
+    seats = len(seats_for(runtime))
+    return min(jobs, seats) if seats and runtime.turns else jobs
 
 
 def runs_a_device(runtime: Runtime, jobs: int) -> int:

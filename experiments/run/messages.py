@@ -77,6 +77,13 @@ class Began:
 
 
 @dataclass(frozen=True)
+class Dying:
+    """The last word of a worker whose ranks have died, and of what."""
+
+    why: str
+
+
+@dataclass(frozen=True)
 class Logged:
     step: int
     scalars: dict[str, float]

@@ -3,9 +3,10 @@
 import multiprocessing
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -15,11 +16,12 @@ from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.claim import Watch, take
 from ablab.core.store.record import Record
 from ablab.core.store.result import FAILED, Result
-from ablab.experiments.run.capacity import gpus_for
+from ablab.experiments.run.capacity import gpus_for, seats_for
 from ablab.experiments.run.halting import SIGNALS
 from ablab.experiments.run.messages import (
     Busy,
     Done,
+    Dying,
     Job,
     Message,
     Order,
@@ -27,11 +29,14 @@ from ablab.experiments.run.messages import (
     TraceJob,
     Untraced,
 )
+from ablab.experiments.run.ranks import serve_ranks
 from ablab.experiments.run.turns import Turn
 from ablab.experiments.run.worker import serve
 from ablab.experiments.run.workers import PATIENCE, WorkerHandle, Workers
 
-SECONDS_TO_TIDY = 3.0  # that an idle worker has between the end of its pipe and its own
+# That an idle worker has between the end of its pipe and its own: one alone, and one that leads others.
+SECONDS_TO_TIDY = 3.0
+SECONDS_TO_PART = 20.0
 CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -41,19 +46,40 @@ def local_processes(runtime: Runtime, jobs: int, plugins: Iterable[str]) -> "Loc
     While one trains at its full pace, the other compiles.
     """
     gpus = gpus_for(runtime)
+    seats = seats_for(runtime)
     return LocalProcesses(
         jobs,
         plugins,
-        gpus=gpus if len(gpus) > 1 else (),
-        share=gpus if runtime.turns and jobs > len(gpus) else (),
+        gpus=seats if len(gpus) > 1 else (),
+        share=seats if runtime.turns and jobs > len(seats) else (),
+        serving=serving_of(runtime),
     )
+
+
+def serving_of(runtime: Runtime) -> "Serving":
+    """What a worker does: it trains by itself, or leads ranks."""
+    if runtime.ranks == 1:
+        return Serving(serve)
+    device = "cuda" if gpus_for(runtime) else "cpu"
+    return Serving(partial(serve_ranks, ranks=runtime.ranks, device=device), leads=True)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The call in a worker process."""
+
+    call: Callable[..., None]  # as `serve`
+    leads: bool = False  # other processes, which it starts
+
+
+ALONE = Serving(serve)
 
 
 class LocalProcesses(Workers["WorkerProcess"]):
     """Up to `count` processes, started as work comes: an Executor.
 
-    gpus: one of these each, in rotation; empty: all see what we see.  share: likewise, those on which they take turns;
-    empty: all train at once.
+    gpus: one of these each, "0" or "0,1", in rotation; empty: all see what we see.  share: likewise, those on which
+    they take turns; empty: all train at once.
     """
 
     def __init__(
@@ -62,8 +88,10 @@ class LocalProcesses(Workers["WorkerProcess"]):
         plugins: Iterable[str] = (),
         gpus: Sequence[str] = (),
         share: Sequence[str] = (),
+        serving: Serving = ALONE,
     ):
         super().__init__(count)
+        self.serving = serving
         self.plugins = list(plugins)
         self.gpus = gpus
         # of this host and this call: nobody else trains for us
@@ -81,7 +109,7 @@ class LocalProcesses(Workers["WorkerProcess"]):
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         turn = self.turns[slot % len(self.turns)] if self.turns else None
-        return start_worker(slot, self.plugins, environment, turn)
+        return start_worker(slot, self.plugins, environment, turn, self.serving)
 
     def _speaking(self) -> list["WorkerProcess"]:
         """The workers that have said something, or died; waits a little for the first."""
@@ -97,6 +125,8 @@ class LocalProcesses(Workers["WorkerProcess"]):
 class WorkerProcess(WorkerHandle):
     process: BaseProcess
     pipe: Connection
+    leads: bool = False  # other processes, which it started
+    cause: str = ""  # of its death, where it says one
 
     def tell(self, order: Order) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # dead: `hear` will find out
@@ -105,7 +135,10 @@ class WorkerProcess(WorkerHandle):
     def hear(self) -> Ready | Message | None:
         """What it says next; None where it is dead."""
         try:
-            said: Ready | Message = self.pipe.recv()
+            said: Ready | Message | Dying = self.pipe.recv()
+            while isinstance(said, Dying):
+                self.cause = said.why
+                said = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             return None
         self.heard(said)
@@ -120,12 +153,14 @@ def buried(worker: WorkerProcess) -> Done | Busy | Untraced | None:
     worker.pipe.close()
     worker.process.join(timeout=10)
     code = worker.process.exitcode
+    if not worker.was_ready and worker.cause:
+        raise UserError(worker.cause)
     if not worker.was_ready:
         raise UserError(
             f"a worker ended with exit code {code} before it was ready; what it said stands above"
         )
-    cause = f"the worker died with exit code {code} (-9: killed, often for lack of host memory)"
-    return failure(worker.job, cause) if worker.job else None
+    died = f"the worker died with exit code {code} (-9: killed, often for lack of host memory)"
+    return failure(worker.job, worker.cause or died) if worker.job else None
 
 
 def failure(job: Job, cause: str) -> Done | Busy | Untraced:
@@ -154,24 +189,31 @@ def end(workers: Iterable[WorkerProcess]) -> None:
         worker.pipe.close()
         if not worker.is_free:
             worker.process.kill()
-    until = time.monotonic() + SECONDS_TO_TIDY
+    now = time.monotonic()
     for worker in ending:
+        until = now + (SECONDS_TO_PART if worker.leads else SECONDS_TO_TIDY)
         worker.process.join(timeout=max(until - time.monotonic(), 0.01))
         worker.process.kill()
         worker.process.join(timeout=1)  # at once, but for one that the kernel holds
 
 
 def start_worker(
-    slot: int, plugins: list[str], environment: Mapping[str, str], turn: Turn | None
+    slot: int,
+    plugins: list[str],
+    environment: Mapping[str, str],
+    turn: Turn | None,
+    serving: Serving = ALONE,
 ) -> WorkerProcess:
     ours, theirs = CONTEXT.Pipe()
     process = CONTEXT.Process(
-        target=serve, args=(theirs, plugins, environment, turn), daemon=True
+        target=serving.call,
+        args=(theirs, plugins, environment, turn),
+        daemon=not serving.leads,  # a daemon may start no process
     )
     with _no_signals():
         process.start()
     theirs.close()
-    return WorkerProcess(process, ours, slot=slot)
+    return WorkerProcess(process, ours, serving.leads, slot=slot)
 
 
 @contextmanager

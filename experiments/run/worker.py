@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ablab.core.errors import Halted as HaltedRun
 from ablab.core.errors import Pruned, UserError, one_line, said_by, told
@@ -23,7 +23,7 @@ from ablab.core.store.claim import Claim, Lost, Watch, take
 from ablab.core.store.files import set_aside, write_atomically
 from ablab.core.store.mirror import SECONDS_TO_END, Mirror, mirror_of
 from ablab.core.store.record import Record
-from ablab.core.store.result import FAILED, RETRY, Result
+from ablab.core.store.result import FAILED, OUT_OF_MEMORY, RETRY, Result
 from ablab.experiments.run.messages import (
     Answer,
     Began,
@@ -64,21 +64,31 @@ def serve(
 
     Signals are the runner's to handle: processes.py keeps them from us.
     """
-    threading.Thread(target=_end_with_the_runner, daemon=True).start()
+    end_with_the_parent()
     os.environ.update(environment)
     keep_freed_memory()
-    from ablab.ablations.registry import discover
+    know_plugins(plugins)
     from ablab.core.train.trainer import Warm
 
-    try:
-        discover(plugins)
-    except UserError as refusal:
-        sys.exit(str(refusal))  # it is said on stderr, above what the runner says of our end
     worker = Worker(
         pipe,
         warm=Warm(rehearse=turn is not None),
         turn=turn or contextlib.nullcontext(),
     )
+    answer_all(pipe, worker)
+
+
+def know_plugins(plugins: list[str]) -> None:
+    from ablab.ablations.registry import discover
+
+    try:
+        discover(plugins)
+    except UserError as refusal:
+        sys.exit(str(refusal))  # it is said on stderr, above what the runner says of our end
+
+
+def answer_all(pipe: Connection, worker: "Worker") -> None:
+    """Until the pipe closes, or until the worker had better be replaced: processes.py starts another."""
     with contextlib.suppress(EOFError, *GONE):  # then so are we
         pipe.send(Ready())
         while order := pipe.recv():
@@ -87,12 +97,17 @@ def serve(
             answer = worker.answer(order)
             pipe.send(answer)
             if ends_itself(answer):
-                return  # processes.py starts another
+                return
 
 
 def ends_itself(last: Ready | Message) -> bool:
-    """Whether a worker ends after these words: a crash may poison its process, as CUDA errors do."""
+    """Whether a worker ends after these words: a crash may poison its process, as CUDA errors do.
+
+    One of several ranks that lacked memory has left the others in the midst of a step.
+    """
     match last:
+        case Done(result) if result.status == OUT_OF_MEMORY:
+            return result.runtime.get("ranks", 1) > 1
         case Done(result):
             return result.status == FAILED
         case Untraced():
@@ -111,19 +126,33 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-def _end_with_the_runner() -> None:
+def end_with_the_parent() -> None:
     """A killed runner closes no pipe that a training step would notice; its process handle tells at once."""
-    runner = multiprocessing.parent_process()
-    assert runner, "a worker is started by a runner"
-    runner.join()
+    threading.Thread(target=_end_with_it, daemon=True).start()
+
+
+def _end_with_it() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent, "a worker is started by a runner"
+    parent.join()
     os._exit(1)
+
+
+class Pipe(Protocol):
+    """To the runner: a Connection, or what stands for one."""
+
+    def send(self, said: Any, /) -> None: ...
+
+    def poll(self) -> bool: ...
+
+    def recv(self) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Worker:
     """Executes jobs, one after another."""
 
-    pipe: Connection  # to the runner
+    pipe: Pipe
     warm: "Warm"  # keeps the trainer for the next run of the same structure
     turn: AbstractContextManager[Any]  # held while a run trains
     watch: Watch = field(default_factory=Watch)  # of runs that others hold
@@ -168,7 +197,7 @@ class Worker:
 
     def _trained(self, job: TrainJob, record: Record) -> Answer:
         """Here, or found in the mirror, which has what came of it in the end."""
-        recipe, runtime = _read(job)
+        recipe, runtime = read_job(job)
         mirror = mirror_of(runtime.mirror, record.folder, self._warn, record.fence)
         if mirror.fetch() and (found := _standing(record, job.before, self._warn)):
             return Found(found)
@@ -181,26 +210,9 @@ class Worker:
         self, job: TrainJob, recipe: Recipe, runtime: Runtime, record: Record, mirror: Mirror
     ) -> Done | Halted:
         """A crash is a result too: one line in the record, the traceback beside it."""
-        from ablab.core.train.run import run
-
-        runner = _Runner(self.pipe, job.run)
+        runner = Runner(self.pipe, job.run)
         try:
-            result = run(
-                recipe,
-                runtime,
-                job.data,
-                record,
-                log=runner.log,
-                halts=runner.halts,
-                saved=mirror.push,
-                about=job.about,
-                at_once=job.at_once,
-                warn=self._warn,
-                warm=self.warm,
-                turn=self.turn,
-                parent=None if recipe.before.run else job.start,
-                judge=_judge(job),
-            )
+            result = self._run_called(job, recipe, runtime, record, runner, mirror.push)
         except HaltedRun as end:
             return Halted(end.step)
         except (UserError, Lost, *GONE):
@@ -210,6 +222,35 @@ class Worker:
             result = _crash(job.run, fault, record.folder / "error.txt")
             record.finish(result)
         return Done(result)
+
+    def _run_called(
+        self,
+        job: TrainJob,
+        recipe: Recipe,
+        runtime: Runtime,
+        record: Record,
+        runner: "Heard",
+        saved: Callable[[], None],
+    ) -> Result:
+        """saved: called when a checkpoint is on the disk."""
+        from ablab.core.train.run import run
+
+        return run(
+            recipe,
+            runtime,
+            job.data,
+            record,
+            log=runner.log,
+            halts=runner.halts,
+            saved=saved,
+            about=job.about,
+            at_once=job.at_once,
+            warn=self._warn,
+            warm=self.warm,
+            turn=self.turn,
+            parent=None if recipe.before.run else job.start,
+            judge=_judge(job),
+        )
 
 
 def _judge(job: TrainJob) -> "Judge | None":
@@ -228,7 +269,7 @@ def _clear_the_place(folder: Path, warn: Callable[[str], None]) -> None:
         set_aside(folder)
 
 
-def _read(job: Job) -> tuple[Recipe, Runtime]:
+def read_job(job: Job) -> tuple[Recipe, Runtime]:
     """Raises UserError where this process cannot compute what the runner asked for."""
     recipe = parse(Recipe, job.recipe, "")
     runtime = parse(Runtime, job.runtime, "runtime")
@@ -246,7 +287,7 @@ def _trace(job: TraceJob) -> Traced | Untraced:
     from ablab.ablations.checks.liveness import trace
     from ablab.core.fusion.places import served
 
-    recipe, runtime = _read(job)
+    recipe, runtime = read_job(job)
     torch.set_num_threads(runtime.threads)
     settled = settle(runtime, recipe.batches.largest_micro_batch)
     try:
@@ -304,11 +345,21 @@ def _origin(fault: BaseException, words: str) -> str:
     return words.format(place) if place else ""
 
 
-@dataclass
-class _Runner:
-    """The runner, as a run that trains sees it: who is told scalars, and says when to stop."""
+class Heard(Protocol):
+    """Who is told of a run that trains, and says when to stop."""
 
-    pipe: Connection
+    def log(self, step: int, scalars: Mapping[str, float], seconds: float) -> None:
+        """Raises Pruned where the run is to end here."""
+
+    def halts(self) -> bool:
+        """Asked after every step."""
+
+
+@dataclass
+class Runner:
+    """The runner, as a run that trains sees it."""
+
+    pipe: Pipe
     run: str
     stop: bool = False
     halt: bool = False

@@ -246,6 +246,13 @@ def test_a_message_names_a_command_that_can_be_typed(name, words):
     assert command(name) == words
 
 
+def test_runs_that_went_on_with_another_number_of_gpus_are_said(lab, tmp_path):
+    lab.cell("full", FULL, None, points=5, segments=[[0, 2], [30, 1]])
+    lab.cell("- x", WITHOUT, points=5)
+    text = page(lab, tmp_path)
+    assert "3 of 6 runs went on with another number of GPUs (2 ranks, 1 from step 30 (3" in text
+
+
 def test_a_shared_machine_is_said_and_no_speed_is_compared(lab, tmp_path):
     lab.cell("full", FULL, None, points=5, contended="2 runs at once")
     lab.cell("- x", WITHOUT, points=5)

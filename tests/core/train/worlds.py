@@ -39,6 +39,8 @@ class Threads:
 class ThreadWorld:
     """A World (core/runtime/world.py).  sent: the kinds of its messages, in order."""
 
+    recordable = False
+
     def __init__(self, threads, rank):
         self.threads = threads
         self.rank = rank
