@@ -5,10 +5,13 @@ PyTorch loop of the same model in one process, A-B-B-A, by medians over windows.
 """
 
 import multiprocessing
+import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from statistics import median
@@ -46,7 +49,8 @@ def overhead() -> list[Cost]:
         store = Store(folder)
         experiment = _quickstart(store)
         dry = ("run", "quickstart", "--seeds", f"0-{SEEDS - 1}", "--dry-run", "--store", folder)
-        tracking = _tracking(store) / STEP
+        tracking = _tracking(store, "tracked", _drain) / STEP
+        hung = _tracking(store, "unseen", _drain_to_a_hung_server) / STEP
         runs = f"{12 * SEEDS:,}"
         return [
             Cost("ablab --help", _command("--help"), "s", 0.4),
@@ -59,6 +63,7 @@ def overhead() -> list[Cost]:
                 3.0,
             ),
             Cost(f"tracking, of a {1000 * STEP:.0f} ms step", 100 * tracking, "%", 1.0),
+            Cost("the same, with an MLflow server that hangs", 100 * hung, "%", 1.0),
             Cost(
                 "step on the CPU, over a plain PyTorch loop",
                 _step_ratio(store, experiment),
@@ -119,16 +124,18 @@ def _resume_check(store: Store, experiment: Experiment) -> float:
     return min(host_seconds(check) for _ in range(2))
 
 
-def _tracking(store: Store, count: int = 2000) -> float:
-    """Seconds a step of writing the logs and telling the runner, every tenth step."""
+def _tracking(
+    store: Store, run: str, hears: Callable[[Connection, int, Store], None], count: int = 2000
+) -> float:
+    """Seconds a step of writing the logs and telling the runner, every tenth step.  hears: what the runner does."""
     scalars = dict.fromkeys(SCALARS, 1.2345678)
     pace = {"seconds": 12.345678, "tokens_per_second": 123456.78}
-    record = store.run("tracked")
+    record = store.run(run)
     record.folder.mkdir(parents=True)
     runner_end, worker_end = multiprocessing.Pipe()
     runner = multiprocessing.get_context("spawn").Process(
-        target=_drain,
-        args=(runner_end, count),
+        target=hears,
+        args=(runner_end, count, store),
         daemon=True,
     )
     runner.start()
@@ -144,10 +151,27 @@ def _tracking(store: Store, count: int = 2000) -> float:
     return seconds
 
 
-def _drain(pipe: Connection, count: int) -> None:
+def _drain(pipe: Connection, count: int, store: Store) -> None:
     pipe.send("ready")
     for _ in range(count):
         pipe.recv()
+
+
+def _drain_to_a_hung_server(pipe: Connection, count: int, store: Store) -> None:
+    """Passes all on to trackers whose server takes connections and never answers."""
+    from ablab.core.store.planned import GridPlan, Planned
+    from ablab.experiments.track.chosen import USUAL
+    from ablab.experiments.track.trackers import Trackers
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        os.environ["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{server.getsockname()[1]}"
+        rows = [Planned("base", 0, 0, "unseen", None)]
+        plan = GridPlan("hung", "Who waits?", "val/loss", "lower", "single", rows)
+        trackers = Trackers(store, plan, lambda line: None, USUAL)
+        pipe.send("ready")
+        for _ in range(count):
+            logged: Logged = pipe.recv()
+            trackers.log("unseen", logged.step, logged.scalars, logged.seconds)
 
 
 # -- the step --------------------------------------------------------------------------------------------

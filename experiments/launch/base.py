@@ -76,8 +76,10 @@ class Seat:
         said: Message | Ready | None = None
         while not isinstance(said, Answer):
             said = worker.hear() or buried(worker)
-            if said is not None:
-                yield said
+            assert said and not isinstance(said, Ready), (
+                "a worker with a job is ready, and dies with it"
+            )
+            yield said
         if not worker.is_free:  # it ends, or has ended
             self.worker = None
 

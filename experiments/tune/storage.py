@@ -76,18 +76,16 @@ def _database(url: str) -> "BaseStorage":
     from optuna.storages import RDBStorage
 
     patience = PATIENCE.get(url.split(":")[0], {})
-    how = {
-        "engine_kwargs": {"connect_args": patience},
-        "skip_table_creation": _is_made(url, patience),
-    }
+    engine = {"connect_args": patience}
+    made = _is_made(url, patience)
     for _ in range(TRIES - 1):
         try:
-            return RDBStorage(url, **how)
+            return RDBStorage(url, engine, skip_table_creation=made)
         except Exception as refusal:
             if not MADE_MEANWHILE.search(str(refusal)):
                 raise
         time.sleep(PAUSE_SECONDS)
-    return RDBStorage(url, **how)
+    return RDBStorage(url, engine, skip_table_creation=made)
 
 
 def _is_made(url: str, patience: Mapping[str, Any]) -> bool:

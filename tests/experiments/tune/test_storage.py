@@ -296,11 +296,11 @@ def test_two_stores_may_start_on_a_fresh_server_at_once(tmp_path, monkeypatch):
     asked = []
 
     class Late(storages.RDBStorage):
-        def __init__(self, url, **options):
+        def __init__(self, url, *how, **options):
             asked.append(url)
             if len(asked) == 1:
                 raise RuntimeError('relation "studies" already exists')
-            super().__init__(url, **options)
+            super().__init__(url, *how, **options)
 
     monkeypatch.setattr(storages, "RDBStorage", Late)
     _, record, _ = valley.tune(tmp_path, BLOCK, None)
