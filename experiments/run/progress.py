@@ -37,7 +37,10 @@ class ArmProgress:
 class Watcher(Protocol):
     """Shows what happens.  Every method returns at once."""
 
-    def planned(self, total: int, done: int, jobs: int) -> None: ...
+    def planned(self, total: int, done: int, jobs: int, steps: int) -> None:
+        """steps: of all runs that are to be trained, together."""
+        ...
+
     def started(self, run: PlannedRun) -> None: ...
     def logged(self, run: PlannedRun, step: int, scalars: dict[str, float]) -> None: ...
     def finished(self, run: PlannedRun, result: Result) -> None: ...
@@ -57,7 +60,7 @@ class Quiet:
     """Says only what must not be missed, on stderr."""
 
     def note(self, line: str) -> None: ...
-    def planned(self, total: int, done: int, jobs: int) -> None: ...
+    def planned(self, total: int, done: int, jobs: int, steps: int) -> None: ...
     def started(self, run: PlannedRun) -> None: ...
     def logged(self, run: PlannedRun, step: int, scalars: dict[str, float]) -> None: ...
     def arms(self, arms: list[ArmProgress], metric: str) -> None: ...
@@ -85,7 +88,7 @@ class Lines(Quiet):
             str, int
         ] = {}  # arm of a study -> its trials when a line last said so
 
-    def planned(self, total: int, done: int, jobs: int) -> None:
+    def planned(self, total: int, done: int, jobs: int, steps: int) -> None:
         self.total = total
         self.done = done
         left = total - done
@@ -193,8 +196,6 @@ class Live(Lines):
 
     def __init__(self, metric: str):
         super().__init__(metric)
-        self.left = 0  # runs to train
-        self.steps = 0  # of one run; 0 until the first has begun
         self.arms_above: list[Table] = []  # at most one
         self.arms_pace = Pace()
         self.bars = _bars_below(self.arms_above)
@@ -202,21 +203,13 @@ class Live(Lines):
         self.tasks: dict[str, TaskID] = {}  # run id -> its bar
         self.bars.start()
 
-    def planned(self, total: int, done: int, jobs: int) -> None:
-        super().planned(total, done, jobs)
-        self.left = total - done
-        self.steps = 0
-        self.bars.reset(self.grid, description=self._runs())
-        # None: a bar that waits; reset() takes it for "as before"
-        self._bar(self.grid).total = None if self.left else 0
+    def planned(self, total: int, done: int, jobs: int, steps: int) -> None:
+        super().planned(total, done, jobs, steps)
+        self.bars.reset(self.grid, description=self._runs(), total=steps)
 
     def started(self, run: PlannedRun) -> None:
-        steps = run.recipe.steps
-        if not self.steps:
-            self.steps = steps
-            self.bars.update(self.grid, total=self.left * steps)
         title = f"{run.title} · seed {run.recipe.seed}"
-        self.tasks[run.id] = self.bars.add_task(title, total=steps, note="")
+        self.tasks[run.id] = self.bars.add_task(title, total=run.recipe.steps, note="")
 
     def logged(self, run: PlannedRun, step: int, scalars: dict[str, float]) -> None:
         task = self.tasks[run.id]

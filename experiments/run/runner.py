@@ -58,7 +58,8 @@ def execute(
         for line in unheeded(pool.runtime, known).values():
             watcher.say(line)
         total = len(done) + len(missing)
-        watcher.planned(total, len(done), min(pool.jobs, len(missing)))
+        steps = sum(run.recipe.steps for run in missing)
+        watcher.planned(total, len(done), min(pool.jobs, len(missing)), steps)
         entry = registered(experiment, store, runs, watcher.say) if missing else ""
         desired = DesiredState(experiment, store, runs, claims, watcher.say, entry)
         plan = desired.write(all_alive=run_inert)

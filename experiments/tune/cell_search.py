@@ -17,7 +17,7 @@ from ablab.experiments.plan.sheets import StudySheet
 from ablab.experiments.tune import storage
 from ablab.experiments.tune.proposals import LAID_OUT, Proposer, spread_of
 from ablab.experiments.tune.pruning import Past, Referee
-from ablab.experiments.tune.space import Axis, Point, tidy, total_trials
+from ablab.experiments.tune.space import STAGES, Axis, Point, tidy, total_trials
 from ablab.experiments.tune.storage import direction
 from ablab.experiments.tune.trials import Candidate, ending_of, frozen, recorded
 
@@ -216,15 +216,18 @@ class CellSearch:
         """What trackers show of a run: seen from this study, also where another experiment has trained it."""
         if id not in self.shown:
             run = self._run(0, self.recipes(point), seed)
-            self.shown[id] = self.experiment.params(run)
+            of_stages = {path: value for path, value in point.items() if _of_a_stage(path)}
+            self.shown[id] = self.experiment.params(run) | of_stages
         return self.shown[id]
 
 
 def _concerns(axis: Axis, cell: Cell) -> bool:
     """Whether the cell has what the axis searches: a dose is there with its intervention alone."""
-    if not axis.path.startswith("with."):
-        return True
-    return axis.path.split(".")[1] in cell.treatment
+    return not axis.dose_of or axis.dose_of in cell.treatment
+
+
+def _of_a_stage(path: str) -> bool:
+    return path.startswith(f"{STAGES}.")
 
 
 def _ended(store: Store, run: PlannedRun) -> Result:

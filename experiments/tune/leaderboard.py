@@ -90,8 +90,8 @@ class Leaderboard(Watcher):
         return value < best if self.metric.better == "lower" else value > best
 
     # -- what it passes on -----------------------------------------------------------------------------------------
-    def planned(self, total: int, done: int, jobs: int) -> None:
-        self.watcher.planned(total, done, jobs)
+    def planned(self, total: int, done: int, jobs: int, steps: int) -> None:
+        self.watcher.planned(total, done, jobs, steps)
 
     def started(self, run: PlannedRun) -> None:
         self.watcher.started(run)

@@ -7,11 +7,13 @@ from ablab.analysis.tuning.winners import axis as judged_path
 from ablab.core.errors import UserError
 from ablab.core.language.parse import fields_of, near
 from ablab.core.recipe.load import assign
+from ablab.core.recipe.recipe import Recipe
 from ablab.core.store.study_record import WIDTH
 from ablab.experiments.plan.experiment import Experiment
-from ablab.experiments.plan.sheets import StageSheet, StudySheet
+from ablab.experiments.plan.sheets import StudySheet
+from ablab.experiments.plan.stages import stage_named
 from ablab.experiments.tune.cell_search import CellSearch
-from ablab.experiments.tune.space import Axis, Point, corners
+from ablab.experiments.tune.space import STAGES, Axis, Point, corners
 
 ONE_FOLDER = (
     "all trials of a study read one token folder; start one study for each, with data.name=..."
@@ -55,27 +57,35 @@ def check_paths(experiment: Experiment, axes: Sequence[Axis]) -> None:
             for dose in fields_of(type(intervention)):
                 holders[f"with.{name}.{dose}"] = intervention
     for axis in axes:
-        if why := FIXED.get(axis.path):
+        if why := FIXED.get(axis.leaf):
             raise UserError(f"study.space: {axis.path} cannot be searched: {why}")
-        check_stages(experiment.sheet.stages, axis)
-        holder, path = experiment.base, axis.path
-        if axis.path.startswith("with."):
-            if axis.path not in holders:
+        check_stages(experiment, axis)
+        holder, path = base_of(experiment, axis), axis.leaf
+        if axis.dose_of:
+            if axis.leaf not in holders:
                 raise UserError(
-                    f"study.space: unknown path {axis.path!r}. {near(axis.path, holders)}"
+                    f"study.space: unknown path {axis.path!r}. {near(axis.leaf, holders)}"
                     f"Doses of this experiment: {', '.join(holders) or 'none'}"
                 )
-            holder, path = holders[axis.path], axis.path.split(".")[2]
+            holder, path = holders[axis.leaf], axis.leaf.split(".")[2]
         check_arms(experiment, axis)
         for end in axis.ends:
             assign(holder, path, end)
 
 
+def base_of(experiment: Experiment, axis: Axis) -> Recipe:
+    """The recipe, before interventions, in which an axis moves a path: of its stage, else of the last one."""
+    if axis.stage:
+        return stage_named(experiment.stages, axis.stage).scaled_base
+    return experiment.base
+
+
 def check_arms(experiment: Experiment, axis: Axis) -> None:
     """Refuse a path that tells two arms apart: at each point of the search they would be one."""
-    own = [cell.name for cell in experiment.cells if axis.path in cell.settings]
-    if axis.path.startswith("with."):
-        _, name, dose = axis.path.split(".")
+    searched = {axis.path, axis.leaf}
+    own = [cell.name for cell in experiment.cells if searched & cell.settings.keys()]
+    if axis.dose_of:
+        _, name, dose = axis.leaf.split(".")
         having = [cell for cell in experiment.cells if name in cell.treatment]
         values = [getattr(cell.treatment[name], dose) for cell in having]
         own += [
@@ -88,13 +98,24 @@ def check_arms(experiment: Experiment, axis: Axis) -> None:
         )
 
 
-def check_stages(stages: Sequence[StageSheet], axis: Axis) -> None:
-    """Refuse a path that some stage sets for itself: the search would move the others alone."""
-    own = [stage.name for stage in stages if axis.path in stage.set]
+def check_stages(experiment: Experiment, axis: Axis) -> None:
+    """Refuse a path that some stage sets for itself: the search would move the others alone.
+
+    Likewise a stage that is not there, and a dose of what does not act in it.
+    """
+    own = [stage.name for stage in experiment.sheet.stages if axis.path in stage.set]
     if own:
         raise UserError(
             f"study.space: {axis.path} is set by stage {', '.join(own)} for itself; "
-            "search a path that all stages share"
+            f"search {STAGES}.{own[0]}.{axis.path}, or a path that all stages share"
+        )
+    if not axis.stage:
+        return
+    stage = stage_named(experiment.stages, axis.stage)
+    if axis.dose_of in stage.elsewhere:
+        raise UserError(
+            f"study.space: {axis.path}: {axis.dose_of} acts in other stages than {stage.name!r}; "
+            "name one of those"
         )
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Point = dict[str, Any]  # searched path -> value
 
+STAGES = "stages"  # begins the path of what one stage has for itself
 KINDS = ("log", "uniform", "int", "choices")
 GRID_POINTS = 5  # of an axis that names no number of its own
 MOST_TRIALS = (
@@ -30,6 +31,23 @@ class Axis:
     kind: str  # one of KINDS
     values: tuple[Any, ...]  # (low, high), or the choices
     points: int = GRID_POINTS
+
+    @property
+    def stage(self) -> str:
+        """The one stage in which it is searched, as stages.decay.optim.lr says; empty: in all."""
+        head, _, rest = self.path.partition(".")
+        return rest.partition(".")[0] if head == STAGES else ""
+
+    @property
+    def leaf(self) -> str:
+        """The path without its stage: optim.lr, or with.NAME.DOSE."""
+        return self.path.removeprefix(f"{STAGES}.{self.stage}.")
+
+    @property
+    def dose_of(self) -> str:
+        """The intervention of which it is a dose; empty of a recipe path."""
+        head, _, rest = self.leaf.partition(".")
+        return rest.partition(".")[0] if head == "with" else ""
 
     @property
     def ends(self) -> tuple[Any, ...]:

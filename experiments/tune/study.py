@@ -182,7 +182,8 @@ class Study:
         self._say_unheeded(known)
         carried = jobs or self.launcher.carried(self.experiment.sheet.runtime)
         at_once = min(carried, len(missing))
-        self.watcher.planned(len(generation.runs), len(known), at_once)
+        steps = sum(run.recipe.steps for run in missing)
+        self.watcher.planned(len(generation.runs), len(known), at_once, steps)
         self.leaderboard.generation(generation.candidates, known)
         return missing
 
@@ -226,7 +227,10 @@ class Study:
                 search.cell.name: importance(search.axes, better, search.stored)
                 for search in self.searches
             }
-        recipe_paths = [axis.path for axis in self.axes if not axis.path.startswith("with.")]
+        of_recipes = [axis for axis in self.axes if not axis.dose_of]
+        own = {
+            axis.path: at(soundness.base_of(experiment, axis), axis.leaf) for axis in of_recipes
+        }
         record = StudyRecord(
             name=experiment.name,
             question=experiment.sheet.question,
@@ -234,7 +238,7 @@ class Study:
             better=better,
             space=sheet.space,
             hard={path: (low, high) for path, (low, high) in sheet.hard.items()},
-            base={path: at(experiment.base, path) for path in recipe_paths},
+            base=own,
             sampler=sheet.sampler,
             pruner=sheet.pruner,
             seeds=sheet.seeds,

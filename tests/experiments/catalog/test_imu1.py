@@ -378,3 +378,57 @@ def test_the_recipes_have_the_shape_and_the_tokens_of_the_settings(name):
     last = [32_500 - 1250 * back for back in range(ema.checkpoints)]
     assert ema.snapshots(32_500) == sorted(last)
     assert ema.checkpoints == (6 if name == "imu1_released" else 10)
+
+
+# Millions of tokens a source: 1226_stable.json, 1227_decay.json and 0101_midtrain.json of the release's history.
+PUBLISHED = {
+    "stable": {
+        "dclm_edu": 27_000,
+        "finemath_4": 5_000,
+        "stack_updated": 2_000,
+        "finewiki_en": 8_400,
+        "zyda_2": 4_300,
+        "cosmopedia_edu": 2_400,
+        "datashop_science_qa": 1_000,
+        "megamath_web_pro": 5_000,
+        "python_edu": 12_000,
+        "finepdfs_edu": 8_000,
+    },
+    "decay": {
+        "dclm_edu": 5_062,
+        "arxiv": 2_368,
+        "finemath_4": 2_016,
+        "finewiki_en": 7_487,
+        "synth": 4_846,
+        "zyda_2": 4_369,
+        "legal": 334,
+        "cosmopedia_edu": 4_045,
+        "datashop_science_qa": 2_103,
+        "megamath_web_pro": 5_102,
+        "stackexchange": 2_194,
+        "python_edu": 1_374,
+        "finepdfs_edu": 5_322,
+    },
+    "midtrain": {
+        "dclm_edu": 8_255,
+        "dclm_edu_boolq": 550,
+        "synth": 1_025,
+        "zyda_2": 4_031,
+        "cosmopedia_edu": 1_222,
+        "datashop_science_qa": 413,
+        "megamath_web_pro": 1_272,
+        "stackexchange": 581,
+        "finepdfs_edu": 4_194,
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["imu1", "imu1_scratch", "imu1_warmstart", "imu1_released"])
+def test_each_stage_takes_the_shares_of_its_corpus(name):
+    for stage, recipe in recipes_of(name).items():
+        mix = recipe.data.mix
+        whole = sum(PUBLISHED[stage].values())
+        assert set(mix) == {f"imu1_{stage}_{source}" for source in PUBLISHED[stage]}
+        for source, tokens in PUBLISHED[stage].items():
+            share = mix[f"imu1_{stage}_{source}"] / sum(mix.values())
+            assert share == pytest.approx(tokens / whole, abs=0.001), source

@@ -1,9 +1,11 @@
 """What a person sees while a grid runs."""
 
 import io
+from dataclasses import replace
 
 import pytest
 
+from ablab.core.recipe.recipe import Budget
 from ablab.core.store.result import FAILED, FINISHED, Result
 from ablab.experiments.plan.experiment import PlannedRun
 from ablab.experiments.run.progress import ArmProgress, Live, watcher
@@ -49,7 +51,7 @@ SUCCESS = Result(
 def play(watching, runs) -> None:
     """Two runs, one of which fails."""
     good, bad = runs
-    watching.planned(3, 1, 2)
+    watching.planned(3, 1, 2, 24)
     watching.started(good)
     watching.started(bad)
     watching.logged(good, 6, {"train/loss": 4.1, "tokens_per_second": 1234.0})
@@ -76,10 +78,26 @@ def test_a_terminal_gets_bars_that_leave_and_lines_that_stay(runs, on_a_terminal
 def test_a_grid_that_is_done_already_is_a_full_bar_and_none_that_waits(on_a_terminal):
     on_a_terminal()
     watching = Live("val/loss")
-    watching.planned(6, 6, 0)
+    watching.planned(6, 6, 0, 0)
     assert watching.bars.tasks[0].total == 0
-    watching.planned(6, 4, 2)
-    assert watching.bars.tasks[0].total is None  # until the first run says how long it is
+    watching.close()
+
+
+def test_a_grid_whose_stages_differ_in_length_is_a_bar_of_all_their_steps(runs, on_a_terminal):
+    """Counted by its first run, a chain of 12 and 40 steps would be full after 24."""
+    on_a_terminal()
+    watching = Live("val/loss")
+    first, second = runs
+    longer = replace(second.recipe, budget=Budget(40 * 64))
+    second = replace(second, recipe=longer)
+    watching.planned(2, 0, 1, first.recipe.steps + longer.steps)
+    grid = watching.bars.tasks[0]
+    watching.started(first)
+    watching.logged(first, 12, {"train/loss": 3.0})
+    assert (grid.completed, grid.total) == (12, 52)
+    watching.started(second)
+    watching.logged(second, 40, {"train/loss": 2.0})
+    assert grid.finished
     watching.close()
 
 
@@ -130,7 +148,7 @@ def clock(monkeypatch):
 def test_off_a_terminal_a_run_says_its_step_and_the_time_left_at_a_cadence(runs, clock, capsys):
     """12 steps; 3 of them in 45 s: nine more take 135 s."""
     watching = watcher("val/loss", quiet=False)
-    watching.planned(2, 0, 1)
+    watching.planned(2, 0, 1, 24)
     watching.started(runs[0])
     pace = {"tokens_per_second": 1234.0}
     for seconds, step in ((10, 1), (20, 2), (45, 3), (50, 4), (110, 11), (200, 12)):

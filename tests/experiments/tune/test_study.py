@@ -25,6 +25,11 @@ from ablab.experiments.tune.study import Study
 sys.path.append(str(Path(__file__).parent))
 import valley  # noqa: E402
 
+TWO_STAGES = [
+    {"name": "early", "set": {"budget.tokens": 1280}},
+    {"name": "late", "set": {"budget.tokens": 640, "optim.lr": 0.002}},
+]
+
 COMPLETE, FAIL = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL
 GATED = {
     "with": [{"gating": {"per": "head"}}],
@@ -482,6 +487,31 @@ MANY_POINTS = {
             {},
             r"must be \[low, high\]",
         ),
+        (
+            {"space": RATES},
+            {"stages": TWO_STAGES},
+            "optim.lr is set by stage late for itself; search stages.late.optim.lr, or a path",
+        ),
+        (
+            {"space": {"stages.lat.optim.lr": {"log": [0.1, 1]}}},
+            {"stages": TWO_STAGES},
+            r"no stage 'lat'. Did you mean 'late'\? Stages: early, late",
+        ),
+        (
+            {"space": {"stages.late.optim.lrr": {"log": [0.1, 1]}}},
+            {"stages": TWO_STAGES},
+            r"unknown path 'optim.lrr': no 'lrr'. Did you mean 'lr'\?",
+        ),
+        (
+            {"space": {"stages.early.data.name": {"choices": ["tiny", "web"]}}},
+            {"stages": TWO_STAGES},
+            "stages.early.data.name cannot be searched: all trials",
+        ),
+        (
+            {"space": {"stages.early.with.ema.decay": {"uniform": [0.8, 0.9]}}},
+            {"stages": [TWO_STAGES[0], TWO_STAGES[1] | {"with": ["ema"]}]},
+            "stages.early.with.ema.decay: ema acts in other stages than 'early'",
+        ),
     ],
 )
 def test_a_study_that_cannot_be_is_refused_in_one_line_and_leaves_nothing(
@@ -492,6 +522,36 @@ def test_a_study_that_cannot_be_is_refused_in_one_line_and_leaves_nothing(
     with pytest.raises(UserError, match=said) as refusal:
         study(lab, "bad", block, **keys)
     assert "\n" not in str(refusal.value) and lab.files() == before
+
+
+# -- stages ------------------------------------------------------------------------------------------------------------
+def test_a_path_of_one_stage_is_searched_over_runs_that_share_the_stage_before(tmp_path):
+    """Three rates of the late stage in two arms: the early one is trained once an arm."""
+    block = {
+        "space": {"stages.late.optim.lr": {"log": [6e-3, 2.4e-2], "points": 3}},
+        "sampler": "grid",
+    }
+    held, record, _ = valley.tune(tmp_path, block, stages=TWO_STAGES, **valley.TWO_CELLS)
+    assert len(valley.Formula.trained) == 2 + 6
+    assert len(set(valley.Formula.trained)) == 8
+    for search in held.searches:
+        chains = [
+            search._candidate(i, trial.params).runs[0].chain
+            for i, trial in enumerate(search.spent())
+        ]
+        assert len({early.id for early, _ in chains}) == 1
+        assert {early.recipe.optim.lr for early, _ in chains} == {
+            held.experiment.stages[0].base.optim.lr
+        }
+        rates = [trial.params["stages.late.optim.lr"] for trial in search.spent()]
+        assert [late.recipe.optim.lr for _, late in chains] == rates == [0.006, 0.012, 0.024]
+        values = [trial.value for trial in search.spent()]
+        assert values == [valley.valley(late.recipe) for _, late in chains]
+        best = rates[values.index(min(values))]
+        assert best == (0.024 if "qk_norm" in search.cell.treatment else valley.OPTIMUM)
+    assert record.base == {"stages.late.optim.lr": 0.002}
+    rows = held.plan().rows
+    assert [row.params["stages.late.optim.lr"] for row in rows] == [0.006, 0.012, 0.024] * 2
 
 
 def test_an_experiment_without_a_study_says_what_to_add(lab):
