@@ -194,7 +194,7 @@ class Worker:
                 halts=runner.halts,
                 saved=mirror.push,
                 about=job.about,
-                at_once=job.at_once,
+                shared=job.shared,
                 warn=self._warn,
                 warm=self.warm,
                 turn=self.turn,
