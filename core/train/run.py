@@ -58,8 +58,8 @@ def run(
     parent: Path | None = None,
     halts: Halts = never,
     judge: Judge | None = None,
-    at_once: int = 1,
     saved: Callable[[], None] = unfenced,
+    shared: str = "",
 ) -> Result:
     """Train to the end, from the last checkpoint if there is one, and leave a result.
 
@@ -68,8 +68,8 @@ def run(
     turn: held from the first step to the last; whoever shares the device waits for it.
     parent: folder of what the recipe's `init` begins with; None: the run folder beside ours that it names.
     judge: asked at the end for more scores, which stand in the result like any other.
-    at_once: runs that train on the device at one time; with others, the pace of this one compares with none.
     halts: asked after every step whether to save and leave.  saved: called when a checkpoint is on the disk.
+    shared: who else trains on the device, in words; then its pace compares with none.
     Raises UserError for data that does not fit the recipe and for a folder that cannot be written; Halted.
     """
     settled = settle(runtime, recipe.batches.largest_micro_batch)
@@ -113,7 +113,7 @@ def run(
             trainer.saver.settle()
     result = _result(recipe, settled, kernels, trainer, status, error, metrics)
     if trainer:
-        result = replace(result, contended=_contended(trainer, at_once))
+        result = replace(result, contended=_contended(trainer, shared))
     record.sync(warn)
     result = replace(result, log=digest_of(record.logged()), dynamics=record.digest_of_looks())
     if trainer and status == FINISHED:
@@ -303,14 +303,12 @@ def _result(
     )
 
 
-def _contended(trainer: Trainer, at_once: int) -> str:
+def _contended(trainer: Trainer, shared: str) -> str:
     """Why the pace is that of a shared machine; empty where nothing was seen to share it.
 
-    at_once: runs that train on the device at one time.  One thread on a core of its own has all of it but 1 %.
+    One thread on a core of its own has all of it but 1 %.
     """
-    seen = []
-    if at_once > 1:
-        seen.append(f"{at_once} runs at once")
+    seen = [shared] if shared else []
     runtime, share = trainer.runtime, trainer.watch.share
     if runtime.device == "cpu" and runtime.threads == 1 and share < QUIET:
         seen.append("less than a core")

@@ -38,6 +38,7 @@ def prepare(
     from ablab.experiments.plan.experiment import load
 
     discover(plugins or ())
+    _refuse_name_of_a_plan(name, store)
     asked = overrides_from(overrides or [])
     if scale is not None:
         asked["scale"] = share_of(scale)
@@ -60,6 +61,20 @@ def experiments_of(name: str, words: list[str]) -> list[tuple[str, list[str]]]:
         else:
             found.append((word, []))
     return found
+
+
+def _refuse_name_of_a_plan(name: str, store: Store) -> None:
+    """Raises UserError for a name that only the store knows, with what was typed for it."""
+    from ablab.core.store.planned import command
+    from ablab.experiments.plan.sheets import catalog
+
+    if name.endswith((".yaml", ".yml")) or name in catalog() or name not in store.experiments():
+        return
+    plan = store.read_plan(name)
+    again = command(name, "run", plan.sheet, plan.asked)
+    raise UserError(
+        f"{name!r} is the name of a plan in {store.root}; it was asked for as: {again}"
+    )
 
 
 def held_name(

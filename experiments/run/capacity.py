@@ -2,11 +2,13 @@
 
 import math
 import os
+import subprocess
 
 from ablab.core.runtime.runtime import Runtime, visible_gpus
 
 # jobs a GPU that do not take turns: 36 runs of `quickstart` took 78 s one by one, 47 s with 4 jobs, 45 s with 8
 AT_ONCE = 4
+SOON = 10  # seconds that nvidia-smi may take: 0.1 on a card that is awake, 3 on one that is not
 
 
 def gpus_for(runtime: Runtime) -> list[str]:
@@ -51,6 +53,40 @@ def training_at_once(runtime: Runtime, jobs: int) -> int:
 def runs_a_device(runtime: Runtime, jobs: int) -> int:
     """Of so many jobs, those that train on one device at one time; all CPUs of the machine are one."""
     return math.ceil(training_at_once(runtime, jobs) / max(len(gpus_for(runtime)), 1))
+
+
+def shared_by(runtime: Runtime, jobs: int, strangers: int) -> str:
+    """Why the pace of a run is that of a shared device, in words; empty where nothing shares it.
+
+    strangers: other processes that computed on its GPUs before (`strangers_on`).
+    """
+    seen = []
+    if (at_once := runs_a_device(runtime, jobs)) > 1:
+        seen.append(f"{at_once} runs at once")
+    if strangers:
+        seen.append("another process on the card")
+    return " and ".join(seen)
+
+
+def strangers_on(gpus: list[str]) -> int:
+    """Processes that compute on these GPUs, before one of ours does; 0 where nvidia-smi is not there or sees none.
+
+    In a container it sees those of the container alone, if any.
+    """
+    if not gpus:
+        return 0
+    words = [
+        "nvidia-smi",
+        f"--id={','.join(gpus)}",
+        "--query-compute-apps=pid",
+        "--format=csv,noheader",
+    ]
+    try:
+        # No shell; the program is looked for on the user's own PATH.
+        asked = subprocess.run(words, capture_output=True, text=True, timeout=SOON)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.strip().isdigit() for line in asked.stdout.splitlines())
 
 
 def _cores() -> int:

@@ -37,7 +37,7 @@ class TrainJob:
     # What it is asked at its end; None: nothing.
     judging: Judging | None = None
     about: dict[str, Any] = field(default_factory=dict)  # what run.json says besides
-    at_once: int = 1  # runs that train on one device at one time
+    shared: str = ""  # why its pace is that of a shared device, in words
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ablab.core.store.result import DIVERGED, FINISHED, RETRY, Result
 from ablab.core.store.store import Store
 from ablab.experiments.evaluate.judge import check
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
-from ablab.experiments.run.capacity import on_gpus, runs_a_device
+from ablab.experiments.run.capacity import gpus_for, on_gpus, shared_by, strangers_on
 from ablab.experiments.run.executor import Executor, Launcher, Task
 from ablab.experiments.run.forecast import Pace
 from ablab.experiments.run.gate import Gate
@@ -93,7 +93,10 @@ class Pool:
             folder = data_folder(stage.base, store, watcher.note)
             self.data[stage.base.data.name] = folder
         self.pace = Pace(self.runtime)
-        self.at_once = 1  # runs that train on one device at one time
+        self.strangers = strangers_on(
+            gpus_for(self.runtime)
+        )  # asked before a worker of ours is there
+        self.shared = ""
         if judging := experiment.judging:
             check(judging.suites, judging.metric)
         self.executor: Executor = launcher.start(store, self.runtime, jobs, plugins)
@@ -125,7 +128,7 @@ class Pool:
         self.before |= {run.id: self.store.run(run.id).stamp() for run in runs}
         self.parents |= {run.recipe.before.run for run in runs}
         distinct = len({run.id for run in runs})
-        self.at_once = runs_a_device(self.runtime, min(self.jobs, distinct))
+        self.shared = shared_by(self.runtime, min(self.jobs, distinct), self.strangers)
         reception = Reception(self, runs, stops, gate)
         with halted_by_it(self.executor):
             self.executor.execute(reception.first_tasks(), reception.heard)
@@ -156,7 +159,7 @@ class Pool:
                 "experiment": self.experiment.name,
                 "params": self.experiment.params(run),
             },
-            at_once=self.at_once,
+            shared=self.shared,
         )
 
     def is_begun(self, run: PlannedRun) -> bool:

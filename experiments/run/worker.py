@@ -244,7 +244,7 @@ class Worker:
             halts=runner.halts,
             saved=saved,
             about=job.about,
-            at_once=job.at_once,
+            shared=job.shared,
             warn=self._warn,
             warm=self.warm,
             turn=self.turn,

@@ -60,6 +60,10 @@ def test_another_metric_under_a_name_of_its_own_retrains_nothing_and_replaces_no
     measured = {one["cell"]: one["mean"] for one in told["effects"]}
     assert measured["hot"] == lab.result("mine", "hot")["metrics"]["train/loss"]
     assert (lab.store / "experiments" / "own.json").read_bytes() == plan
+    by_its_name = ablab("run", "mine", "--dry-run")
+    assert by_its_name.code == 2
+    again = "ablab run own.yaml metric.name=train/loss name=mine 'question=Which trains?'"
+    assert by_its_name.err.endswith(f"it was asked for as: {again}\n")
     clash = ablab("run", "own.yaml", "name=mine", "optim.lr=0.5", *QUICK)
     assert clash.code == 2
     assert "was asked for with other words: ablab run own.yaml" in clash.err

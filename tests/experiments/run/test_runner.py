@@ -184,6 +184,8 @@ def test_another_number_of_workers_gives_the_same_bits(lab, first, new_lab):
     here = lab.results("grid")
     there = other.results("grid")
     assert weights(here, pairs=(0, 1)) == weights(there, pairs=(0, 1))
+    assert all(one["contended"].startswith("2 runs at once") for one in there.values())
+    assert not any("at once" in one["contended"] for one in here.values())
     for id in each("run", there.values()):
         assert metrics_of(lab, id) == metrics_of(other, id)
 
