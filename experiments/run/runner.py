@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ablab.core.runtime.runtime import Runtime
+from ablab.core.store.evaluation import scores_of
 from ablab.core.store.planned import GridPlan
 from ablab.core.store.record import Record
-from ablab.core.store.result import RETRY, Result
+from ablab.core.store.result import FINISHED, RETRY, Result
 from ablab.core.store.store import Store
+from ablab.experiments.evaluate.names import asked_of
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.plan.grid_plan import merged_plan
 from ablab.experiments.run.executor import Launcher
@@ -56,6 +58,8 @@ def execute(
             pool.pace.learn(run, known[run.id].step, known[run.id].seconds)
         done = [run.id for run in ended]
         for line in unheeded(pool.runtime, known).values():
+            watcher.say(line)
+        if line := unasked(experiment, store, [known[run.id] for run in ended]):
             watcher.say(line)
         total = len(done) + len(missing)
         steps = sum(run.recipe.steps for run in missing)
@@ -123,6 +127,28 @@ def unheeded(asked: Runtime, results: Mapping[str, Result]) -> dict[str, str]:
                 "delete their folders in runs/ to train them so"
             )
     return lines
+
+
+def unasked(experiment: Experiment, store: Store, results: Iterable[Result]) -> str:
+    """A line on runs that ended before the experiment's metric was asked of them; empty without any."""
+    judging = experiment.judging
+    if not judging or not judging.metric:
+        return ""
+    lacking = [
+        one.run
+        for one in results
+        if one.status == FINISHED
+        and judging.metric not in one.metrics | scores_of(store.run(one.run), one)
+    ]
+    if not lacking:
+        return ""
+    suite = asked_of(judging.metric).suite
+    limit = f" --max-per-task {judging.limit}" if judging.limit else ""
+    return (
+        f"{judging.metric} was not asked of {len(lacking)} runs that have ended, first {lacking[0]}; those that kept "
+        f"their weights can be asked: ablab eval {experiment.name} --suite {suite} "
+        f"--bundle {judging.suites[suite]}{limit}"
+    )
 
 
 def result_of(record: Record, say: Callable[[str], None]) -> Result | None:

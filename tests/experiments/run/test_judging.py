@@ -93,6 +93,22 @@ def test_what_is_asked_at_the_end_renames_no_run(lab, ablab, words, judged):
     }
 
 
+def test_runs_that_ended_unasked_are_named_until_they_are_asked(lab, ablab, words):
+    late = {"data.batch": 2, "budget.tokens": 320}
+    kept = {"set": late, "runtime": {"keep_weights": True}, "design": "single"}
+    first = words("late", **kept)
+    assert len(ablab("run", first, "--json", "--track", "none").trained) == 1
+    again = words("late", **kept, metric=METRIC, evaluate={"blimp": "pairs"})
+    said = ablab("run", again, "--track", "none").err
+    assert "eval/blimp_1_of_67 was not asked of 1 runs that have ended" in said
+    cure = said.partition("ablab eval ")[2].splitlines()[0].split()
+    asked = ablab("eval", *cure, "--track", "none")
+    assert asked.code == 0, asked
+    assert "was not asked" not in ablab("run", again, "--track", "none").err
+    (row,) = ablab("report", again, "--json").json["evaluations"]
+    assert row["name"] == METRIC["name"] and row["seeds"] == 1
+
+
 REFUSED = {
     "no such folder": ({"name": "eval/blimp"}, {"blimp": "none"}, "holds no paradigm"),
     "no such bundle": ({"name": "eval/core"}, {"core": "none"}, "no bundle"),
