@@ -130,6 +130,11 @@ class RayLauncher:
             "ask for less with --ray num_gpus=0.5 or runtime.device=cpu, or wait for nodes with --jobs N"
         )
 
+    def sharing(self, runtime: Runtime, jobs: int) -> str:
+        """A whole GPU is a run's own; part of one, or a CPU, may have others."""
+        part = self._needs(runtime).num_gpus
+        return "" if part >= 1 else f"runs with {part:g} GPUs each"
+
     def start(
         self, store: Store, runtime: Runtime, jobs: int | None, plugins: Iterable[str]
     ) -> Executor:

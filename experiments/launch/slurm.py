@@ -92,6 +92,10 @@ class SlurmLauncher:
     def carried(self, runtime: Runtime) -> int:
         return int(self.options.get("array_parallelism", AT_ONCE))
 
+    def sharing(self, runtime: Runtime, jobs: int) -> str:
+        """A job has what SLURM gave it alone."""
+        return ""
+
     def start(
         self, store: Store, runtime: Runtime, jobs: int | None, plugins: Iterable[str]
     ) -> Executor:

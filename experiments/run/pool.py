@@ -14,7 +14,7 @@ from ablab.core.store.result import DIVERGED, FINISHED, RETRY, Result
 from ablab.core.store.store import Store
 from ablab.experiments.evaluate.judge import check
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
-from ablab.experiments.run.capacity import gpus_for, on_gpus, shared_by, strangers_on
+from ablab.experiments.run.capacity import on_gpus
 from ablab.experiments.run.executor import Executor, Launcher, Task
 from ablab.experiments.run.forecast import Pace
 from ablab.experiments.run.gate import Gate
@@ -93,10 +93,8 @@ class Pool:
             folder = data_folder(stage.base, store, watcher.note)
             self.data[stage.base.data.name] = folder
         self.pace = Pace(self.runtime)
-        self.strangers = strangers_on(
-            gpus_for(self.runtime)
-        )  # asked before a worker of ours is there
-        self.shared = ""
+        self.launcher = launcher
+        self.shared = ""  # why the pace of its runs is that of a shared device
         if judging := experiment.judging:
             check(judging.suites, judging.metric)
         self.executor: Executor = launcher.start(store, self.runtime, jobs, plugins)
@@ -128,7 +126,7 @@ class Pool:
         self.before |= {run.id: self.store.run(run.id).stamp() for run in runs}
         self.parents |= {run.recipe.before.run for run in runs}
         distinct = len({run.id for run in runs})
-        self.shared = shared_by(self.runtime, min(self.jobs, distinct), self.strangers)
+        self.shared = self.launcher.sharing(self.runtime, min(self.jobs, distinct))
         reception = Reception(self, runs, stops, gate)
         with halted_by_it(self.executor):
             self.executor.execute(reception.first_tasks(), reception.heard)

@@ -8,7 +8,7 @@ from ablab.core.errors import UserError
 from ablab.core.recipe.recipe import Recipe
 from ablab.core.runtime.runtime import NO_GPU, Runtime, rows_at_once
 from ablab.core.store.store import Store
-from ablab.experiments.run.capacity import default_jobs, gpus_for
+from ablab.experiments.run.capacity import default_jobs, gpus_for, shared_by, strangers_on
 from ablab.experiments.run.executor import Executor
 from ablab.experiments.run.processes import local_processes
 from ablab.experiments.run.service import settle_service
@@ -47,6 +47,11 @@ def check_room(runtime: Runtime) -> None:
 class ThisMachine:
     """A Launcher."""
 
+    def __init__(self) -> None:
+        self.strangers = (
+            0  # processes that computed on its GPUs before a worker of ours was there
+        )
+
     def settled(
         self, runtime: Runtime, recipes: Iterable[Recipe], plugins: Iterable[str | Path]
     ) -> Runtime:
@@ -62,9 +67,13 @@ class ThisMachine:
     def carried(self, runtime: Runtime) -> int:
         return default_jobs(runtime) if ranks_here() == 1 else 1
 
+    def sharing(self, runtime: Runtime, jobs: int) -> str:
+        return shared_by(runtime, jobs, self.strangers)
+
     def start(
         self, store: Store, runtime: Runtime, jobs: int | None, plugins: Iterable[str]
     ) -> Executor:
+        self.strangers = strangers_on(gpus_for(runtime))
         if ranks_here() > 1:
             return InThisProcess(runtime)
         return local_processes(runtime, jobs or self.carried(runtime), plugins)
