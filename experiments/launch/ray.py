@@ -132,7 +132,7 @@ class RayLauncher:
 
     def sharing(self, runtime: Runtime, jobs: int) -> str:
         """A whole GPU is a run's own; part of one, or a CPU, may have others."""
-        part = self._needs(runtime).num_gpus
+        part = self._needs(runtime).num_gpus or 0.0
         return "" if part >= 1 else f"runs with {part:g} GPUs each"
 
     def start(

@@ -68,7 +68,7 @@ class Launcher(Protocol):
         """How many runs it carries at a time, where nobody says."""
 
     def sharing(self, runtime: Runtime, jobs: int) -> str:
-        """Of so many runs at a time: why the pace of one is that of a shared device, in words; empty where it is not."""
+        """Of so many runs at a time: why the pace of one is that of a shared device; empty where it is not."""
 
     def start(
         self, store: Store, runtime: Runtime, jobs: int | None, plugins: Iterable[str]
