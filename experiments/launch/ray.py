@@ -157,15 +157,16 @@ def connect(ray: Any, address: str) -> None:
         # It would still print what happens to nodes, to stdout; a Lost says it in a line.
         ray._private.worker._worker_logs_enabled = False
     except Exception as refusal:
-        said = one_line(str(refusal))
-        if "token" in said.lower() or "auth" in said.lower():
+        said = one_line(str(refusal))[:100]
+        if address in ("auto", "local"):
             raise UserError(
-                f"the Ray cluster at {address} asks for its token; set RAY_AUTH_MODE=token and put the token into "
-                "~/.ray/auth_token or $RAY_AUTH_TOKEN, as on its nodes"
+                f"no Ray cluster runs on this machine ({said}); start one with `ray start --head`, or name one: "
+                "--address HOST:6379 on a machine of it, ray://HOST:10001 from any other"
             ) from None
         raise UserError(
-            f"no Ray cluster at {address} ({said[:120]}); start one with `ray start --head`, or name it: "
-            "--address HOST:6379, or ray://HOST:10001 from a machine outside"
+            f"the Ray cluster at {address} does not let us in ({said}); where it asks for a token, set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or ~/.ray/auth_token, as on its nodes; "
+            f"else look whether it runs Ray {ray.__version__}, as this machine does"
         ) from None
     finally:
         signal.signal(signal.SIGTERM, before)  # which Ray has made its own
