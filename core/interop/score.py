@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ablab.core.errors import UserError
+from ablab.core.interop.folder import source_of
 from ablab.core.interop.speaking import Speaker
+from ablab.core.interop.text import begin_of
 from ablab.core.model.objective import token_losses
 from ablab.core.store.store import Store
 
@@ -173,7 +175,9 @@ class AblabScorer(Batched):
         batch: int = 16,
     ) -> "AblabScorer":
         """Raises UserError as Speaker.of does."""
-        return cls(Speaker.of(folder, store, None, device, dtype), batch)
+        scorer = cls(Speaker.of(folder, store, None, device, dtype), batch)
+        scorer.first = begin_of(folder, source_of(folder), scorer.words)
+        return scorer
 
     def ids(self, text: str) -> list[int]:
         return self.words.tokenizer.encode(text, add_special_tokens=False).ids

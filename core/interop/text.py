@@ -72,6 +72,17 @@ def end_of(tokenizer: Path) -> int | None:
     return Tokenizer.from_file(str(tokenizer)).token_to_id(END)
 
 
+def begin_of(folder: Path, source: Source, words: Words) -> int | None:
+    """The id before a text that has nothing before it: an imported model's BOS, else the end of text."""
+    beside = folder / BESIDE / "tokenizer_config.json"
+    told = read_json(beside).get("bos_token") if beside.is_file() else None
+    word = told.get("content") if isinstance(told, dict) else told
+    begin = source.config.get("bos_token_id")
+    if isinstance(word, str):
+        begin = words.tokenizer.token_to_id(word)
+    return begin if isinstance(begin, int) else words.end
+
+
 def ends_of(folder: Path, source: Source, words: Words) -> frozenset[int]:
     """Ids after which a text is over: those of an imported model, else the end of text."""
     told = list(_told(folder, source))

@@ -14,12 +14,19 @@ from ablab.core.store.evaluation import path_of, read
 from ablab.core.store.planned import GridPlan, Planned
 from ablab.core.store.store import Store
 from ablab.core.train.run import run
+from ablab.experiments.track.mlflow_view import MlflowView
 
 TEXT = "The cat sat on the mat, and the dog ran after the cat until both were tired. "
 PAIRS = [
     ("The cat sat on the mat.", "Mat the on sat cat the."),
     ("both were", "were were were"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def shown_to_nobody(monkeypatch):
+    """Unless a command says --track."""
+    monkeypatch.setenv("ABLAB_TRACK", "none")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,7 @@ def test_a_run_is_asked_once_and_its_answers_stand_beside_its_result(
     lab, ablab, trained, pairs
 ):
     words = ("eval", trained[0][:8], "--suite", "blimp", "--bundle", pairs)
-    said = ablab(*words)
+    said = ablab(*words, "--track", "mlflow")
     assert said.code == 0, said
     path = path_of(lab.run_folder(trained[0]), "blimp_1_of_67")
     kept = read(path)
@@ -68,6 +75,8 @@ def test_a_run_is_asked_once_and_its_answers_stand_beside_its_result(
     assert [len(part.values) for part in kept.parts] == [2]
     score = kept.headlines["eval/blimp_1_of_67"].value
     assert f"eval/blimp_1_of_67  {score:.4f}" in said.out
+    (shown,) = MlflowView(Store(lab.store)).runs("tales", trained[0])
+    assert shown.data.metrics["eval/blimp_1_of_67"] == score
     stamp = path.stat().st_mtime_ns
     (told,) = ablab(*words, "--json").json
     assert path.stat().st_mtime_ns == stamp  # nothing was asked again

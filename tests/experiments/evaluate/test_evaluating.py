@@ -166,6 +166,17 @@ def test_weights_and_exported_folders_are_one_model(tmp_path, folder, pairs, own
     assert found[0] == found[1]
 
 
+def test_texts_of_an_imported_model_begin_as_they_did_there(tmp_path, folder):
+    """With its BOS, as its tokenizer_config names it; of our own models, with the end of text."""
+    subject = subject_of(str(folder), Store(tmp_path / "store"))
+    own = subject.scorer(How("cpu"), "cpu")
+    assert own.first == own.words.end == 0
+    (folder / "hf").mkdir()
+    (folder / "hf" / "tokenizer_config.json").write_text('{"bos_token": "a"}')
+    imported = subject.scorer(How("cpu"), "cpu")
+    assert [imported.first] == imported.ids("a")
+
+
 def test_a_folder_that_lacks_files_says_which(tmp_path, folder):
     from shutil import copytree
 
