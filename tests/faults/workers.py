@@ -25,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the order of sums depends o
 sys.path.insert(0, str(Path(__file__).parent))
 import processes  # noqa: E402
 from processes import PATIENCE, Running, wait_for  # noqa: E402
-from scenes import GRID, Lab, difference, furnish, of_runs  # noqa: E402
+from scenes import GRID, Lab, differences, furnish, of_runs  # noqa: E402
 
 from ablab.core.store import claim  # noqa: E402
 from ablab.core.store.claim import State, standing  # noqa: E402
@@ -165,7 +165,7 @@ def campaign(root: Path, seeds: int) -> str:
     seconds = time.monotonic() - began
     times = workers.finished()
     assert set(times.values()) == {1}, [run for run, count in times.items() if count > 1]
-    differs = difference(of_runs(calm), of_runs(shared))
+    differs = differences(of_runs(calm), of_runs(shared))
     assert not differs, differs
     shares = Counter(line.split()[1] for line in workers.lines())
     told = ", ".join(f"{host} {count}" for host, count in sorted(shares.items()))
