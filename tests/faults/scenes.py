@@ -76,6 +76,7 @@ OF_THE_CLOCK = (
     "tokens_per_second_ratio",
     "speed",
     "peak_bytes",
+    "contended",  # whether other programs took its cores
     "seal",  # of all that a result says
     "provenance",  # when the ledger heard of it
     "sheet",  # where its file lies
@@ -196,6 +197,7 @@ def of_runs(lab: Lab) -> Left:
         )
         if plan.design != "study":
             told = report_of(store, name)
+            _split(told, "warnings", "shared their machine")  # as the clock has it
             left[f"report of {name}: lost pace"] = _split(told, "warnings", "pace.jsonl")
             left[f"report of {name}"] = told
         for row in plan.rows:
