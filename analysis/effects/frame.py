@@ -132,7 +132,7 @@ def _look(row: Planned, record: Record, result: Result | None) -> pd.DataFrame:
         "run": row.run,
         "status": _status(record, result),
     }
-    tokens = {line["step"]: line["tokens"] for line in record.metrics()}
+    tokens = {line["step"]: line.get("tokens", math.nan) for line in record.metrics()}
     lines: list[dict[str, Any]] = []
     for line in record.dynamics(result):
         step = int(line["step"])

@@ -98,9 +98,12 @@ def exam(name: str, limit: int | None = None, include: Path | None = None) -> Ha
 
     Raises UserError: the harness is not installed, no such task, its data cannot be had, a task that generates.
     """
+    manager = _manager(
+        name, include
+    )  # says so where there is no harness, which the next line needs
     from ablab.experiments.evaluate.harness_model import Interviewed
 
-    run = _running(name, limit, _manager(name, include))
+    run = _running(name, limit, manager)
     hearing = Interviewed()
     run(hearing)
     texts = sorted(hearing.asked)

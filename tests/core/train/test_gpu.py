@@ -71,6 +71,7 @@ def test_resume_on_the_gpu_equals_never_stopping(tiny, token_folder, tmp_path):
     for _ in range(5):
         stopped.advance()
     stopped.save(tmp_path)
+    stopped.saver.wait()
     resumed = Trainer(recipe, runtime, token_folder)
     resumed.restore(tmp_path, print)
     for _ in range(4):

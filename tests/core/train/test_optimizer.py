@@ -118,6 +118,7 @@ def test_an_empty_slot_keeps_nothing_and_a_full_one_is_saved(tiny, token_folder,
     for _ in range(4):
         stopped.advance()
     stopped.save(tmp_path)
+    stopped.saver.wait()
     resumed.restore(tmp_path, print)
     for _ in range(4):
         resumed.advance()

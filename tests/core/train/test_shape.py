@@ -95,6 +95,7 @@ def test_resuming_in_any_phase_equals_never_stopping(tiny, token_folder, tmp_pat
     for _ in range(at):
         stopped.advance()
     stopped.save(tmp_path)
+    stopped.saver.wait()
     resumed.restore(tmp_path, print)
     while resumed.step < recipe.steps:
         resumed.advance()

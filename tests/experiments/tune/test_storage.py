@@ -334,11 +334,6 @@ def test_a_store_of_any_name_holds_its_own_database(tmp_path, name):
             {"metric": {"name": "train/loss"}},
             "whose metric is val/loss, but this one has train/loss",
         ),
-        (
-            {},
-            {"metric": {"name": "val/loss", "better": "higher"}},
-            "whose better is lower, but this one has higher",
-        ),
         ({}, {"set": {"budget.tokens": 640}}, "whose recipe is [0-9a-f]+, but this one has"),
     ],
 )
@@ -354,6 +349,13 @@ def test_a_study_made_with_other_facts_is_left_alone_and_the_fact_is_named(
     ):
         valley.tune(root, BLOCK | block, **(valley.TWO_CELLS | keys))
     assert (root / "trials.journal").read_bytes() == before and valley.Formula.trained == []
+
+
+def test_a_study_of_the_other_direction_is_another_study(tmp_path):
+    norms = {"name": "train/grad_norm", "better": "lower"}
+    valley.tune(tmp_path, BLOCK, metric=norms)
+    with pytest.raises(UserError, match="whose better is lower, but this one has higher"):
+        valley.tune(tmp_path, BLOCK, metric=norms | {"better": "higher"})
 
 
 def test_a_grid_with_other_points_is_another_study(tmp_path):

@@ -92,7 +92,8 @@ class Formula:
         done = {int(line["step"]) for line in record.metrics()}
         for step in (5, 10, 15, 20) if status == FINISHED else (5,):
             time.sleep(self.seconds / 4)
-            scalars = {"tokens": step * 64, "val/loss": value + (20 - step) * 0.02}
+            above = value + (20 - step) * 0.02
+            scalars = {"tokens": step * 64, "val/loss": above, "train/grad_norm": above}
             if step not in done:
                 record.log(step, scalars, {"seconds": step * 0.1, "tokens_per_second": 640.0})
             if stops(run, step, scalars):
@@ -103,7 +104,7 @@ class Formula:
             status=status,
             step=step,
             tokens=step * 64,
-            metrics={"val/loss": value} if status == FINISHED else {},
+            metrics={"val/loss": value, "train/grad_norm": value} if status == FINISHED else {},
             seconds=1.0,
             tokens_per_second=640.0,
         )
