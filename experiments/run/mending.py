@@ -1,10 +1,12 @@
-"""What is lost of the folder of a run that has ended, beside its result: written again, or named.
+"""What is lost of the folder of a run that has ended, beside its result: written again, or named; and what is too much.
 
 recipe.yaml   the run's identity says what it held
 run.json      but for when the run began and on which machine, which nobody knows any more
 pace.jsonl    cannot be known again: how fast each part of the run was.  No verdict rests on it
+checkpoints/  of a process that was killed between the result and its last act
 """
 
+import shutil
 from collections.abc import Callable
 
 from ablab.core.errors import UserError
@@ -15,7 +17,7 @@ from ablab.core.recipe.load import read_yaml
 from ablab.core.recipe.recipe import Recipe, plain
 from ablab.core.store.files import set_aside, write_atomically
 from ablab.core.store.record import Record
-from ablab.core.store.result import Result
+from ablab.core.store.result import FINISHED, Result
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 
 Say = Callable[[str], None]
@@ -40,6 +42,12 @@ def mend(
         record.restore_about(known | facts_of(run.recipe))
     if lost := record.lost_pace():
         say(lost)
+
+
+def sweep(record: Record, result: Result) -> None:
+    """Remove the checkpoints of a finished run that kept none for good."""
+    if result.status == FINISHED and not result.runtime.get("keep_every"):
+        shutil.rmtree(record.folder / "checkpoints", ignore_errors=True)
 
 
 def _mend_recipe(record: Record, recipe: Recipe, say: Say) -> None:

@@ -18,7 +18,7 @@ from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.plan.grid_plan import merged_plan
 from ablab.experiments.run.executor import Launcher
 from ablab.experiments.run.gate import Gate
-from ablab.experiments.run.mending import mend
+from ablab.experiments.run.mending import mend, sweep
 from ablab.experiments.run.pool import Outcome, Pool
 from ablab.experiments.run.progress import Watcher
 from ablab.experiments.run.registering import registered
@@ -154,7 +154,10 @@ def unasked(experiment: Experiment, store: Store, results: Iterable[Result]) -> 
 def result_of(record: Record, say: Callable[[str], None]) -> Result | None:
     """The result of a run, or None when it has to run (again).
 
-    A damaged one is named, set aside, and counts as none.
+    A damaged one is named, set aside, and counts as none.  What a killed process left beside a sound one goes.
     """
     result = record.sound_result(say)
-    return None if result and result.status in RETRY else result
+    if result is None or result.status in RETRY:
+        return None
+    sweep(record, result)
+    return result

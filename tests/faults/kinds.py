@@ -549,7 +549,9 @@ def plugin_breaks(case: Case) -> None:
 def plugin_changes(case: Case) -> None:
     path = case.lab.root / "plugins" / "halved.py"
     whole = path.read_text()
-    running = case.begin_and_wait()
+    running = (
+        case.begin_and_log()
+    )  # before it has planned, another thought is another run, and a sound one
     path.write_text(whole + "\n# another thought\n")
     check(running.end(), 0, REFUSED)
     path.write_text(whole)

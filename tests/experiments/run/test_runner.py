@@ -403,9 +403,12 @@ def test_each_damaged_record_costs_its_own_run_which_is_trained_again(new_lab):
     (full / "run.json").unlink()
     pace = base / "pace.jsonl"
     pace.write_bytes(pace.read_bytes()[:-5])
+    (full / "checkpoints").mkdir()  # killed between its result and its last act
+    (full / "checkpoints" / "step-00000004-1-0.safetensors").write_bytes(b"a state")
     kept = lab.run(*command, "runtime.keep_weights=true", "runtime.evaluations=2")
     assert kept.trained == []
     assert (full / "recipe.yaml").read_text() == recipe
+    assert not (full / "checkpoints").exists()
     assert "width: 16" in (base / "recipe.yaml").read_text()
     assert f"{base / 'recipe.yaml'} is not UTF-8 text" in kept.err
     assert "runtime.keep_weights=True is asked, but 4 of the runs ended with False" in kept.err
