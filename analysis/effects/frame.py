@@ -67,13 +67,7 @@ def curve(row: Planned, record: Record, result: Result | None) -> pd.DataFrame:
     """The lines of one run, as `curves` has them; empty where nothing was logged, or where its log has holes."""
     if record.hole(result):  # `load` says which
         return pd.DataFrame()
-    run = {
-        "cell": row.cell,
-        "reference": row.reference,
-        "pair": row.pair,
-        "run": row.run,
-        "status": _status(record, result),
-    }
+    run = _who(row, record, result)
     # A line of pace.jsonl speaks of the step of the same line of metrics.jsonl.
     pace = {line["step"]: line for line in record.pace()}
     lines = [pace.get(line["step"], {}) | line for line in record.metrics()]
@@ -81,6 +75,17 @@ def curve(row: Planned, record: Record, result: Result | None) -> pd.DataFrame:
     if len(found):
         found["flops"] = found.tokens * _token_flops(record)
     return found
+
+
+def _who(row: Planned, record: Record, result: Result | None) -> dict[str, Any]:
+    """What every logged line of a run begins with."""
+    return {
+        "cell": row.cell,
+        "reference": row.reference,
+        "pair": row.pair,
+        "run": row.run,
+        "status": _status(record, result),
+    }
 
 
 def _token_flops(record: Record) -> float:
@@ -125,13 +130,7 @@ def looks(store: Store, experiment: str) -> pd.DataFrame:
 
 
 def _look(row: Planned, record: Record, result: Result | None) -> pd.DataFrame:
-    run = {
-        "cell": row.cell,
-        "reference": row.reference,
-        "pair": row.pair,
-        "run": row.run,
-        "status": _status(record, result),
-    }
+    run = _who(row, record, result)
     tokens = {line["step"]: line.get("tokens", math.nan) for line in record.metrics()}
     lines: list[dict[str, Any]] = []
     for line in record.dynamics(result):

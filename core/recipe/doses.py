@@ -9,7 +9,7 @@ one dose of an idea.  A field that is a list by its type keeps meaning a list.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from types import UnionType
@@ -194,12 +194,19 @@ def several(menu: Menu) -> dict[str, Doses]:
 def with_edits(menu: Menu, edits: Mapping[str, Any]) -> dict[str, Doses]:
     """edits: with.NAME.DOSE -> value.  Raises UserError for one that no intervention has."""
     changed = dict(menu)
+    for name, field, value in edits_of(menu, edits):
+        changed[name] = changed[name].with_field(field, value)
+    return changed
+
+
+def edits_of(names: Iterable[str], edits: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """with.NAME.DOSE -> value as (NAME, DOSE, value).  Raises UserError for a NAME that is not among `names`."""
+    known = {name: f"with.{name}.<dose>" for name in names}
     for path, value in edits.items():
         _, name, *field = path.split(".")
-        if name not in changed or len(field) != 1:
-            known = [f"with.{one}.<dose>" for one in changed]
+        if name not in known or len(field) != 1:
             raise UserError(
-                f"unknown path {path!r}. {near(path, known)}This experiment has: {', '.join(known)}"
+                f"unknown path {path!r}. {near(path, known.values())}"
+                f"This experiment has: {', '.join(known.values())}"
             )
-        changed[name] = changed[name].with_field(field[0], value)
-    return changed
+        yield name, field[0], value

@@ -36,7 +36,8 @@ BEAT = 2.0  # seconds
 STALE_AFTER = 10  # looks that find no beat
 LOOK_AGAIN = 0.02  # seconds, of those who wait for a file
 
-NAME = re.compile(r"(\d{6,})\.(?:free|([0-9a-f]{16})\.(\d+)\.(\d+)\.([0-9a-f]*)\.(.+))")
+OWNER = r"(?P<token>[0-9a-f]{16})\.(?P<beats>\d+)\.(?P<process>\d+)\.(?P<kernel>[0-9a-f]*)\.(?P<host>.+)"
+NAME = re.compile(rf"(?P<number>\d{{6,}})\.(?:free|{OWNER})")
 TAKEN = (
     errno.ENOTEMPTY,
     errno.EEXIST,
@@ -91,9 +92,17 @@ def _state(name: str) -> State | None:
     said = NAME.fullmatch(name)
     if said is None:
         return None
-    if not said[2]:
-        return State(int(said[1]))
-    return State(int(said[1]), said[2], int(said[3]), int(said[4]), said[5], said[6])
+    number = int(said["number"])
+    if not said["token"]:
+        return State(number)
+    return State(
+        number,
+        said["token"],
+        int(said["beats"]),
+        int(said["process"]),
+        said["kernel"],
+        said["host"],
+    )
 
 
 def _age(state: State) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from ablab.ablations.registry import discover
 from ablab.core.errors import UserError
 from ablab.core.language.parse import parse
+from ablab.core.recipe.load import read_yaml
 from ablab.core.recipe.recipe import Budget, Recipe, plain
 from ablab.core.runtime.runtime import Runtime, visible_gpus
 from ablab.core.runtime.world import Handle, World, join, leave
@@ -33,21 +34,11 @@ from ablab.core.train.trainer import Trainer
 from ablab.experiments.bench import ceilings
 from ablab.experiments.bench.clocks import in_turn, seconds, settled
 from ablab.experiments.bench.random_tokens import NAME, experiment_on_random_tokens
+from ablab.experiments.plan.sheets import catalog
 from ablab.experiments.run.ranks import RankDied, end_when_told, launch, local_rank
 from ablab.experiments.text import table
 
-TREATMENT = [  # of loo_70m: Newton-Schulz, and everything that has a kernel
-    "qk_norm",
-    {"gating": {"per": "head"}},
-    "value_residual",
-    "ln_scaling",
-    "mup",
-    "muon",
-    "normuon",
-    "cautious_wd",
-    "wsd",
-    "z_loss",
-]
+LIKE = "loo_70m"  # its treatment: Newton-Schulz, and everything that has a kernel
 ENOUGH_STEPS = 10_000  # of the budget: a schedule that does not end while we look
 FIRST = 20  # steps whose losses are compared
 MESSAGES = 20  # of a kind, timed alone
@@ -121,7 +112,7 @@ def _asked(
     sheet = {
         "question": "How does it scale?",
         "base": ["base", size.config],
-        "with": TREATMENT,
+        "with": read_yaml(catalog()[LIKE])["with"],
         "design": "single",
         "set": {"data.name": NAME, "data.batch": size.batch},
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from ablab.core.errors import UserError
 from ablab.core.language.parse import near
-from ablab.core.recipe.doses import Menu, as_typed, with_edits
+from ablab.core.recipe.doses import Menu, as_typed, edits_of, with_edits
 from ablab.core.recipe.intervention import Treatment
 from ablab.core.recipe.load import assign
 from ablab.experiments.plan.sheets import (
@@ -191,14 +191,8 @@ def _owner(path: str) -> str:
 def dosed(treatment: Treatment, doses: Mapping[str, Any]) -> Treatment:
     """doses: with.NAME.DOSE -> value.  Raises UserError for one that no intervention has."""
     changed = dict(treatment)
-    for path, value in doses.items():
-        _, name, *dose = path.split(".")
-        if name not in changed or len(dose) != 1:
-            known = [f"with.{one}.<dose>" for one in changed]
-            raise UserError(
-                f"unknown path {path!r}. {near(path, known)}This experiment has: {', '.join(known)}"
-            )
-        changed[name] = assign(changed[name], dose[0], value)
+    for name, dose, value in edits_of(treatment, doses):
+        changed[name] = assign(changed[name], dose, value)
     return changed
 
 
