@@ -85,12 +85,13 @@ class CellSearch:
         return self.experiment.planned(self.cell, pair, recipes, seed)
 
     def open(self, held: "BaseStorage") -> None:
-        """Take up the study where it was, or make it."""
+        """Take up the study where it was, or make it.  Raises UserError for a stored trial that was changed."""
         spread = spread_of(self.axes, self.sheet)
         better = self.metric.better
         self.study = storage.open_study(held, self.name, better, self.facts, spread)
         first = self.study.user_attrs[storage.SPREAD]
         self.proposer = Proposer(self.axes, self.sheet, self.name, better, first)
+        self.spent()
 
     # -- what comes next -------------------------------------------------------------------------------------------
     @property

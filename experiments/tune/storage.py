@@ -30,6 +30,11 @@ MADE_MEANWHILE = re.compile("already exists|UNIQUE constraint|duplicate key")
 TRIES = 5
 PAUSE_SECONDS = 0.2
 OP_CODE = b'{"op_code"'  # how a line of Optuna's journal begins
+NEW_TRIAL = b'{"op_code":4,'  # and that of one which makes a trial: it holds the writer and the microsecond
+CURE = (
+    "move that journal away (or name another --storage) and run again: trials whose runs are in the store are told "
+    "again, not trained"
+)
 # What a driver is given: seconds that a writer beside us may take, and that a host may take to answer.
 POSTGRES = {"connect_timeout": 10}
 PATIENCE = {
@@ -105,7 +110,10 @@ def _is_made(url: str, patience: Mapping[str, Any]) -> bool:
 
 
 def _journal(path: Path) -> "BaseStorage":
-    """Raises UserError for a damaged line; a last one that a kill has torn is dropped, and its trial told again."""
+    """Raises UserError for a damaged or repeated line.
+
+    A last one that a kill has torn is dropped, and its trial told again.
+    """
     from optuna.storages.journal import (
         JournalFileBackend,
         JournalFileSymlinkLock,
@@ -118,13 +126,13 @@ def _journal(path: Path) -> "BaseStorage":
             lock.acquire()
             try:
                 _drop_torn_line(path)
+                _refuse_repetition(path)
             finally:
                 lock.release()
         return JournalStorage(JournalFileBackend(str(path), lock))
     except ValueError as flaw:
         raise UserError(
-            f"{path}:{_damaged_line(path)} is damaged ({_line(flaw)}); move that journal away and run again: "
-            "trials whose runs are in the store are told again, not trained"
+            f"{path}:{_damaged_line(path)} is damaged ({_line(flaw)}); {CURE}"
         ) from None
 
 
@@ -137,6 +145,19 @@ def _drop_torn_line(path: Path) -> None:
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         os.truncate(path, whole)
+
+
+def _refuse_repetition(path: Path) -> None:
+    """Raises UserError where a trial is written twice, as in a journal appended to itself: Optuna would count both."""
+    first: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.startswith(NEW_TRIAL):
+            continue
+        earlier = first.setdefault(line, number)
+        if earlier != number:
+            raise UserError(
+                f"{path}:{number} writes the trial of line {earlier} again, as a file appended to itself does; {CURE}"
+            )
 
 
 def _damaged_line(path: Path) -> int:
@@ -224,6 +245,10 @@ def open_study(
     study = optuna.create_study(
         study_name=name, storage=storage, direction=direction(better), load_if_exists=True
     )
+    if SPREAD not in study.user_attrs and study.get_trials(deepcopy=False):
+        raise UserError(
+            f"the storage holds a study {name!r} with trials but not how they were spread: it was changed there; {CURE}"
+        )
     if FACTS not in study.user_attrs:
         study.set_user_attr(SPREAD, spread)
         study.set_user_attr(FACTS, facts)

@@ -4,17 +4,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ablab.ablations.design import Cell
+from ablab.core.errors import UserError
+from ablab.core.store.record import SEAL, digest_of
 from ablab.core.store.result import FAILED, FINISHED, PRUNED, Result, mean_of
 from ablab.core.store.study_record import COMPLETE, Trial
 from ablab.experiments.plan.experiment import PlannedRun
 from ablab.experiments.tune.space import Axis, Point
-from ablab.experiments.tune.storage import STATE, TOLD
+from ablab.experiments.tune.storage import CURE, STATE, TOLD
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
+UNSEALED = (SEAL, "seconds")
 STATES = {FINISHED: COMPLETE}  # of a run -> of a trial; any other status keeps its name
 
 
@@ -91,7 +96,7 @@ def frozen(candidate: Candidate, ending: Ending, axes: Sequence[Axis]) -> "Froze
     }
     if ending.why:
         told["error"] = ending.why
-    return create_trial(
+    trial = create_trial(
         state=states.get(ending.status, TrialState.FAIL),
         value=ending.value,
         params=candidate.params,
@@ -99,6 +104,22 @@ def frozen(candidate: Candidate, ending: Ending, axes: Sequence[Axis]) -> "Froze
         intermediate_values=dict(ending.curve),
         user_attrs={STATE: STATES.get(ending.status, ending.status), TOLD: told},
     )
+    told[SEAL] = _seal(candidate.number, trial)
+    return trial
+
+
+def _seal(number: int, trial: "FrozenTrial") -> str:
+    """Digest of what the trial says and where it stands; what the clock says is in no verdict."""
+    told = {key: value for key, value in trial.user_attrs[TOLD].items() if key not in UNSEALED}
+    said = {
+        "number": number,
+        "state": trial.user_attrs[STATE],
+        "value": trial.value,
+        "params": trial.params,
+        "curve": {str(step): value for step, value in trial.intermediate_values.items()},
+        TOLD: told,
+    }
+    return digest_of(msgspec.json.encode(said, order="deterministic"))
 
 
 def _spaces(axes: Sequence[Axis], point: Point) -> dict[str, "BaseDistribution"]:
@@ -115,8 +136,16 @@ def _spaces(axes: Sequence[Axis], point: Point) -> dict[str, "BaseDistribution"]
 
 
 def recorded(cell: str, trial: "FrozenTrial") -> Trial:
-    """The stored trial as the reports want it."""
+    """The stored trial as the reports want it.
+
+    Raises UserError where it does not say what was stored; one without a seal, of before there were any, is believed.
+    """
     told = trial.user_attrs[TOLD]
+    if told.get(SEAL) not in (None, _seal(trial.number, trial)):
+        raise UserError(
+            f"trial {trial.number} of {cell!r} is not what ablab wrote into the Optuna storage: it was changed there, "
+            f"or one before it is lost; {CURE}"
+        )
     return Trial(
         cell,
         trial.number,

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -187,6 +188,57 @@ def test_a_damaged_line_of_a_journal_is_named_and_the_cure_works(tmp_path):
     path.rename(tmp_path / "away")
     held, _, _ = valley.tune(tmp_path, BLOCK)
     assert valley.content(held) == whole
+
+
+@pytest.mark.parametrize("lines", [slice(None), slice(3, 9)])
+def test_a_journal_that_says_a_trial_twice_is_refused_and_the_cure_works(tmp_path, lines):
+    whole = valley.content(valley.tune(tmp_path, BLOCK)[0])
+    path = tmp_path / "trials.journal"
+    said = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(said + said[lines]))
+    with pytest.raises(
+        UserError, match=r"trials.journal:\d+ writes the trial of line \d+ again.*; move"
+    ) as refusal:
+        valley.tune(tmp_path, BLOCK)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
+    path.unlink()
+    held, _, _ = valley.tune(tmp_path, BLOCK)
+    assert valley.content(held) == whole
+
+
+@pytest.mark.parametrize(
+    ("said", "changed"),
+    [
+        (rb'"value":3.\d', b'"value":1.2'),
+        (rb'"optim.lr":0.0\d', b'"optim.lr":0.09'),
+        (rb'"runs":\["\w', b'"runs":["0'),
+        (rb'"values":{"100":3.\d', b'"values":{"100":1.5'),
+        (rb'"complete"', b'"pruned"'),
+        (rb'{"op_code":4,[^\n]*\n', b""),
+    ],
+)
+def test_a_trial_that_was_changed_in_its_journal_is_named(tmp_path, said, changed):
+    valley.tune(tmp_path, BLOCK)
+    path = tmp_path / "trials.journal"
+    content = path.read_bytes()
+    path.write_bytes(re.sub(said, changed, content, count=1))
+    assert path.read_bytes() != content
+    with pytest.raises(
+        UserError, match=r"trial \d of 'base' is not what ablab wrote.*; move"
+    ) as refusal:
+        valley.tune(tmp_path, BLOCK)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
+
+
+def test_a_study_without_its_spread_is_named(tmp_path):
+    valley.tune(tmp_path, BLOCK)
+    path = tmp_path / "trials.journal"
+    kept = [
+        line for line in path.read_bytes().splitlines(keepends=True) if b'"spread"' not in line
+    ]
+    path.write_bytes(b"".join(kept))
+    with pytest.raises(UserError, match="with trials but not how they were spread"):
+        valley.tune(tmp_path, BLOCK)
 
 
 @pytest.mark.parametrize("content", [b"[1, 2]", b"3\n", b'{"op_code": 99}\n', b"{}\n"])

@@ -157,8 +157,8 @@ def test_a_verdict_that_comes_too_late_for_a_run_changes_no_trial(tmp_path, monk
 
 
 def shorn(trials: list[dict]) -> list[dict]:
-    """Without the final metrics of the runs."""
-    return [one | {"attrs": one["attrs"] | {"values": None}} for one in trials]
+    """Without the final metrics of the runs, and the seal over them."""
+    return [one | {"attrs": one["attrs"] | {"values": None, "seal": None}} for one in trials]
 
 
 def test_a_second_coordinator_is_refused_while_the_first_runs(tmp_path):
