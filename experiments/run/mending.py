@@ -51,14 +51,18 @@ def sweep(record: Record, result: Result) -> None:
 
 
 def _mend_recipe(record: Record, recipe: Recipe, say: Say) -> None:
+    """A file that leaves to a default what was written is completed without a word: it means the same."""
     path = record.recipe_path
+    whole = dump(plain(recipe)).encode()
+    if path.is_file() and path.read_bytes() == whole:
+        return
     try:
-        if parse(Recipe, read_yaml(path), "") == recipe:
-            return
-        flaw = f"{path} is not what the run left"
+        means_the_same = parse(Recipe, read_yaml(path), "") == recipe
+        flaw = "" if means_the_same else f"{path} is not what the run left"
     except UserError as refusal:
         flaw = str(refusal)
-    say(f"{flaw}; written again")
+    if flaw:
+        say(f"{flaw}; written again")
     if path.is_dir():
         set_aside(path)
-    write_atomically(path, dump(plain(recipe)).encode())
+    write_atomically(path, whole)

@@ -397,8 +397,11 @@ def test_each_damaged_record_costs_its_own_run_which_is_trained_again(new_lab):
     again = lab.results("grid")
     assert weights(again, pairs=(0,)) == weights(whole, pairs=(0,))
     recipe = (full / "recipe.yaml").read_text()
+    recipe_of_that = (no_qk_norm / "recipe.yaml").read_text()
+    assert "  clip: 1.0\n" in recipe_of_that  # the default
     (full / "recipe.yaml").unlink()
     (base / "recipe.yaml").write_bytes(b"\xff")
+    (no_qk_norm / "recipe.yaml").write_text(recipe_of_that.replace("  clip: 1.0\n", ""))
     about = json.loads((full / "run.json").read_text())
     (full / "run.json").unlink()
     pace = base / "pace.jsonl"
@@ -408,6 +411,7 @@ def test_each_damaged_record_costs_its_own_run_which_is_trained_again(new_lab):
     kept = lab.run(*command, "runtime.keep_weights=true", "runtime.evaluations=2")
     assert kept.trained == []
     assert (full / "recipe.yaml").read_text() == recipe
+    assert (no_qk_norm / "recipe.yaml").read_text() == recipe_of_that
     assert not (full / "checkpoints").exists()
     assert "width: 16" in (base / "recipe.yaml").read_text()
     assert f"{base / 'recipe.yaml'} is not UTF-8 text" in kept.err
