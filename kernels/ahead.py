@@ -4,12 +4,14 @@ Works on the launches of Triton 3.5 and later: `warmup` compiles without launchi
 a pool.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from triton import AsyncCompileMode, FutureKernel
 from triton.runtime.jit import JITFunction
 
@@ -28,13 +30,25 @@ def compiling_only(threads: int) -> Iterator[None]:
         kernel = launch(self, *values, warmup=True, **named)
         met[id(kernel)] = kernel
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, initializer=_works_for(_current_device())) as pool:
         with (
             AsyncCompileMode(pool, ignore_errors=True),
             patch.object(JITFunction, "run", compile_only),
         ):
             yield
         list(pool.map(_load, met.values()))
+
+
+def _current_device() -> int | None:
+    """Of this thread; None without a GPU."""
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
+
+
+def _works_for(device: int | None) -> Callable[[], None]:
+    """What a new thread does first: it begins on GPU 0, and loads binaries into the GPU on which it is."""
+    if device is None:
+        return lambda: None
+    return partial(torch.cuda.set_device, device)
 
 
 def _load(met: Any) -> Any:

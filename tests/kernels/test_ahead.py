@@ -20,6 +20,21 @@ def test_what_was_compiled_ahead_launches_at_once_and_a_flaw_waits_for_its_launc
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_what_was_compiled_ahead_for_the_second_gpu_launches_there():
+    from ablab.kernels import swiglu
+    from ablab.kernels.ahead import compiling_only
+
+    swiglu._forward.device_caches.clear()
+    with torch.cuda.device(1):
+        packed = torch.randn(64, 256, device="cuda")
+        with compiling_only(2):
+            swiglu.swiglu(packed)
+        found = swiglu.swiglu(packed)
+    torch.testing.assert_close(found, swiglu.reference(packed))
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(
     "treatment",
