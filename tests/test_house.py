@@ -93,6 +93,7 @@ TORCH = {  # the files that work on tensors; everything else can be imported, li
     "experiments/bench/plain_loop.py",
     "experiments/bench/scale.py",
     "experiments/bench/step.py",
+    "kernels/ahead.py",
     "kernels/attention.py",
     "kernels/attention_backward.py",
     "kernels/attention_forward.py",

@@ -265,17 +265,19 @@ class Together:
         trainer.restart(self.recipe, self.asked.folder)
         again = _first_losses(trainer)
         repeated = losses == again and bits == trainer.digest()
+        recorded = _recorded(trainer)
+        peak = trainer.peak_memory()
         spoken, silent = self._in_turn()
         step = median(spoken)
         return {
             "losses": losses,
             "repeats_bits": repeated,
-            "recorded": _recorded(trainer),
+            "recorded": recorded,
             "many_ms": 1e3 * step,
             "silent_ms": 1e3 * median(silent),
             "share": 1 - median(silent) / step,
             "tokens_per_second": self.recipe.tokens_per_step / step,
-            "peak_gib": trainer.peak_memory() / 2**30,
+            "peak_gib": peak / 2**30,
             "messages": self._messages(),
         }
 
