@@ -8,13 +8,17 @@ import typer
 from ablab.experiments.cli.asked import folders_of, prepare, store_of
 from ablab.experiments.cli.in_time import ends_in_time
 from ablab.experiments.cli.options import (
+    Address,
     Jobs,
     Json,
+    LauncherName,
     Mlflow,
     Name,
     Overrides,
     Plugins,
     Quiet,
+    RayOptions,
+    SlurmOptions,
     Track,
     Where,
 )
@@ -27,6 +31,10 @@ def challenge(
     arm: Annotated[str, typer.Argument(help="as the report names it, such as '- qk_norm'")],
     overrides: Overrides = None,
     jobs: Jobs = None,
+    launcher: LauncherName = "local",
+    address: Address = "",
+    ray: RayOptions = None,
+    slurm: SlurmOptions = None,
     track: Track = None,
     mlflow: Mlflow = None,
     quiet: Quiet = False,
@@ -35,6 +43,7 @@ def challenge(
     as_json: Json = False,
 ) -> None:
     """Run an arm and its reference again on as many seeds that nothing has used, and say whether the verdict stands."""
+    from ablab.experiments.launch.named import Launching
     from ablab.experiments.run.challenge import Challenge
     from ablab.experiments.run.progress import watcher
     from ablab.experiments.run.runner import execute
@@ -43,13 +52,22 @@ def challenge(
     where = store_of(store)
     shown = tracked(track, mlflow)
     experiment, _ = prepare(name, overrides, plugins, where)
+    launching = Launching(launcher, address, tuple(ray or ()), tuple(slurm or ()))
+    there = launching.of(experiment.sheet)
     arm = arm.strip()
     asked = Challenge(experiment, where, arm)
     runs = asked.experiment.runs(asked.seeds)
     watching = watcher(experiment.sheet.metric.name, quiet or as_json)
     try:
         outcome = execute(
-            asked.experiment, where, runs, watching, jobs, folders_of(plugins), shown
+            asked.experiment,
+            where,
+            runs,
+            watching,
+            jobs,
+            folders_of(plugins),
+            shown,
+            launcher=there,
         )
         found = asked.judge(watching.say)
     finally:

@@ -1,7 +1,7 @@
 """`ablab eval`: a model asked what others are asked, and every arm of an experiment."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,7 +11,18 @@ import typer
 from ablab.core.errors import UserError
 from ablab.experiments.cli.asked import folders_of, store_of
 from ablab.experiments.cli.evaluating import progress
-from ablab.experiments.cli.options import Json, Plugins, Quiet, Track, Where
+from ablab.experiments.cli.in_time import ends_in_time
+from ablab.experiments.cli.options import (
+    Address,
+    Json,
+    LauncherName,
+    Plugins,
+    Quiet,
+    RayOptions,
+    SlurmOptions,
+    Track,
+    Where,
+)
 from ablab.experiments.text import Row, table
 
 if TYPE_CHECKING:
@@ -19,9 +30,10 @@ if TYPE_CHECKING:
 
     from ablab.core.store.evaluation import Evaluation, Part
     from ablab.core.store.store import Store
-    from ablab.experiments.evaluate.asking import Arms
+    from ablab.experiments.evaluate.asking import Arms, Request
     from ablab.experiments.evaluate.exam import Examination
     from ablab.experiments.evaluate.subjects import How, Subject
+    from ablab.experiments.run.executor import Launcher
 
 Suite = Literal["core", "blimp", "bpb"]
 
@@ -75,6 +87,16 @@ def evaluate(
         Path | None,
         typer.Option(help="download the public bundle of CORE into a new folder, and leave"),
     ] = None,
+    launcher: LauncherName = "local",
+    address: Address = "",
+    ray: RayOptions = None,
+    slurm: SlurmOptions = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="evaluations at a time, with another launcher (as many as it carries)"
+        ),
+    ] = None,
     track: Track = None,
     quiet: Quiet = False,
     plugins: Plugins = None,
@@ -89,28 +111,45 @@ def evaluate(
         return typer.echo(
             f"{fetch_bundle}: ablab eval RUN --suite core --bundle {fetch_bundle}"
         )
+    from ablab.experiments.evaluate.asking import Request
     from ablab.experiments.evaluate.subjects import How
+    from ablab.experiments.launch.named import Launching
 
     if name is None:
         raise UserError("name a run, a folder or an experiment: ablab eval RUN --suite core")
     where = store_of(store)
     how = How(device, dtype, batch, trust_remote_code, tuple(folders_of(plugins)))
-    asked = Asked(suite, _words(tasks), bundle, include_path, max_per_task)
+    request = Request(suite or "", tuple(_words(tasks)), bundle, include_path, max_per_task)
+    launching = Launching(launcher, address, tuple(ray or ()), tuple(slurm or ()))
+    there = launching.of()
     arms = _arms_of(name, where, how)
-    found = [
-        (subject, evaluation)
-        for subject in arms.subjects
-        for evaluation in asked.of(subject, where, how, quiet or as_json)
-    ]
+    asking = Asking(where, how, request, arms.subjects, quiet or as_json)
+    if launching.is_elsewhere:
+        asking.elsewhere(there, jobs)
+    else:
+        _refuse_jobs_here(jobs)
+        asking.here()
+    found = asking.found
     _show_in_views(where, [subject.run for subject in arms.subjects], track)
     for line in arms.others:
         typer.echo(f"left out: {line}", err=True)
     if as_json:
         from ablab.experiments.evaluate.evaluating import as_json as told
 
-        return typer.echo(json.dumps([told(one) for _, one in found], indent=1))
+        typer.echo(json.dumps([told(one) for _, one in found], indent=1))
+        found = []
     for subject, evaluation in found:
         _show(subject, evaluation)
+    if asking.failed:
+        raise typer.Exit(1)
+
+
+def _refuse_jobs_here(jobs: int | None) -> None:
+    if jobs is not None:
+        raise UserError(
+            f"--jobs {jobs}: on this machine one model is asked at a time, on all its GPUs; "
+            "add --launcher ray or slurm, or drop it"
+        )
 
 
 def _show_in_views(store: "Store", runs: list[str], track: str | None) -> None:
@@ -139,36 +178,44 @@ def _arms_of(name: str, store: "Store", how: "How") -> "Arms":
     return Arms([subject_of(name, store, how.trust_remote_code)], [])
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What every model of one command is asked."""
+@dataclass
+class Asking:
+    """The models of one command, each asked the same."""
 
-    suite: Suite | None
-    tasks: list[str]
-    bundle: Path | None
-    include: Path | None
-    limit: int | None
+    store: "Store"
+    how: "How"
+    request: "Request"
+    subjects: "list[Subject]"
+    quiet: bool
+    found: "list[tuple[Subject, Evaluation]]" = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
 
-    def of(
-        self, subject: "Subject", store: "Store", how: "How", quiet: bool
-    ) -> "Iterator[Evaluation]":
+    def here(self) -> None:
+        """One after another, on all GPUs."""
         from ablab.experiments.evaluate.answering import devices_of
         from ablab.experiments.evaluate.evaluating import evaluate
 
-        for exam in self._exams(subject, store):
-            with progress(f"{subject.name}: {exam.title}", quiet) as watch:
-                yield evaluate(subject, exam, how, devices_of(how), watch)
+        for subject, _, exam in self._exams():
+            with progress(f"{subject.name}: {exam.title}", self.quiet) as watch:
+                told = evaluate(subject, exam, self.how, devices_of(self.how), watch)
+            self.found.append((subject, told))
 
-    def _exams(self, subject: "Subject", store: "Store") -> "Iterator[Examination]":
-        from ablab.experiments.evaluate import harness
-        from ablab.experiments.evaluate.asking import exam_of
+    @ends_in_time
+    def elsewhere(self, launcher: "Launcher", jobs: int | None) -> None:
+        """On the launcher's machines, each a task."""
+        from ablab.experiments.run.evaluations import Wanted, evaluate_there
 
-        if self.suite:
-            yield exam_of(self.suite, self.bundle, self.limit, self.tasks, subject, store)
-        elif self.tasks:
-            yield from (harness.exam(task, self.limit, self.include) for task in self.tasks)
-        else:
-            raise UserError("say what to ask: --suite core, blimp or bpb, or --tasks NAMES")
+        wanted = [Wanted.of(*one) for one in self._exams()]
+        with progress(f"{len(wanted)} evaluations", self.quiet) as watch:
+            say = partial(typer.echo, err=True)
+            told = evaluate_there(wanted, launcher, self.how, self.store, jobs, watch, say)
+        self.found = told.found
+        self.failed = told.failed
+
+    def _exams(self) -> "Iterator[tuple[Subject, Request, Examination]]":
+        for subject in self.subjects:
+            for request in self.request.single():
+                yield subject, request, request.exam(subject, self.store)
 
 
 def _show(subject: "Subject", evaluation: "Evaluation") -> None:

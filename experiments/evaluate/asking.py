@@ -1,7 +1,7 @@
 """Which exam a request means, and whom an experiment's name stands for."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ablab.core.errors import UserError
@@ -9,8 +9,8 @@ from ablab.core.interop.folder import recipe_of
 from ablab.core.store.planned import Planned
 from ablab.core.store.result import FINISHED
 from ablab.core.store.store import Store
-from ablab.experiments.evaluate import blimp, core_suite, per_source
-from ablab.experiments.evaluate.exam import Exam
+from ablab.experiments.evaluate import blimp, core_suite, harness, per_source
+from ablab.experiments.evaluate.exam import Exam, Examination
 from ablab.experiments.evaluate.subjects import Subject, of_weights
 
 NEEDED = {  # what --bundle must name
@@ -18,6 +18,39 @@ NEEDED = {  # what --bundle must name
     "blimp": "BLiMP's folder (git clone https://github.com/alexwarstadt/blimp)",
     "bpb": 'JSONL whose lines hold "text" and "source"',
 }
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a model is asked, in words from which every process makes the same exams."""
+
+    suite: str = ""  # core, blimp, bpb; "": tasks of lm-evaluation-harness
+    tasks: tuple[str, ...] = ()
+    bundle: Path | None = None
+    include: Path | None = None  # a folder with tasks of the harness
+    limit: int | None = None
+
+    def single(self) -> "Iterator[Request]":
+        """An exam each: every task of the harness is one."""
+        if self.suite:
+            yield self
+        elif self.tasks:
+            yield from (replace(self, tasks=(task,)) for task in self.tasks)
+        else:
+            raise UserError("say what to ask: --suite core, blimp or bpb, or --tasks NAMES")
+
+    def anywhere(self) -> "Request":
+        """With its files as every machine names them."""
+        bundle = self.bundle and self.bundle.absolute()
+        include = self.include and self.include.absolute()
+        return replace(self, bundle=bundle, include=include)
+
+    def exam(self, subject: Subject, store: Store) -> Examination:
+        """Of a single one.  Raises UserError."""
+        if self.suite:
+            return exam_of(self.suite, self.bundle, self.limit, self.tasks, subject, store)
+        (task,) = self.tasks
+        return harness.exam(task, self.limit, self.include)
 
 
 def exam_of(

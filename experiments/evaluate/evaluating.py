@@ -11,11 +11,12 @@ import msgspec
 
 from ablab.core.errors import UserError
 from ablab.core.runtime.fingerprint import code_fingerprint
+from ablab.core.store.claim import take_if_dead
 from ablab.core.store.evaluation import Evaluation, path_of, read, write
 from ablab.core.store.files import set_aside
 from ablab.experiments.evaluate.answering import Answerer, Everywhere, Here
-from ablab.experiments.evaluate.exam import Examination
-from ablab.experiments.evaluate.progress import Progress
+from ablab.experiments.evaluate.exam import Examination, Named
+from ablab.experiments.evaluate.progress import Progress, Taking
 from ablab.experiments.evaluate.subjects import Device, How, Subject
 
 # Answers known so far, of all.
@@ -28,13 +29,17 @@ def unwatched(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Sitting:
-    """Who is asked, and where the answers go.  dtype: of activations; answers of another are others."""
+    """Who is asked, and where the answers go.
+
+    dtype: of activations; answers of another are others.  take: how the place is claimed.
+    """
 
     folder: Path
     weights: str
     dtype: str
+    take: Taking = take_if_dead
 
-    def standing(self, exam: Examination) -> Evaluation | None:
+    def standing(self, exam: Named) -> Evaluation | None:
         """What was written of this very exam; a damaged file goes aside."""
         path = path_of(self.folder, exam.title)
         if not path.exists():
@@ -53,12 +58,16 @@ class Sitting:
         """Ask what is not known yet, and write the evaluation.
 
         answerer: a context that gives an Answerer; entered only where something is to be asked.
+        Raises Held where another process asks the same.
         """
         if found := self.standing(exam):
             return found
         began = perf_counter()
         questions = list(exam.questions())
-        with Progress(self.folder, exam.title, self._whose(exam)) as progress:
+        with Progress(self.folder, exam.title, self._whose(exam), self.take) as progress:
+            if found := self.standing(exam):  # written before the place was ours
+                progress.done()
+                return found
             open_questions = [one for one in questions if one.key not in progress.known]
             watch(len(progress.known), len(questions))
             if open_questions:
@@ -72,6 +81,7 @@ class Sitting:
                 code=code_fingerprint(),
                 seconds=perf_counter() - began,
             )
+            progress.fence()
             write(self.folder, evaluation)
             progress.done()
         return evaluation
@@ -87,9 +97,11 @@ def evaluate(
     how: How,
     devices: list[Device],
     watch: Watch = unwatched,
+    take: Taking = take_if_dead,
 ) -> Evaluation:
     """Raises UserError."""
-    sitting = Sitting(subject.folder, subject.weights, how.settled_dtype(devices[0]))
+    dtype = how.settled_dtype(devices[0])
+    sitting = Sitting(subject.folder, subject.weights, dtype, take)
     return sitting.sit(exam, lambda: answering(subject, how, devices), watch)
 
 

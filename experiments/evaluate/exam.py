@@ -9,8 +9,8 @@ from ablab.core.store.evaluation import Evaluation, Mean, Part
 from ablab.experiments.evaluate.questions import Answer, Question
 
 
-class Examination(Protocol):
-    """What is asked: `Exam`, or the harness's."""
+class Named(Protocol):
+    """An exam, as its evaluation is recognized."""
 
     @property
     def title(self) -> str:
@@ -21,6 +21,10 @@ class Examination(Protocol):
     def bundle(self) -> str:
         """Digest of what is asked."""
         ...
+
+
+class Examination(Named, Protocol):
+    """What is asked: `Exam`, or the harness's."""
 
     def questions(self) -> Iterator[Question]: ...
 

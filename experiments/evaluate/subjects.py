@@ -1,7 +1,7 @@
 """Whom an evaluation asks: a run, a weights folder, or any causal model that transformers loads."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ablab.core.interop.score import Scorer
 
 Device = str  # cpu, cuda:0, ...
+Kind = Literal["ablab", "transformers"]
 EXPORT = "config.json"
 
 
@@ -21,7 +22,7 @@ EXPORT = "config.json"
 class How:
     """How a model is executed; recorded with what it says."""
 
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: str = "auto"  # fp32, bf16; auto: bf16 on a GPU
     batch: int = 16  # rows at once
     trust_remote_code: bool = False
@@ -42,12 +43,34 @@ class Subject:
     """
 
     name: str
-    kind: Literal["ablab", "transformers"]
+    kind: Kind
     model: str
     folder: Path
     weights: str
     store: Path
     run: str = ""  # of a run of the store
+
+    def anywhere(self) -> "Subject":
+        """With its folders as every machine names them."""
+        model = str(Path(self.model).absolute()) if Path(self.model).is_dir() else self.model
+        return replace(self, model=model, folder=self.folder.absolute())
+
+    def check(self) -> None:
+        """On another machine.  Raises UserError where the folder is not there, or holds other weights."""
+        model = Path(self.model)
+        if not model.is_absolute():  # a name of the hub, with the commit that we would get too
+            return
+        try:
+            found = _weights_in(model, self.kind)
+        except OSError as flaw:
+            raise UserError(
+                f"{model}: {flaw.strerror}; name a folder that every machine sees"
+            ) from None
+        if found != self.weights:
+            raise UserError(
+                f"{model} holds other weights ({found}) than where they were asked for ({self.weights}); "
+                "name a folder that every machine sees"
+            )
 
     def scorer(self, how: How, device: Device) -> "Scorer":
         """Raises UserError: damaged weights, no tokenizer, a class that transformers does not know."""
@@ -116,7 +139,7 @@ def elsewhere(store: Store, name: str, weights: str) -> Path:
 
 
 def _of_transformers(folder: Path, store: Store) -> Subject:
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    weights = _weights_files(folder)
     needed = {
         EXPORT: (folder / EXPORT).is_file(),
         "weights (*.safetensors)": bool(weights),
@@ -129,7 +152,7 @@ def _of_transformers(folder: Path, store: Store) -> Subject:
             "(ablab export-hf writes one)"
         )
     name = folder.resolve().name
-    digest = _digest_of(weights + [folder / EXPORT])
+    digest = _weights_in(folder, "transformers")
     return Subject(
         name=name,
         kind="transformers",
@@ -141,6 +164,17 @@ def _of_transformers(folder: Path, store: Store) -> Subject:
 
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+
+
+def _weights_in(folder: Path, kind: Kind) -> str:
+    """Their digest."""
+    if kind == "ablab":
+        return digest_in(folder / WEIGHTS)
+    return _digest_of([*_weights_files(folder), folder / EXPORT])
 
 
 def _digest_of(files: list[Path]) -> str:

@@ -14,11 +14,30 @@ from types import ModuleType
 from typing import Any
 
 from ablab.core.errors import UserError
-from ablab.core.language.parse import near
+from ablab.core.language.parse import near, parse
 from ablab.core.runtime.fingerprint import code_fingerprint
+from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.store import Store
-from ablab.experiments.run.messages import Answer, Halt, Job, Message, Ready, Refused, Stop
-from ablab.experiments.run.processes import WorkerProcess, buried, end, start_worker
+from ablab.experiments.run.messages import (
+    Answer,
+    EvalJob,
+    Halt,
+    Job,
+    Message,
+    Ready,
+    Refused,
+    Stop,
+)
+from ablab.experiments.run.processes import (
+    Serving,
+    WorkerProcess,
+    buried,
+    end,
+    serving_of,
+    start_worker,
+)
+from ablab.experiments.run.this_machine import check_room
+from ablab.experiments.run.worker import serve
 
 LOSSES = 3  # machines that one run may lose; the next loss counts as its own
 
@@ -68,7 +87,7 @@ class Seat:
         """What is said of the job, as it is said; the last is its answer."""
         try:
             self.site.check()
-            worker = self.worker = self._ready()
+            worker = self.worker = self._ready(job)
         except UserError as flaw:
             yield Refused(str(flaw))
             return
@@ -94,13 +113,27 @@ class Seat:
             end([self.worker])
         self.worker = None
 
-    def _ready(self) -> WorkerProcess:
-        """Raises UserError where it cannot start."""
-        worker = self.worker or start_worker(0, [*self.site.plugins], {}, None)
+    def _ready(self, job: Job) -> WorkerProcess:
+        """Of all jobs of a command one worker serves.  Raises UserError where it cannot start."""
+        worker = self.worker or start_worker(
+            0, [*self.site.plugins], {}, None, serving_of_job(job)
+        )
         while not worker.is_free:
             if worker.hear() is None:
                 buried(worker)
         return worker
+
+
+def serving_of_job(job: Job) -> Serving:
+    """Raises UserError where this machine has less than the job takes."""
+    if isinstance(job, EvalJob):
+        return Serving(serve, leads=True)  # a process a device
+    runtime = parse(Runtime, job.runtime, "runtime")
+    try:
+        check_room(runtime)
+    except UserError as flaw:
+        raise UserError(f"{socket.gethostname()}: {flaw}") from None
+    return serving_of(runtime)
 
 
 def optional(module: str, extra: str) -> ModuleType:

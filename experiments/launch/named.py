@@ -23,17 +23,24 @@ class Launching:
     ray: tuple[str, ...] = ()  # KEY=VALUE
     slurm: tuple[str, ...] = ()
 
-    def of(self, sheet: Sheet) -> Launcher:
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether other machines execute them, or this one as if it were another."""
+        return self.launcher != "local"
+
+    def of(self, sheet: Sheet | None = None) -> Launcher:
         """Options of the command win over those of the sheet.  Raises UserError."""
         self._check()
         if self.launcher == "ray":
             from ablab.experiments.launch.ray import RayLauncher
 
-            return RayLauncher(self.address, sheet.ray | options_of("ray", self.ray))
+            of_sheet = sheet.ray if sheet else {}
+            return RayLauncher(self.address, of_sheet | options_of("ray", self.ray))
         if self.launcher == "slurm":
             from ablab.experiments.launch.slurm import SlurmLauncher
 
-            return SlurmLauncher(sheet.slurm | options_of("slurm", self.slurm))
+            of_sheet = sheet.slurm if sheet else {}
+            return SlurmLauncher(of_sheet | options_of("slurm", self.slurm))
         return ThisMachine()
 
     def _check(self) -> None:

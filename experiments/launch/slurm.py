@@ -29,9 +29,11 @@ from ablab.experiments.run.executor import Executor, Listener, Task
 from ablab.experiments.run.halting import GRACE
 from ablab.experiments.run.messages import (
     Answer,
+    Asked,
     Began,
     Busy,
     Done,
+    Evaluated,
     Found,
     Halt,
     Halted,
@@ -40,9 +42,10 @@ from ablab.experiments.run.messages import (
     Lost,
     Message,
     Refused,
+    Saving,
     Stop,
     Traced,
-    TrainJob,
+    Unevaluated,
     Untraced,
     Warned,
 )
@@ -131,8 +134,9 @@ class SlurmLauncher:
 
 
 # -- mailboxes ---------------------------------------------------------------------------------------------------------
-SAID = (Began, Logged, Warned, Done, Found, Busy, Lost, Halted, Traced, Untraced, Refused)
-KINDS: dict[str, type] = {kind.__name__: kind for kind in (*SAID, Stop, Halt)}
+OF_RUNS = (Began, Logged, Warned, Done, Found, Busy, Lost, Halted, Refused)
+OF_OTHERS = (Traced, Untraced, Asked, Evaluated, Unevaluated)
+KINDS: dict[str, type] = {kind.__name__: kind for kind in (*OF_RUNS, *OF_OTHERS, Stop, Halt)}
 
 
 @dataclass(frozen=True)
@@ -294,12 +298,12 @@ class SlurmArrays:
         if self.halting is None:
             return bool(waiting or self.flights)
         waiting.clear()
-        training = [one for one in self.flights if isinstance(one.job, TrainJob)]
-        for flight in training:
+        saving = [one for one in self.flights if isinstance(one.job, Saving)]
+        for flight in saving:
             if not flight.told_to_halt:
                 flight.told_to_halt = True
                 flight.told.put(Halt())
-        return bool(training) and time.monotonic() - self.halting < GRACE
+        return bool(saving) and time.monotonic() - self.halting < GRACE
 
     def _taken(self, waiting: Waiting) -> Iterator[Job]:
         room = self.most - len(self.flights)

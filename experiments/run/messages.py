@@ -1,6 +1,6 @@
 """What the runner and those who execute its jobs say to each other.  Plain frozen data: it crosses a pipe.
 
-the runner says        TrainJob, TraceJob             a job, to whoever is Ready
+the runner says        TrainJob, TraceJob, EvalJob    a job, to whoever is Ready
                        Stop                           end a run early
                        Halt                           save the run in hand, and let go of it
 a worker says          Ready                          it may be given a job
@@ -8,6 +8,9 @@ a worker says          Ready                          it may be given a job
                        Done, Found, Busy, Halted,     the answer
                        Refused
     of a TraceJob      Traced, Untraced, Refused      the answer
+    of an EvalJob      Asked                          and it goes on
+                       Evaluated, Unevaluated, Busy,  the answer
+                       Halted, Refused
 is said of a job       Lost                           its worker's machine is gone
 """
 
@@ -16,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ablab.core.store.result import Result
+from ablab.experiments.evaluate.asking import Request
+from ablab.experiments.evaluate.subjects import How, Subject
 from ablab.experiments.plan.judging import Judging
 
 
@@ -50,6 +55,17 @@ class TraceJob:
 
 
 @dataclass(frozen=True)
+class EvalJob:
+    """Ask a model, and leave its evaluation."""
+
+    run: str  # who is asked what: it names the job
+    subject: Subject
+    request: Request
+    how: How
+    bundle: str  # digest of what is to be asked
+
+
+@dataclass(frozen=True)
 class Stop:
     """End a run at its next log.  Of a run that has ended it changes nothing."""
 
@@ -61,7 +77,8 @@ class Halt:
     """Save the run in hand at its next step, and let go of it.  Of one that holds none it changes nothing."""
 
 
-Job = TrainJob | TraceJob
+Job = TrainJob | TraceJob | EvalJob
+Saving = TrainJob | EvalJob  # jobs that are saved when they are told to halt
 Order = Job | Stop | Halt
 
 
@@ -116,7 +133,10 @@ class Busy:
 
 @dataclass(frozen=True)
 class Halted:
-    """The run is saved at this step and has no result: the next call goes on from there."""
+    """The run is saved at this step and has no result: the next call goes on from there.
+
+    Of an evaluation: at this answer.
+    """
 
     step: int
 
@@ -141,12 +161,35 @@ class Untraced:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Answers known so far, of all."""
+
+    known: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The evaluation is written."""
+
+
+@dataclass(frozen=True)
+class Unevaluated:
+    """Asking failed; the answers so far stand."""
+
+    why: str
+
+
+@dataclass(frozen=True)
 class Refused:
     """This process cannot compute what was asked for."""
 
     why: str
 
 
-OnTheWay = Began | Logged | Warned
-Answer = Done | Found | Busy | Lost | Halted | Traced | Untraced | Refused
+OnTheWay = Began | Logged | Warned | Asked
+OfEvaluations = Asked | Evaluated | Unevaluated
+Answer = (
+    Done | Found | Busy | Lost | Halted | Traced | Untraced | Evaluated | Unevaluated | Refused
+)
 Message = OnTheWay | Answer

@@ -20,9 +20,12 @@ from ablab.experiments.run.forecast import Pace
 from ablab.experiments.run.gate import Gate
 from ablab.experiments.run.halting import Interrupted, halted_by_it, is_halted, time_left
 from ablab.experiments.run.messages import (
+    Asked,
     Began,
     Busy,
     Done,
+    EvalJob,
+    Evaluated,
     Found,
     Halted,
     Job,
@@ -33,6 +36,7 @@ from ablab.experiments.run.messages import (
     Traced,
     TraceJob,
     TrainJob,
+    Unevaluated,
     Untraced,
     Warned,
 )
@@ -247,6 +251,8 @@ class Reception:
                 return self._ended(self.runs[job.run], result, self.outcome.trained)
             case Found(result):
                 return self._ended(self.runs[job.run], result, self.outcome.reused)
+            case Asked() | Evaluated() | Unevaluated():
+                raise AssertionError("of evaluations, which a pool does not ask for")
             case Halted(step):
                 run = self.runs[job.run]
                 self.outcome.halted.append(run.id)
@@ -267,6 +273,8 @@ class Reception:
             case TraceJob():
                 assert self.gate, "only a gate asks for traces"
                 return self.gate.missing[job.run].title
+            case EvalJob():
+                return job.run
 
     def _follow(self, run: PlannedRun, message: Began | Logged | Warned | Busy | Lost) -> None:
         match message:

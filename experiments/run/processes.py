@@ -22,11 +22,13 @@ from ablab.experiments.run.messages import (
     Busy,
     Done,
     Dying,
+    EvalJob,
     Job,
     Message,
     Order,
     Ready,
     TraceJob,
+    Unevaluated,
     Untraced,
 )
 from ablab.experiments.run.ranks import serve_ranks
@@ -116,8 +118,11 @@ class LocalProcesses(Workers["WorkerProcess"]):
         pipes = wait([worker.pipe for worker in self.workers], timeout=PATIENCE / 2)
         return [worker for worker in self.workers if worker.pipe in pipes]
 
-    def _bury(self, worker: "WorkerProcess") -> Done | Busy | Untraced | None:
+    def _bury(self, worker: "WorkerProcess") -> "Failure | None":
         return buried(worker)
+
+
+Failure = Done | Busy | Untraced | Unevaluated
 
 
 # -- one of them -------------------------------------------------------------------------------------------------------
@@ -145,7 +150,7 @@ class WorkerProcess(WorkerHandle):
         return said
 
 
-def buried(worker: WorkerProcess) -> Done | Busy | Untraced | None:
+def buried(worker: WorkerProcess) -> Failure | None:
     """What is to be said of a worker that died: what it had in hand is a failure.
 
     Raises UserError where it died before it was ready.
@@ -163,10 +168,12 @@ def buried(worker: WorkerProcess) -> Done | Busy | Untraced | None:
     return failure(worker.job, worker.cause or died) if worker.job else None
 
 
-def failure(job: Job, cause: str) -> Done | Busy | Untraced:
+def failure(job: Job, cause: str) -> Failure:
     """The answer of a job whose worker is gone: what it had just written, else a failure, unless another goes on."""
     if isinstance(job, TraceJob):
         return Untraced(cause)
+    if isinstance(job, EvalJob):
+        return Unevaluated(cause)
     record = Record(job.folder, job.run)
     with suppress(UserError):  # half of it is no result
         written = record.result() if record.stamp() != job.before else None

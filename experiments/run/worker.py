@@ -29,18 +29,21 @@ from ablab.experiments.run.messages import (
     Began,
     Busy,
     Done,
+    EvalJob,
     Found,
     Halt,
     Halted,
     Job,
     Logged,
     Message,
+    Order,
     Ready,
     Refused,
     Stop,
     Traced,
     TraceJob,
     TrainJob,
+    Unevaluated,
     Untraced,
     Warned,
 )
@@ -110,7 +113,7 @@ def ends_itself(last: Ready | Message) -> bool:
             return result.runtime.get("ranks", 1) > 1
         case Done(result):
             return result.status == FAILED
-        case Untraced():
+        case Untraced() | Unevaluated():
             return True
     return False
 
@@ -164,8 +167,22 @@ class Worker:
                     return self._train(job)
                 case TraceJob():
                     return _trace(job)
+                case EvalJob():
+                    return self._ask(job)
         except UserError as refusal:
             return Refused(str(refusal))
+
+    def _ask(self, job: EvalJob) -> Answer:
+        from ablab.experiments.run.examiner import answer
+
+        return answer(job, self.watch, self.pipe.send, self._orders)
+
+    def _orders(self) -> list[Order]:
+        """Those that have come."""
+        found: list[Order] = []
+        while self.pipe.poll():
+            found.append(self.pipe.recv())
+        return found
 
     def _train(self, job: TrainJob) -> Answer:
         """Train one run under its claim: no two processes, here or elsewhere, ever train the same one."""
@@ -269,7 +286,7 @@ def _clear_the_place(folder: Path, warn: Callable[[str], None]) -> None:
         set_aside(folder)
 
 
-def read_job(job: Job) -> tuple[Recipe, Runtime]:
+def read_job(job: TrainJob | TraceJob) -> tuple[Recipe, Runtime]:
     """Raises UserError where this process cannot compute what the runner asked for."""
     recipe = parse(Recipe, job.recipe, "")
     runtime = parse(Runtime, job.runtime, "runtime")

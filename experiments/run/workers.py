@@ -12,18 +12,16 @@ from ablab.experiments.run.executor import Listener, Task
 from ablab.experiments.run.halting import GRACE
 from ablab.experiments.run.messages import (
     Answer,
-    Began,
     Busy,
     Halt,
     Job,
-    Logged,
     Lost,
     Message,
+    OnTheWay,
     Order,
     Ready,
+    Saving,
     Stop,
-    TrainJob,
-    Warned,
 )
 from ablab.experiments.run.worker import ends_itself
 
@@ -63,7 +61,7 @@ class WorkerHandle:
 
     def heard(self, said: Ready | Message) -> None:
         """Note what its words say of itself."""
-        if not isinstance(said, Began | Logged | Warned):
+        if not isinstance(said, OnTheWay):
             self.was_ready = True
             self.job = None
             self.is_free = not ends_itself(said)
@@ -123,10 +121,10 @@ class Workers(ABC, Generic[W]):
         if self.halting is None:
             return bool(waiting) or any(worker.job for worker in self.workers)
         waiting.clear()
-        training = [worker for worker in self.workers if isinstance(worker.job, TrainJob)]
-        for worker in training:
+        saving = [worker for worker in self.workers if isinstance(worker.job, Saving)]
+        for worker in saving:
             worker.halt()
-        return bool(training) and time.monotonic() - self.halting < GRACE
+        return bool(saving) and time.monotonic() - self.halting < GRACE
 
     def _start_missing(self, wanted: int) -> None:
         taken = {worker.slot for worker in self.workers}

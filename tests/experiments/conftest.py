@@ -142,6 +142,43 @@ class Lab:
         return found
 
 
+# -- what an evaluation needs ------------------------------------------------------------------------------------------
+PAIRS = [
+    ("a cat", "cat a"),
+    ("a dog", "dog a"),
+    ("dogs", "dog"),
+    ("a a cat", "cat"),
+    ("dogs a", "a"),
+]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """A folder as BLiMP's, with one paradigm of five items."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    lines = [{"sentence_good": good, "sentence_bad": bad} for good, bad in PAIRS]
+    (folder / "one.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.fixture
+def weights_folder(tmp_path, tiny, build):
+    """With a tokenizer."""
+    from ablab.core.data import corpus
+    from ablab.core.interop.folder import Source
+    from ablab.core.interop.weights import write
+
+    (tmp_path / "text.txt").write_text("a cat and dogs, a dog and cats. " * 20)
+    corpus.train_tokenizer([tmp_path / "text.txt"], tmp_path / "tokenizer.json", 260)
+    recipe = tiny(["gating"], data__vocab=260)
+    model = build(recipe, stirred=0.3)
+    tensors = {name: value.detach() for name, value in model.named_parameters()}
+    write(tmp_path / "model", recipe, tensors, Source(), tmp_path / "tokenizer.json")
+    return tmp_path / "model"
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def alive():
     return is_alive

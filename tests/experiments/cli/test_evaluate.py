@@ -14,6 +14,9 @@ from ablab.core.store.evaluation import path_of, read
 from ablab.core.store.planned import GridPlan, Planned
 from ablab.core.store.store import Store
 from ablab.core.train.run import run
+from ablab.experiments.evaluate.subjects import How
+from ablab.experiments.run.evaluations import Wanted
+from ablab.experiments.run.messages import EvalJob
 from ablab.experiments.track.mlflow_view import MlflowView
 
 TEXT = "The cat sat on the mat, and the dog ran after the cat until both were tired. "
@@ -103,7 +106,56 @@ def test_an_experiment_asks_the_runs_that_can_answer_and_names_the_others(
     assert "left out: base, seed 2: it has not finished" in said.err
 
 
+@pytest.fixture
+def near_cluster(monkeypatch):
+    """`--launcher ray`, whose machines are processes of this one."""
+    from ablab.experiments.launch import ray
+    from ablab.experiments.run.this_machine import ThisMachine
+
+    monkeypatch.setattr(ray, "RayLauncher", lambda address, options: ThisMachine())
+
+
+def without_seconds(told: list[dict]) -> list[dict]:
+    return [one | {"seconds": 0} for one in told]
+
+
+def test_another_machine_gives_the_answers_of_this_one(
+    lab, ablab, trained, pairs, near_cluster
+):
+    asked = ("--suite", "blimp", "--bundle", str(lab.root / pairs), "--device", "cpu")
+    words = ("eval", "tales", *asked, "--json")
+    path = path_of(lab.run_folder(trained[0]), "blimp_1_of_67")
+    path.unlink(missing_ok=True)  # of another test
+    here = ablab(*words).json
+    path.unlink()
+    said = ablab(*words, "--launcher", "ray")
+    assert said.code == 0, said
+    assert without_seconds(said.json) == without_seconds(here)
+    stamp = path.stat().st_mtime_ns
+    assert ablab(*words, "--launcher", "ray").json == said.json
+    assert path.stat().st_mtime_ns == stamp  # nothing was asked again
+
+
+def test_an_evaluation_that_fails_there_is_named_and_ends_the_command_with_one(
+    lab, ablab, trained, pairs, near_cluster, monkeypatch
+):
+    path_of(lab.run_folder(trained[0]), "blimp_1_of_67").unlink(missing_ok=True)
+    monkeypatch.setattr(Wanted, "job", lambda self, how: replace_how(self, how))
+    said = ablab("eval", "tales", "--suite", "blimp", "--bundle", pairs, "--launcher", "ray")
+    assert said.code == 1, said
+    assert "the same command goes on from its answers so far" in said.err
+
+
+def replace_how(wanted: Wanted, how: How) -> EvalJob:
+    """A job that breaks its worker's own code: no batch has a row."""
+    how = replace(how, batch="none")
+    return EvalJob(wanted.name, wanted.subject, wanted.request, how, wanted.bundle)
+
+
 REFUSED = {
+    ("eval", "tales", "--jobs", "2"): "--jobs 2: on this machine one model is asked at a time",
+    ("eval", "tales", "--launcher", "slrm"): "Did you mean 'slurm'?",
+    ("eval", "tales", "--address", "head:6379"): "add --launcher ray, or drop it",
     ("eval",): "name a run, a folder or an experiment",
     ("eval", "tales"): "--suite core, blimp or bpb, or --tasks",
     (

@@ -1,6 +1,5 @@
 """An evaluation goes on where it was killed, asks nothing twice, and is the same on one device and on several."""
 
-import json
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -17,22 +16,7 @@ from ablab.experiments.evaluate.progress import Progress
 from ablab.experiments.evaluate.questions import Answer
 from ablab.experiments.evaluate.subjects import How, subject_of
 
-PAIRS = [
-    ("a cat", "cat a"),
-    ("a dog", "dog a"),
-    ("dogs", "dog"),
-    ("a a cat", "cat"),
-    ("dogs a", "a"),
-]
-
-
-@pytest.fixture
-def pairs(tmp_path):
-    folder = tmp_path / "pairs"
-    folder.mkdir()
-    lines = [{"sentence_good": good, "sentence_bad": bad} for good, bad in PAIRS]
-    (folder / "one.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return folder
+ITEMS = 5  # of the folder `pairs`
 
 
 class Killed(BaseException):
@@ -93,7 +77,7 @@ def test_answers_of_other_weights_are_not_taken_over(tmp_path, pairs, table, oth
             Sitting(run, "w", "fp32").sit(exam, Counting(scorer, after=done))
         then = Counting(scorer)
         Sitting(run, *other).sit(exam, then)
-        assert len(then.asked) == len(PAIRS)
+        assert len(then.asked) == ITEMS
 
 
 def test_two_processes_do_not_write_one_evaluation(tmp_path):
@@ -115,24 +99,13 @@ def test_a_damaged_evaluation_is_asked_again(tmp_path, pairs, table):
         read(path)
     then = Counting(table({}))
     assert replace(sitting.sit(exam, then), seconds=0) == replace(evaluation, seconds=0)
-    assert len(then.asked) == len(PAIRS)
+    assert len(then.asked) == ITEMS
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
 @pytest.fixture
-def folder(tmp_path, tiny, build):
-    """A weights folder with a tokenizer."""
-    from ablab.core.data import corpus
-    from ablab.core.interop.folder import Source
-    from ablab.core.interop.weights import write
-
-    (tmp_path / "text.txt").write_text("a cat and dogs, a dog and cats. " * 20)
-    corpus.train_tokenizer([tmp_path / "text.txt"], tmp_path / "tokenizer.json", 260)
-    recipe = tiny(["gating"], data__vocab=260)
-    model = build(recipe, stirred=0.3)
-    tensors = {name: value.detach() for name, value in model.named_parameters()}
-    write(tmp_path / "model", recipe, tensors, Source(), tmp_path / "tokenizer.json")
-    return tmp_path / "model"
+def folder(weights_folder):
+    return weights_folder
 
 
 def test_two_processes_answer_as_one_does(tmp_path, folder, pairs):
@@ -142,7 +115,7 @@ def test_two_processes_answer_as_one_does(tmp_path, folder, pairs):
     how = How("cpu", batch=1)
     exam = blimp.exam(pairs)
     alone = evaluate(subject, exam, how, ["cpu"])
-    assert alone.weights == subject.weights and alone.items == len(PAIRS)
+    assert alone.weights == subject.weights and alone.items == ITEMS
     questions = list(exam.questions())
     with answering(subject, how, ["cpu", "cpu"]) as both:
         shared = {one.key: one for some in both.answer(questions) for one in some}

@@ -5,22 +5,29 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from ablab.core.recipe.recipe import plain, run_id
 from ablab.core.runtime.runtime import Runtime
-from ablab.core.store.claim import Watch, take
+from ablab.core.store.claim import Watch, place_beside, take
+from ablab.core.store.evaluation import path_of
 from ablab.core.store.record import Record
 from ablab.core.store.result import FAILED, FINISHED, PRUNED, Result
 from ablab.core.store.store import Store
+from ablab.experiments.evaluate.asking import Request
+from ablab.experiments.evaluate.evaluating import evaluate
+from ablab.experiments.evaluate.subjects import How, subject_of
+from ablab.experiments.run.evaluations import Wanted
 from ablab.experiments.run.executor import Executor, Task
 from ablab.experiments.run.messages import (
+    Asked,
     Began,
     Busy,
     Done,
+    Evaluated,
     Found,
     Logged,
     Message,
@@ -279,6 +286,60 @@ def test_what_a_worker_would_compute_otherwise_than_asked_is_refused(executor, j
     assert "the file of an intervention changed" in refused.why
 
 
+# -- evaluations -------------------------------------------------------------------------------------------------------
+HOW = How("cpu", batch=1)
+
+
+@pytest.fixture
+def wanted(weights_folder, pairs, tmp_path) -> Wanted:
+    """Of five items."""
+    store = Store(tmp_path / "store")
+    subject = subject_of(str(weights_folder), store)
+    request = Request("blimp", bundle=pairs)
+    return Wanted.of(subject, request, request.exam(subject, store))
+
+
+def test_an_evaluation_is_written_once_as_this_process_would_write_it(
+    executor, wanted, tmp_path
+):
+    listening = execute(executor, wanted.job(HOW))
+    *asked, last = listening.heard
+    assert last == Evaluated()
+    assert asked[0] == Asked(0, 5)
+    assert asked[-1] == Asked(5, 5)
+    written = wanted.standing("fp32")
+    here = replace(wanted.subject, folder=tmp_path / "here")
+    exam = wanted.request.exam(here, Store(tmp_path / "store"))
+    alone = evaluate(here, exam, HOW, ["cpu"])
+    assert replace(written, seconds=0) == replace(alone, seconds=0)
+    assert execute(executor, wanted.job(HOW)).heard == [Evaluated()]
+
+
+def test_an_evaluation_that_another_process_holds_is_asked_for_again(executor, wanted):
+    path = path_of(wanted.subject.folder, wanted.title)
+    claim = take(place_beside(path.with_suffix(".jsonl")), Watch())
+
+    def then(message):
+        if isinstance(message, Busy):
+            claim.release()
+
+    listening = execute(executor, wanted.job(HOW), then)
+    assert listening.heard[0] == Busy()
+    assert listening.heard[-1] == Evaluated()
+
+
+def test_other_questions_or_weights_than_where_they_were_asked_for_are_refused(
+    executor, wanted
+):
+    other = replace(wanted, bundle="0123456789abcdef")
+    [refused] = execute(executor, other.job(HOW)).heard
+    assert "has other questions there" in refused.why
+    other = replace(wanted, subject=replace(wanted.subject, weights="0123456789abcdef"))
+    [refused] = execute(executor, other.job(HOW)).heard
+    assert "holds other weights" in refused.why
+
+
+# -- deaths ------------------------------------------------------------------------------------------------------------
 def test_a_run_whose_worker_dies_is_a_failure_and_another_worker_takes_the_next(
     executor, job, kind
 ):
