@@ -45,6 +45,7 @@ COMMANDS = {
     "ablab run loo_70m --until-decided --budget 4h": "--dry-run",
     "ablab run loo_70m --launcher ray --address ray://HOST:10001 --ray num_gpus=0.5": HELP,
     "ablab run loo_70m --launcher slurm --slurm partition=gpu --slurm gres=gpu:1 --slurm time=240": HELP,
+    "ablab eval loo_70m --suite core --bundle DIR --launcher ray": HELP,
     "ablab plan loo_70m --effect 0.003 --power 0.8": HELP,
     "ablab challenge loo_70m '- gating'": HELP,
     "ablab why RUN_A RUN_B": HELP,
