@@ -43,7 +43,7 @@ GpusPerRun = Annotated[
     typer.Option(
         "--gpus-per-run",
         min=1,
-        help="of this machine, for each run: they share its batch and its optimizer (1); as runtime.ranks",
+        help="of one machine, for each run: they share its batch and its optimizer (1); as runtime.ranks",
     ),
 ]
 Track = Annotated[

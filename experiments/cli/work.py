@@ -58,7 +58,8 @@ def run(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="cells, identities, what is missing and what it would cost"
+            "--dry-run",
+            help="cells, identities, what is missing and what it would cost, where --launcher trains it",
         ),
     ] = False,
     only: Annotated[
@@ -111,8 +112,9 @@ def run(
     hours = _hours(until_decided, budget, seeds, only)
     words = [*with_ranks(overrides, gpus_per_run), *mirrored(mirror)]
     experiment, runs = prepare(name, words, plugins, where, seeds, scale)
+    there = launching.of(experiment.sheet)
     if is_follower():
-        return follow_command(experiment.sheet.runtime)
+        return None if dry_run else follow_command(experiment.sheet.runtime)
     if hours:
         from ablab.experiments.run.sequential import with_looks
 
@@ -124,9 +126,10 @@ def run(
         )
     picked = chosen(runs, only or [])
     if dry_run:
-        from ablab.experiments.run.forecast import forecast, show_forecast
+        from ablab.experiments.run.forecast import forecast, seats_of, show_forecast
 
-        found = forecast(experiment, picked, where, jobs)
+        seats = seats_of(there, experiment, jobs)
+        found = forecast(experiment, picked, where, jobs, seats)
         if as_json:
             return typer.echo(json.dumps(asdict(found), indent=1))
         show_forecast(found)
@@ -137,7 +140,6 @@ def run(
     from ablab.experiments.run.progress import watcher
 
     watching = watcher(experiment.sheet.metric.name, quiet or as_json)
-    there = launching.of(experiment.sheet)
     train = Training(where, watching, jobs, folders_of(plugins), shown, run_inert, there)
     try:
         named = [(one.cell, one.id) for one in runs]
@@ -297,18 +299,19 @@ def study(
     where = store_of(store)
     shown = tracked(track, mlflow)
     words = [*with_ranks(overrides, gpus_per_run), *mirrored(mirror)]
+    from ablab.experiments.launch.named import Launching
+
     experiment, _ = prepare(name, words, plugins, where)
+    launching = Launching(launcher, address, tuple(ray or ()), tuple(slurm or ()))
+    there = launching.of(experiment.sheet)
     if is_follower():
         return follow_command(experiment.sheet.runtime)
     from ablab.experiments.cli.printing import show_places, show_study
-    from ablab.experiments.launch.named import Launching
     from ablab.experiments.run.progress import watcher
     from ablab.experiments.tune.confirmation import confirm
     from ablab.experiments.tune.study import Study
 
     folders = folders_of(plugins)
-    launching = Launching(launcher, address, tuple(ray or ()), tuple(slurm or ()))
-    there = launching.of(experiment.sheet)
     watching = watcher(experiment.sheet.metric.name, quiet or as_json)
     try:
         tuning = Study(experiment, where, watching, storage, there)

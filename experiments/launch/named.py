@@ -10,6 +10,7 @@ from ablab.core.language.written import read
 from ablab.experiments.plan.sheets import Sheet
 from ablab.experiments.run.executor import Launcher
 from ablab.experiments.run.this_machine import ThisMachine
+from ablab.experiments.run.torchrun import ranks_here
 
 LAUNCHERS = ("local", "ray", "slurm")
 
@@ -48,6 +49,11 @@ class Launching:
             raise UserError(
                 f"--launcher {self.launcher!r:.40}: no such launcher. {near(self.launcher, LAUNCHERS)}"
                 f"Known: {', '.join(LAUNCHERS)}"
+            )
+        if self.is_elsewhere and ranks_here() > 1:
+            raise UserError(
+                f"torchrun started {ranks_here()} ranks, and --launcher {self.launcher} starts those of each run "
+                "where it is trained; start the command without torchrun, with --gpus-per-run"
             )
         flags: Mapping[str, tuple[object, str]] = {
             "--address": (self.address, "ray"),

@@ -39,6 +39,7 @@ from ablab.experiments.run.messages import (
 )
 from ablab.experiments.run.processes import failure
 from ablab.experiments.run.service import common_of_plain
+from ablab.experiments.run.this_machine import check_rows
 from ablab.experiments.run.workers import PATIENCE, WorkerHandle, Workers
 
 HEARING = 10.0  # seconds that an actor waits for words before it says that there are none
@@ -58,9 +59,13 @@ class Needs:
     def settled(self, runtime: Runtime, nodes: Iterable[Mapping[str, Any]]) -> "Needs":
         """Without a None.  nodes: of the cluster, as Ray lists them."""
         there = any(resources_of(node).get("GPU") for node in nodes)
-        wanted = runtime.device == "cuda" or (runtime.device == "auto" and there)
-        gpus = float(wanted) if self.num_gpus is None else self.num_gpus
-        return Needs(gpus, runtime.threads if self.num_cpus is None else self.num_cpus)
+        if runtime.device == "auto":
+            wanted = there or runtime.ranks > 1
+        else:
+            wanted = runtime.device == "cuda"
+        gpus = float(wanted * runtime.ranks) if self.num_gpus is None else self.num_gpus
+        cpus = runtime.threads * runtime.ranks if self.num_cpus is None else self.num_cpus
+        return Needs(gpus, cpus)
 
     def fit(self, node: Mapping[str, Any]) -> int:
         """How many such runs a node carries at a time.  A share of a GPU lies on one GPU."""
@@ -106,19 +111,35 @@ class RayLauncher:
         self.asked = needs_of(options)
         self.ray: Any = optional("ray", "ray")
 
-    def settled(
-        self, runtime: Runtime, recipes: Iterable[Recipe], plugins: Iterable[str | Path]
-    ) -> Runtime:
+    def checked(self, runtime: Runtime, recipes: Iterable[Recipe]) -> Runtime:
+        check_rows(runtime, recipes)
         needs = self._needs(runtime)
         if runtime.device == "auto":
             runtime = replace(runtime, device="cuda" if needs.num_gpus else "cpu")
+        if runtime.device == "cuda" and runtime.ranks > 1 and needs.num_gpus != runtime.ranks:
+            raise UserError(
+                f"--ray num_gpus={needs.num_gpus:g}, but --gpus-per-run {runtime.ranks} (runtime.ranks) gives each "
+                "of so many ranks a GPU; drop the first, or add runtime.device=cpu"
+            )
+        return runtime
+
+    def settled(
+        self, runtime: Runtime, recipes: Iterable[Recipe], plugins: Iterable[str | Path]
+    ) -> Runtime:
+        asked = list(recipes)
+        runtime = self.checked(runtime, asked)
         if runtime.kernels != "same":
             return runtime
+        needs = self._needs(runtime)
         self.carried(runtime)
-        wanted = [plain(recipe) for recipe in recipes]
+        wanted = [plain(recipe) for recipe in asked]
         asking = self.ray.remote(num_gpus=needs.num_gpus, num_cpus=needs.num_cpus)
         asked = asking(common_of_plain).remote(runtime, wanted, [*map(str, plugins)])
         return replace(runtime, kernels=self.ray.get(asked))
+
+    def place(self, runtime: Runtime) -> str:
+        devices = "GPUs" if self._needs(runtime).num_gpus else "CPUs"
+        return f"{devices} of the Ray cluster"
 
     def carried(self, runtime: Runtime) -> int:
         """Raises UserError where no node can have one."""

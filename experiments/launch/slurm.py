@@ -50,6 +50,7 @@ from ablab.experiments.run.messages import (
     Warned,
 )
 from ablab.experiments.run.processes import failure
+from ablab.experiments.run.this_machine import check_rows
 from ablab.experiments.run.workers import Waiting
 
 AT_ONCE = 256  # elements of an array that run at a time, unless array_parallelism says
@@ -79,18 +80,43 @@ class SlurmLauncher:
         known = self.submitit.SlurmExecutor._valid_parameters() | self.generic
         check_keys("slurm", options, (*OURS, *sorted(known)))
 
-    def settled(
-        self, runtime: Runtime, recipes: Iterable[Recipe], plugins: Iterable[str | Path]
-    ) -> Runtime:
+    def checked(self, runtime: Runtime, recipes: Iterable[Recipe]) -> Runtime:
+        check_rows(runtime, recipes)
         if runtime.device == "auto":
-            asked = any(self.options.get(key) for key in GPUS)
+            asked = runtime.ranks > 1 or any(self.options.get(key) for key in GPUS)
             runtime = replace(runtime, device="cuda" if asked else "cpu")
+        self._check_gpus(runtime)
         if runtime.kernels == "same":
             raise UserError(
                 "runtime.kernels=same asks the GPU that will train, and SLURM has not given one yet; "
                 "name the places, as ablab show lists them: runtime.kernels=[attention,loss]"
             )
+        self._executor(
+            Path("slurm"), runtime
+        )  # or it says why there is none; it writes nothing
         return runtime
+
+    def settled(
+        self, runtime: Runtime, recipes: Iterable[Recipe], plugins: Iterable[str | Path]
+    ) -> Runtime:
+        return self.checked(runtime, recipes)
+
+    def place(self, runtime: Runtime) -> str:
+        devices = "GPUs" if runtime.device == "cuda" else "CPUs"
+        return f"{devices} of SLURM, if it has room"
+
+    def _check_gpus(self, runtime: Runtime) -> None:
+        """Raises UserError where a job asks for fewer GPUs than its ranks need, in words that we can read."""
+        if runtime.device != "cuda" or runtime.ranks == 1:
+            return
+        for key in GPUS:
+            asked = str(self.options.get(key, ""))
+            _, _, last = asked.rpartition(":")
+            if last.isdigit() and int(last) < runtime.ranks:
+                raise UserError(
+                    f"--slurm {key}={asked}, but --gpus-per-run {runtime.ranks} (runtime.ranks) gives each of so many "
+                    f"ranks a GPU; ask for {runtime.ranks} of them, or drop the first"
+                )
 
     def carried(self, runtime: Runtime) -> int:
         return int(self.options.get("array_parallelism", AT_ONCE))
@@ -112,9 +138,10 @@ class SlurmLauncher:
     def _executor(self, folder: Path, runtime: Runtime) -> Any:
         """submitit's.  Raises UserError where there is no SLURM, or where it refuses an option."""
         options: dict[str, Any] = {"time": MINUTES, "array_parallelism": AT_ONCE}
-        options |= {"job_name": "ablab", "cpus_per_task": runtime.threads}
+        cpus = runtime.threads * runtime.ranks
+        options |= {"job_name": "ablab", "cpus_per_task": cpus}
         if runtime.device == "cuda" and not any(self.options.get(key) for key in GPUS):
-            options["gpus_per_node"] = 1
+            options["gpus_per_node"] = runtime.ranks
         options |= self.options
         cluster = options.pop("cluster", "slurm")
         named = {

@@ -59,10 +59,16 @@ class Executor(Protocol):
 class Launcher(Protocol):
     """Where the runs of a command are executed: on this machine (this_machine.py), or on others."""
 
+    def checked(self, runtime: Runtime, recipes: Iterable[Recipe]) -> Runtime:
+        """The runtime with its device and its ranks.  Starts nothing; raises UserError where nothing can execute it."""
+
     def settled(
         self, runtime: Runtime, recipes: Iterable[Recipe], plugins: Iterable[str | Path]
     ) -> Runtime:
-        """The runtime as it is asked of every run.  Raises UserError where nothing can execute it."""
+        """The runtime as it is asked of every run: `checked`, with its kernels.  Raises UserError."""
+
+    def place(self, runtime: Runtime) -> str:
+        """Whose devices train, in words; empty where they are this machine's."""
 
     def carried(self, runtime: Runtime) -> int:
         """How many runs it carries at a time, where nobody says."""

@@ -13,6 +13,7 @@ from ablab.core.store.result import FINISHED, RETRY, Result
 from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.run.capacity import default_jobs, gpus_for, training_at_once
+from ablab.experiments.run.executor import Launcher
 from ablab.experiments.run.progress import duration
 from ablab.experiments.run.succession import needed, once
 from ablab.experiments.text import count
@@ -77,28 +78,55 @@ class Forecast:
     infeasible: dict[str, str] = field(default_factory=dict)  # cell -> why it cannot be built
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """Machines that are not this one."""
+
+    runtime: Runtime  # with a device
+    seats: int  # runs at a time
+    place: str  # in words
+
+
+def seats_of(launcher: Launcher, experiment: Experiment, jobs: int | None) -> Elsewhere | None:
+    """Where a launcher would train; None for this machine.  Raises UserError for what it would refuse."""
+    recipes = [one for chain in experiment.stage_recipes.values() for one in chain]
+    runtime = launcher.checked(experiment.sheet.runtime, recipes)
+    place = launcher.place(runtime)
+    if not place:
+        return None
+    return Elsewhere(runtime, jobs or launcher.carried(runtime), place)
+
+
 def forecast(
-    experiment: Experiment, runs: list[PlannedRun], store: Store, jobs: int | None
+    experiment: Experiment,
+    runs: list[PlannedRun],
+    store: Store,
+    jobs: int | None,
+    there: Elsewhere | None = None,
 ) -> Forecast:
-    """Seconds go by the pace of the runs that this store holds, or by a guess where it holds none."""
-    runtime = experiment.sheet.runtime
+    """Seconds go by the pace of the runs that this store holds, or by a guess where it holds none.
+
+    there: None: on this machine.
+    """
+    runtime = there.runtime if there else experiment.sheet.runtime
     stages = once(one for run in runs for one in run.chain)
     unique = {run.id: run for run in stages}
     results = {id: _peek(store, id) for id in unique}
     flops = {id: _flops(run.recipe) for id, run in unique.items()}
     work = {id: flops[id] + _evaluating(run.recipe, runtime) for id, run in unique.items()}
     measured = _measured_rate(results, flops)
-    rate = measured or _guessed_rate(runtime)
+    rate = measured or (GUESS_GPU if _on_gpus(runtime, there) else GUESS_CPU)
     shown = _with_stages(runs)
     claims, _ = needed(runs, lambda id: None if _is_missing(results[id]) else results[id])
     missing = once(claims)
-    jobs = jobs or default_jobs(runtime)
-    workers = max(min(training_at_once(runtime, jobs), len(missing)), 1)
+    jobs = there.seats if there else jobs or default_jobs(runtime)
+    at_once = jobs if there else training_at_once(runtime, jobs)
+    workers = max(min(at_once, len(missing)), 1)
     to_do = sum(work[run.id] for run in missing)
-    device = "cuda" if gpus_for(runtime) else "cpu"
+    device = "cuda" if _on_gpus(runtime, there) else "cpu"
     overhead = _overhead(missing, BEGINNINGS[device], rate, workers)
     seconds = to_do / rate / workers
-    is_slow = device == "cpu" and seconds > DAY
+    is_slow = device == "cpu" and seconds > DAY and not there
     return Forecast(
         experiment=experiment.name,
         rows=[_row(run, results[run.id], flops[run.id], work[run.id] / rate) for run in shown],
@@ -109,7 +137,7 @@ def forecast(
         flops=sum(flops[run.id] for run in missing),
         seconds=seconds + overhead,
         rate="measured" if measured else "guessed",
-        device=_device(runtime),
+        device=there.place if there else _device(runtime),
         overhead=overhead,
         device_seconds=to_do / rate,
         no_data=_no_data(missing),
@@ -222,8 +250,8 @@ def _measured_rate(results: dict[str, Result | None], flops: dict[str, int]) -> 
     return sum(flops[id] for id in seconds) / sum(seconds.values())
 
 
-def _guessed_rate(runtime: Runtime) -> float:
-    return GUESS_GPU if gpus_for(runtime) else GUESS_CPU
+def _on_gpus(runtime: Runtime, there: Elsewhere | None) -> bool:
+    return runtime.device == "cuda" if there else bool(gpus_for(runtime))
 
 
 def _row(run: PlannedRun, result: Result | None, flops: int, seconds: float) -> ForecastRow:

@@ -44,6 +44,13 @@ def check_room(runtime: Runtime) -> None:
     )
 
 
+def check_rows(runtime: Runtime, recipes: Iterable[Recipe]) -> None:
+    """Raises UserError where its ranks cannot divide the rows of a recipe."""
+    if runtime.ranks > 1:
+        for recipe in recipes:
+            rows_at_once(runtime, recipe.batches.largest_micro_batch)
+
+
 class ThisMachine:
     """A Launcher."""
 
@@ -52,17 +59,21 @@ class ThisMachine:
             0  # processes that computed on its GPUs before a worker of ours was there
         )
 
+    def checked(self, runtime: Runtime, recipes: Iterable[Recipe]) -> Runtime:
+        if runtime.device == "cuda" and not gpus_for(runtime):
+            raise UserError(NO_GPU)  # a worker would say so too, after seconds
+        runtime = with_ranks_here(runtime)
+        check_rows(runtime, recipes)
+        return runtime
+
     def settled(
         self, runtime: Runtime, recipes: Iterable[Recipe], plugins: Iterable[str | Path]
     ) -> Runtime:
-        if runtime.device == "cuda" and not gpus_for(runtime):
-            raise UserError(NO_GPU)  # a worker would say so too, after seconds
         asked = list(recipes)
-        runtime = with_ranks_here(runtime)
-        if runtime.ranks > 1:
-            for recipe in asked:
-                rows_at_once(runtime, recipe.batches.largest_micro_batch)
-        return settle_service(runtime, asked, plugins)
+        return settle_service(self.checked(runtime, asked), asked, plugins)
+
+    def place(self, runtime: Runtime) -> str:
+        return ""
 
     def carried(self, runtime: Runtime) -> int:
         return default_jobs(runtime) if ranks_here() == 1 else 1

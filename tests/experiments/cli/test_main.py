@@ -230,6 +230,49 @@ def test_a_dry_run_writes_nothing_and_knows_what_is_missing(lab, ablab):
     assert lab.files() == before
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--launcher", "slrm"), "Did you mean 'slurm'?"),
+        (("--address", "head:6379"), "add --launcher ray, or drop it"),
+        (("--launcher", "slurm", "--slurm", "partitoin=gpu"), "Did you mean 'partition'?"),
+        (("--launcher", "slurm"), "start this on a machine that has sbatch and srun"),
+        (("--gpus-per-run", "3"), "nearest: 2, 4"),
+        (
+            ("--gpus-per-run", "64", "--launcher", "slurm"),
+            "more than the rows of a micro-batch",
+        ),
+    ],
+)
+def test_a_dry_run_refuses_what_the_command_itself_would(ablab, words, said):
+    ended = ablab("run", "grid.yaml", "--dry-run", *words)
+    assert ended.code == 2
+    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1
+    assert said in ended.err
+
+
+def test_a_dry_run_is_of_the_machines_that_would_train(lab, ablab):
+    before = lab.files()
+    there = ("--launcher", "slurm", "--slurm", "cluster=local")
+    found = ablab("run", "grid.yaml", "--dry-run", "--json", *there).json
+    assert (found["device"], found["jobs"]) == ("CPUs of SLURM, if it has room", 256)
+    here = ablab("run", "grid.yaml", "--dry-run", "--json", "--jobs", "1").json
+    assert here["device"] == "this CPU"
+    assert found["device_seconds"] == here["device_seconds"]
+    assert found["seconds"] < here["seconds"]
+    asked = ablab("run", "grid.yaml", "--dry-run", *there, "--jobs", "3").out
+    assert "on CPUs of SLURM, if it has room, 3 at a time" in asked
+    assert lab.files() == before
+
+
+def test_a_dry_run_under_torchrun_leaves_no_rank_waiting(ablab, monkeypatch):
+    places = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}
+    for name, value in (places | {"MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    ended = ablab("run", "grid.yaml", "--dry-run")
+    assert (ended.code, ended.out) == (0, "")
+
+
 def test_a_dry_run_counts_a_run_that_two_cells_share_once(lab, ablab):
     from ablab.core.store.result import FINISHED, Result
     from ablab.core.store.store import Store

@@ -9,10 +9,11 @@ import pytest
 from ablab.core.errors import UserError
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.store import Store
-from ablab.experiments.launch.base import Site, optional
+from ablab.experiments.launch.base import Site, optional, serving_of_job
 from ablab.experiments.launch.named import Launching
 from ablab.experiments.launch.ray import Needs, check_reachable, needs_of
 from ablab.experiments.launch.slurm import SlurmLauncher
+from ablab.experiments.run.messages import TraceJob
 from ablab.experiments.run.this_machine import ThisMachine
 
 SHEET = SimpleNamespace(ray={}, slurm={})
@@ -95,6 +96,13 @@ def test_a_run_needs_a_gpu_where_it_would_use_one(device, there, settled):
 
 
 @pytest.mark.parametrize(
+    ("device", "settled"), [("auto", Needs(4, 8)), ("cuda", Needs(4, 8)), ("cpu", Needs(0, 8))]
+)
+def test_a_run_of_ranks_needs_a_gpu_for_each(device, settled):
+    assert Needs().settled(Runtime(device=device, threads=2, ranks=4), []) == settled
+
+
+@pytest.mark.parametrize(
     "options", [{"num_gpus": -1}, {"num_gpus": 1.5}, {"num_cpus": 0, "num_gpus": 0}]
 )
 def test_needs_that_ray_would_refuse_or_misread_are_refused(options):
@@ -147,7 +155,51 @@ def test_a_machine_without_slurm_says_so(tmp_path):
 
 def test_runs_use_gpus_of_slurm_where_some_are_asked_for():
     auto = Runtime()
-    assert SlurmLauncher({"gres": "gpu:1"}).settled(auto, [], []).device == "cuda"
-    assert SlurmLauncher({"partition": "gpu"}).settled(auto, [], []).device == "cpu"
+    near = {"cluster": "local"}
+    assert SlurmLauncher({"gres": "gpu:1"} | near).settled(auto, [], []).device == "cuda"
+    assert SlurmLauncher({"partition": "gpu"} | near).settled(auto, [], []).device == "cpu"
+    assert SlurmLauncher(near).settled(Runtime(ranks=2), [], []).device == "cuda"
     same = Runtime(kernels="same")
     assert "runtime.kernels=[attention,loss]" in refusal(SlurmLauncher().settled, same, [], [])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "gpus"),
+    [(1, {}, 1), (2, {}, 2), (2, {"gres": "gpu:a100:4"}, None), (2, {"gpus_per_node": 2}, 2)],
+)
+def test_a_job_asks_for_a_gpu_a_rank_and_the_cores_of_all(tmp_path, ranks, options, gpus):
+    launcher = SlurmLauncher({"cluster": "local"} | options)
+    runtime = launcher.checked(Runtime(device="cuda", threads=3, ranks=ranks), [])
+    asked = launcher._executor(tmp_path, runtime).parameters
+    assert asked.get("gpus_per_node") == gpus
+    assert asked["cpus_per_task"] == 3 * ranks
+
+
+@pytest.mark.parametrize("options", [{"gres": "gpu:1"}, {"gpus_per_node": 1}])
+def test_fewer_gpus_than_ranks_are_refused_before_a_job_is_submitted(options):
+    launcher = SlurmLauncher({"cluster": "local"} | options)
+    line = refusal(launcher.checked, Runtime(ranks=2), [])
+    assert "ask for 2 of them" in line
+    assert launcher.checked(Runtime(ranks=2, device="cpu"), []).ranks == 2
+
+
+def test_ranks_that_cannot_divide_the_rows_are_refused_wherever_they_train(tiny):
+    launcher = SlurmLauncher({"cluster": "local"})
+    line = refusal(launcher.checked, Runtime(ranks=3, device="cpu"), [tiny()])
+    assert "nearest: 2, 4" in line
+
+
+def test_a_machine_with_fewer_gpus_than_its_ranks_is_named(monkeypatch):
+    monkeypatch.setattr("ablab.experiments.run.this_machine.gpus_for", lambda runtime: ["0"])
+    runtime = dataclasses.asdict(Runtime(device="cuda", ranks=2))
+    job = TraceJob("0123456789abcdef", {}, runtime)
+    line = refusal(serving_of_job, job)
+    assert line.startswith(socket.gethostname())
+    assert "there are 1 GPUs here" in line
+
+
+def test_torchrun_and_a_launcher_do_not_both_start_ranks(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "start the command without torchrun" in refusal(Launching("slurm").of, SHEET)

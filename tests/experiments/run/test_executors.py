@@ -36,17 +36,32 @@ from ablab.experiments.run.messages import (
     TraceJob,
     TrainJob,
 )
-from ablab.experiments.run.processes import LocalProcesses
+from ablab.experiments.run.processes import local_processes
 
 LONG = 1000  # steps: never reached
 CPU = asdict(Runtime(device="cpu", log_every=1, evaluations=1))
 
 
-class Local:
+class Kind:
+    """An executor whose every run has so many ranks.  Those of several take minutes: `make cluster` asks for them."""
+
+    def __init__(self, ranks: int = 1):
+        self.ranks = ranks
+        self.runtime = CPU | {"ranks": ranks}
+
+    def __str__(self) -> str:
+        return type(self).__name__ + (f"-{self.ranks}-ranks" if self.ranks > 1 else "")
+
+    @property
+    def takes_minutes(self) -> bool:
+        return self.ranks > 1
+
+
+class Local(Kind):
     """Processes of this machine."""
 
     def start(self, store: Store) -> Executor:
-        return LocalProcesses(1)
+        return local_processes(Runtime(**self.runtime), 1, [])
 
     def end(self) -> None: ...
 
@@ -57,7 +72,7 @@ class Local:
         return [worker.process.pid for worker in executor.workers]
 
 
-class OnRay:
+class OnRay(Kind):
     """A node of a Ray cluster, on this machine."""
 
     def start(self, store: Store) -> Executor:
@@ -68,10 +83,10 @@ class OnRay:
 
         self.cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 1, "include_dashboard": False},
+            head_node_args={"num_cpus": self.ranks, "include_dashboard": False},
         )
         launcher = RayLauncher(self.cluster.address)
-        runtime = launcher.settled(Runtime(**CPU), [], [])
+        runtime = launcher.settled(Runtime(**self.runtime), [], [])
         assert launcher.carried(runtime) == 1
         return launcher.start(store, runtime, None, [])
 
@@ -91,19 +106,19 @@ class OnRay:
         ]
 
 
-class OnSlurm:
+class OnSlurm(Kind):
     """Jobs of submitit, whose local executor stands in for SLURM.
 
-    Each starts an interpreter and imports torch, 70 s of a core in all: `make cluster` asks for them.
+    Each starts an interpreter and imports torch, 70 s of a core in all.
     """
 
+    takes_minutes = True
+
     def start(self, store: Store) -> Executor:
-        if "ABLAB_CLUSTER" not in os.environ:
-            pytest.skip("a minute of a core: make cluster")
         from ablab.experiments.launch.slurm import SlurmLauncher
 
         launcher = SlurmLauncher({"cluster": "local"})
-        runtime = launcher.settled(Runtime(**CPU), [], [])
+        runtime = launcher.settled(Runtime(**self.runtime), [], [])
         started = launcher.start(store, runtime, 1, [])
         started.patience = 1.0
         return started
@@ -137,11 +152,13 @@ def parent_of(pid: int) -> int:
     return 0
 
 
-EXECUTORS = [Local(), OnRay(), OnSlurm()]
+EXECUTORS = [Local(), OnRay(), OnSlurm(), Local(2), OnRay(2), OnSlurm(2)]
 
 
-@pytest.fixture(scope="module", params=EXECUTORS, ids=lambda kind: type(kind).__name__)
+@pytest.fixture(scope="module", params=EXECUTORS, ids=str)
 def kind(request):
+    if request.param.takes_minutes and "ABLAB_CLUSTER" not in os.environ:
+        pytest.skip("minutes of a core: make cluster")
     return request.param
 
 
@@ -155,14 +172,14 @@ def executor(kind, tmp_path_factory):
 
 
 @pytest.fixture
-def job(tiny, token_folder, tmp_path):
+def job(kind, tiny, token_folder, tmp_path):
     """A TrainJob of a recipe of `steps` steps; keys replace its own."""
 
     def of(steps: int = 6, **keys) -> TrainJob:
         recipe = tiny(budget__tokens=64 * steps)
         id = run_id(recipe)
         own = {"run": id, "recipe": plain(recipe), "folder": tmp_path / id}
-        return TrainJob(**{"runtime": CPU, "data": token_folder, **own, **keys})
+        return TrainJob(**{"runtime": kind.runtime, "data": token_folder, **own, **keys})
 
     return of
 
@@ -200,6 +217,20 @@ def test_a_run_is_heard_of_in_order_and_its_last_word_is_its_result(executor, jo
     assert [message.step for message in logs] == [1, 2, 3, 4, 5, 6]
     assert last.result.status == FINISHED
     assert last.result == Record(wanted.folder).result()
+
+
+def test_a_run_has_the_bits_of_this_machine(executor, kind, job, tmp_path):
+    wanted = job(8)
+    there = execute(executor, wanted).heard[-1].result
+    here = Local(kind.ranks).start(Store(tmp_path / "here"))
+    try:
+        alone = execute(here, replace(wanted, folder=tmp_path / "alone")).heard[-1].result
+    finally:
+        here.close()
+    assert there.weights == alone.weights
+    assert there.runtime["ranks"] == kind.ranks
+    told = Record(wanted.folder), Record(tmp_path / "alone")
+    assert told[0].metrics_path.read_bytes() == told[1].metrics_path.read_bytes()
 
 
 def test_a_run_that_has_a_result_is_found_and_not_trained_again(executor, job):

@@ -15,7 +15,9 @@ from ablab.core.recipe.recipe import plain, run_id
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.record import Record
 from ablab.core.store.result import FAILED, FINISHED
+from ablab.core.store.store import Store
 from ablab.core.train.run import run
+from ablab.experiments.launch.base import Seat, Site
 from ablab.experiments.run import capacity, this_machine
 from ablab.experiments.run.capacity import default_jobs, seats_for
 from ablab.experiments.run.executor import Task
@@ -109,6 +111,25 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_cause_and_one_rank_goes_on(
     with pytest.raises(KeyboardInterrupt):
         run(recipe, ONE, token_folder, Record(folder), log, warn=pytest.fail)
     assert steps[0] > 1, "it began anew"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
+def test_the_seat_of_another_machine_trains_on_ranks_to_the_same_bits(
+    told, tiny, token_folder, tmp_path
+):
+    """What stands in a Ray actor and in a SLURM job; `make cluster` asks these themselves."""
+    recipe = tiny(["muon"])
+    store = Store(tmp_path / "store")
+    folder = store.run(run_id(recipe)).folder
+    job = TrainJob(run_id(recipe), plain(recipe), asdict(TWO), folder, token_folder)
+    seat = Seat(Site.of(store, []))
+    try:
+        *_, last = seat.answers(job)
+    finally:
+        seat.close()
+    alone, result = told["whole"]
+    assert last.result.weights == result.weights
+    assert Record(folder).metrics_path.read_bytes() == Record(alone).metrics_path.read_bytes()
 
 
 # -- what is handed out ----------------------------------------------------------------------------------------------
