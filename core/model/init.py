@@ -18,7 +18,6 @@ from ablab.core.model.layers import declaration
 from ablab.core.parts.parametrize import Scales
 from ablab.core.recipe.recipe import Recipe
 
-
 # Numbers of a model that are drawn by many threads: 106 M took 0.9 s of one.
 MANY = 1 << 22
 

@@ -1,7 +1,7 @@
 """The bytecode of what is imported, kept where Python would keep none.
 
-Some installers compile nothing (uv), slim images throw it away, PYTHONDONTWRITEBYTECODE forbids it, and a folder of packages may not be
-ours to write.  Each process then compiles torch and its compiler anew, 1,900 files.
+Some installers compile nothing (uv), slim images throw it away, PYTHONDONTWRITEBYTECODE forbids it, and a folder of
+packages may not be ours to write.  Each process then compiles torch and its compiler anew, 1,900 files.
 """
 
 import os
@@ -39,4 +39,4 @@ def cache() -> Path:
 def _is_ours(folder: Path) -> bool:
     """Whether Python can write there; it makes the folder itself."""
     there = folder if folder.exists() else folder.parent
-    return os.access(there, os.W_OK)
+    return there.is_dir() and os.access(there, os.W_OK)
