@@ -75,6 +75,7 @@ COMMANDS = {
     "ablab bench study": HELP,
     "ablab bench report": HELP,
     "ablab bench step loo_70m --against hf": HELP,
+    "ablab bench peers loo_70m --nanochat DIR": HELP,
     "ablab bench step loo_70m": HELP,
     "ablab bench step loo_70m runtime.micro_batch=96": HELP,
     "ablab bench kernels --only optimizer": HELP,

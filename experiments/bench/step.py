@@ -62,6 +62,21 @@ class Counts:
     windows: int  # of each subject
     warm_up: int  # steps before the first window
 
+    @staticmethod
+    def of(
+        device: torch.device, steps: int | None, windows: int | None, warm_up: int | None
+    ) -> "Counts":
+        """None: the device's own number."""
+        return Counts(
+            steps=steps or STEPS[device.type],
+            windows=windows or WINDOWS[device.type],
+            warm_up=WARM_UP[device.type] if warm_up is None else warm_up,
+        )
+
+
+class NoRoom(UserError):
+    """A subject that does not fit into the memory that is left."""
+
 
 def bench_step(
     name: str,
@@ -77,12 +92,7 @@ def bench_step(
     with tempfile.TemporaryDirectory() as folder:
         subjects = subjects_of(name, overrides, against, cell, Path(folder))
         device = _common_device(subjects)
-        counts = Counts(
-            steps=steps or STEPS[device.type],
-            windows=windows or WINDOWS[device.type],
-            warm_up=WARM_UP[device.type] if warm_up is None else warm_up,
-        )
-        return _timed(subjects, counts, device)
+        return _timed(subjects, Counts.of(device, steps, windows, warm_up), device)
 
 
 def _common_device(subjects: list[Subject]) -> torch.device:
@@ -95,6 +105,23 @@ def _common_device(subjects: list[Subject]) -> torch.device:
 
 
 def _timed(subjects: list[Subject], counts: Counts, device: torch.device) -> dict[str, Any]:
+    benches, told = benches_in_turn(subjects, counts, device)
+    for bench in benches:
+        bench.split(device)
+    told["subjects"] = [asdict(bench.timed) for bench in benches]
+    if len(benches) > 1:
+        first, second = (bench.timed.tokens_per_second for bench in benches)
+        told["ratio"] = first / second
+    return told
+
+
+def benches_in_turn(
+    subjects: list[Subject], counts: Counts, device: torch.device
+) -> tuple[list["Bench"], dict[str, Any]]:
+    """The subjects timed, all of them at hand in this process; and what is said of the machine.
+
+    Raises UserError; NoRoom where they do not all fit.
+    """
     benches = [Bench(subject, counts.warm_up, device) for subject in subjects]
     steps = [bench.stepper.step for bench in benches]
     times = in_turn(steps, counts.steps, counts.windows, device)
@@ -102,16 +129,11 @@ def _timed(subjects: list[Subject], counts: Counts, device: torch.device) -> dic
     rate = ceilings.matmul_rate(device)
     for bench, spans in zip(benches, times, strict=True):
         rate_it(bench.timed, spans, rate, device.type)
-        bench.split(device)
     told = ceilings.machine(device) | asdict(counts)
     told["peak_tflops"] = ceilings.PEAK / 1e12
     told["matmul_tflops"] = rate / 1e12
     told["clocks"] = clocks
-    told["subjects"] = [asdict(bench.timed) for bench in benches]
-    if len(benches) > 1:
-        first, second = (bench.timed.tokens_per_second for bench in benches)
-        told["ratio"] = first / second
-    return told
+    return benches, told
 
 
 class Bench:
@@ -134,7 +156,7 @@ class Bench:
             stepped = time.perf_counter()
             self._steps(warm_up, device)
         except torch.OutOfMemoryError:
-            raise UserError(_memory_advice(subject)) from None
+            raise NoRoom(_memory_advice(subject)) from None
         peak = self.stepper.peak_memory() - in_use
         if device.type == "cpu":
             peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -21,15 +21,21 @@ def show_step(found: dict[str, Any]) -> None:
         if one["longest"]:
             typer.echo(f"\n{one['name']}: the longest kernels of a step")
             table([_kernel_row(kernel) for kernel in one["longest"]])
-    peak = "" if subjects[0]["mfu"] is None else f", of {found['peak_tflops']:g} TFLOP/s"
+    show_machine(found)
+    if "ratio" in found:
+        pair = f"{subjects[0]['name']} / {subjects[1]['name']}"
+        typer.echo(f"{pair}: {found['ratio']:.3f} x tokens/s, same run, A B B A")
+
+
+def show_machine(found: dict[str, Any]) -> None:
+    """What its rates are of, and the clocks of the card."""
+    on_gpu = found["subjects"][0]["mfu"] is not None
+    peak = f", of {found['peak_tflops']:g} TFLOP/s" if on_gpu else ""
     reached = f"matrix products reach {found['matmul_tflops']:.3g} TFLOP/s in this run"
     typer.echo(f"\nMFU counts attention causally{peak}; {reached}")
     if found["clocks"]:
         clocks = [f"{name} {value:g}" for name, value in found["clocks"].items()]
         typer.echo(f"clocks under load: {', '.join(clocks)}")
-    if "ratio" in found:
-        pair = f"{subjects[0]['name']} / {subjects[1]['name']}"
-        typer.echo(f"{pair}: {found['ratio']:.3f} x tokens/s, same run, A B B A")
 
 
 def _row(one: dict[str, Any]) -> dict[str, str]:
@@ -37,8 +43,8 @@ def _row(one: dict[str, Any]) -> dict[str, str]:
         "what": one["name"],
         "tokens/s": f"{one['tokens_per_second']:,.0f}",
         "ms/step": f"{one['ms_per_step']:.2f}",
-        "MFU": _percent(one["mfu"]),
-        "of matmul": _percent(one["mfu_measured"]),
+        "MFU": percent(one["mfu"]),
+        "of matmul": percent(one["mfu_measured"]),
         "peak GiB": f"{one['peak_gib']:.2f}",
         "kernels/step": _number(one["kernels_per_step"]),
         "launches/step": _number(one["launches_per_step"]),
@@ -47,7 +53,7 @@ def _row(one: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 

@@ -1,13 +1,15 @@
-"""Who is timed by `ablab bench step`: a cell of an experiment, another cell or override, or Hugging Face's Llama."""
+"""Who is timed by `ablab bench step` and `ablab bench peers`: cells of an experiment, the same otherwise, and peers."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from ablab.core.errors import UserError
 from ablab.core.language.parse import near
 from ablab.core.model.cost import cost_of
+from ablab.core.recipe.intervention import resolve, treatment_of
 from ablab.core.recipe.load import overrides_from
 from ablab.core.recipe.recipe import Budget, Recipe
 from ablab.core.runtime.runtime import Runtime, Settled, settle
@@ -16,6 +18,7 @@ from ablab.experiments.bench.phases import Marks
 from ablab.experiments.bench.random_tokens import NAME, experiment_on_random_tokens
 
 HF = "hf"
+FP8 = "with.fp8."  # before a dose of it
 LEAST_STEPS = 10_000  # of the budget: a schedule that does not end while we look
 SHOWN = (  # of the runtime
     "dtype",
@@ -33,7 +36,10 @@ class Stepper(Protocol):
     """What can be timed."""
 
     about: str  # how it trains, for the table
-    flops_per_token: int  # forward and backward
+
+    @property
+    def flops_per_token(self) -> int:
+        """Forward and backward."""
 
     def step(self) -> None:
         """One optimizer step."""
@@ -79,6 +85,15 @@ def _llama(recipe: Recipe, runtime: Runtime, folder: Path, marks: Marks) -> Step
     )
 
 
+def _nanochat(
+    recipe: Recipe, runtime: Runtime, folder: Path, marks: Marks, checkout: Path
+) -> Stepper:
+    from ablab.experiments.bench.nanochat import Nanochat
+
+    settled = settle(runtime, recipe.batches.largest_micro_batch)
+    return Nanochat(recipe, settled, folder, marks, checkout)
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is timed, and `make`, which builds it; runtime: as asked, not settled."""
@@ -109,12 +124,40 @@ def subjects_of(
     if against is None:
         return [first]
     if against == HF:
-        return [first, replace(first, name="Hugging Face Llama", make=_llama)]
+        return [first, llama_like(first)]
     if "=" in against:
         changed = overrides | overrides_from([against])
         second = _cell(name, changed, cell, root / "against")
         return [first, replace(second, name=f"{first.name}, {against}")]
     return [first, _cell(name, overrides, against, root, others=[HF, "path=value"])]
+
+
+def ablab_and_peers(
+    name: str, overrides: dict[str, Any], nanochat: Path | None, root: Path
+) -> list[Subject]:
+    """ablab's full cell, the same with `fp8`, and the peers of its shape.  Raises UserError.
+
+    nanochat: the folder of a checkout; None: it takes no part.  Paths `with.fp8.DOSE` are of the second subject alone.
+    """
+    doses = {path: value for path, value in overrides.items() if path.startswith(FP8)}
+    shared = {path: value for path, value in overrides.items() if path not in doses}
+    full = _cell(name, shared, None, root)
+    dose = {path.removeprefix(FP8): value for path, value in doses.items()}
+    fp8 = resolve(full.recipe, treatment_of([{"fp8": dose}]))
+    ours = [replace(full, name="ablab"), replace(full, name="ablab + fp8", recipe=fp8)]
+    peers = [llama_like(full)]
+    if nanochat:
+        from ablab.experiments.bench.nanochat import check
+
+        check(nanochat, full.recipe)
+        make = partial(_nanochat, checkout=nanochat)
+        peers.append(replace(full, name="nanochat", make=make))
+    return [*ours, *peers]
+
+
+def llama_like(subject: Subject) -> Subject:
+    """Hugging Face's Llama of its shape."""
+    return replace(subject, name="Hugging Face Llama", make=_llama)
 
 
 def _cell(

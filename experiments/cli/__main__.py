@@ -9,6 +9,9 @@ import sys
 
 def start() -> None:
     try:
+        from ablab.experiments.run.bytecode import keep_bytecode
+
+        keep_bytecode()
         from ablab.experiments.cli.main import main
 
         main()

@@ -129,6 +129,42 @@ def step(
 
 
 @app.command()
+def peers(
+    name: Name = None,
+    overrides: Overrides = None,
+    nanochat: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="a checkout of github.com/karpathy/nanochat, to be timed too"
+        ),
+    ] = None,
+    apart: Annotated[
+        bool,
+        typer.Option("--apart", help="a process each, as where memory is too small for all"),
+    ] = False,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="of a window (100; on a CPU 10)")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="of each; their median counts [3]")
+    ] = None,
+    warm_up: Annotated[
+        int | None, typer.Option(min=0, help="steps before the first window (50; on a CPU 3)")
+    ] = None,
+    plugins: Plugins = None,
+    out: Out = None,
+) -> None:
+    """ablab, with fp8 too (with.fp8.DOSE is its alone), beside Hugging Face's Llama and nanochat of the same shape."""
+    subject, given = _asked(name, overrides, plugins)
+    from ablab.experiments.bench.peers import Asked, bench_peers, show_peers
+
+    asked = Asked(subject, given, nanochat, plugins or (), steps, windows, warm_up)
+    found = bench_peers(asked, apart)
+    show_peers(found)
+    _write(found, out)
+
+
+@app.command()
 def kernels(
     only: Annotated[
         str | None, typer.Option(help="a kernel, or a pattern such as 'attention*'")

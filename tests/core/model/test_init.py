@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ablab.core.errors import UserError
+from ablab.core.model import init
 from ablab.core.model.init import generator, initialise
 from ablab.core.recipe.intervention import REGISTRY
 
@@ -18,6 +19,13 @@ DOSES = {
 SHARED = (
     2 + 3 * 6 + 1
 )  # embedding, readout; two norms, qkv, out, gate_up, down in each block; the final norm
+
+
+def test_many_threads_draw_what_one_draws(tiny, build, monkeypatch):
+    recipe = tiny(["truncated_init"])
+    one = weights(build(recipe))
+    monkeypatch.setattr(init, "MANY", 0)
+    assert agree(one, weights(build(recipe))) == len(one)
 
 
 def weights(model) -> dict[str, torch.Tensor]:
