@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import chdtri, ndtr
 
-from ablab.analysis.effects.comparison import finished
-from ablab.analysis.effects.effects import with_numbers
+from ablab.analysis.effects.comparison import finished, with_numbers
 from ablab.analysis.effects.intervals import LEVEL, MODERATED_FROM, block_error
 
 NODES = 64  # of each of two integrals

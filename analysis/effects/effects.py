@@ -17,7 +17,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ablab.analysis.effects.comparison import UNMEASURED, Comparison, column, finished
+from ablab.analysis.effects.comparison import (
+    Comparison,
+    Runs,
+    by_cell,
+    finished,
+    with_numbers,
+)
 from ablab.analysis.effects.effect import (
     EQUIVALENT,
     HELPS,
@@ -66,14 +72,16 @@ def measure(
     if better not in ("lower", "higher"):
         raise UserError(f"metric.better must be lower or higher, not {better!r}")
     _check_metric(runs, metric)
-    cells = _by_cell(runs, metric)
-    comparisons = _compared(cells, metric)
+    cells = by_cell(runs, metric)
+    first = runs.drop_duplicates("cell")
+    references = dict(zip(first.cell, first.reference, strict=True))
+    comparisons = _compared(cells, references, metric)
     live = [one for one in comparisons.values() if not one.inert]
     estimates = estimates_of(live)
     judge = Judge(comparisons, estimates, better, equivalence, looks)
     return [
-        judge.effect(cell) if cell in comparisons else _reference(cell, rows, metric)
-        for cell, rows in cells.items()
+        judge.effect(cell) if cell in comparisons else _reference(cell, own)
+        for cell, own in cells.items()
     ]
 
 
@@ -100,31 +108,13 @@ def _spread(arm: tuple[float, Effect]) -> float:
     return arm[0]
 
 
-def with_numbers(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Where a finished run lacks a finite value of the metric, its status says so."""
-    unmeasured = runs.status == FINISHED
-    if metric in runs:
-        values = runs[metric].astype(float)
-        absent = ~np.isfinite(values)
-        if metric in MEASURED:  # zero: not measured
-            absent |= values == 0
-        unmeasured &= absent
-    return runs.assign(status=runs.status.where(~unmeasured, UNMEASURED))
-
-
-def _by_cell(runs: pd.DataFrame, metric: str) -> dict[str, pd.DataFrame]:
-    """The rows of each cell by seed.  A run that a cell lists twice is one observation."""
-    return {
-        str(cell): rows.drop_duplicates("run").set_index("seed")
-        for cell, rows in with_numbers(runs, metric).groupby("cell", sort=False)
-    }
-
-
-def _compared(cells: dict[str, pd.DataFrame], metric: str) -> dict[str, Comparison]:
+def _compared(
+    cells: dict[str, Runs], references: dict[str, str | None], metric: str
+) -> dict[str, Comparison]:
     """Cell -> its comparison, for each that has a reference."""
     found = {}
-    for cell, rows in cells.items():
-        reference = rows.reference.iloc[0]
+    for cell, own in cells.items():
+        reference = references[cell]
         if pd.isna(reference):
             continue
         if reference not in cells:
@@ -132,7 +122,7 @@ def _compared(cells: dict[str, pd.DataFrame], metric: str) -> dict[str, Comparis
                 f"cell {cell!r} is measured against {reference!r}, which the experiment lacks; "
                 f"it has: {', '.join(cells)}"
             )
-        found[cell] = Comparison(cell, reference, rows, cells[reference], metric)
+        found[cell] = Comparison(cell, reference, own, cells[reference], metric)
     return found
 
 
@@ -176,17 +166,17 @@ class Judge:
         interval = interval_of(estimate) if estimate else None
         delta = float(estimate.delta[0]) if estimate else pair.delta
         verdict = self._verdict(pair, delta)
-        own = column(pair.own, pair.metric)
+        own = pair.own
         return Effect(
             cell=cell,
             reference=pair.reference,
             verdict=verdict,
             sentence=_sentence(pair, verdict, delta, interval),
             n=pair.n,
-            seeds=tuple(int(seed) for seed in pair.done.index),
+            seeds=tuple(int(seed) for seed in pair.done[0].seeds),
             statuses=pair.statuses,
-            mean=_mean(own),
-            sd=_sd(own),
+            mean=_mean(own.values),
+            sd=_sd(own.values),
             runs=pair.runs,
             reference_mean=_mean(pair.y),
             reference_sd=_sd(pair.y),
@@ -197,8 +187,8 @@ class Judge:
             p_adjusted=self.adjusted.get(cell),
             p_equivalent=self._p_equivalent(cell),
             more_seeds=max(MODERATED_FROM - pair.n, 0) if verdict == TOO_FEW else 0,
-            tokens_per_second=_mean(pair.own.tokens_per_second.dropna()),
-            service=differing_service(pair.done),
+            tokens_per_second=_mean(own.measured_rates),
+            service=differing_service(*(runs.kernels for runs in pair.done)),
             note=_note(pair, interval),
             **_speed(pair),
         )
@@ -293,27 +283,26 @@ def _speed(pair: Comparison) -> dict[str, Any]:
     return {"tokens_per_second_ratio": ratio, "speed": of_ratio}
 
 
-def _reference(cell: str, rows: pd.DataFrame, metric: str) -> Effect:
-    done = finished(rows)
-    values = column(done, metric)
+def _reference(cell: str, runs: Runs) -> Effect:
+    done = runs.finished
     return Effect(
         cell=cell,
         reference=None,
         verdict=REFERENCE,
         sentence=f"{cell}: what the others are measured against",
         n=len(done),
-        seeds=tuple(int(seed) for seed in done.index),
-        statuses=dict(Counter(rows.status)),
-        mean=_mean(values),
-        sd=_sd(values),
-        runs=tuple(done.run),
-        tokens_per_second=_mean(done.tokens_per_second.dropna()),
+        seeds=tuple(int(seed) for seed in done.seeds),
+        statuses=dict(Counter(runs.statuses)),
+        mean=_mean(done.values),
+        sd=_sd(done.values),
+        runs=tuple(done.ids),
+        tokens_per_second=_mean(done.measured_rates),
     )
 
 
-def _mean(values: np.ndarray | pd.Series) -> float | None:
+def _mean(values: np.ndarray) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def _sd(values: np.ndarray | pd.Series) -> float | None:
+def _sd(values: np.ndarray) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None

@@ -15,7 +15,7 @@ from math import prod
 import numpy as np
 import pandas as pd
 
-from ablab.analysis.effects.comparison import column, finished
+from ablab.analysis.effects.comparison import column, finished, with_numbers
 from ablab.analysis.effects.effect import (
     EQUIVALENT,
     HELPS,
@@ -24,7 +24,7 @@ from ablab.analysis.effects.effect import (
     TOO_FEW,
     Interval,
 )
-from ablab.analysis.effects.effects import interval_of, with_numbers
+from ablab.analysis.effects.effects import interval_of
 from ablab.analysis.effects.intervals import Estimates
 from ablab.analysis.effects.linear import Linear
 from ablab.analysis.effects.multiplicity import holm

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from ablab.analysis.effects.comparison import Comparison, column, finished
+from ablab.analysis.effects.comparison import Comparison
 from ablab.analysis.effects.intervals import (
     MODERATED,
     MODERATED_FROM,
@@ -36,10 +36,14 @@ def estimates_of(comparisons: Sequence[Comparison]) -> dict[str, Estimates]:
     broken = [one for one in shared if one.broken and one.n < PLAIN_FROM]
     found |= _fitted(broken, shared)
     whole = [one for one in shared if one.cell not in found]
-    few = [one for one in whole if MODERATED_FROM <= one.n < PLAIN_FROM]
-    plain = [one for one in whole if one not in few]
+    few = [one for one in whole if _has_few_seeds(one)]
+    plain = [one for one in whole if not _has_few_seeds(one)]
     found |= {one.cell: paired((one.x - one.y)[None]) for one in plain}
     return found | _few_seeds(few)
+
+
+def _has_few_seeds(one: Comparison) -> bool:
+    return MODERATED_FROM <= one.n < PLAIN_FROM
 
 
 def _few_seeds(few: list[Comparison]) -> dict[str, Estimates]:
@@ -74,8 +78,8 @@ def _arm(together: Estimates, i: int) -> Estimates:
 
 def _table(comparisons: list[Comparison]) -> np.ndarray | None:
     """The metric of every cell that is compared, [cells, n]; None unless all are known over the same seeds."""
-    first, *others = comparisons
-    if any(list(one.done.index) != list(first.done.index) for one in others):
+    seeds = [list(one.done[0].seeds) for one in comparisons]
+    if any(own != seeds[0] for own in seeds):
         return None
     values = {}
     for one in comparisons:
@@ -103,11 +107,10 @@ def _model(shared: list[Comparison]) -> tuple[Linear, dict[str, int]]:
     """y ~ arm + seed over the finished runs of all cells that are compared, and the column of each cell."""
     rows = {}
     for one in shared:
-        rows[one.cell] = finished(one.rows)
-        rows[one.reference] = finished(one.others)
-    metric = shared[0].metric
-    y = np.concatenate([column(own, metric) for own in rows.values()])
+        rows[one.cell] = one.rows.finished
+        rows[one.reference] = one.others.finished
+    y = np.concatenate([own.values for own in rows.values()])
     cells = np.concatenate([np.full(len(own), i) for i, own in enumerate(rows.values())])
-    seeds, named = pd.factorize(np.concatenate([own.index.to_numpy() for own in rows.values()]))
+    seeds, named = pd.factorize(np.concatenate([own.seeds for own in rows.values()]))
     design = np.hstack([np.eye(len(rows))[cells], np.eye(len(named))[seeds]])
     return Linear(design, y, WITH_SEEDS), {cell: i for i, cell in enumerate(rows)}

@@ -3,27 +3,33 @@
 A run records place -> what served it: `triton`, or `torch: why not triton`.  Two reasons for torch are one service.
 """
 
-import pandas as pd
+from collections.abc import Mapping
+
+import numpy as np
 
 COLUMN = "kernels/"  # of frame.load, one a place: kernels/attention
 
 
-def differing_service(pairs: pd.DataFrame) -> dict[str, tuple[str, str]]:
+def differing_service(
+    ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
+) -> dict[str, tuple[str, str]]:
     """Place -> what served it in the cell and in the reference, where these differ.
 
-    pairs: a row per pair that both finished, columns of the reference end in /reference.  A place that only one of the
+    ours, theirs: place -> what served it in each run of the cell, and of its reference.  A place that only one of the
     two has (Muon's products), or that a run did not record, cannot be compared and is left out.
     """
     found = {}
-    for column in (str(name) for name in pairs):
-        other = f"{column}/reference"
-        if not column.startswith(COLUMN) or other not in pairs:
-            continue
-        ours = list(pairs[column].dropna().unique())
-        theirs = list(pairs[other].dropna().unique())
-        if ours and theirs and len({server(said) for said in ours + theirs}) > 1:
-            found[column.removeprefix(COLUMN)] = (" and ".join(ours), " and ".join(theirs))
+    for place in ours:
+        one = _recorded(ours[place])
+        other = _recorded(theirs[place])
+        if one and other and len({server(said) for said in one + other}) > 1:
+            found[place] = (" and ".join(one), " and ".join(other))
     return found
+
+
+def _recorded(served: np.ndarray) -> list[str]:
+    """Each once."""
+    return list(dict.fromkeys(said for said in served if isinstance(said, str)))
 
 
 def server(said: str) -> str:

@@ -18,8 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from ablab.analysis.effects.comparison import finished, pace
-from ablab.analysis.effects.effects import with_numbers
+from ablab.analysis.effects.comparison import finished, pace, with_numbers
 from ablab.core.store.metrics import known
 
 TOKENS = "tokens"

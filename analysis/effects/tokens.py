@@ -12,11 +12,10 @@ arXiv:2411.00640).  The seeds are held fixed: it stands beside the interval over
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -97,9 +96,14 @@ class TokenEffects:
 
     def __init__(self, store: Store, runs: pd.DataFrame, metric: str):
         self.store = store
-        self.runs = runs
         self.metric = metric
         self.damages: list[str] = []
+        # Cell -> run -> its seed, each run once.
+        self.seeds: dict[str, dict[str, int]] = {}
+        # A reference stands behind every arm: its runs are read once.
+        self.known: dict[tuple[str, str], Sums | None] = {}
+        for cell, run, seed in zip(runs.cell, runs.run, runs.seed, strict=True):
+            self.seeds.setdefault(cell, {}).setdefault(run, seed)
 
     def added(self, effects: Iterable[Effect]) -> list[Effect]:
         """Each with its token effect; none for metrics that are no mean over tokens."""
@@ -110,19 +114,25 @@ class TokenEffects:
     def _of(self, effect: Effect) -> TokenEffect | None:
         if effect.reference is None:
             return None
-        behind = self.runs[self.runs.run.isin(effect.runs)]
-        arm = self._sums(behind[behind.cell == effect.cell])
-        reference = self._sums(behind[behind.cell == effect.reference])
+        behind = set(effect.runs)
+        arm = self._sums(effect.cell, behind)
+        reference = self._sums(effect.reference, behind)
         return token_effect(arm, reference)
 
-    def _sums(self, rows: pd.DataFrame) -> list[Sums]:
-        """Empty where one of the runs has none."""
-        found = [self._read(row) for row in rows.drop_duplicates("run").itertuples()]
+    def _sums(self, cell: str, behind: Set[str]) -> list[Sums]:
+        """Of those runs of a cell; empty where one of them has none."""
+        found = [self._known(cell, run) for run in self.seeds[cell] if run in behind]
         whole = [one for one in found if one]
         return whole if len(whole) == len(found) else []
 
-    def _read(self, row: Any) -> Sums | None:
-        record = self.store.run(row.run)
+    def _known(self, cell: str, run: str) -> Sums | None:
+        who = (cell, run)
+        if who not in self.known:
+            self.known[who] = self._read(cell, run)
+        return self.known[who]
+
+    def _read(self, cell: str, run: str) -> Sums | None:
+        record = self.store.run(run)
         result = record.result()
         if result is None or not result.held_out:
             return None
@@ -130,7 +140,7 @@ class TokenEffects:
             return _remembered(record.folder, result.held_out, self.metric, _stamp(record))
         except Damaged as damage:
             self.damages.append(
-                f"`{row.cell}`, seed {row.seed}: {damage}; the token errors that need it are left out"
+                f"`{cell}`, seed {self.seeds[cell][run]}: {damage}; the token errors that need it are left out"
             )
             return None
 
