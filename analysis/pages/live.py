@@ -115,9 +115,9 @@ class RememberedCurves:
     """`frame.curve` of runs that have changed since they were last read; of the others, what it said."""
 
     def __init__(self) -> None:
-        self.known: dict[tuple[str, str, int], tuple[Stamp, pd.DataFrame]] = {}
+        self.known: dict[tuple[str, str, int], tuple[Stamp, frame.Lines]] = {}
 
-    def __call__(self, row: Planned, record: Record, result: Result | None) -> pd.DataFrame:
+    def __call__(self, row: Planned, record: Record, result: Result | None) -> frame.Lines:
         stamp = _stamp(record)
         who = (row.run, row.cell, row.pair)
         held = self.known.get(who)
@@ -127,8 +127,8 @@ class RememberedCurves:
         return held[1]
 
 
-def _no_curve(row: Planned, record: Record, result: Result | None) -> pd.DataFrame:
-    return pd.DataFrame()
+def _no_curve(row: Planned, record: Record, result: Result | None) -> frame.Lines:
+    return frame.NO_LINES
 
 
 def _stamp(record: Record) -> Stamp:

@@ -9,6 +9,7 @@ one seed: their sd is that of the differences.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -48,8 +49,7 @@ def bands(
     tables = []
     for metric in metrics:
         for cell, runs in _runs_of(alive, clocks, metric).items():
-            sheaf = _sheaf(runs, points)
-            tables.append(sheaf.table(metric, cell))
+            tables.append(_sheaf(runs, points).band(metric, cell))
     return _joined(tables)
 
 
@@ -69,14 +69,23 @@ def differences(
             continue
         both = _sheaf(shared, points).minus([theirs[run.clock.pair] for run in shared])
         if len(both.axis):
-            tables.append(both.table(metric, cell))
+            tables.append(both.band(metric, cell))
     return _joined(tables)
 
 
-def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
-    if not tables:
+Band = dict[str, Any]  # COLUMNS of one cell: metric and cell a word each, the others [P]
+
+
+def _joined(bands: list[Band]) -> pd.DataFrame:
+    if not bands:
         return pd.DataFrame(columns=COLUMNS)
-    return pd.concat(tables, ignore_index=True)
+    points = [len(band["tokens"]) for band in bands]
+    table = {}
+    for name in COLUMNS:
+        told = [band[name] for band in bands]
+        words = name in ("metric", "cell")
+        table[name] = pd.Series(told).repeat(points).array if words else np.concatenate(told)
+    return pd.DataFrame(table)
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -177,20 +186,18 @@ class _Sheaf:
         seen = np.isfinite(values).any(axis=0)
         return _Sheaf(self.axis[seen], values[:, seen], self.clocks)
 
-    def table(self, metric: str, cell: str) -> pd.DataFrame:
+    def band(self, metric: str, cell: str) -> Band:
         seconds = np.stack([clock.at(self.axis) for clock in self.clocks])
-        return pd.DataFrame(
-            {
-                "metric": metric,
-                "cell": cell,
-                "tokens": self.axis,
-                "flops": self.axis * self.clocks[0].token_flops,
-                "seconds": _mean(seconds),
-                "mean": _mean(self.values),
-                "sd": _sd(self.values),
-                "runs": _count(self.values),
-            }
-        )
+        return {
+            "metric": metric,
+            "cell": cell,
+            "tokens": self.axis,
+            "flops": self.axis * self.clocks[0].token_flops,
+            "seconds": _mean(seconds),
+            "mean": _mean(self.values),
+            "sd": _sd(self.values),
+            "runs": _count(self.values),
+        }
 
 
 def _sheaf(runs: Sequence[_Run], points: int) -> _Sheaf:
