@@ -19,6 +19,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from ablab.analysis.effects.comparison import finished, pace, with_numbers
+from ablab.analysis.effects.frame import stretches
 from ablab.core.store.metrics import known
 
 TOKENS = "tokens"
@@ -87,17 +88,18 @@ def speedups(
         return []
     done = finished(with_numbers(runs, metric))
     tracks = _tracks(done, logged, metric, 1 if better == "lower" else -1)
+    cells: dict[str, dict[int, Track]] = {}  # seed -> its track, of those that have one
+    for cell, seed, run in zip(done.cell, done.seed, done.run, strict=True):
+        own = cells.setdefault(str(cell), {})
+        if run in tracks:
+            own[int(seed)] = tracks[run]
+    references = dict(zip(done.cell, done.reference, strict=True))
     found: list[Speedup] = []
-    for cell, rows in done.groupby("cell", sort=False):
-        reference = rows.reference.iloc[0]
-        theirs = done[done.cell == reference].set_index("seed").run
-        pairs = {
-            int(seed): (tracks[run], tracks[theirs[seed]])
-            for seed, run in zip(rows.seed, rows.run, strict=True)
-            if seed in theirs and run in tracks and theirs[seed] in tracks
-        }
-        if pairs:
-            found += _of_pairs(str(cell), str(reference), pairs)
+    for cell, own in cells.items():
+        reference = str(references[cell])
+        theirs = cells.get(reference, {})
+        if pairs := {seed: (own[seed], theirs[seed]) for seed in own if seed in theirs}:
+            found += _of_pairs(cell, reference, pairs)
     return found
 
 
@@ -126,18 +128,23 @@ def _tracks(
     if metric not in logged:
         return {}
     known = logged[logged.run.isin(done.run)].dropna(subset=[metric])
-    rates = pace(done.drop_duplicates("run").set_index("run"))
-    found = {}
-    for run, rows in known.drop_duplicates(["run", "step"]).groupby("run", sort=False):
-        if len(rows) < FEWEST_EVALUATIONS:
-            continue
-        found[str(run)] = Track(
-            tokens=rows.tokens.to_numpy(float),
-            losses=sign * rows[metric].to_numpy(float),
-            flops=float(rows.flops.iloc[-1] / rows.tokens.iloc[-1]),
-            seconds=float(1 / rates[run]),
+    # A run that several cells share has logged each line once.
+    rows = known.drop_duplicates(["run", "step"]).sort_values("run", kind="stable")
+    once = done.drop_duplicates("run")
+    seconds = dict(zip(once.run, 1 / pace(once), strict=True))
+    tokens = rows.tokens.to_numpy(float)
+    losses = sign * rows[metric].to_numpy(float)
+    token_flops = (rows.flops / rows.tokens).to_numpy(float)
+    return {
+        run: Track(
+            tokens=tokens[lines],
+            losses=losses[lines],
+            flops=float(token_flops[lines][-1]),
+            seconds=float(seconds[run]),
         )
-    return found
+        for run, lines in stretches(rows.run)
+        if lines.stop - lines.start >= FEWEST_EVALUATIONS
+    }
 
 
 Pairs = Mapping[int, tuple[Track, Track]]  # seed -> arm and reference

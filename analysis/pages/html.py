@@ -10,11 +10,9 @@ travels in the page, gzipped (4.8 MB -> 1.9 MB), and is unpacked after the first
 import base64
 import gzip
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +23,7 @@ import pandas as pd
 from ablab.analysis.effects import frame
 from ablab.analysis.effects.effect import INCONCLUSIVE, INERT, REFERENCE, TOO_FEW
 from ablab.analysis.effects.factorial import FactorEffect
+from ablab.analysis.effects.frame import stretches
 from ablab.analysis.pages.html_tables import (
     Table,
     asked_table,
@@ -255,7 +254,7 @@ def _lines(rows: pd.DataFrame) -> list[dict[str, Any]]:
     token_flops = rounded((rows.flops / rows.tokens).to_numpy(float))
     counts = rows.runs.tolist()
     lines = []
-    for cell, line in _stretches(rows.cell):
+    for cell, line in stretches(rows.cell):
         count = counts[line]
         lines.append(
             {
@@ -269,14 +268,6 @@ def _lines(rows: pd.DataFrame) -> list[dict[str, Any]]:
             }
         )
     return lines
-
-
-def _stretches(cells: pd.Series) -> Iterator[tuple[str, slice]]:
-    """Where each cell stands, whose rows stand together."""
-    codes, names = pd.factorize(cells)
-    bounds = [0, *(np.flatnonzero(np.diff(codes)) + 1), len(codes)]
-    for start, end in pairwise(bounds):
-        yield str(names[codes[start]]), slice(start, end)
 
 
 def _lost(logged: pd.DataFrame, metric: str, statuses: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -3,9 +3,11 @@
 import base64
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ablab.analysis.effects.effect import REFERENCE, Effect
@@ -294,10 +296,19 @@ def costs(report: Report, logged: pd.DataFrame) -> Table:
     """A row a cell, and their sum."""
     runs = report.runs
     flops = logged.groupby("run").flops.max() if len(logged) else pd.Series(dtype=float)
-    spent = runs.assign(flops=runs.run.map(flops).astype(float)) if len(runs) else runs
-    rows = [_cost(str(cell), own) for cell, own in spent.groupby("cell", sort=False)]
+    spent = Spent(
+        seconds=runs.seconds.to_numpy(float),
+        tokens=runs.tokens.to_numpy(float),
+        flops=runs.run.map(flops).to_numpy(float),
+        rates=runs.tokens_per_second.to_numpy(float),
+        peaks=runs.peak_bytes.to_numpy(float),
+        finished=(runs.status == FINISHED).to_numpy(),
+    )
+    places = runs.groupby("cell", sort=False).indices
+    rows = [_cost(str(cell), spent.at(places[cell])) for cell in runs.cell.unique()]
     # A run that several cells share was trained once.
-    rows.append(_cost("all", spent.drop_duplicates("run"), kind="total"))
+    once = np.flatnonzero(~runs.run.duplicated())
+    rows.append(_cost("all", spent.at(once), kind="total"))
     columns = [
         Column("arm"),
         Column("runs", "num"),
@@ -310,13 +321,38 @@ def costs(report: Report, logged: pd.DataFrame) -> Table:
     return Table(columns, rows)
 
 
-def _cost(name: str, runs: pd.DataFrame, kind: str = "") -> list[Cell]:
-    seconds = float(runs.seconds.sum())
-    tokens = float(runs.tokens.sum())
-    flops = float(runs.flops.sum()) if runs.flops.notna().any() else None
-    done = runs[runs.status == FINISHED]
-    rate = done.tokens_per_second.mean() if len(done) else None
-    peak = runs.peak_bytes.max() / 2**30
+@dataclass(frozen=True)
+class Spent:
+    """What runs took, [R] each; NaN where it is not known."""
+
+    seconds: np.ndarray
+    tokens: np.ndarray
+    flops: np.ndarray
+    rates: np.ndarray  # tokens/s
+    peaks: np.ndarray  # bytes
+    finished: np.ndarray  # bool
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+    def at(self, places: np.ndarray) -> "Spent":
+        return Spent(
+            seconds=self.seconds[places],
+            tokens=self.tokens[places],
+            flops=self.flops[places],
+            rates=self.rates[places],
+            peaks=self.peaks[places],
+            finished=self.finished[places],
+        )
+
+
+def _cost(name: str, runs: Spent, kind: str = "") -> list[Cell]:
+    seconds = float(np.nansum(runs.seconds))
+    tokens = float(np.nansum(runs.tokens))
+    flops = None if np.isnan(runs.flops).all() else float(np.nansum(runs.flops))
+    rates = pd.Series(runs.rates[runs.finished])
+    rate = rates.mean() if len(rates) else None
+    peak = runs.peaks.max() / 2**30
     return [
         Cell(name, kind=kind),
         Cell(f"{len(runs)}", len(runs), "num"),
@@ -360,7 +396,7 @@ def failures(report: Report, live: bool = False) -> Table:
         Column("run", "spare"),
     ]
     told = ["cell", "seed", "status", "step", "error", "note", "run"]
-    listed = lost.reindex(columns=told).itertuples(index=False, name=None)
+    listed = _rows_of(lost.reindex(columns=told))
     rows = [
         [
             Cell(cell),
@@ -387,7 +423,7 @@ def run_list(report: Report) -> tuple[Table, str]:
         Column("code", "spare"),
     ]
     known = ["cell", "seed", "run", "status", metric, "code"]
-    listed = report.runs.reindex(columns=known).itertuples(index=False, name=None)
+    listed = _rows_of(report.runs.reindex(columns=known))
     rows = [
         [
             Cell(cell),
@@ -401,6 +437,11 @@ def run_list(report: Report) -> tuple[Table, str]:
     ]
     plain = report.runs.drop(columns=["tags", "params"], errors="ignore")
     return Table(columns, rows), csv_address(plain)
+
+
+def _rows_of(table: pd.DataFrame) -> Iterator[tuple[Any, ...]]:
+    """Row by row; itertuples asks Arrow for each word alone, which takes 20 times as long."""
+    return zip(*(table[name].tolist() for name in table), strict=True)
 
 
 def provenance(store: Store, runs: pd.DataFrame) -> Table:

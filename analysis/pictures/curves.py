@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,18 +62,17 @@ class Seeds(NamedTuple):
 class Curve:
     """The runs of one cell.  `finished`: pair -> its points; `lost`: (status, points) of the rest."""
 
-    def __init__(self, rows: pd.DataFrame, metric: str):
-        self.reference = rows.reference.iloc[0]
+    def __init__(self, reference: str | None):
+        self.reference = reference
         self.finished: dict[int, Points] = {}
         self.lost: list[tuple[str, Points]] = []
-        for pair in sorted(rows.pair.unique()):
-            run = rows[rows.pair == pair]
-            points = Points(run.tokens.to_numpy(float), run[metric].to_numpy(float))
-            status = run.status.iloc[0]
-            if status == FINISHED:
-                self.finished[pair] = points
-            else:
-                self.lost.append((status, points))
+
+    def add(self, pair: int, status: str, points: Points) -> None:
+        """A run, after those of smaller pairs."""
+        if status == FINISHED:
+            self.finished[pair] = points
+        else:
+            self.lost.append((status, points))
 
     def seeds(self, pairs: Iterable[int] | None = None) -> Seeds:
         """The finished runs, or those of some pairs, on the token axis of the first."""
@@ -108,8 +108,7 @@ def curves(logged: pd.DataFrame, metric: str = "val/loss") -> "Figure":
     finish is dashed and ends in a cross.  Above ten cells only the reference and the three arms that end farthest from
     it have a colour.
     """
-    rows = logged.dropna(subset=[metric])
-    cells = {str(cell): Curve(own, metric) for cell, own in rows.groupby("cell", sort=False)}
+    cells = curves_of(logged, metric)
     deltas = _deltas(cells)
     colours = _colours(cells, deltas)
     panels = 2 if deltas else 1
@@ -127,6 +126,26 @@ def curves(logged: pd.DataFrame, metric: str = "val/loss") -> "Figure":
     axes[-1].set_xlabel(f"training tokens\n{key}")
     axes[-1].xaxis.set_major_formatter(lambda tokens, _: _count(tokens))
     return figure
+
+
+def curves_of(logged: pd.DataFrame, metric: str) -> dict[str, Curve]:
+    """Cell -> its runs, as far as they have logged the metric."""
+    known = logged.dropna(subset=[metric])
+    first = known.drop_duplicates("cell")
+    cells = {
+        cell: Curve(reference)
+        for cell, reference in zip(first.cell, first.reference, strict=True)
+    }
+    rows = known.sort_values(["pair", "cell"])  # the lines of a run stay in their order
+    tokens = rows.tokens.to_numpy(float)
+    values = rows[metric].to_numpy(float)
+    starts = np.flatnonzero(~rows.duplicated(["pair", "cell"]))
+    runs = rows.iloc[starts]
+    bounds = pairwise([*starts, len(rows)])
+    told = zip(runs.cell, runs.pair, runs.status, bounds, strict=True)
+    for cell, pair, status, (start, end) in told:
+        cells[cell].add(pair, status, Points(tokens[start:end], values[start:end]))
+    return cells
 
 
 def _deltas(cells: dict[str, Curve]) -> dict[str, Seeds]:

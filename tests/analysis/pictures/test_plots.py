@@ -7,7 +7,7 @@ from matplotlib.image import imread
 
 from ablab.analysis.effects import frame
 from ablab.analysis.effects.effects import measure
-from ablab.analysis.pictures.curves import Curve, draw_curves
+from ablab.analysis.pictures.curves import curves_of, draw_curves
 from ablab.analysis.pictures.forest import draw_forest, forest
 from ablab.analysis.pictures.style import BACKGROUND, DISTINCT, VERDICT_COLOUR, label_ends
 from ablab.core.errors import UserError
@@ -109,13 +109,14 @@ def test_one_cell_alone_has_a_curve(lab, tmp_path):
 def test_differences_are_taken_where_both_runs_have_been():
     def curve(tokens, values):
         rows = {
+            "cell": "arm",
             "reference": None,
             "pair": 0,
             "status": "finished",
             "tokens": tokens,
             "val/loss": values,
         }
-        return Curve(pd.DataFrame(rows), "val/loss")
+        return curves_of(pd.DataFrame(rows), "val/loss")["arm"]
 
     reference = curve([10.0, 20.0, 30.0], [4.0, 3.0, 2.0])
     grid, difference = curve([5.0, 15.0, 25.0, 35.0], [9.0, 3.6, 2.6, 1.0]).minus(reference)
