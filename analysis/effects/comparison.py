@@ -52,7 +52,7 @@ class Runs:
     notes: np.ndarray
     values: np.ndarray  # of the metric; NaN where there is none
     rates: np.ndarray  # tokens/s
-    paces: np.ndarray  # the same of those that had their machine to themselves; NaN of the others
+    paces: np.ndarray  # the same; NaN of those that shared their machine
     kernels: Mapping[str, np.ndarray]  # place -> what served it
 
     def __len__(self) -> int:
@@ -72,7 +72,8 @@ class Runs:
         return self.rates[~np.isnan(self.rates)]
 
     @property
-    def measured_log_paces(self) -> np.ndarray:
+    def log_paces(self) -> np.ndarray:
+        """Of the measured ones."""
         return np.log(self.paces[~np.isnan(self.paces)])
 
     def at(self, which: np.ndarray) -> "Runs":
@@ -202,7 +203,7 @@ class Comparison:
         Runs that shared their machine are left out: what they say of speed is how many others ran.
         """
         if self.disjoint:
-            return self.rows.finished.measured_log_paces, self.others.finished.measured_log_paces
+            return self.rows.finished.log_paces, self.others.finished.log_paces
         ours, theirs = self.done
         measured = ~np.isnan(ours.paces) & ~np.isnan(theirs.paces)
         return np.log(ours.paces[measured]), np.log(theirs.paces[measured])

@@ -51,7 +51,6 @@ from ablab.analysis.effects.power import ALPHA
 from ablab.analysis.effects.service import differing_service
 from ablab.core.errors import UserError
 from ablab.core.store.metrics import MEASURED
-from ablab.core.store.result import FINISHED
 
 NOISE_DIFFERS = 10  # fold, between the spreads of two arms
 

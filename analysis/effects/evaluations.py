@@ -16,6 +16,7 @@ from ablab.core.store.evaluation import (
     Part,
     damages_of,
     evaluations_of,
+    files_of,
 )
 from ablab.core.store.result import FINISHED
 from ablab.core.store.store import Store
@@ -53,6 +54,8 @@ def scores(store: Store, runs: pd.DataFrame) -> Scores:
     done = runs[runs.status == FINISHED] if len(runs) else runs
     for cell, run in zip(done.get("cell", ()), done.get("run", ()), strict=True):
         record = store.run(run)
+        if not files_of(record.folder):
+            continue
         damages += damages_of(record.folder)
         result = record.result()
         for one in evaluations_of(record, result) if result else ():

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 MANY_CELLS = 10  # above, colours would repeat
 HIGHLIGHTED = 3  # arms that keep a colour then
+DOT: dict[str, Any] = {"marker": "o", "markersize": 4, "clip_on": False}
 
 
 class Points(NamedTuple):
@@ -116,7 +117,7 @@ def curves(logged: pd.DataFrame, metric: str = "val/loss") -> "Figure":
     _losses(axes[0], cells, colours)
     axes[0].set(ylabel=f"{metric} ({unit(metric)})", title="On held-out text")
     if deltas:
-        references = {cells[cell].reference for cell in deltas}
+        references = {str(cells[cell].reference) for cell in deltas}
         reference = references.pop() if len(references) == 1 else "its reference"
         _differences(axes[1], deltas, colours, reference)
         axes[1].set_ylabel(f"difference ({unit(metric)})")
@@ -180,8 +181,7 @@ def _key(deltas: dict[str, Seeds], colours: Colours) -> str:
 def _losses(axes: "Axes", cells: dict[str, Curve], colours: Colours) -> None:
     """The curves themselves, from a tenth of the tokens on: the drop from ln(vocabulary) would flatten all the rest."""
     drawn = {cell: curve.seeds() for cell, curve in cells.items() if curve.finished}
-    for cell, seeds in drawn.items():
-        _band(axes, seeds, colours[cell])
+    _bands(axes, drawn, colours)
     late = [seeds.late() for seeds in drawn.values()]
     low = min((values.min() for values in late), default=0.0)
     high = max((values.max() for values in late), default=1.0)
@@ -231,8 +231,8 @@ def _differences(
     axes.axhline(0, color=INK, linewidth=1.2)
     late = [0.0]
     ends = {reference: 0.0}
+    _bands(axes, deltas, colours)
     for cell, delta in deltas.items():
-        _band(axes, delta, colours[cell])
         seen = delta.values
         if colours[cell] == BACKGROUND:
             seen = seen.mean(0, keepdims=True)
@@ -245,18 +245,34 @@ def _differences(
     label_ends(axes, ends, colours | {reference: INK})
 
 
+def _bands(axes: "Axes", cells: dict[str, Seeds], colours: Colours) -> None:
+    """The mean and the range of the seeds of each cell; one point alone is a dot."""
+    _background(axes, [cells[cell] for cell in cells if colours[cell] == BACKGROUND])
+    for cell, seeds in cells.items():
+        if (colour := colours[cell]) != BACKGROUND:
+            _band(axes, seeds, colour)
+
+
+def _background(axes: "Axes", cells: list[Seeds]) -> None:
+    """Without bands: many are a fog.  All lines are one object, for 2,000 of them take a second to make."""
+    from matplotlib.collections import LineCollection
+
+    means = [np.column_stack([seeds.tokens, seeds.values.mean(0)]) for seeds in cells]
+    lines = [mean for mean in means if len(mean) > 1]
+    dots = [mean for mean in means if len(mean) == 1]
+    style: dict[str, Any] = {"color": BACKGROUND, "zorder": 1}
+    if lines:
+        ends: dict[str, Any] = {"capstyle": "projecting", "joinstyle": "round"}
+        axes.add_collection(LineCollection(lines, linewidths=1, **ends, **style))
+    if dots:
+        axes.plot(*np.concatenate(dots).T, linestyle="none", **DOT, **style)
+
+
 def _band(axes: "Axes", seeds: Seeds, colour: str) -> None:
-    """The mean and the range of the seeds; one point alone is a dot.  The background has no bands: many are a fog."""
     tokens, values = seeds
-    back = colour == BACKGROUND
-    dot: dict[str, Any] = {}
-    if len(tokens) == 1:
-        dot = {"marker": "o", "markersize": 4, "clip_on": False}
-    width = 1 if back else 1.6
-    axes.plot(
-        tokens, values.mean(0), color=colour, linewidth=width, zorder=1 if back else 3, **dot
-    )
-    if len(values) > 1 and not back:
+    dot = DOT if len(tokens) == 1 else {}
+    axes.plot(tokens, values.mean(0), color=colour, linewidth=1.6, zorder=3, **dot)
+    if len(values) > 1:
         low = values.min(0)
         high = values.max(0)
         axes.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0, zorder=2)

@@ -282,7 +282,9 @@ def evaluations_of(record: Record, result: Result) -> Iterator[Evaluation]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    return sorted((folder / FOLDER).glob("*.json"))
+    """Sorted; as glob finds them, of which most runs have none."""
+    place = folder / FOLDER
+    return sorted(place.glob("*.json")) if place.is_dir() else []
 
 
 def damages_of(folder: Path) -> Iterator[str]:

@@ -52,13 +52,18 @@ class Mark:
 
 
 class Beside:
-    """A file of a run folder, by its name: a path is made when it is asked for, for a report opens 10,000 folders."""
+    """A file of a run folder: its path is made when it is asked for first, for a report looks into 10,000 folders."""
 
     def __init__(self, name: str):
         self.name = name
 
+    def __set_name__(self, kind: type, attribute: str) -> None:
+        self.attribute = attribute
+
     def __get__(self, record: "Record", kind: type) -> Path:
-        return record.folder / self.name
+        path = record.folder / self.name
+        vars(record)[self.attribute] = path  # from now on found there
+        return path
 
 
 class Record:
