@@ -48,12 +48,13 @@ def bench_claims(runs: int = 10_000, workers: int = 64) -> list[Cost]:
             raise UserError(
                 f"{len(twice)} runs were trained twice, {len(missing)} not at all; the claims failed"
             )
-        told, _, _ = measured("report", NAME, "--store", folder)
+        told, busy, _ = measured("report", NAME, "--store", folder)
         what = f"{runs:,} runs, {workers} workers"
         return [
             Cost(f"{what}: milliseconds a run", 1e3 * seconds / runs, "ms", 50.0),
             Cost(f"{what}: trained twice", len(twice), "", 0.0),
             Cost(f"{what}: the report", told, "s", 15.0),
+            Cost(f"{what}: the report, processor", busy, "s", 15.0),
             Cost("a claim taken and let go", 1e3 * _of_one_claim(store), "ms", 1.0),
             Cost("takeover from a host that died", _of_a_takeover(store), "s", 30.0),
         ]
