@@ -26,16 +26,14 @@ from ablab.kernels.attention_forward import KERNELS, Inputs, Tile
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Head dim -> longest T -> how each kernel is cut.  Of 64 and 128 channels: the best of about 110 and 65 candidates
-# timed on one H100 (PyTorch 2.11, Triton 3.6), everything on.  `queries` + `keys`, ms, and before in brackets:
-#   B, H, KV, T, D   96, 12, 12, 384, 64   48, 18, 6, 768, 64   32, 18, 6, 1152, 64   16, 12, 12, 2048, 64
-#                    0.509 (0.517)         0.845 (0.924)        1.069 (1.247)         1.029 (1.136)
-#                    48, 6, 6, 384, 128    16, 12, 12, 2048, 128
-#                    0.280 (0.356)         1.95 (2.47)
-# Descriptors take 0 to 6 % off these, and off `forward` at 128 channels; in `keys` at T 384 they cost 2 %, in `forward`
-# at 64 channels up to 5 %.  Tiles of 128 rows and eight warps lost everywhere.  Of 32 channels: by registers, spills.
+# timed on one H100 (PyTorch 2.11, Triton 3.6), everything on.  `queries` + `keys`, ms, and in brackets the best
+# while `keys` read the numbers of its rows without descriptors:
+#   B, H, KV, T, D   96, 12, 12, 384, 64   48, 18, 6, 768, 64   16, 12, 12, 2048, 64   48, 6, 6, 384, 128
+#                    0.501 (0.519)         0.826 (0.869)        0.977 (1.053)          0.288 (0.294)
+# In `forward` at 64 channels descriptors cost up to 5 %.  Tiles of 128 rows and eight warps lost everywhere.  Of 32
+# channels: by registers, spills.
 Tiles = dict[str, Tile]
 Returned = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # by an op: no None
-SHORT = Tile(64, 32, 4, 3)
 NARROW = Tile(64, 32, 4, 3, registers=128, described=True)
 TILES: dict[int, dict[int, Tiles]] = {
     32: {
@@ -51,7 +49,7 @@ TILES: dict[int, dict[int, Tiles]] = {
             "prepare": Tile(32, 0, 4, 1),
             "forward": Tile(64, 64, 4, 3, registers=128),
             "queries": NARROW,
-            "keys": SHORT,
+            "keys": NARROW,
         },
         1024: {
             "prepare": Tile(32, 0, 4, 1),
@@ -63,7 +61,7 @@ TILES: dict[int, dict[int, Tiles]] = {
             "prepare": Tile(32, 0, 4, 1),
             "forward": Tile(64, 64, 4, 3, registers=128),
             "queries": Tile(64, 64, 4, 3, described=True),
-            "keys": Tile(64, 64, 4, 2, described=True),
+            "keys": NARROW,
         },
     },
     128: {

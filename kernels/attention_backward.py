@@ -28,6 +28,7 @@ from ablab.kernels.attention_forward import (
     at,
     described,
     head_of,
+    in_a_row,
     inverse_rms,
     load_halves,
     load_met,
@@ -343,10 +344,23 @@ def _queries(
 
 
 @triton.jit
-def load_row(base, start, T, ROWS: tl.constexpr, RAGGED: tl.constexpr):
-    """Numbers start.. of a vector; zeros from T on."""
+def load_row(
+    base,
+    place,
+    start,
+    T,
+    ROWS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):
+    """Numbers start.. of a vector; zeros from T on.
+
+    DESCRIBED: base is a descriptor of a longer one, in which this one begins at place.
+    """
     places = start + tl.arange(0, ROWS)
-    if RAGGED:
+    if DESCRIBED:
+        numbers = base.load([place + start])
+    elif RAGGED:
         numbers = tl.load(base + places, mask=places < T, other=0.0)
     else:
         numbers = tl.load(base + places)
@@ -386,8 +400,8 @@ def _sweep_queries(
     for start in tl.range(low, high, M):
         query = load_met(q, q_row, 0, start, D, T, M, D, RAGGED, DESCRIBED)
         out = load_met(dy, dy_row, dy_column, start, dy_t, T, M, D, RAGGED, DESCRIBED)
-        top = load_row(bits, start, T, M, RAGGED)
-        share = load_row(shares, start, T, M, RAGGED)
+        top = load_row(bits, q_row, start, T, M, RAGGED, DESCRIBED)
+        share = load_row(shares, q_row, start, T, M, RAGGED, DESCRIBED)
         score = tl.dot(key, tl.trans(query), input_precision=PRECISION)
         dp = tl.dot(value, tl.trans(out), input_precision=PRECISION)
         p = tl.exp2(score - top[None, :])
@@ -395,7 +409,8 @@ def _sweep_queries(
             rows = start + tl.arange(0, M)
             p = tl.where(rows[None, :] >= keys[:, None], p, 0.0)
         if GATED:
-            p = p * load_row(strengths, start, T, M, RAGGED)[None, :]
+            strength = load_row(strengths, q_row, start, T, M, RAGGED, DESCRIBED)
+            p = p * strength[None, :]
         dv = tl.dot(p.to(out.dtype), out, dv, input_precision=PRECISION)
         ds = p * (dp - share[None, :])
         dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=PRECISION)
@@ -454,7 +469,9 @@ def _keys(
 ):
     """One block of N keys of one kv head, over the queries of its GROUP heads: dk, dv, d first.
 
-    Its parts of dk_gain and d weights go to gain_sums and weight_sums.  DESCRIBED: q and dy are descriptors.
+    Its parts of dk_gain and d weights go to gain_sums and weight_sums.  DESCRIBED: q and dy are descriptors, and so are
+    bits, shares and strengths, of B H T numbers: as pointers they cost a warp 24 copies of 4 bytes for 64 queries, and
+    30 registers.
     """
     blocks = tl.cdiv(T, N)
     program = tl.program_id(0)
@@ -472,14 +489,17 @@ def _keys(
         if DESCRIBED:
             queries = q
             out = dy
+            top = bits
+            share = shares
+            strength = strengths
         else:
             queries = vector_of(q, b, head, H, T * D)
             out = head_of(dy, b, head, dy_b, D)
-        top = vector_of(bits, b, head, H, T)
-        share = vector_of(shares, b, head, H, T)
-        strength = share
-        if GATED:
-            strength = vector_of(strengths, b, head, H, T)
+            top = vector_of(bits, b, head, H, T)
+            share = vector_of(shares, b, head, H, T)
+            strength = share
+            if GATED:
+                strength = vector_of(strengths, b, head, H, T)
         k_grad, v_grad = _sweep_queries(
             k_grad,
             v_grad,
@@ -653,6 +673,9 @@ def backward(dy: Tensor, y: Tensor, bits: Tensor, ready: Tensor, given: Inputs) 
     alone = turned.view(b * heads, t, 1, d)
     is_described, met = described(tile, alone, dy.unflatten(-1, (heads, d)))
     queries, out = met if is_described else (turned, dy)
+    numbers: list = [strengths, bits, grads.shares]  # of each row
+    if is_described:
+        numbers = [in_a_row(x, tile) for x in numbers]
     _keys[(triton.cdiv(t, tile.rows) * b * given.kv_heads,)](
         queries,
         keys,
@@ -661,13 +684,12 @@ def backward(dy: Tensor, y: Tensor, bits: Tensor, ready: Tensor, given: Inputs) 
         v,
         given.first,
         out,
-        strengths,
+        numbers[0],
         given.k_gain,
         given.weights,
         given.cos,
         given.sin,
-        bits,
-        grads.shares,
+        *numbers[1:],
         dk,
         dv,
         grads.first,
