@@ -1,14 +1,18 @@
 """Newton-Schulz on a batch of matrices, each symmetric product computed once and mirrored.
 
-    x = m / (|m|_F divisor)                        for a, b, c in triples, one at a time where m is square:
+    x = m / (|m|_F divisor)                        for a, b, c in triples:
         gram = x x^T  (x^T x of a tall matrix)     half the tiles
         poly = a I + b gram + c gram gram^T        half the tiles; gram is symmetric, so gram gram^T is its square
         x = poly x    (x poly)                     one batched product
 
-A longer matrix takes two or three steps at a time on [r, r] alone, where all is symmetric, before x is met again (the
-Gram form; Zhang, Amsel, Chen, Dao: dao-lab.ai/blog/2026/gram-newton-schulz):
+A matrix that is longer than wide takes two or three steps on [r, r] alone, where all is symmetric, before x is met
+again: the Gram form, after Zhang, Amsel, Chen and Dao (dao-lab.ai/blog/2026/gram-newton-schulz).
 
-    poly = a I + b gram + c gram^2;  gram = poly gram poly;  whole = whole poly      and at last x = whole x
+    gram = x x^T                                   for a, b, c in two or three of the triples:
+        poly = a I + b gram + c gram^2
+        whole = whole poly
+        gram = poly gram poly                      two products, and none after the last of them
+    x = whole x
 
 A program owns one square tile on or below the diagonal, adds in fp32 and stores it twice, as it is and transposed; the
 tiles above the diagonal are in no grid.  A tile on the diagonal mirrors its lower triangle first, so that the result is
@@ -27,8 +31,8 @@ from triton import language as tl
 
 # Rows up to which a tile serves -> (rows of the square tile, depth of a step, warps, stages).  Powers of two, at
 # least 16.  On an H100, batches of 768 rows take 0.91 to 1.10 of the time of cuBLAS's full products, and poly needs
-# no pass for its addends (`ablab bench kernels --only newton_schulz`).  With masked loads they took half as long
-# again.
+# no pass for its addends (`ablab bench kernels --only newton_schulz`); on an H200, 60 of 1,152 rows take 0.89, and 0.66
+# to 0.70 where they are 3,072 long.  With masked loads they took half as long again.
 TILES = {64: (64, 64, 4, 4), 2**31: (128, 64, 4, 3)}
 
 
@@ -309,15 +313,18 @@ def iterate(
     return x
 
 
-LONG = 1.5  # times as long as it is wide: from there on a matrix is worth meeting less often
+# Times as long as it is wide: from there on a matrix is met less often.  In products of r^3, symmetric ones halved, two
+# steps of an [r, c] take 6 c/r + 2 one at a time and 3 c/r + 5 together; symmetric ones are slower by the operation.
+LONG = 1.5
 
 
 def runs(triples: Triples, short: int, long: int) -> list[Triples]:
     """The steps that are taken between two meetings with a matrix [short, long].
 
-    Three, then two and two.  What is rounded in a gram matrix grows by a^2 at each step, and a negative eigenvalue by
-    its own size then: without a meeting, and in five steps after two, singular values from 0.001 to 1 ended beyond
-    600.  Three at the end leave 1.1 to 1.2 where three at the beginning leave 1.085, of 1.084.
+    Two, but three at first of an odd number.  What was rounded in a gram matrix grows by a^2 at each step, and a
+    negative eigenvalue runs away.  Of 256 singular values of five hard spectra, which polar7 takes to 1.085 at most, the
+    largest by 3, 2, 2 steps was 1.087 (1.33 with gram matrices in bf16), by 2, 2, 3 1.12, by 2, 3, 2 1.74, by 2, 5 2,600,
+    by 7 NaN.
     """
     if long < LONG * short:
         return [(triple,) for triple in triples]
