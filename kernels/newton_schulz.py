@@ -322,9 +322,9 @@ def runs(triples: Triples, short: int, long: int) -> list[Triples]:
     """The steps that are taken between two meetings with a matrix [short, long].
 
     Two, but three at first of an odd number.  What was rounded in a gram matrix grows by a^2 at each step, and a
-    negative eigenvalue runs away.  Of 256 singular values of five hard spectra, which polar7 takes to 1.085 at most, the
-    largest by 3, 2, 2 steps was 1.087 (1.33 with gram matrices in bf16), by 2, 2, 3 1.12, by 2, 3, 2 1.74, by 2, 5 2,600,
-    by 7 NaN.
+    negative eigenvalue runs away.  Of 256 singular values of five hard spectra, which polar7 takes to 1.085 at most,
+    the largest was 1.087 by 3, 2, 2 steps (1.33 with gram matrices in bf16), 1.12 by 2, 2, 3, 1.74 by 2, 3, 2, 2,600
+    by 2, 5, NaN by 7.
     """
     if long < LONG * short:
         return [(triple,) for triple in triples]
