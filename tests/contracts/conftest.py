@@ -146,8 +146,18 @@ def plain_products():
     """Newton-Schulz with torch's products: in the interpreter ours take seconds, and tests/kernels compares them."""
     from ablab.kernels import newton_schulz
 
-    def symmetric(x, alpha=1.0, beta=0.0, y=None, diagonal=0.0, scale=None, tiles=None):
-        made = newton_schulz.plain_symmetric(x, alpha, beta, y, diagonal)
+    def symmetric(
+        x,
+        alpha=1.0,
+        beta=0.0,
+        y=None,
+        diagonal=0.0,
+        scale=None,
+        other=None,
+        dtype=None,
+        tiles=None,
+    ):
+        made = newton_schulz.plain_symmetric(x, alpha, beta, y, diagonal, other)
         return made if scale is None else made * scale[:, None, None]
 
     return patch.object(newton_schulz, "symmetric", symmetric)

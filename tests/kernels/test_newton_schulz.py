@@ -1,5 +1,7 @@
 """Symmetric products and Newton-Schulz against fp64, and against plain products in the same dtype."""
 
+from itertools import chain
+
 import pytest
 import torch
 import triton
@@ -15,6 +17,7 @@ from ablab.kernels.newton_schulz import (
     iterate,
     orthogonalise,
     plain_symmetric,
+    runs,
     symmetric,
 )
 
@@ -87,19 +90,12 @@ def test_every_tile_on_or_below_the_diagonal_has_one_index(side):
     ]
 
 
-nothing_to_mask = example(
-    count=2,
-    rows=64,
-    columns=32,
-    alpha=1.0,
-    beta=2.5,
-    diagonal=1.5,
-    seed=0,
-)
+WHOLE_TILES = {"count": 2, "rows": 64, "columns": 96, "alpha": 1.0, "diagonal": 1.5, "seed": 0}
 
 
 @examples
 @given(
+    turned=st.booleans(),
     count=st.integers(1, 3),
     rows=st.integers(1, 70),
     columns=st.integers(1, 70),
@@ -108,11 +104,14 @@ nothing_to_mask = example(
     diagonal=st.sampled_from([0.0, -3.0]),
     seed=st.integers(0, 99),
 )
-@nothing_to_mask
+@example(turned=False, beta=2.5, **WHOLE_TILES)
+@example(turned=True, beta=None, **WHOLE_TILES)
 def test_products_equal_fp64_and_are_symmetric_to_the_bit(
-    count, rows, columns, alpha, beta, diagonal, seed
+    turned, count, rows, columns, alpha, beta, diagonal, seed
 ):
     x = randn(count, rows, columns, seed=seed)
+    if turned:
+        x = x.mT.contiguous().mT
     wide = x.double()
     expected = alpha * torch.einsum("nik,njk->nij", wide, wide)
     expected += diagonal * torch.eye(rows, device=DEVICE)
@@ -137,6 +136,20 @@ def test_a_square_in_fp16_is_symmetric_to_the_bit_and_as_exact_as_a_plain_one():
     assert torch.equal(square, square.mT)
     assert square.dtype == torch.float16
     assert error(square, expected) <= 1.1 * error(plain, expected)
+
+
+@pytest.mark.parametrize("rows", [64, 50])
+def test_of_two_matrices_that_commute_the_product_is_symmetric_to_the_bit(rows):
+    gram = plain_symmetric(randn(2, rows, 90).double()) / 90
+    square = gram @ gram
+    expected = 2 * gram @ square - 3 * gram
+    product = symmetric(
+        gram.float(), 2.0, -3.0, gram.float(), other=square.float(), tiles=SMALL
+    )
+    assert error(product, expected) < 1e-6
+    assert torch.equal(product, product.mT)
+    narrow = symmetric(gram.float(), dtype=torch.float16, tiles=SMALL)
+    assert torch.equal(narrow, symmetric(gram.float(), tiles=SMALL).half())
 
 
 SCALE = torch.tensor([1.0, 0.25, 8.0], device=DEVICE)
@@ -180,11 +193,65 @@ def test_an_empty_batch_gives_an_empty_batch():
 def test_pytorch_finds_the_operator_registered_as_it_behaves(added):
     x = randn(2, 20, 30)
     y = symmetric(x, tiles=SMALL) if added else None
-    given_ = (x, y, randn(2), 1.0, 0.5, 2.0, *SMALL[16])
+    other = x.clone() if added else None
+    given_ = (x, other, y, randn(2), 1.0, 0.5, 2.0, torch.float16, *SMALL[16])
     torch.library.opcheck(kernel._symmetric, given_)
 
 
 # ---- Newton-Schulz ----
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "shape", "steps"),
+    [
+        ("polar7", (40, 40), [1] * 7),
+        ("polar7", (40, 59), [1] * 7),
+        ("polar7", (40, 60), [3, 2, 2]),
+        ("you5", (40, 107), [3, 2]),
+    ],
+    ids=str,
+)
+def test_a_long_matrix_is_met_once_in_two_or_three_steps_and_none_is_left_out(
+    coefficients, shape, steps
+):
+    _, triples = COEFFICIENTS[coefficients]
+    found = runs(triples, *shape)
+    assert [len(run) for run in found] == steps
+    assert tuple(chain.from_iterable(found)) == triples
+
+
+SPECTRA = {  # singular values that make gram matrices hard to keep
+    "from 1 to 0.001": torch.logspace(0, -3, 128),
+    "from 1 to 0.00001": torch.logspace(0, -5, 128),
+    "one large": torch.cat([torch.ones(1), torch.full((127,), 3e-4)]),
+    "few": torch.cat([torch.ones(16), torch.zeros(112)]),
+    "by rank": 1 / torch.arange(1, 129),
+}
+
+
+def rounded(x, *factors, scale=None, other=None, dtype=None, tiles=None):
+    """`symmetric`, by torch's products in fp32."""
+    y = factors[2].float() if len(factors) > 2 else None
+    z = x if other is None else other
+    product = plain_symmetric(x.float(), *factors[:2], y, *factors[3:], other=z.float())
+    lower = product.tril()
+    return (lower + product.tril(-1).mT).to(dtype or x.dtype)
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_a_long_matrix_of_any_spectrum_ends_where_plain_products_take_it(
+    monkeypatch, coefficients, spectrum
+):
+    """In bf16, which the interpreter cannot multiply."""
+    monkeypatch.setattr(kernel, "symmetric", rounded)
+    matrices = matrices_with(SPECTRA[spectrum].to(DEVICE), 128, 320)
+    ours = by_kernel(matrices, coefficients, torch.bfloat16)
+    plain = newton_schulz(matrices, coefficients, torch.bfloat16)
+    expected = newton_schulz(matrices.double(), coefficients, torch.float64)
+    assert error(ours, expected) <= 1.1 * error(plain, expected)
+    reached = torch.linalg.svdvals(plain.double()).max()
+    assert torch.linalg.svdvals(ours.double()).max() < reached + 0.05
 
 
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
