@@ -153,11 +153,15 @@ def serve_rank(pipe: Connection, plugins: list[str], turn: Turn | None, device: 
     leave()
 
 
-def warm_for(world: "World", rehearse: bool) -> "Warm":
+def warm_for(world: "Joined", rehearse: bool) -> "Warm":
     from ablab.core.train.sharded import ShardedTrainer
     from ablab.core.train.trainer import Trainer, Warm
 
     def make(recipe: Recipe, runtime: Runtime, data_folder: Path) -> Trainer:
+        if runtime.shard == "weights":
+            from ablab.core.train.fully_sharded import FullyShardedTrainer
+
+            return FullyShardedTrainer(recipe, runtime, data_folder, world)
         return ShardedTrainer(recipe, runtime, data_folder, world)
 
     return Warm(rehearse, make)
