@@ -63,10 +63,6 @@ class World(Protocol):
         """whole: equal parts in the order of ranks, of which `own` is a view of ours; the others' are filled in."""
         ...
 
-    def all_to_all(self, received: Tensor, given: Tensor, rows: Rows) -> Handle:
-        """Rows of `given` go to each rank, in the order of ranks; `received` is filled with theirs, in that order."""
-        ...
-
     def told(self, word: T) -> T:
         """What rank 0 says: any plain value."""
         ...
@@ -100,6 +96,7 @@ class Joined:
         return _begun(dist.all_gather_into_tensor(whole, own, async_op=True))
 
     def all_to_all(self, received: Tensor, given: Tensor, rows: Rows) -> Handle:
+        """Rows of `given` go to each rank, in the order of ranks; `received` is filled with theirs, in that order."""
         theirs, ours = list(rows.received), list(rows.given)
         sent = dist.all_to_all_single(received, given, theirs, ours, async_op=True)
         return _begun(sent)

@@ -97,14 +97,14 @@ def fully_sharded(
     ranks = mesh.size()
     device = torch.device(mesh.device_type)
     held = list(_held(model))
-    cut = _cut(held, ranks, small)
+    axes = axes_of(model, ranks, small)
     declared = {one.name: declared_of(one.value) for one in held}
-    whole = {one.value for one in held if one.name not in cut}
+    whole = {one.value for one in held if one.name not in axes}
     for value in whole:
         value.data = value.data.to(device)
     for number, block in enumerate(model.blocks):
         inside = [one for one in held if one.name.startswith(f"blocks.{number}.")]
-        parts = [one for one in inside if one.name in cut]
+        parts = [one for one in inside if one.name in axes]
         plain = all(_multiplies_plainly(one.module) for one in parts)
         _shard(block, mesh, dtype if plain else torch.float32, whole)
     within = Within(model)
@@ -138,18 +138,24 @@ def _shard(
     made.set_force_sum_reduction_for_comms(True)
 
 
+def axes_of(model: nn.Module, ranks: int, small: int) -> dict[str, int]:
+    """The parameters of which each rank has a part, by name, and the axis along which they are cut."""
+    held = list(_held(model))
+    able = {one.name for one in held if _can_be_cut(one, ranks, small)}
+    # A bank is cut as a whole.
+    stays = {bank_of(declared_of(one.value)) for one in held if one.name not in able}
+    return {
+        one.name: cast(int, _axis(one.value.shape, ranks))
+        for one in held
+        if bank_of(declared_of(one.value)) not in stays
+    }
+
+
 def _held(model: nn.Module) -> Iterator[Held]:
     for path, module in model.named_modules():
         for attribute, value in module.named_parameters(recurse=False):
             name = f"{path}.{attribute}" if path else attribute
             yield Held(name, value, module, attribute)
-
-
-def _cut(held: Sequence[Held], ranks: int, small: int) -> set[str]:
-    """Names of the parameters of which each rank has a part: whole banks of them."""
-    able = {one.name for one in held if _can_be_cut(one, ranks, small)}
-    stays = {bank_of(declared_of(one.value)) for one in held if one.name not in able}
-    return {one.name for one in held if bank_of(declared_of(one.value)) not in stays}
 
 
 def _can_be_cut(one: Held, ranks: int, small: int) -> bool:
