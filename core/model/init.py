@@ -5,7 +5,6 @@ else they switch on or off.  Drawn on the CPU, so the device does not matter.
 """
 
 import hashlib
-import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
