@@ -111,7 +111,7 @@ def settle(runtime: Runtime, rows: int) -> Settled:
     if runtime.dtype == "auto":
         chosen["dtype"] = "bf16" if on_gpu else "fp32"
     if runtime.compile is None:
-        chosen["compile"] = "blocks" if on_gpu and runtime.shard == "state" else False
+        chosen["compile"] = "blocks" if on_gpu else False
     if runtime.replay is None:
         chosen["replay"] = on_gpu and runtime.shard == "state"
     if runtime.deterministic is None:
@@ -140,7 +140,7 @@ def _refuse_what_needs_whole_weights(runtime: Runtime) -> None:
             "add --gpus-per-run 2, or drop it"
         )
     asked = {
-        "compile": runtime.compile,
+        "compile": runtime.compile is True,
         "replay": runtime.replay,
         "dynamics": runtime.dynamics,
     }
@@ -149,7 +149,7 @@ def _refuse_what_needs_whole_weights(runtime: Runtime) -> None:
             shown = str(value).lower()
             raise UserError(
                 f"runtime.{name}={shown} needs whole weights, and runtime.shard=weights leaves a part of them "
-                f"on each GPU; drop one of the two"
+                "on each GPU; drop one of the two"
             )
 
 

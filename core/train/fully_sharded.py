@@ -547,7 +547,8 @@ class FullyShardedTrainer(ShardedTrainer):
         return model
 
     def _losses(self, heads: tuple[Head, Head]) -> tuple[Loss, OfRows]:
-        descend, measure = compiled(self.model, heads, how=False)
+        how = self.runtime.compile
+        descend, measure = compiled(self.model, heads, how, hooked=True)
         return Called(self.within, descend), Called(self.within, measure)
 
     def _initialise(self, recipe: Recipe) -> None:

@@ -198,7 +198,7 @@ def test_tables_below_a_size_are_whole_and_matrices_of_any_size_are_cut(tiny, bu
     ("asked", "said"),
     [
         ({"ranks": 1}, "runtime.ranks=1 is one; add --gpus-per-run 2, or drop it"),
-        ({"compile": "blocks"}, "runtime.compile=blocks needs whole weights"),
+        ({"compile": True}, "runtime.compile=true needs whole weights"),
         ({"replay": True}, "runtime.replay=true needs whole weights"),
         ({"dynamics": 10}, "runtime.dynamics=10 needs whole weights"),
     ],
