@@ -66,6 +66,7 @@ TORCH = {  # the files that work on tensors; everything else can be imported, li
     "core/train/checkpoint.py",
     "core/train/dynamics.py",
     "core/train/evaluate.py",
+    "core/train/fully_sharded.py",
     "core/train/handover.py",
     "core/train/probe.py",
     "core/train/run.py",

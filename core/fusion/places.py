@@ -74,6 +74,13 @@ def places(recipe: Recipe, settled: Settled) -> dict[KernelPlace, Place]:
     names = [place for place in KERNELS if place != "newton_schulz" or _orthogonalizes(recipe)]
     if asked == "torch":
         return dict.fromkeys(names, Place(False, "torch: runtime.kernels=torch"))
+    if settled.shard == "weights":
+        if asked not in CHOSEN and asked:
+            raise UserError(
+                f"runtime.kernels={shown(asked)} needs whole weights, and runtime.shard=weights leaves a part of "
+                "them on each GPU; use runtime.kernels=auto"
+            )
+        return dict.fromkeys(names, Place(False, "torch: runtime.shard=weights"))
     if settled.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         if asked not in CHOSEN and asked:
             raise UserError(

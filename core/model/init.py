@@ -5,7 +5,6 @@ else they switch on or off.  Drawn on the CPU, so the device does not matter.
 """
 
 import hashlib
-import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ablab.core.language.declare import Param
 from ablab.core.model.layers import declaration
 from ablab.core.parts.parametrize import Scales
 from ablab.core.recipe.recipe import Recipe
@@ -24,35 +24,34 @@ MANY = 1 << 22
 
 @torch.no_grad()
 def initialise(model: nn.Module, recipe: Recipe) -> None:
-    draws = []
-    for name, value in model.named_parameters():
-        declared = declaration(value)
-        if declared.fill is not None:
-            value.fill_(declared.fill)
-        else:
-            scales = recipe.parametrization.scales(name, declared, recipe.model, "adam")
-            source = generator(recipe.seed, name)
-            draws.append(_Draw(value, declared.shape, scales, source))
+    draws = [_Draw(name, value, recipe) for name, value in model.named_parameters()]
     for one, drawn in zip(draws, _all_drawn(draws), strict=True):
         one.value.copy_(drawn)
 
 
+def initial(name: str, declared: Param, recipe: Recipe) -> Tensor:
+    """The first value of a parameter, on the CPU."""
+    if declared.fill is not None:
+        return torch.full(declared.shape, declared.fill)
+    scales = recipe.parametrization.scales(name, declared, recipe.model, "adam")
+    return _drawn(declared.shape, scales, generator(recipe.seed, name))
+
+
 @dataclass(frozen=True)
 class _Draw:
-    """What a parameter begins with, and from which numbers."""
+    """A parameter that is to begin."""
 
+    name: str
     value: Tensor
-    shape: tuple[int, ...]
-    scales: Scales
-    source: torch.Generator
+    recipe: Recipe
 
     def __call__(self) -> Tensor:
-        return _drawn(self.shape, self.scales, self.source)
+        return initial(self.name, declaration(self.value), self.recipe)
 
 
 def _all_drawn(draws: Sequence[_Draw]) -> Iterator[Tensor]:
     """In their order, each on the CPU.  Each has its own generator, so it does not matter which thread draws it."""
-    if sum(math.prod(one.shape) for one in draws) < MANY:
+    if sum(one.value.numel() for one in draws) < MANY:
         yield from (one() for one in draws)
         return
     with ThreadPoolExecutor(os.cpu_count()) as pool:

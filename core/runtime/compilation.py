@@ -16,9 +16,12 @@ How = bool | Literal["blocks"]  # as `Runtime.compile`
 OfRows = Callable[[Tensor], Any]  # rows of tokens, int [B,T+1] -> numbers
 
 
-def compiled(model: Transformer, heads: tuple[Head, Head], how: How) -> tuple[OfRows, OfRows]:
+def compiled(
+    model: Transformer, heads: tuple[Head, Head], how: How, hooked: bool = False
+) -> tuple[OfRows, OfRows]:
     """The heads of rows of tokens, int [B,T+1], compiled as asked.
 
+    hooked: what hooks do around a block stays outside its graph, as gathering its weights does.
     What only evaluates keeps the trunk of a whole model as it is: its graph would take longer to compile than it saves.
     """
     descend, measure = heads
@@ -31,7 +34,10 @@ def compiled(model: Transformer, heads: tuple[Head, Head], how: How) -> tuple[Of
     if how != "blocks":
         return _static(of_rows(model, descend)), of_rows(model, _static(measure))
     for block in model.blocks:
-        block.compile(dynamic=False)
+        if hooked:
+            block.forward = _static(block.forward)  # type: ignore[method-assign]
+        else:
+            block.compile(dynamic=False)
     # Not the lookup: its compiled gradient sums by atomics, in any order, or one row at a time.
     model.enter = _static(model.enter)  # type: ignore[method-assign]
     return of_rows(model, _static(descend)), of_rows(model, _static(measure))

@@ -40,6 +40,8 @@ class Runtime:
     ranks: Whole = (
         1  # GPUs (on a CPU processes) that train one run; they divide each micro-batch
     )
+    # what ranks share besides rows: the optimizer's state; or weights and gradients too, for models that no GPU holds
+    shard: Literal["state", "weights"] = "state"
     recompute: Natural = 0  # first blocks that keep no activations
     # the same bits every time on the same GPU; null: on CUDA, and a CPU repeats its bits anyway
     deterministic: bool | None = None
@@ -103,6 +105,7 @@ def settle(runtime: Runtime, rows: int) -> Settled:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     _refuse_missing(device, runtime.ranks)
     _refuse_looks_without_a_log(runtime)
+    _refuse_what_needs_whole_weights(runtime)
     on_gpu = device == "cuda"
     chosen: dict[str, Any] = {"device": device, "micro_batch": rows_at_once(runtime, rows)}
     if runtime.dtype == "auto":
@@ -110,7 +113,7 @@ def settle(runtime: Runtime, rows: int) -> Settled:
     if runtime.compile is None:
         chosen["compile"] = "blocks" if on_gpu else False
     if runtime.replay is None:
-        chosen["replay"] = on_gpu
+        chosen["replay"] = on_gpu and runtime.shard == "state"
     if runtime.deterministic is None:
         chosen["deterministic"] = on_gpu
     return Settled(**asdict(runtime) | chosen)
@@ -125,6 +128,29 @@ def _refuse_looks_without_a_log(runtime: Runtime) -> None:
             f"runtime.dynamics={every} is no multiple of runtime.log_every={log}, and the log is the only wait "
             f"for the device; nearest: {nearest}"
         )
+
+
+def _refuse_what_needs_whole_weights(runtime: Runtime) -> None:
+    """Raises UserError for settings that do not go with weights of which each rank has a part."""
+    if runtime.shard == "state":
+        return
+    if runtime.ranks == 1:
+        raise UserError(
+            "runtime.shard=weights cuts the weights of a run over its GPUs, and runtime.ranks=1 is one; "
+            "add --gpus-per-run 2, or drop it"
+        )
+    asked = {
+        "compile": runtime.compile is True,
+        "replay": runtime.replay,
+        "dynamics": runtime.dynamics,
+    }
+    for name, value in asked.items():
+        if value:
+            shown = str(value).lower()
+            raise UserError(
+                f"runtime.{name}={shown} needs whole weights, and runtime.shard=weights leaves a part of them "
+                "on each GPU; drop one of the two"
+            )
 
 
 def _refuse_missing(device: str, ranks: int) -> None:

@@ -4,12 +4,14 @@ Two groups of the same ranks: tensors are added up and handed on by NCCL (on CPU
 next, by gloo, so that nobody who waits for them holds a GPU.
 """
 
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ablab.core.errors import UserError
 from ablab.core.runtime.runtime import NO_NCCL
@@ -19,6 +21,13 @@ PATIENCE = timedelta(minutes=30)
 IDLE = timedelta(days=365)  # that a rank waits for its next run
 
 T = TypeVar("T")
+
+
+class Rows(NamedTuple):
+    """How many rows of a tensor go to each rank, and come from each."""
+
+    given: Sequence[int]
+    received: Sequence[int]
 
 
 class Handle(Protocol):
@@ -85,6 +94,17 @@ class Joined:
 
     def all_gather(self, whole: Tensor, own: Tensor) -> Handle:
         return _begun(dist.all_gather_into_tensor(whole, own, async_op=True))
+
+    def all_to_all(self, received: Tensor, given: Tensor, rows: Rows) -> Handle:
+        """Rows of `given` go to each rank, in the order of ranks; `received` is filled with theirs, in that order."""
+        theirs, ours = list(rows.received), list(rows.given)
+        sent = dist.all_to_all_single(received, given, theirs, ours, async_op=True)
+        return _begun(sent)
+
+    def mesh(self) -> DeviceMesh:
+        """The ranks in a row, as torch's own engines take them."""
+        kind = "cuda" if self.backend == "nccl" else "cpu"
+        return init_device_mesh(kind, (self.size,))
 
     def told(self, word: T) -> T:
         words = [word]

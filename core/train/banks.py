@@ -95,7 +95,7 @@ class Optimizer:
         names = [name for name, _ in members]
         declared = declared_of(members[0][1])
         chain = chain_of(declared, recipe)
-        weight = torch.stack([value.detach() for _, value in members])
+        weight = self._stacked([value for _, value in members])
         rates = rates_of(names, declared, recipe)
         bank = Bank(
             names=names,
@@ -109,10 +109,18 @@ class Optimizer:
             lr=per_member(rates.lr, weight),
             decay=per_member(rates.decay, weight),
         )
-        for i, (_, value) in enumerate(members):
+        self._move_into(bank, [value for _, value in members])
+        return bank
+
+    def _stacked(self, members: Sequence[nn.Parameter]) -> Tensor:
+        """What a bank of these holds: of all their numbers.  Of fully sharded ones it is a part (fully_sharded.py)."""
+        return torch.stack([value.detach() for value in members])
+
+    def _move_into(self, bank: Bank, members: Sequence[nn.Parameter]) -> None:
+        """From here on the members and their gradients are views into their bank."""
+        for i, value in enumerate(members):
             value.data = bank.weight[i]
             value.grad = bank.grad[i]
-        return bank
 
     def _moved(self) -> list[Bank]:
         """What this process moves, and has the state of: all banks.  Ranks have a share each (sharded.py)."""

@@ -41,7 +41,7 @@ def _evaluated(trainer: Trainer) -> Tensors:
     with trainer.as_evaluated():
         return {
             f"evaluated/{name}": value.detach().cpu().clone()
-            for name, value in trainer.model.named_parameters()
+            for name, value in trainer.weights().items()
         }
 
 

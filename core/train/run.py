@@ -96,7 +96,7 @@ def run(
             warn(lost)
         with turn:
             metrics = Loop(trainer, record, log, warn, halts, saved).train()
-            if judge:
+            if trainer.agreed(judge is not None):
                 metrics |= _judged(trainer, judge)
     except (Diverged, ParentDiverged) as end:
         status, error = DIVERGED, str(end)
@@ -262,10 +262,11 @@ class Utilization:
         return {} if self.share is None else {"mfu": self.share * rate}
 
 
-def _judged(trainer: Trainer, judge: Judge) -> dict[str, float]:
+def _judged(trainer: Trainer, judge: Judge | None) -> dict[str, float]:
+    """judge: None on ranks that only give what they have of the weights."""
     with trainer.as_evaluated():
-        weights = dict(trainer.model.named_parameters())
-        return judge(trainer.recipe, weights, trainer.runtime)
+        weights = trainer.weights()
+        return judge(trainer.recipe, weights, trainer.runtime) if judge else {}
 
 
 def _result(
@@ -363,7 +364,6 @@ def _write_weights(trainer: Trainer, path: Path) -> None:
     from safetensors.torch import save
 
     weights = {
-        name: value.detach().cpu().contiguous()
-        for name, value in trainer.model.named_parameters()
+        name: value.detach().cpu().contiguous() for name, value in trainer.weights().items()
     }
     write_atomically(path, save(weights, metadata={"digest": trainer.digest()}))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from ablab.core.train.banks import (
     put,
 )
 from ablab.core.train.checkpoint import Origin
-from ablab.core.train.evaluate import Measured, scored, spans_measured
+from ablab.core.train.evaluate import Measured, Spans, scored, spans_measured
 from ablab.core.train.saving import Write
 from ablab.core.train.step import Loss, TrainingStep, at_once
 from ablab.core.train.trainer import Trainer
@@ -105,6 +106,21 @@ class Piece:
     names: frozenset[str]
     place: int  # of its first parameter in the model; the backward pass ends with the lowest
     missing: set[str] = field(default_factory=set)  # whose gradients have not come yet
+
+
+class Sums(Protocol):
+    """Adds up the gradients of all ranks in a step's last backward pass."""
+
+    @property
+    def world(self) -> World: ...
+
+    def begin(self) -> None:
+        """From here on, gradients that come in are whole once they have come."""
+        ...
+
+    def end(self) -> None:
+        """What has not left yet leaves; what follows sees the sums."""
+        ...
 
 
 class Reduction:
@@ -177,11 +193,11 @@ class ShardedStep(TrainingStep):
     def __init__(
         self,
         loss: Loss,
-        optimizer: "ShardedOptimizer",
+        optimizer: Optimizer,
         recipe: Recipe,
         tokens: int,
         recorder: Recorder | None,
-        reduction: Reduction,
+        reduction: Sums,
         of_messages: Recorder | None,
     ):
         """of_messages: records what sends any."""
@@ -498,11 +514,14 @@ class ShardedTrainer(Trainer):
         return self.tokens.rows(step, first + self.world.rank * count, count)
 
     def _measured(self) -> Measured:
-        rows, rank, ranks = self._own_rows, self.world.rank, self.world.size
-        found = spans_measured(self.nats, self.tokens, rows, self.device, rank, ranks)
+        found = self._own_spans()
         for tensor in found:
             self.world.all_reduce(tensor).wait()  # to zeros: no sum is rounded
-        return scored(found, self.tokens, rows)
+        return scored(found, self.tokens, self._own_rows)
+
+    def _own_spans(self) -> Spans:
+        rows, rank, ranks = self._own_rows, self.world.rank, self.world.size
+        return spans_measured(self.nats, self.tokens, rows, self.device, rank, ranks)
 
     def write(self, folder: Path, tensors: Mapping[str, Tensor], origin: Origin) -> None:
         if self.world.rank == 0:
@@ -524,6 +543,10 @@ class ShardedTrainer(Trainer):
             return
         saved = found[1] if found else {}
         self._go_on(*known)
+        self._hand_out(saved)
+
+    def _hand_out(self, saved: checkpoint.Tensors) -> None:
+        """Every rank takes over what rank 0 has read."""
         for name, value in self._handed_out(saved):
             self.put({name: value})
 

@@ -16,10 +16,10 @@ from ablab.core.data.tokens import Tokens
 from ablab.core.errors import UserError
 from ablab.core.fusion.places import plan_with, served
 from ablab.core.model.init import initialise
-from ablab.core.model.objective import heads_of
+from ablab.core.model.objective import Head, heads_of
 from ablab.core.model.transformer import Transformer
 from ablab.core.recipe.recipe import Recipe, run_id, structure
-from ablab.core.runtime.compilation import compile_kernels, compiled
+from ablab.core.runtime.compilation import OfRows, compile_kernels, compiled
 from ablab.core.runtime.fingerprint import code_fingerprint
 from ablab.core.runtime.replay import CudaGraphs, Recorder, use_recordable_stream
 from ablab.core.runtime.runtime import Runtime, environment, repeat_bits, settle
@@ -52,6 +52,8 @@ BITS_STAY = (
     "keep_weights",
     "keep_state",
 )
+# Settings that go with what ranks share, which a run may change when it goes on.
+OF_SHARES = ("shard", "micro_batch", "compile", "replay")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -79,14 +81,14 @@ class Trainer:
 
         dtype, plan = DTYPES[self.runtime.dtype], plan_with(kernels, recipe)
         model = Transformer(recipe, dtype, self.runtime.recompute, plan)
-        self.model = model.to(self.device)
+        self.model = self._placed(model)
         how = self.runtime.compile
         self.optimizer = self._optimizer(recipe, bool(how), kernels, recorder)
         heads = heads_of(self.model)
         compile_kernels(
             self.model, heads, self.optimizer.rehearse, kernels, recipe.data.context, how
         )
-        loss, self.nats = compiled(self.model, heads, how)
+        loss, self.nats = self._losses(heads)
         self.training_step = self._training_step(loss, recipe, recorder)
         self.saver = Saver(self.device)
         self.restart(recipe, data_folder)
@@ -96,6 +98,21 @@ class Trainer:
     def ranks(self) -> int:
         """That take part."""
         return 1
+
+    def _placed(self, model: Transformer) -> Transformer:
+        """The model, as it was built, on the device."""
+        return model.to(self.device)
+
+    def _losses(self, heads: tuple[Head, Head]) -> tuple[Loss, OfRows]:
+        """What is descended of rows, and what of them is measured."""
+        return compiled(self.model, heads, self.runtime.compile)
+
+    def _initialise(self, recipe: Recipe) -> None:
+        initialise(self.model, recipe)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters of the model by name, whole; where ranks have parts of them, on the host of rank 0 alone."""
+        return dict(self.model.named_parameters())
 
     def _optimizer(
         self,
@@ -143,7 +160,7 @@ class Trainer:
         # Of the held-out tokens, float16 [rows,T], as the last evaluation found them.
         self.losses: Tensor | None = None
         self.watch = Stopwatch()
-        initialise(self.model, recipe)
+        self._initialise(recipe)
         self.training_step.restart(recipe)
         if self.device.type == "cuda":
             # Else a run reports the peak of every run before it in this process.
@@ -253,7 +270,7 @@ class Trainer:
     # -- saving ----------------------------------------------------------------------------------------------------
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by name."""
-        weights = {f"model/{name}": value for name, value in self.model.named_parameters()}
+        weights = {f"model/{name}": value for name, value in self.weights().items()}
         return weights | self.training_step.tensors()
 
     def like(self) -> dict[str, Tensor]:
@@ -322,16 +339,17 @@ class Trainer:
 
         Raises UserError where one is missing or of another shape.
         """
-        with torch.no_grad():
-            for name, value in self.model.named_parameters():
-                given = weights.get(name)
-                if given is None or given.shape != value.shape:
-                    found = "are missing" if given is None else f"are {list(given.shape)}"
-                    raise UserError(
-                        f"the weights to begin with cannot be used: {name} must be "
-                        f"{list(value.shape)}, and they {found}; keep the model as it was"
-                    )
-                value.copy_(given)
+        taken: Tensors = {}
+        for name, value in self.model.named_parameters():
+            given = weights.get(name)
+            if given is None or given.shape != value.shape:
+                found = "are missing" if given is None else f"are {list(given.shape)}"
+                raise UserError(
+                    f"the weights to begin with cannot be used: {name} must be "
+                    f"{list(value.shape)}, and they {found}; keep the model as it was"
+                )
+            taken[f"model/{name}"] = given
+        self.put(taken)
         self.training_step.restart(self.recipe)
 
     def origin(self, log: str = "") -> Origin:
@@ -353,6 +371,10 @@ class Trainer:
             # Other ranks add up in another order; how many rows each takes at once is theirs to say.
             rows = {"micro_batch": origin.runtime.get("micro_batch")}
             now = replace(now, runtime=now.runtime | rows)
+        if origin.runtime.get("shard", "state") != self.runtime.shard:
+            # So do ranks that share otherwise, and these choose what computes.
+            theirs = {name: origin.runtime.get(name) for name in OF_SHARES}
+            now = replace(now, runtime=now.runtime | theirs, kernels=origin.kernels)
         if why := origin.differs(now):
             return why
         if not holds(logged, origin.log):

@@ -29,7 +29,7 @@ from ablab.core.recipe.load import read_yaml
 from ablab.core.recipe.recipe import Budget, Recipe, plain
 from ablab.core.runtime.runtime import Runtime, visible_gpus
 from ablab.core.runtime.world import Handle, World, join, leave
-from ablab.core.train.sharded import ShardedOptimizer, ShardedStep, ShardedTrainer
+from ablab.core.train.sharded import Reduction, ShardedOptimizer, ShardedStep, ShardedTrainer
 from ablab.core.train.trainer import Trainer
 from ablab.experiments.bench import ceilings
 from ablab.experiments.bench.clocks import in_turn, seconds, settled
@@ -304,6 +304,7 @@ class Together:
         """Milliseconds of each kind alone, and what an all-reduce of all gradients would take."""
         step, optimizer = self.trainer.training_step, self.trainer.optimizer
         assert isinstance(step, ShardedStep)
+        assert isinstance(step.reduction, Reduction)
         assert isinstance(optimizer, ShardedOptimizer)
         grads = [bank.grad for bank in optimizer.banks]
         size = sum(grad.numel() * grad.element_size() for grad in grads)

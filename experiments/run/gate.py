@@ -21,7 +21,8 @@ from ablab.experiments.run.traces import Traces
 def path_of(runtime: Runtime) -> str:
     """What decides who computes: `cuda triton bf16`, as asked."""
     device = "cuda" if on_gpus(runtime) else "cpu"
-    return f"{device} {runtime.kernels} {runtime.dtype}"
+    kernels = "torch" if runtime.shard == "weights" else runtime.kernels
+    return f"{device} {kernels} {runtime.dtype}"
 
 
 class Gate:

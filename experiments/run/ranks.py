@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LOOKS = 0.2  # of the agent at its ranks
 
 
+CUT = "weights are cut by FSDP2: no recorded CUDA graphs, no kernels of ours"
 # That a rank which cannot go on leaves to the agent: another may have died before it, and be the cause.
 SECONDS_TO_BE_ENDED = 5.0
 TOGETHER = (FINISHED, DIVERGED, PRUNED)  # so a run ends on all ranks, or on none
@@ -153,11 +154,15 @@ def serve_rank(pipe: Connection, plugins: list[str], turn: Turn | None, device: 
     leave()
 
 
-def warm_for(world: "World", rehearse: bool) -> "Warm":
+def warm_for(world: "Joined", rehearse: bool) -> "Warm":
     from ablab.core.train.sharded import ShardedTrainer
     from ablab.core.train.trainer import Trainer, Warm
 
     def make(recipe: Recipe, runtime: Runtime, data_folder: Path) -> Trainer:
+        if runtime.shard == "weights":
+            from ablab.core.train.fully_sharded import FullyShardedTrainer
+
+            return FullyShardedTrainer(recipe, runtime, data_folder, world)
         return ShardedTrainer(recipe, runtime, data_folder, world)
 
     return Warm(rehearse, make)
@@ -189,8 +194,7 @@ class Leader(Worker):
         saved: Callable[[], None],
     ) -> Result:
         self.world.told(job)
-        world = {"backend": self.world.backend, "messages_in_graphs": self.world.recordable}
-        told = replace(job, about={**job.about, "world": world})
+        told = replace(job, about={**job.about, "world": self._about(runtime)})
         passed = Passed(runner, self.world)
         try:
             result = super()._run_called(told, recipe, runtime, record, passed, saved)
@@ -206,6 +210,14 @@ class Leader(Worker):
         if result.status not in TOGETHER:
             self.broken.append(job.run)
         return result
+
+    def _about(self, runtime: Runtime) -> dict[str, Any]:
+        """What run.json says of the ranks."""
+        backend, recordable = self.world.backend, self.world.recordable
+        if runtime.shard == "state":
+            return {"backend": backend, "messages_in_graphs": recordable}
+        self._warn(f"runtime.shard=weights: {CUT}")
+        return {"backend": backend, "messages_in_graphs": False, "weights": CUT}
 
 
 @dataclass(frozen=True)
@@ -245,11 +257,13 @@ def take_part(job: TrainJob, world: "World", warm: "Warm") -> None:
     from ablab.core.train.run import run
 
     recipe, runtime = read_job(job)
+    # Whoever has a part of the weights takes part in keeping them.
+    kept = runtime.keep_weights and runtime.shard == "weights"
     before = recipe.before.run
     with tempfile.TemporaryDirectory(prefix="ablab-rank-") as own, suppress(Halted):
         result = run(
             recipe,
-            replace(runtime, keep_weights=False),
+            replace(runtime, keep_weights=kept),
             job.data,
             Record(Path(own), job.run),
             log=Followed(world).log,

@@ -22,6 +22,7 @@ OTHER = {
     "replay": True,
     "micro_batch": 2,
     "ranks": 2,
+    "shard": "weights",
     "recompute": 2,
     "deterministic": True,
     "turns": False,
@@ -201,11 +202,12 @@ def test_threads_are_as_many_as_asked_for(tiny, token_folder):
         assert trainer.runtime.threads == torch.get_num_threads() == count
 
 
-ELSEWHERE = {"mirror", "device", "threads", "turns", "ranks"}
+ELSEWHERE = {"mirror", "device", "threads", "turns", "ranks", "shard"}
 
 
 def test_every_field_is_asked():
     """`turns` is the runner's: tests/experiments/test_runner.py; `ranks`: tests/core/train/test_sharded.py;
+    `shard`: tests/core/train/test_fully_sharded.py;
     `mirror`: tests/core/store/test_mirror.py.
     """
     assert set(asdict(Runtime())) == set(OTHER) == ELSEWHERE | set(OBSERVED)

@@ -4,8 +4,9 @@
     kill               kill -9 of each of four ranks: a record with its cause, within 30 s
     elastic            2 ranks, killed; 1, stopped; 4 to the end: one run, in three segments
     torchrun           the same command started on every rank: the bits of --gpus-per-run
+    weights            2 ranks that share weights, killed; 2 that share states, stopped; 4 that share weights
 
-Words choose some of them: agree kill elastic torchrun.  About three minutes of two quiet cores in all.  Exits with 1
+Words choose some of them: agree kill elastic torchrun weights.  About four minutes of two quiet cores in all.  Exits with 1
 where something does not hold.
 """
 
@@ -43,6 +44,7 @@ class Ranks:
 
     root: Path
     ranks: int
+    shard: str = "state"
     kill: int | None = None  # this rank, at step `at`
     stop: bool = False  # at step `at`
     at: int = 8
@@ -52,7 +54,9 @@ class Ranks:
 
     def train(self, name: str) -> "Ranks":
         """name: of the folder; one that is there goes on."""
-        runtime = Runtime(device="cpu", ranks=self.ranks, log_every=1, save_seconds=0.0)
+        runtime = Runtime(
+            device="cpu", ranks=self.ranks, shard=self.shard, log_every=1, save_seconds=0.0
+        )
         recipe = tiny_recipe(["muon"], budget__tokens=64 * STEPS)
         record = Record(self.root / name)
         job = TrainJob(
@@ -160,7 +164,27 @@ def torchrun(root: Path) -> bool:
     return check(f"torchrun and --gpus-per-run: weights {weights}", len(weights) == 1)
 
 
-PARTS = {"agree": agree, "kill": kill, "elastic": elastic, "torchrun": torchrun}
+def weights(root: Path) -> bool:
+    name = "weights"
+    first = Ranks(root, 2, "weights", kill=1).train(name)
+    second = Ranks(root, 2, stop=True, at=30).train(name)
+    third = Ranks(root, 4, "weights").train(name)
+    states = [one.result.status for one in (first, second, third)]
+    holds = check(f"weights, states, weights: {states}", states == [FAILED, PRUNED, FINISHED])
+    went_on = second.steps[0] > 1 and third.steps[0] > second.steps[0]
+    holds &= check(f"each went on, at {second.steps[0]} and {third.steps[0]}", went_on)
+    Ranks(root, 1).train("alone")
+    distance = apart(third.losses("alone"), third.losses(name))
+    return holds & check(f"losses within {distance:.1e} of one rank's", distance < 1e-3)
+
+
+PARTS = {
+    "agree": agree,
+    "kill": kill,
+    "elastic": elastic,
+    "torchrun": torchrun,
+    "weights": weights,
+}
 
 
 def main() -> None:

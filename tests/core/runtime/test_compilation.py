@@ -6,6 +6,8 @@ Compiled by a backend that only counts.
 import pytest
 import torch
 
+from ablab.core.model.objective import heads_of
+from ablab.core.runtime.compilation import compiled
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.train.trainer import Trainer
 
@@ -67,3 +69,26 @@ def test_equal_blocks_share_a_graph_though_their_numbers_differ(tiny, token_fold
 def test_one_graph_of_the_whole_model_has_no_others_beside_it(tiny, token_folder, graphs):
     trained(tiny(FULL), token_folder, True, steps=2)
     assert len(graphs) == 3  # the loss, the optimizer step, the held-out loss
+
+
+def test_what_hooks_do_around_a_block_stays_outside_its_graph(tiny, build, monkeypatch):
+    """As gathering its weights does (core/train/fully_sharded.py)."""
+    recipe = tiny()
+    model = build(recipe)
+    within = []
+
+    def seen(function, **how):
+        def call(*given):
+            within.append("graph")
+            found = function(*given)
+            within.append("end")
+            return found
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", seen)
+    compiled(model, heads_of(model), "blocks", hooked=True)
+    model.blocks[0].register_forward_pre_hook(lambda *given: within.append("before"))
+    model.blocks[0].register_forward_hook(lambda *given: within.append("behind"))
+    model.blocks[0](torch.zeros(1, 4, 32), {})
+    assert within == ["before", "graph", "end", "behind"]
