@@ -6,8 +6,8 @@
     torchrun           the same command started on every rank: the bits of --gpus-per-run
     weights            2 ranks that share weights, killed; 2 that share states, stopped; 4 that share weights
 
-Words choose some of them: agree kill elastic torchrun weights.  About four minutes of two quiet cores in all.  Exits with 1
-where something does not hold.
+Words choose some of them: agree kill elastic torchrun weights.  About four minutes of two quiet cores in all.  Exits
+with 1 where something does not hold.
 """
 
 import json
