@@ -35,7 +35,7 @@ def compiled(
         return _static(of_rows(model, descend)), of_rows(model, _static(measure))
     for block in model.blocks:
         if hooked:
-            block.forward = _static(block.forward)  # type: ignore[method-assign]
+            block.forward = _static(block.forward)
         else:
             block.compile(dynamic=False)
     # Not the lookup: its compiled gradient sums by atomics, in any order, or one row at a time.

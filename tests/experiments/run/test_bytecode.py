@@ -68,7 +68,8 @@ def test_where_it_is_forbidden_it_is_kept_in_the_users_cache(told, packages, tmp
 
 
 def test_where_it_cannot_be_written_beside_torch_likewise(told, packages, tmp_path):
-    (packages / "torch" / "__pycache__").touch()  # a file in the place of the folder stops root too
+    # A file in the place of the folder stops root too.
+    (packages / "torch" / "__pycache__").touch()
     folder = tmp_path / "cache" / "ablab" / "bytecode"
     assert told() == [str(folder), "False", "None"]
     assert compiled(folder) == ["__init__"]
