@@ -125,8 +125,7 @@ def _begun(handle: Handle | None) -> Handle:
 def join(device: str, local_rank: int) -> Joined:
     """Meet the other ranks, as the environment that a launcher set says (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
-    device: cpu or cuda.  local_rank: our place on this host, and so our GPU.  Raises UserError without NCCL.  On a GPU
-    messages go before the kernels that are still to begin: what they carry is waited for.
+    device: cpu or cuda.  local_rank: our place on this host, and so our GPU.  Raises UserError without NCCL.
     """
     if device == "cpu":
         dist.init_process_group("gloo", timeout=PATIENCE)
@@ -135,8 +134,7 @@ def join(device: str, local_rank: int) -> Joined:
         raise UserError(NO_NCCL)
     own = torch.device("cuda", local_rank)
     torch.cuda.set_device(own)
-    urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    dist.init_process_group("nccl", timeout=PATIENCE, device_id=own, pg_options=urgent)
+    dist.init_process_group("nccl", timeout=PATIENCE, device_id=own)
     words = _for_words()
     everywhere = torch.tensor(int(_is_recorded()))
     dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=words)

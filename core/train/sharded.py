@@ -48,7 +48,7 @@ WHOLE = (
     1 << 20
 )  # numbers of a bank below which one rank owns it: more messages would cost more than they share
 PIECE = (
-    8 << 20
+    32 << 20
 )  # bytes of gradients that go in one message, at least, where a share has as many
 
 Share = range  # of the members of a bank
