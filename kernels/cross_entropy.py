@@ -37,26 +37,22 @@ def squash(x: Tensor, cap: float, cap_form: str) -> Tensor:
 
 
 @triton.jit
-def _read(row, columns, vocab, width, multiplier, cap, FORM: tl.constexpr):
-    """z [BLOCK] in fp32, -inf beyond the vocabulary.  tanh by exp(-2|x|/cap), which cannot overflow."""
-    z = multiplier * tl.load(row + columns, mask=columns < width, other=0.0).to(tl.float32)
+def capped(x, cap, FORM: tl.constexpr):
+    """z of x, fp32.  tanh by exp(-2|x|/cap), which cannot overflow."""
+    z = x
     if FORM == "tanh":
-        decay = tl.exp(-2.0 / cap * tl.abs(z))
+        decay = tl.exp(-2.0 / cap * tl.abs(x))
         size = cap * (1.0 - decay) / (1.0 + decay)
-        z = tl.where(z < 0.0, -size, size)
+        z = tl.where(x < 0.0, -size, size)
     elif FORM == "rational":
-        z = cap * z * tl.rsqrt(z * z + cap * cap)
-    return tl.where(columns < vocab, z, float("-inf"))
+        z = cap * x * tl.rsqrt(x * x + cap * cap)
+    return z
 
 
 @triton.jit
-def _write_gradient(
-    row, columns, width, z, target, lse, multiplier, cap, z_weight, scale, FORM: tl.constexpr
-):
-    """scale * dloss/draw over the logits.  dz/dx comes from z alone, so that no more than z is kept: with
-    u = 1 - (z / cap)^2, it is u for tanh and u^1.5 for the rational form."""
-    odds = tl.exp(z - lse) * (1.0 + 2.0 * z_weight * lse)
-    gradient = tl.where(columns == target, odds - 1.0, odds) * (multiplier * scale)
+def through_cap(gradient, z, cap, FORM: tl.constexpr):
+    """gradient dz/dx, which comes from z alone, so that no more than z is kept: with u = 1 - (z / cap)^2, it is u for
+    tanh and u^1.5 for the rational form."""
     if FORM == "tanh":
         share = z * (1.0 / cap)
         gradient *= 1.0 - share * share
@@ -64,6 +60,24 @@ def _write_gradient(
         share = z * (1.0 / cap)
         rest = tl.maximum(1.0 - share * share, 0.0)
         gradient *= rest * tl.sqrt(rest)
+    return gradient
+
+
+@triton.jit
+def _read(row, columns, vocab, width, multiplier, cap, FORM: tl.constexpr):
+    """z [BLOCK] in fp32, -inf beyond the vocabulary."""
+    x = multiplier * tl.load(row + columns, mask=columns < width, other=0.0).to(tl.float32)
+    return tl.where(columns < vocab, capped(x, cap, FORM), float("-inf"))
+
+
+@triton.jit
+def _write_gradient(
+    row, columns, width, z, target, lse, multiplier, cap, z_weight, scale, FORM: tl.constexpr
+):
+    """scale * dloss/draw over the logits."""
+    odds = tl.exp(z - lse) * (1.0 + 2.0 * z_weight * lse)
+    gradient = tl.where(columns == target, odds - 1.0, odds) * (multiplier * scale)
+    gradient = through_cap(gradient, z, cap, FORM)
     tl.store(row + columns, gradient.to(row.dtype.element_ty), mask=columns < width)
 
 

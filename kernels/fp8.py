@@ -14,10 +14,14 @@ rounding of the result to the dtype of x, and in y by the short accumulators of 
 does without).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+# a [m,k], b [n,k], their scales, dtype, fast -> a b^T [m,n]: `scaled` or `emulated`
+Product = Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype, bool], Tensor]
 # In place of a smaller maximum: the scale stays a normal fp32 number, and zeros stay 0 instead of 0 / 0.
 SMALLEST = 1e-30
 
@@ -28,9 +32,16 @@ def quantise(x: Tensor, form: str) -> tuple[Tensor, Tensor]:
     Not finite in, NaN out.  No clamp to the largest number: t / s_t exceeds it by a rounding of fp32 at most, which
     the cast takes back.
     """
-    dtype = DTYPES[form]
-    scale = x.abs().amax().float().clamp(min=SMALLEST) / torch.finfo(dtype).max
-    return (x.float() / scale).to(dtype), scale
+    scale = scale_for(x.abs().amax(), form)
+    return (x.float() / scale).to(DTYPES[form]), scale
+
+
+def scale_for(largest: Tensor, form: str) -> Tensor:
+    """0-D, of the largest magnitude or of a bound on it -> the scale, fp32 0-D.
+
+    A bound may be generous: within the range of exponents the numbers are as precise as before.
+    """
+    return largest.float().clamp(min=SMALLEST) / torch.finfo(DTYPES[form]).max
 
 
 def emulated(
@@ -57,6 +68,17 @@ def scaled(
     )
 
 
+def native(*matrices: Tensor) -> bool:
+    """Whether the device has matrix units for 8-bit floats and they take matrices of these sides."""
+    sides = [side for matrix in matrices for side in matrix.shape]
+    return all(side % 16 == 0 for side in sides) and multiplies(matrices[0].device)
+
+
+def product_of(*matrices: Tensor) -> Product:
+    """How matrices of these sides multiply on their device."""
+    return scaled if native(*matrices) else emulated
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, gradient, native):
@@ -78,18 +100,44 @@ class _Linear(torch.autograd.Function):
         return dx, dw, None, None
 
 
-def fp8_linear(x: Tensor, weight: Tensor, gradient: str = "e5m2") -> Tensor:
-    """x W^T with all three products of a training step in 8-bit floats.
+class _WideLinear(torch.autograd.Function):
+    """The same with dW of x and g as they were, in the dtype of x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, gradient, native):
+        x8, x_scale = quantise(x, "e4m3")
+        w8, w_scale = quantise(weight, "e4m3")
+        ctx.save_for_backward(x, w8, w_scale)
+        ctx.gradient = gradient
+        ctx.product = scaled if native else emulated
+        ctx.weight_dtype = weight.dtype
+        return ctx.product(x8, w8, x_scale, w_scale, x.dtype, True)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w8, w_scale = ctx.saved_tensors
+        g8, g_scale = quantise(g, ctx.gradient)
+        dx = ctx.product(g8, w8.t(), g_scale, w_scale, x.dtype, False)
+        return dx, (g.t() @ x).to(ctx.weight_dtype), None, None
+
+
+LINEAR = {"fp8": _Linear, "wide": _WideLinear}  # by what the weight's gradient is a product of
+
+
+def fp8_linear(
+    x: Tensor, weight: Tensor, gradient: str = "e5m2", weight_gradient: str = "fp8"
+) -> Tensor:
+    """x W^T with all three products of a training step in 8-bit floats, or two of them.
 
     x: [..., k], weight: [n, k] -> [..., n] in the dtype of x.
     gradient: the format of y's gradient, e5m2 (range) or e4m3 (precision).  dW comes in the dtype of the weight,
-    unrounded where that is fp32.  One scale serves the whole of x, so a row of y depends a little on all other
-    rows.
+    unrounded where that is fp32 and it is of 8-bit numbers.  One scale serves the whole of x, so a row of y depends a
+    little on all other rows.
+    weight_gradient: `fp8`, or `wide`: dW of x and y's gradient before they were cast.
     """
     rows = x.reshape(-1, x.shape[-1])
-    sides = (*rows.shape, len(weight))
-    native = all(side % 16 == 0 for side in sides) and multiplies(x.device)
-    return _Linear.apply(rows, weight, gradient, native).view(*x.shape[:-1], -1)
+    y = LINEAR[weight_gradient].apply(rows, weight, gradient, native(rows, weight))
+    return y.view(*x.shape[:-1], -1)
 
 
 @torch.compiler.assume_constant_result  # asked once, while a graph is traced

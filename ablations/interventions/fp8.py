@@ -12,12 +12,13 @@ nanochat.  A scale over all tokens would let a token's logits depend on later on
 In training they do, slightly; and as each micro-batch has its own scales, its size shows in the bits.
 """
 
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from ablab.core.errors import UserError
 from ablab.core.language.declare import Linear
-from ablab.core.language.part import Part
+from ablab.core.language.offers import EightBits
+from ablab.core.language.part import Part, silent
 from ablab.core.recipe.edit import append, edit
 from ablab.core.recipe.intervention import register
 
@@ -35,6 +36,9 @@ class FP8(Part):
 
     where: Literal["ffn", "readout", "both"] = "ffn"  # a tied head has no readout of its own
     gradient: Literal["e5m2", "e4m3"] = "e5m2"
+    weight_gradient: Literal["fp8", "wide"] = silent(
+        "fp8"
+    )  # dW of 8-bit numbers, or of x and g before the cast
 
     training_alone = True  # so an exported model multiplies plainly
 
@@ -53,16 +57,21 @@ class FP8(Part):
         chosen = {"ffn": ("ffn",), "readout": ("readout",), "both": ("ffn", "readout")}
         if place not in chosen[self.where]:
             return None
-        return partial(multiply, gradient=self.gradient)
+        return Multiply(EightBits(self.gradient, self.weight_gradient))
 
 
-def multiply(x, weight, *, gradient):
+@dataclass(frozen=True)
+class Multiply:
     """x: [..., fan_in], weight: [fan_out, fan_in] -> [..., fan_out] in the dtype of x."""
-    import torch
 
-    from ablab.core.model.layers import plain_product
-    from ablab.kernels.fp8 import fp8_linear
+    offer: EightBits
 
-    if not torch.is_grad_enabled():
-        return plain_product(x, weight)
-    return fp8_linear(x, weight, gradient)
+    def __call__(self, x: Any, weight: Any) -> Any:
+        import torch
+
+        from ablab.core.model.layers import plain_product
+        from ablab.kernels.fp8 import fp8_linear
+
+        if not torch.is_grad_enabled():
+            return plain_product(x, weight)
+        return fp8_linear(x, weight, self.offer.gradient, self.offer.weight_gradient)

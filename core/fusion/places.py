@@ -2,7 +2,7 @@
 
     attention      rope, with or without qk_norm, a value residual and a gate per head    core/fusion/attention.py
     ffn            silu(gate) * up                                                        core/fusion/feedforward.py
-    loss           readout, multiplier, soft cap, cross-entropy and z-loss                core/fusion/head.py
+    loss           readout, also in 8 bits, multiplier, soft cap, cross-entropy, z-loss   core/fusion/head.py
     newton_schulz  symmetric products of Muon                                             kernels/newton_schulz.py
     optimizer      every chain                                                            core/fusion/optimizer.py
 
@@ -140,6 +140,8 @@ def flaw(place: KernelPlace, recipe: Recipe, dtype: str) -> str:
             REWRITES[place](plan_of(recipe), recipe)
         if place == "attention":
             return attention.shape_flaw(recipe, dtype)
+        if place == "loss":
+            return head.shape_flaw(recipe)
         if place == "optimizer":
             optimizer.claim(recipe)
     except ImportError as lacking:

@@ -107,6 +107,23 @@ class GatedSilu(Offer):
     maps: Callable[..., tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
 
 
+# -- of a linear map ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class EightBits(Offer):
+    """Where gradients are wanted, y = x W^T and its gradients are products of 8-bit floats, x and W in e4m3.
+
+    gradient: the format of y's gradient.  weight_gradient: of these numbers too, or of those before they were cast.
+    """
+
+    gradient: Literal["e5m2", "e4m3"]
+    weight_gradient: Literal["fp8", "wide"]
+
+
+def offer_of_product(product: Any) -> Offer | None:
+    """What the product of a linear map offers: its `offer`, if it has one."""
+    return getattr(product, "offer", None)
+
+
 # -- between the readout and the nats ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class LogitFactor(Offer):

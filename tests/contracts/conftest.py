@@ -120,9 +120,13 @@ class Paths:
         return self.seen[model] | self.seen[optimizer]
 
     def in_the_model(self, recipe) -> dict[str, float]:
-        """fp32 sums in another order leave 2e-5, and twice that in a scalar's gradient."""
+        """fp32 sums in another order leave 2e-5, and twice that in a scalar's gradient.
+
+        By other scales the roundings to 8 bits fall elsewhere: 0.15 of a gradient.
+        """
         kernels = self.servable(recipe) & OF_THE_MODEL
-        return too_far(evaluated(recipe, kernels), evaluated(recipe, frozenset()), 1e-4)
+        limit = 0.3 if recipe.model.products else 1e-4
+        return too_far(evaluated(recipe, kernels), evaluated(recipe, frozenset()), limit)
 
     def in_the_optimizer(self, recipe) -> dict[str, float]:
         """Newton-Schulz multiplies the rounding of a singular value near 1 by up to 1,700: 2e-4."""

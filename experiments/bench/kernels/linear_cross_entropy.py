@@ -40,6 +40,8 @@ def linear_cross_entropy(device: torch.device, folder: Path) -> Iterable[Case]:
         "torch": lambda: Form(compiled(_plain, device)),
         "liger-kernel": lambda: _liger(device),
         **{name: partial(_own, device, dtype, chunk) for name, chunk in chunks.items()},
+        f"{OURS}, fp8": lambda: _eight_bits(device, "fp8"),
+        f"{OURS}, fp8, dW wide": lambda: _eight_bits(device, "wide"),
     }
     yield Case(
         kernel="linear_cross_entropy",
@@ -75,3 +77,14 @@ def _own(device: torch.device, dtype: torch.dtype, chunk: int) -> Form:
         return loss
 
     return Form(call)
+
+
+def _eight_bits(device: torch.device, weight_gradient: str) -> Form:
+    """Other numbers: shown for scale."""
+    fused = ours(device, "fp8_linear_cross_entropy", "fp8_linear_cross_entropy")
+
+    def call(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        loss, _ = fused(x, weight, targets, z_weight=Z, weight_gradient=weight_gradient)
+        return loss
+
+    return Form(call, same=False)

@@ -93,6 +93,41 @@ def test_the_fused_loss_is_the_same_function_of_the_same_parameters(tiny, treatm
 
 
 @cpu
+@pytest.mark.parametrize("form", ["e5m2", "e4m3"])
+def test_the_fused_loss_in_8_bits_reads_the_same_logits_and_its_gradients_are_near(tiny, form):
+    """A step of e5m2 is a quarter of a number at most, of e4m3 an eighth; the scale is another than in torch."""
+    stack = [{"soft_cap": {"cap": 2.0}}, "z_loss"]
+    readout = {"fp8": {"where": "readout", "gradient": form}}
+    recipe = tiny([*stack, readout], **SHAPE)
+    assert fuse.places(recipe, ASKED)["loss"].kernel
+    ours = evaluated(recipe, {"loss"})
+    theirs = evaluated(recipe, set())
+    plain = evaluated(tiny(stack, **SHAPE), set())
+    assert not far(ours, theirs).keys() & {"loss", "nats"}
+    assert far(ours, plain).keys() == plain.keys()
+    noise = {
+        name: ((ours[name] - exact).norm() / exact.norm()).item()
+        for name, exact in plain.items()
+    }
+    assert max(noise.values()) < {"e5m2": 0.12, "e4m3": 0.08}[form]
+
+
+@cpu
+def test_a_readout_that_multiplies_in_a_way_of_its_own_makes_the_kernel_step_aside(
+    tiny, monkeypatch
+):
+    from ablab.ablations.interventions.fp8 import FP8
+
+    def product(self, path, linear):
+        return (lambda x, weight: x @ weight.T) if path == "readout" else None
+
+    monkeypatch.setattr(FP8, "product", product)
+    recipe = tiny([{"fp8": {"where": "both", "gradient": "e4m3"}}], **SHAPE)
+    said = "the readout multiplies by fp8, which the kernel does not know"
+    assert fuse.flaw("loss", recipe, "fp32") == said
+
+
+@cpu
 @pytest.mark.parametrize("treatment", ATTENTION)
 def test_the_fused_attention_is_the_same_function_of_the_same_parameters(tiny, treatment):
     recipe = tiny(ATTENTION[treatment], **SHAPE)
@@ -164,9 +199,9 @@ def test_what_a_kernel_cannot_serve_is_named_and_torch_serves_it(tiny, monkeypat
             "the feed-forward is relu2, which the kernel does not know",
         ),
         (
-            tiny([{"fp8": {"where": "both"}}], **SHAPE),
+            tiny([{"fp8": {"where": "both"}}], **SHAPE, data__vocab=72),
             "loss",
-            "the readout multiplies by fp8, which the kernel does not know",
+            "8-bit products need sides of multiples of 16, and the vocabulary is 72",
         ),
     ]
     for recipe, place, said in cases:
@@ -177,7 +212,7 @@ def test_what_a_kernel_cannot_serve_is_named_and_torch_serves_it(tiny, monkeypat
             match=f"runtime.kernels=triton cannot serve the {place}: {said}; use runtime.kernels=auto",
         ):
             fuse.places(recipe, ASKED)
-    for served in ([], ["fp8"]):  # fp8 in the feed-forward alone
+    for served in ([], ["fp8"], [{"fp8": {"where": "both"}}]):
         assert fuse.places(tiny(served, **SHAPE), replace(ASKED, kernels="auto", dtype="bf16"))[
             "loss"
         ].kernel
