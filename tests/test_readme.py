@@ -85,7 +85,7 @@ COMMANDS = {
     "ablab bench grid loo_70m": HELP,
     "ablab bench checkpoint 430m": HELP,
     "ablab bench claims": HELP,
-    "ablab run loo_70m --gpus-per-run 2": "--dry-run",
+    "ablab run loo_70m --gpus-per-run 2": "--dry-run runtime.device=cpu",
     "ablab bench scale": HELP,
     "make demo": None,  # the set-up of `make test` and `ablab run quickstart`
     "make test": None,  # CI runs it
