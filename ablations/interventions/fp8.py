@@ -4,6 +4,7 @@
     y  = (q_x q_w^T) s_x s_w                               x and w in e4m3
     dx = (q_g q_w) s_g s_w,     dW = (q_g^T q_x) s_g s_x   g, the gradient of y, in the format `gradient`
 
+A kernel that casts a tensor while it makes it knows no max |t| yet and takes a bound on it (kernels/fp8_swiglu.py).
 Sums in fp32, weights and optimizer as before (kernels/fp8.py).  Gradients of tokens differ by orders of magnitude,
 hence e5m2, with twice the range of exponents and half the precision.
 

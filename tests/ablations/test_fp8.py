@@ -133,6 +133,23 @@ def test_the_three_products_are_those_of_the_dequantised_operands(shape, dtype, 
     assert error(dw, g8.T @ x8) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wide_gradient_of_the_weights_is_of_the_numbers_before_they_were_cast(dtype):
+    x = drawn(24, 32, dtype=dtype)
+    weight = drawn(48, 32, seed=1)
+    g = drawn(24, 48, seed=2, dtype=dtype)
+    narrow = products(x, weight, g)
+
+    def wide_linear(x, weight, gradient):
+        return fp8.fp8_linear(x, weight, gradient, "wide")
+
+    y, dx, dw = products(x, weight, g, linear=wide_linear)
+    assert torch.equal(y, narrow[0]) and torch.equal(dx, narrow[1])
+    assert dw.dtype == torch.float32
+    near = 1e-6 if dtype == torch.float32 else 2.0**-8  # rounded once
+    assert error(dw, g.double().T @ x.double()) < near < error(narrow[2], dw)
+
+
 def test_against_exact_products_the_error_is_that_of_three_bits_and_of_two():
     """Of gaussians, relative to the norm: 2.6 % an operand in e4m3, twice that in e5m2; squares add."""
     x = drawn(256, 256)

@@ -79,7 +79,7 @@ def shows_by_kernels(servable):
 def formulas():
     import torch
 
-    from ablab.kernels import attention, linear_cross_entropy, swiglu
+    from ablab.kernels import attention, fp8_swiglu, linear_cross_entropy, swiglu
 
     def token_losses(x, weight, targets, multiplier=1.0, cap=0.0, cap_form="none"):
         logits = multiplier * torch.nn.functional.linear(x, weight).float()
@@ -89,6 +89,7 @@ def formulas():
     with (
         patch.object(attention, "attention", attention.reference),
         patch.object(swiglu, "swiglu", swiglu.reference),
+        patch.object(fp8_swiglu, "fp8_swiglu", fp8_swiglu.reference),
         patch.object(
             linear_cross_entropy, "linear_cross_entropy", linear_cross_entropy.reference
         ),

@@ -153,6 +153,49 @@ def test_the_fused_feed_forward_is_the_same_function_of_the_same_parameters(tiny
 
 
 @cpu
+@pytest.mark.parametrize(
+    ("dose", "whole"),
+    [
+        ({"gradient": "e4m3"}, True),
+        ({"weight_gradient": "wide"}, True),
+        ({"where": "readout"}, False),
+    ],
+)
+def test_a_feed_forward_whose_maps_multiply_in_8_bits_is_one_kernel_where_gradients_are_wanted(
+    tiny, monkeypatch, dose, whole
+):
+    """With scales of its own, so it errs by other roundings, and no more than the maps by themselves."""
+    from ablab.kernels import fp8_swiglu
+
+    called = []
+    kernel = fp8_swiglu.fp8_swiglu
+
+    def noted(x, gate_up, down, *how):
+        called.append(how)
+        return kernel(x, gate_up, down, *how)
+
+    monkeypatch.setattr(fp8_swiglu, "fp8_swiglu", noted)
+    recipe = tiny([{"fp8": dose}], **SHAPE)
+    assert fuse.places(recipe, replace(ASKED, kernels=("ffn",)))["ffn"].kernel
+    ours = evaluated(recipe, {"ffn"})
+    theirs = evaluated(recipe, set())
+    how = (dose.get("gradient", "e5m2"), dose.get("weight_gradient", "fp8"))
+    assert called == [how] * recipe.model.layers * whole
+    exact = evaluated(tiny([], **SHAPE), set())
+
+    def error(found):
+        return torch.cat([(found[name] - exact[name]).flatten() for name in exact]).norm()
+
+    assert ours.keys() == theirs.keys() == exact.keys()
+    assert 0 < error(ours) < 1.2 * error(theirs)
+    with torch.no_grad():
+        model = Transformer(recipe, plan=fuse.plan_with({"ffn"}, recipe))
+        initialise(model, recipe)
+        model(torch.zeros(1, 8, dtype=torch.long))
+    assert len(called) == recipe.model.layers * whole
+
+
+@cpu
 def test_grouped_heads_and_everything_at_once_too(tiny):
     recipe = tiny(
         [*STACK, {"soft_cap": {"cap": 2.0}}],
@@ -197,6 +240,11 @@ def test_what_a_kernel_cannot_serve_is_named_and_torch_serves_it(tiny, monkeypat
             tiny([{"relu2": {}}], **SHAPE),
             "ffn",
             "the feed-forward is relu2, which the kernel does not know",
+        ),
+        (
+            tiny(["fp8"], **SHAPE, model__ffn={"kind": "swiglu", "multiple": 100}),
+            "ffn",
+            "8-bit products take sides in multiples of 16, and the feed-forward has 200",
         ),
         (
             tiny([{"fp8": {"where": "both"}}], **SHAPE, data__vocab=72),
