@@ -1,7 +1,7 @@
 """Which kernel serves which place of a recipe, and why; the plan with those kernels in it.
 
     attention      rope, with or without qk_norm, a value residual and a gate per head    core/fusion/attention.py
-    ffn            silu(gate) * up                                                        core/fusion/feedforward.py
+    ffn            silu(gate) * up; in 8 bits (fp8) the whole feed-forward, in training   core/fusion/feedforward.py
     loss           readout, also in 8 bits, multiplier, soft cap, cross-entropy, z-loss   core/fusion/head.py
     newton_schulz  symmetric products of Muon                                             kernels/newton_schulz.py
     optimizer      every chain                                                            core/fusion/optimizer.py

@@ -30,7 +30,8 @@ def test_every_kernel_is_measured_printed_and_written(compared):
         assert math.isfinite(row["forward_ms"])
         assert row["forward_ms"] > 0 and row["floor_ms"] > 0
         assert row["backward_ms"] is None or row["backward_ms"] > 0
-        assert row["error"] is None or row["error"] < 1e-2
+        in_8_bits = row["kernel"].startswith("fp8") and row["form"] != "bf16"
+        assert row["error"] is None or row["error"] < (0.1 if in_8_bits else 1e-2)
     attention = next(row for row in timed if row["kernel"] == "attention")
     assert attention["backward_ms"] > 0
     assert attention["gradient_error"] < 1e-2
