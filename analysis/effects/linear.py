@@ -21,8 +21,9 @@ class Linear:
     @cached_property
     def _inverse(self) -> np.ndarray:
         """Moore and Penrose's, [P, N]: columns that say the same share what they tell."""
-        # rtol=None: as matrix_rank, by the size.  numpy's fixed 1e-15 inverts what 10,000 roundings leave of a zero.
-        return np.linalg.pinv(self.design, rtol=None)
+        # As in matrix_rank; numpy's fixed 1e-15 inverts what 10,000 roundings leave of a zero.
+        least = max(self.design.shape) * np.finfo(float).eps
+        return np.linalg.pinv(self.design, rcond=least)
 
     @cached_property
     def coefficients(self) -> np.ndarray:
