@@ -22,7 +22,7 @@ from ablab.analysis.effects.intervals import (
     shrink,
     welch,
 )
-from ablab.analysis.effects.linear import Linear
+from ablab.analysis.effects.linear import TwoWay
 
 WITH_SEEDS = "y ~ arm + seed"
 FEWEST = 2  # seeds that have a spread
@@ -95,22 +95,19 @@ def _fitted(broken: list[Comparison], shared: list[Comparison]) -> dict[str, Est
     model, place = _model(shared)
     found = {}
     for one in broken:
-        contrast = np.zeros(model.design.shape[1])
-        contrast[place[one.cell]] = 1
-        contrast[place[one.reference]] = -1
-        if model.tells(contrast):
-            found[one.cell] = model.estimate(contrast[None])
+        pair = (place[one.cell], place[one.reference])
+        if model.tells(*pair):
+            found[one.cell] = model.difference(*pair)
     return found
 
 
-def _model(shared: list[Comparison]) -> tuple[Linear, dict[str, int]]:
-    """y ~ arm + seed over the finished runs of all cells that are compared, and the column of each cell."""
+def _model(shared: list[Comparison]) -> tuple[TwoWay, dict[str, int]]:
+    """y ~ arm + seed over the finished runs of all cells that are compared, and the number of each cell."""
     rows = {}
     for one in shared:
         rows[one.cell] = one.rows.finished
         rows[one.reference] = one.others.finished
     y = np.concatenate([own.values for own in rows.values()])
-    cells = np.concatenate([np.full(len(own), i) for i, own in enumerate(rows.values())])
-    seeds, named = pd.factorize(np.concatenate([own.seeds for own in rows.values()]))
-    design = np.hstack([np.eye(len(rows))[cells], np.eye(len(named))[seeds]])
-    return Linear(design, y, WITH_SEEDS), {cell: i for i, cell in enumerate(rows)}
+    cells = np.repeat(np.arange(len(rows)), [len(own) for own in rows.values()])
+    seeds, _ = pd.factorize(np.concatenate([own.seeds for own in rows.values()]))
+    return TwoWay(cells, seeds, y, WITH_SEEDS), {cell: i for i, cell in enumerate(rows)}
