@@ -124,6 +124,11 @@ class Seat:
         return worker
 
 
+def saved_of(job: Job) -> str:
+    """From where another machine goes on."""
+    return "its answers so far" if isinstance(job, EvalJob) else "its last checkpoint"
+
+
 def serving_of_job(job: Job) -> Serving:
     """Raises UserError where this machine has less than the job takes."""
     if isinstance(job, EvalJob):

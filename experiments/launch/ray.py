@@ -25,7 +25,7 @@ from ablab.core.language.parse import parse
 from ablab.core.recipe.recipe import Recipe, plain
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.store import Store
-from ablab.experiments.launch.base import LOSSES, Seat, Site, check_keys, optional
+from ablab.experiments.launch.base import LOSSES, Seat, Site, check_keys, optional, saved_of
 from ablab.experiments.run.executor import Executor
 from ablab.experiments.run.messages import (
     Answer,
@@ -339,5 +339,5 @@ class RayWorkers(Workers[HostHandle]):
                 job, f"its node was lost {LOSSES + 1} times, the last one {worker.where}"
             )
         return Lost(
-            f"lost with its node {worker.where}; another takes it over from its last checkpoint"
+            f"lost with its node {worker.where}; another takes it over from {saved_of(job)}"
         )

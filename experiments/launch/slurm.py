@@ -24,7 +24,7 @@ from ablab.core.recipe.recipe import Recipe
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.files import writing
 from ablab.core.store.store import Store
-from ablab.experiments.launch.base import LOSSES, Seat, Site, check_keys, optional
+from ablab.experiments.launch.base import LOSSES, Seat, Site, check_keys, optional, saved_of
 from ablab.experiments.run.executor import Executor, Listener, Task
 from ablab.experiments.run.halting import GRACE
 from ablab.experiments.run.messages import (
@@ -379,7 +379,7 @@ class SlurmArrays:
         self.losses[run] += 1
         if state.split()[0] in OF_SLURM and self.losses[run] <= LOSSES:
             return Lost(
-                f"SLURM ended its job {id} ({state}); submitted again, from its last checkpoint"
+                f"SLURM ended its job {id} ({state}); submitted again, from {saved_of(flight.job)}"
             )
         return failure(
             flight.job,

@@ -39,6 +39,7 @@ from ablab.experiments.run.workers import PATIENCE, WorkerHandle, Workers
 # That an idle worker has between the end of its pipe and its own: one alone, and one that leads others.
 SECONDS_TO_TIDY = 3.0
 SECONDS_TO_PART = 20.0
+CURE = "run again to resume from its last checkpoint"
 CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -179,11 +180,10 @@ def failure(job: Job, cause: str) -> Failure:
         written = record.result() if record.stamp() != job.before else None
         if written:
             return Done(written)
-    cure = "run again to resume from its last checkpoint"
     claim = take(record.claim_path, Watch())
     if claim is None:
         return Busy()
-    result = Result(job.run, FAILED, step=0, tokens=0, error=f"{cause}; {cure}")
+    result = Result(job.run, FAILED, step=0, tokens=0, error=f"{cause}; {CURE}")
     record.finish(result)
     claim.release()
     return Done(result)

@@ -170,7 +170,7 @@ def warm_for(world: "Joined", rehearse: bool) -> "Warm":
 
 def lead(pipe: Connection, world: "Joined", warm: "Warm", turn: Turn | None) -> None:
     """Rank 0: answer jobs, and let the others take part in them."""
-    worker = Leader(pipe, warm, turn or nullcontext(), world=world)
+    worker = Leader(pipe, warm, turn or nullcontext(), world=world, at_fault=wait_to_be_ended)
     answer_all(pipe, worker)
     if worker.broken:
         sys.exit(1)  # the others are in the midst of a step: the agent ends them
@@ -182,6 +182,8 @@ class Leader(Worker):
     """Executes jobs on all ranks."""
 
     world: "Joined"
+    # Called before a fault becomes a result; may raise another in its place, its cause.
+    at_fault: Callable[[], None]
     broken: list[str] = field(default_factory=list)  # runs that did not end on all ranks alike
 
     def _run_called(
@@ -205,7 +207,7 @@ class Leader(Worker):
             raise
         except Exception:
             self.broken.append(job.run)
-            wait_to_be_ended()
+            self.at_fault()
             raise
         if result.status not in TOGETHER:
             self.broken.append(job.run)
@@ -239,12 +241,20 @@ class Passed:
         return self.runner.halts()
 
 
-def follow(world: "World", warm: "Warm") -> None:
-    """Every other rank: take part in each run that rank 0 names, until it names none."""
+def unheard(job: TrainJob) -> None:
+    """The agent says what the ranks died of."""
+
+
+def follow(world: "World", warm: "Warm", lost: Callable[[TrainJob], None] = unheard) -> None:
+    """Every other rank: take part in each run that rank 0 names, until it names none.
+
+    lost: called of a run that ends here by a fault, while the other ranks may still be there.
+    """
     while job := world.told(None):
         try:
             take_part(job, world, warm)
         except Exception:
+            lost(job)
             wait_to_be_ended()
             raise
 

@@ -15,6 +15,7 @@ import pytest
 
 from ablab.core.runtime.runtime import visible_gpus
 from ablab.experiments.run import processes
+from tests.conftest import build_model, tiny_recipe
 from tests.experiments.warmed import Warmed
 
 CONFIG = """\
@@ -155,27 +156,35 @@ PAIRS = [
 @pytest.fixture
 def pairs(tmp_path):
     """A folder as BLiMP's, with one paradigm of five items."""
-    folder = tmp_path / "pairs"
+    return write_pairs(tmp_path / "pairs", PAIRS)
+
+
+@pytest.fixture
+def weights_folder(tmp_path):
+    """With a tokenizer."""
+    return write_model(tmp_path)
+
+
+def write_pairs(folder: Path, pairs: list[tuple[str, str]]) -> Path:
     folder.mkdir()
-    lines = [{"sentence_good": good, "sentence_bad": bad} for good, bad in PAIRS]
+    lines = [{"sentence_good": good, "sentence_bad": bad} for good, bad in pairs]
     (folder / "one.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
 
 
-@pytest.fixture
-def weights_folder(tmp_path, tiny, build):
-    """With a tokenizer."""
+def write_model(root: Path) -> Path:
+    """A folder below `root`."""
     from ablab.core.data import corpus
     from ablab.core.interop.folder import Source
     from ablab.core.interop.weights import write
 
-    (tmp_path / "text.txt").write_text("a cat and dogs, a dog and cats. " * 20)
-    corpus.train_tokenizer([tmp_path / "text.txt"], tmp_path / "tokenizer.json", 260)
-    recipe = tiny(["gating"], data__vocab=260)
-    model = build(recipe, stirred=0.3)
+    (root / "text.txt").write_text("a cat and dogs, a dog and cats. " * 20)
+    corpus.train_tokenizer([root / "text.txt"], root / "tokenizer.json", 260)
+    recipe = tiny_recipe(["gating"], data__vocab=260)
+    model = build_model(recipe, stirred=0.3)
     tensors = {name: value.detach() for name, value in model.named_parameters()}
-    write(tmp_path / "model", recipe, tensors, Source(), tmp_path / "tokenizer.json")
-    return tmp_path / "model"
+    write(root / "model", recipe, tensors, Source(), root / "tokenizer.json")
+    return root / "model"
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------

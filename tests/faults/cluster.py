@@ -1,9 +1,10 @@
 """A grid on three nodes of a Ray cluster, of which one is killed half-way and another joins: `make cluster`.
 
-    python tests/faults/cluster.py [--seeds 6] [--steps 200]
+    python tests/faults/cluster.py [--seeds 6] [--steps 200] [--items 3000]
 
 The nodes are real ones (ray.cluster_utils.Cluster), all on this machine, a CPU each.  The grid runs once without Ray
-and once with it: the same runs, each finished once, with the same bits.  Exit code 1: something differs.
+and once with it: the same runs, each finished once, with the same bits.  Then a model is asked so many items on a node
+that is killed half-way, and another goes on: the same answers.  Exit code 1: something differs.
 """
 
 import argparse
@@ -18,8 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the order of sums depends on it
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import write_tokens  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.conftest import write_tokens  # noqa: E402
+from tests.experiments.conftest import PAIRS, write_model, write_pairs  # noqa: E402
 
 PATIENCE = 600.0  # seconds, on a busy machine
 CONFIG = """\
@@ -120,6 +122,61 @@ def on_nodes(grid: Grid, runs: int) -> dict:
         cluster.shutdown()
 
 
+class Exam:
+    """A model and items, which `ablab eval` asks it in a store of its own."""
+
+    def __init__(self, root: Path, items: int):
+        self.root = root
+        self.items = items
+        self.model = write_model(root)
+        self.pairs = write_pairs(root / "pairs", [PAIRS[n % len(PAIRS)] for n in range(items)])
+
+    def start(self, store: str, *words: str) -> subprocess.Popen:
+        command = ("eval", str(self.model), "--suite", "blimp", "--bundle", str(self.pairs))
+        how = ("--device", "cpu", "--batch", "1", "--json", "--track", "none")
+        return subprocess.Popen(
+            [sys.executable, "-m", "ablab.experiments.cli", *command, *how, *words],
+            cwd=self.root,
+            env=os.environ | {"ABLAB_STORE": str(self.root / store)},
+            stdout=subprocess.PIPE,
+            stderr=open(self.root / f"{store}.said", "wb"),
+            text=True,
+        )
+
+    def answered(self, store: str) -> int:
+        paths = (self.root / store).glob("evaluations/*/evaluations/*.jsonl")
+        return sum(len(path.read_bytes().splitlines()) for path in paths)
+
+
+def asked_on_nodes(exam: Exam) -> str:
+    """Of its first node another takes the work over."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    running = None
+    try:
+        first = cluster.add_node(num_cpus=1)
+        running = exam.start("there", "--launcher", "ray", "--address", cluster.address)
+        few = exam.items // 10
+        wait_for(lambda: exam.answered("there") > few, "some are answered", running)
+        cluster.add_node(num_cpus=1)
+        cluster.remove_node(first, allow_graceful=False)
+        say(f"{exam.answered('there')} of {exam.items} items are answered: the node is killed")
+        out, _ = running.communicate(timeout=PATIENCE)
+        assert running.returncode == 0, out
+        return out
+    finally:
+        if running and running.poll() is None:
+            running.send_signal(signal.SIGKILL)
+            running.wait()
+        cluster.shutdown()
+
+
+def told(out: str) -> list[dict]:
+    return [one | {"seconds": 0} for one in json.loads(out)]
+
+
 BEGAN = time.monotonic()
 
 
@@ -131,6 +188,7 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__)
     words.add_argument("--seeds", type=int, default=6, help="of each of four arms")
     words.add_argument("--steps", type=int, default=200)
+    words.add_argument("--items", type=int, default=3000, help="of the evaluation")
     asked = words.parse_args()
     runs = 4 * asked.seeds
     with tempfile.TemporaryDirectory(prefix="ablab-cluster-") as folder:
@@ -145,6 +203,11 @@ def main() -> None:
         assert "lost with its node" in there.said(), "the kill came between two runs"
         assert there.bits() == alone.bits(), "the same weights, and every line of the metrics"
         say(f"{runs} runs with Ray: each finished once, the same ids and bits")
+        exam = Exam(Path(folder), asked.items)
+        out, _ = exam.start("here").communicate(timeout=PATIENCE)
+        assert told(asked_on_nodes(exam)) == told(out), "the same answers"
+        assert "lost with its node" in (exam.root / "there.said").read_text()
+        say(f"{asked.items} items with Ray, whose node was killed: the same answers")
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
     one, two, four     the same rows; losses within the rounding of sums; two repeat their bits
     kill               kill -9 of each of four ranks: a record with its cause, within 30 s
     elastic            2 ranks, killed; 1, stopped; 4 to the end: one run, in three segments
-    torchrun           the same command started on every rank: the bits of --gpus-per-run
+    torchrun           the same command started on every rank: the bits of --gpus-per-run; kill -9 of each of two
+                       ranks: a record that names it, within 30 s, and the next call goes on
     weights            2 ranks that share weights, killed; 2 that share states, stopped; 4 that share weights
 
 Words choose some of them: agree kill elastic torchrun weights.  About four minutes of two quiet cores in all.  Exits
 with 1 where something does not hold.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -145,23 +146,88 @@ def elastic(root: Path) -> bool:
     return holds & check(f"losses within {distance:.1e} of one rank's", distance < 1e-3)
 
 
+ABLAB = ["-m", "ablab.experiments.cli"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *ABLAB]
+ONE_RUN = ["run", "quickstart", "runtime.device=cpu", "budget.tokens=10240", "--quiet"]
+ONE_RUN += ["runtime.save_seconds=0", "runtime.log_every=1"]
+ONE_RUN += ["--only", "base", "--seeds", "0", "--no-mlflow", "--run-inert"]
+
+
+@dataclass
+class Command:
+    """A call of ablab for one run, in a store of its own."""
+
+    store: Path
+
+    def start(self, *words: str) -> subprocess.Popen:
+        command = [sys.executable, *words, "--store", str(self.store)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def result(self) -> Result | None:
+        for folder in self.store.glob("runs/*"):
+            return Record(folder).result()
+        return None
+
+    def steps(self) -> int:
+        """That were logged."""
+        return sum(len(path.read_bytes().splitlines()) for path in self.store.glob(METRICS))
+
+    def pace(self) -> bytes:
+        """Of the first two steps: it has the clock's word, so that no second try repeats it."""
+        (path,) = self.store.glob("runs/*/pace.jsonl")
+        return b"".join(path.read_bytes().splitlines(keepends=True)[:2])
+
+    def wait_for(self, holds: Callable[[], object]) -> float:
+        """Seconds."""
+        began = time.monotonic()
+        while not holds():
+            assert time.monotonic() - began < PATIENCE, f"nothing happens in {self.store}"
+            time.sleep(0.02)
+        return time.monotonic() - began
+
+
+METRICS = "runs/*/metrics.jsonl"
+PATIENCE = 300.0  # seconds
+
+
 def torchrun(root: Path) -> bool:
-    """Weights of `ablab run` by both ways of starting two ranks."""
-    words = ["run", "quickstart", "runtime.device=cpu", "budget.tokens=10240", "--quiet"]
-    words += ["--only", "base", "--seeds", "0", "--no-mlflow", "--run-inert"]
-    torch_run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ways = {
-        "torchrun": [*torch_run, "-m", "ablab.experiments.cli", *words],
-        "gpus_per_run": ["-m", "ablab.experiments.cli", *words, "--gpus-per-run", "2"],
-    }
+    """Both ways of starting two ranks, and each of them killed where torchrun started it."""
     weights = set()
-    for name, way in ways.items():
-        store = root / name
-        command = [sys.executable, *way, "--store", str(store)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        (result,) = store.glob("runs/*/result.json")
-        weights.add(json.loads(result.read_text())["weights"])
-    return check(f"torchrun and --gpus-per-run: weights {weights}", len(weights) == 1)
+    for name, way in {"torchrun": TORCHRUN, "gpus_per_run": ABLAB}.items():
+        command = Command(root / name)
+        ranks = ["--gpus-per-run", "2"] if way is ABLAB else []
+        assert command.start(*way, *ONE_RUN, *ranks).wait() == 0
+        weights.add(command.result().weights)
+    holds = check(f"torchrun and --gpus-per-run: weights {weights}", len(weights) == 1)
+    for rank in range(2):
+        holds &= killed_under_torchrun(Command(root / f"torchrun_{rank}"), rank)
+    return holds
+
+
+def killed_under_torchrun(command: Command, rank: int) -> bool:
+    running = command.start(*TORCHRUN, *ONE_RUN)
+    command.wait_for(lambda: command.steps() >= 5)
+    os.kill(started_as(rank, running.pid), signal.SIGKILL)
+    seconds = command.wait_for(command.result)
+    lost = command.result()
+    said = f"torchrun's rank {rank} killed: after {seconds:.1f} s, {lost.error}"
+    named = lost.status == FAILED and f"rank {rank} of 2 ended" in lost.error
+    holds = check(said, named and seconds < MOST_SECONDS)
+    assert running.wait() != 0
+    first = command.pace()
+    assert command.start(*TORCHRUN, *ONE_RUN).wait() == 0
+    result = command.result()
+    went_on = result.status == FINISHED and command.pace() == first
+    return holds & check(f"   the next call goes on: {result.status}", went_on)
+
+
+def started_as(rank: int, torch_run: int) -> int:
+    """The process that torchrun started as this rank."""
+    children = Path(f"/proc/{torch_run}/task/{torch_run}/children").read_text().split()
+    for child in children:
+        if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
+            return int(child)
+    raise AssertionError(f"torchrun {torch_run} has no rank {rank}")
 
 
 def weights(root: Path) -> bool:

@@ -14,6 +14,8 @@ from ablab.experiments.launch.named import Launching
 from ablab.experiments.launch.ray import Needs, check_reachable, needs_of
 from ablab.experiments.launch.slurm import SlurmLauncher
 from ablab.experiments.run.messages import TraceJob
+from ablab.experiments.run.processes import ALONE
+from ablab.experiments.run.ranks import serve_ranks
 from ablab.experiments.run.this_machine import ThisMachine
 
 SHEET = SimpleNamespace(ray={}, slurm={})
@@ -189,11 +191,23 @@ def test_ranks_that_cannot_divide_the_rows_are_refused_wherever_they_train(tiny)
     assert "nearest: 2, 4" in line
 
 
+def job_on(**runtime) -> TraceJob:
+    return TraceJob("0123456789abcdef", {}, dataclasses.asdict(Runtime(**runtime)))
+
+
+def test_the_seat_of_another_machine_starts_what_this_machine_would():
+    """Ranks in a Ray actor and in a SLURM job themselves: `make cluster`."""
+    assert serving_of_job(job_on(device="cpu")) == ALONE
+    for ranks in (2, 4):
+        there = serving_of_job(job_on(device="cpu", ranks=ranks))
+        assert there.leads
+        assert there.call.func is serve_ranks
+        assert there.call.keywords == {"ranks": ranks, "device": "cpu"}
+
+
 def test_a_machine_with_fewer_gpus_than_its_ranks_is_named(monkeypatch):
     monkeypatch.setattr("ablab.experiments.run.this_machine.gpus_for", lambda runtime: ["0"])
-    runtime = dataclasses.asdict(Runtime(device="cuda", ranks=2))
-    job = TraceJob("0123456789abcdef", {}, runtime)
-    line = refusal(serving_of_job, job)
+    line = refusal(serving_of_job, job_on(device="cuda", ranks=2))
     assert line.startswith(socket.gethostname())
     assert "there are 1 GPUs here" in line
 

@@ -5,7 +5,9 @@ What ranks compute is held by tests/core/train/test_sharded.py.
 
 import os
 import signal
-from dataclasses import asdict, dataclass, field
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -13,17 +15,18 @@ import pytest
 from ablab.core.errors import UserError
 from ablab.core.recipe.recipe import plain, run_id
 from ablab.core.runtime.runtime import Runtime
+from ablab.core.store.claim import this_process
 from ablab.core.store.record import Record
 from ablab.core.store.result import FAILED, FINISHED
-from ablab.core.store.store import Store
 from ablab.core.train.run import run
-from ablab.experiments.launch.base import Seat, Site
-from ablab.experiments.run import capacity, this_machine
+from ablab.experiments.run import capacity, this_machine, torchrun
 from ablab.experiments.run.capacity import default_jobs, seats_for
 from ablab.experiments.run.executor import Task
 from ablab.experiments.run.messages import Done, Logged, TrainJob
 from ablab.experiments.run.processes import local_processes
+from ablab.experiments.run.ranks import RankDied
 from ablab.experiments.run.this_machine import ThisMachine
+from ablab.experiments.run.torchrun import Neighbours, name_the_dead, record_lost_leader
 
 TWO = Runtime(device="cpu", ranks=2, log_every=1, evaluations=1, save_seconds=0.0)
 ONE = Runtime(device="cpu", log_every=1, evaluations=1, save_seconds=0.0)
@@ -113,25 +116,6 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_cause_and_one_rank_goes_on(
     assert steps[0] > 1, "it began anew"
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
-def test_the_seat_of_another_machine_trains_on_ranks_to_the_same_bits(
-    told, tiny, token_folder, tmp_path
-):
-    """What stands in a Ray actor and in a SLURM job; `make cluster` asks these themselves."""
-    recipe = tiny(["muon"])
-    store = Store(tmp_path / "store")
-    folder = store.run(run_id(recipe)).folder
-    job = TrainJob(run_id(recipe), plain(recipe), asdict(TWO), folder, token_folder)
-    seat = Seat(Site.of(store, []))
-    try:
-        *_, last = seat.answers(job)
-    finally:
-        seat.close()
-    alone, result = told["whole"]
-    assert last.result.weights == result.weights
-    assert Record(folder).metrics_path.read_bytes() == Record(alone).metrics_path.read_bytes()
-
-
 # -- what is handed out ----------------------------------------------------------------------------------------------
 @pytest.fixture
 def gpus(monkeypatch):
@@ -173,3 +157,53 @@ def test_ranks_that_torchrun_started_are_those_of_every_run(monkeypatch, tiny):
     assert ThisMachine().carried(ONE) == 1
     with pytest.raises(UserError, match="torchrun started 4 ranks; drop the first"):
         ThisMachine().settled(TWO, [tiny()], [])
+
+
+# -- ranks that torchrun ends ----------------------------------------------------------------------------------------
+@pytest.fixture
+def neighbours():
+    """(our rank, the ranks that have ended, of how many) -> Neighbours; the others are this process."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    here = this_process()
+
+    def of(own: int, ended: tuple[int, ...], ranks: int) -> Neighbours:
+        processes = [
+            replace(here, process=gone.pid) if rank in ended else here for rank in range(ranks)
+        ]
+        return Neighbours(own, tuple(processes))
+
+    return of
+
+
+@pytest.fixture
+def lost(tiny, token_folder, tmp_path):
+    """A job whose run has no result."""
+    recipe = tiny()
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return TrainJob(run_id(recipe), plain(recipe), asdict(TWO), folder, token_folder)
+
+
+def test_rank_0_names_the_rank_that_ended_before_it(neighbours):
+    with pytest.raises(RankDied, match=r"rank 2 of 4 ended; .*; run again to resume"):
+        name_the_dead(neighbours(0, (2,), 4))
+
+
+def test_a_fault_while_all_ranks_live_keeps_its_own_words(neighbours, monkeypatch):
+    monkeypatch.setattr(torchrun, "SECONDS_TO_BE_ENDED", 0.0)
+    name_the_dead(neighbours(0, (), 2))
+
+
+def test_the_first_rank_that_is_left_writes_the_record_of_rank_0(neighbours, lost):
+    record_lost_leader(neighbours(2, (0,), 3), lost)
+    assert Record(lost.folder).result() is None
+    record_lost_leader(neighbours(1, (0,), 3), lost)
+    result = Record(lost.folder).result()
+    assert result.status == FAILED
+    assert result.error.startswith("rank 0 of 3 ended; torchrun")
+
+
+def test_a_rank_that_outlives_another_than_rank_0_writes_nothing(neighbours, lost):
+    record_lost_leader(neighbours(1, (2,), 3), lost)
+    assert Record(lost.folder).result() is None
