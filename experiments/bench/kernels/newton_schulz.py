@@ -1,4 +1,4 @@
-"""Newton-Schulz on the batches of the 70M model, beside the compiler's form."""
+"""Newton-Schulz on batches of the 70M and the 430M model, beside the compiler's form."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -16,6 +16,10 @@ SHAPES = {
         (16, 2048, 768),
         (8, 768, 2048),
         (8, 768, 768),
+        (60, 3072, 1152),
+        (30, 1152, 3072),
+        (30, 1152, 1152),
+        (30, 384, 1152),
     ],
     "cpu": [(2, 32, 48)],
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ablab.ablations.registry import discover
+from ablab.core.model.transformer import Transformer
 from ablab.core.parts.transforms import COEFFICIENTS, split_blocks
 from ablab.core.recipe.recipe import Recipe
 from ablab.core.runtime.runtime import Runtime
@@ -19,23 +20,38 @@ from ablab.experiments.bench.kernels import newton_schulz
 from ablab.experiments.bench.kernels.case import OURS, Case, Form, one_after_the_other
 from ablab.experiments.bench.random_tokens import NAME, experiment_on_random_tokens
 
-EXPERIMENT = {"cuda": "loo_70m", "cpu": "quickstart"}
+WIDE = {  # the 430M model of IMU-1
+    "model.width": 1152,
+    "model.layers": 30,
+    "model.attention.group": 3,
+    "model.tied": True,
+    "data.vocab": 49152,
+}
+# of a device: what a case is called -> its experiment, and what is changed of that
+SIZES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    "cuda": {"loo_70m": ("loo_70m", {}), "430M": ("loo_70m", WIDE)},
+    "cpu": {"quickstart": ("quickstart", {})},
+}
 FP32 = 4  # bytes
 
 
 def optimizer_step(device: torch.device, folder: Path) -> Iterable[Case]:
     """Clip, move every bank, clear the gradients.  Floor: products, then every tensor read and written."""
     discover()
-    name = EXPERIMENT[device.type]
-    recipe = experiment_on_random_tokens(name, {}, folder).recipes["full"]
-    data = folder / "data" / NAME
-    banks = _optimizer(recipe, Runtime(device="cpu"), data).banks
+    for name, (sheet, changes) in SIZES[device.type].items():
+        recipe = experiment_on_random_tokens(sheet, changes, folder / name).recipes["full"]
+        yield _case(name, recipe, device, folder / name / "data" / NAME)
+
+
+def _case(name: str, recipe: Recipe, device: torch.device, data: Path) -> Case:
+    with torch.device("meta"):
+        banks = Optimizer(Transformer(recipe, torch.float32), recipe).banks
     forms: dict[str, Callable[[], Form]] = {
         "torch": partial(_full, recipe, device, data, "torch"),
         OURS: partial(_full, recipe, device, data, "auto"),
         "torch, fused AdamW, for scale": partial(_adamw, banks, device),
     }
-    yield Case(
+    return Case(
         kernel="optimizer",
         name=f"{name}, full",
         inputs=(),
@@ -46,10 +62,6 @@ def optimizer_step(device: torch.device, folder: Path) -> Iterable[Case]:
     )
 
 
-def _optimizer(recipe: Recipe, runtime: Runtime, data: Path) -> Optimizer:
-    return Trainer(recipe, runtime, data).optimizer
-
-
 def _full(
     recipe: Recipe,
     device: torch.device,
@@ -57,7 +69,7 @@ def _full(
     kernels: Literal["torch", "auto"],
 ) -> Form:
     where: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
-    made = _optimizer(recipe, Runtime(device=where, kernels=kernels), data)
+    made = Trainer(recipe, Runtime(device=where, kernels=kernels), data).optimizer
     steps = count(1)
     return _stepping(lambda: made.step(next(steps)), [bank.grad for bank in made.banks])
 
