@@ -12,7 +12,8 @@ from ablab.core.errors import UserError
 from ablab.core.fusion.places import places
 from ablab.core.runtime.fingerprint import code_fingerprint
 from ablab.core.runtime.runtime import Runtime, settle
-from ablab.core.train.fully_sharded import FullyShardedTrainer, axes_of, own_of
+from ablab.core.train.cutting import axes_of, own_of
+from ablab.core.train.fully_sharded import FullyShardedTrainer
 from ablab.core.train.trainer import Trainer
 from tests.core.train.processes import on_ranks
 
