@@ -341,7 +341,7 @@ class FullyShardedTrainer(ShardedTrainer):
         super().__init__(recipe, runtime, data_folder, world)
 
     def _placed(self, model: Transformer) -> Transformer:
-        self.within = cut(model, self.world.mesh(), self.small)
+        self.within = cut(model, self.world.mesh, self.small)
         self.declared: dict[str, Param] = {
             name: declaration(value) for name, value in model.named_parameters()
         }
