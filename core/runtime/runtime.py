@@ -105,7 +105,7 @@ def settle(runtime: Runtime, rows: int) -> Settled:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     _refuse_missing(device, runtime.ranks)
     _refuse_looks_without_a_log(runtime)
-    _refuse_what_needs_whole_weights(runtime)
+    check_shard(runtime)
     on_gpu = device == "cuda"
     chosen: dict[str, Any] = {"device": device, "micro_batch": rows_at_once(runtime, rows)}
     if runtime.dtype == "auto":
@@ -130,7 +130,7 @@ def _refuse_looks_without_a_log(runtime: Runtime) -> None:
         )
 
 
-def _refuse_what_needs_whole_weights(runtime: Runtime) -> None:
+def check_shard(runtime: Runtime) -> None:
     """Raises UserError for settings that do not go with weights of which each rank has a part."""
     if runtime.shard == "state":
         return

@@ -6,6 +6,7 @@ next, by gloo, so that nobody who waits for them holds a GPU.
 
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -101,6 +102,7 @@ class Joined:
         sent = dist.all_to_all_single(received, given, theirs, ours, async_op=True)
         return _begun(sent)
 
+    @cached_property
     def mesh(self) -> DeviceMesh:
         """The ranks in a row, as torch's own engines take them."""
         kind = "cuda" if self.backend == "nccl" else "cpu"

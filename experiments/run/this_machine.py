@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ablab.core.errors import UserError
 from ablab.core.recipe.recipe import Recipe
-from ablab.core.runtime.runtime import NO_GPU, Runtime, rows_at_once
+from ablab.core.runtime.runtime import NO_GPU, Runtime, check_shard, rows_at_once
 from ablab.core.store.store import Store
 from ablab.experiments.run.capacity import default_jobs, gpus_for, shared_by, strangers_on
 from ablab.experiments.run.executor import Executor
@@ -45,7 +45,8 @@ def check_room(runtime: Runtime) -> None:
 
 
 def check_rows(runtime: Runtime, recipes: Iterable[Recipe]) -> None:
-    """Raises UserError where its ranks cannot divide the rows of a recipe."""
+    """Raises UserError where its ranks cannot share the rows of a recipe, or its weights as asked."""
+    check_shard(runtime)
     if runtime.ranks > 1:
         for recipe in recipes:
             rows_at_once(runtime, recipe.batches.largest_micro_batch)

@@ -6,6 +6,8 @@ import socket
 import traceback
 from contextlib import closing
 
+import torch._dynamo  # noqa: F401  (what FSDP2 imports: 0.7 s of each rank, if it is not here)
+
 from ablab.core.runtime.world import join, leave
 
 SECONDS = 300  # that a rank may take, on a busy machine

@@ -140,6 +140,7 @@ def test_gpus_are_handed_out_as_many_at_a_time_as_a_run_takes(gpus):
         ([], Runtime(ranks=2), "torch sees no GPU here; drop it, or add runtime.device=cpu"),
         (["0", "1"], Runtime(ranks=4), "there are 2 GPUs here; ask for at most 2"),
         (["0", "1", "2"], Runtime(ranks=3), "nearest: 2, 4"),
+        (["0"], Runtime(shard="weights"), "runtime.ranks=1 is one; add --gpus-per-run 2"),
     ],
 )
 def test_more_than_there_is_is_refused_before_anything_starts(gpus, tiny, there, runtime, said):
