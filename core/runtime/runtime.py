@@ -111,7 +111,7 @@ def settle(runtime: Runtime, rows: int) -> Settled:
     if runtime.dtype == "auto":
         chosen["dtype"] = "bf16" if on_gpu else "fp32"
     if runtime.compile is None:
-        chosen["compile"] = "blocks" if on_gpu else False
+        chosen["compile"] = "blocks" if on_gpu and runtime.shard == "state" else False
     if runtime.replay is None:
         chosen["replay"] = on_gpu and runtime.shard == "state"
     if runtime.deterministic is None:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LOOKS = 0.2  # of the agent at its ranks
 
 
-CUT = "weights are cut by FSDP2: no recorded CUDA graphs, no kernels of ours"
+CUT = "weights are cut by FSDP2: no recorded CUDA graphs, no kernels of ours, nothing compiled unasked"
 # That a rank which cannot go on leaves to the agent: another may have died before it, and be the cause.
 SECONDS_TO_BE_ENDED = 5.0
 TOGETHER = (FINISHED, DIVERGED, PRUNED)  # so a run ends on all ranks, or on none

@@ -264,6 +264,14 @@ def test_what_needs_whole_weights_is_refused_by_name(asked, said):
     assert said in str(refusal.value)
 
 
+def test_on_a_gpu_nothing_is_compiled_or_recorded_unasked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = Runtime(device="cuda", ranks=2, shard="weights")
+    settled = settle(asked, 4)
+    assert (settled.compile, settled.replay) == (False, False)
+    assert settle(replace(asked, compile="blocks"), 4).compile == "blocks"
+
+
 @pytest.mark.parametrize("asked", ["triton", ("loss",)])
 def test_kernels_are_refused_by_name_and_absent_otherwise(tiny, asked):
     recipe, free = tiny(), settle(on(2, shard="weights"), 4)
