@@ -146,9 +146,12 @@ class RayLauncher:
         needs = self._needs(runtime)
         if carried := sum(map(needs.fit, self.ray.nodes())):
             return carried
+        less = "--ray num_gpus=0.5 or runtime.device=cpu"
+        if runtime.ranks > 1:
+            less = "a smaller --gpus-per-run, or runtime.device=cpu"
         raise UserError(
             f"no node of the Ray cluster has {needs.num_gpus:g} GPUs and {needs.num_cpus:g} CPUs for a run; "
-            "ask for less with --ray num_gpus=0.5 or runtime.device=cpu, or wait for nodes with --jobs N"
+            f"ask for less with {less}, or wait for nodes with --jobs N"
         )
 
     def sharing(self, runtime: Runtime, jobs: int) -> str:

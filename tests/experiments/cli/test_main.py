@@ -251,6 +251,15 @@ def test_a_dry_run_refuses_what_the_command_itself_would(ablab, words, said):
     assert said in ended.err
 
 
+@pytest.mark.parametrize(
+    "words", [("run", "grid.yaml"), ("study", "grid.yaml"), ("challenge", "grid.yaml", "full")]
+)
+def test_every_command_that_trains_takes_a_launcher(ablab, words):
+    ended = ablab(*words, "--launcher", "slurm", "--slurm", "partitoin=gpu")
+    assert ended.code == 2
+    assert "Did you mean 'partition'?" in ended.err
+
+
 def test_a_dry_run_is_of_the_machines_that_would_train(lab, ablab):
     before = lab.files()
     there = ("--launcher", "slurm", "--slurm", "cluster=local")

@@ -11,7 +11,7 @@ from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.store import Store
 from ablab.experiments.launch.base import Site, optional, serving_of_job
 from ablab.experiments.launch.named import Launching
-from ablab.experiments.launch.ray import Needs, check_reachable, needs_of
+from ablab.experiments.launch.ray import Needs, RayLauncher, check_reachable, needs_of
 from ablab.experiments.launch.slurm import SlurmLauncher
 from ablab.experiments.run.messages import TraceJob
 from ablab.experiments.run.processes import ALONE
@@ -118,6 +118,30 @@ def test_an_address_where_nobody_answers_is_refused_at_once():
     assert "nobody answers at" in refusal(check_reachable, f"ray://127.0.0.1:{port}")
     assert "must look like HOST:6379" in refusal(check_reachable, "head")
     assert "must look like HOST:6379" in refusal(check_reachable, "http://head:8265/")
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Nodes -> a RayLauncher of a cluster that has them."""
+
+    def of(*nodes: dict, **options) -> RayLauncher:
+        ray = SimpleNamespace(nodes=lambda: list(nodes), is_initialized=lambda: True)
+        monkeypatch.setattr("ablab.experiments.launch.ray.optional", lambda *words: ray)
+        return RayLauncher("", options)
+
+    return of
+
+
+def test_ranks_take_a_gpu_each_of_one_node(cluster):
+    two = Runtime(ranks=2)
+    there = cluster(node(CPU=8, GPU=5), node(CPU=8, GPU=1))
+    assert there.checked(two, []).device == "cuda"
+    assert there.carried(there.checked(two, [])) == 2
+    assert there.place(two) == "GPUs of the Ray cluster"
+    line = refusal(cluster(node(CPU=8, GPU=1)).carried, two)
+    assert "has 2 GPUs and 2 CPUs for a run; ask for less with a smaller --gpus-per-run" in line
+    line = refusal(cluster(node(CPU=8, GPU=4), num_gpus=0.5).checked, two, [])
+    assert line.startswith("--ray num_gpus=0.5, but --gpus-per-run 2")
 
 
 # -- what the far side must find ---------------------------------------------------------------------------------------

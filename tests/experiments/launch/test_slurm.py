@@ -94,7 +94,7 @@ def test_a_preempted_job_is_requeued_and_ends_in_the_bits_of_one_that_was_not(
 ):
     """submitit's local executor requeues as SLURM does: the job saves, ends, and begins again."""
     # of a run of 150 steps its first is heard in time to be preempted
-    monkeypatch.setattr("ablab.experiments.launch.slurm.LOOKING", 0.02)
+    monkeypatch.setattr("ablab.experiments.launch.slurm.LOOKING", 0.1)
     recipe = tiny(["muon", "ema"], budget__tokens=64 * 150)
     calm = Record(tmp_path / "calm")
     run(recipe, CPU, token_folder, calm, warn=lambda line: None)
