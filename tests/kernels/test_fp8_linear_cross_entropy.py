@@ -1,6 +1,7 @@
 """The readout fused with cross-entropy in 8-bit floats, against fp64 sums over the numbers as they were cast."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ablab.kernels import fp8, fp8_cross_entropy
 from ablab.kernels import fp8_linear_cross_entropy as fused
-from ablab.kernels.cross_entropy import CAPS
+from ablab.kernels.cross_entropy import CAPS, cross_entropy_
 from ablab.kernels.fp8_cross_entropy import Objective, fp8_gradient, turned
 from ablab.kernels.fp8_linear_cross_entropy import flaw, fp8_linear_cross_entropy, reference
 from ablab.kernels.linear_cross_entropy import linear_cross_entropy
@@ -106,7 +107,8 @@ def test_the_gradient_is_the_one_by_hand_rounded_to_the_format(
     nats, lse, exact = by_hand(logits, targets, objective)
     before = logits.clone()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fp8_cross_entropy, "BLOCK", block)
+        rows_by = partial(cross_entropy_, block=block)
+        patch.setattr(fp8_cross_entropy, "cross_entropy_", rows_by)
         found = fp8_gradient(logits, targets, objective, form)
     assert torch.equal(logits, before)
     assert (found.nats - nats).abs().max() < 2e-5
