@@ -37,22 +37,24 @@ def squash(x: Tensor, cap: float, cap_form: str) -> Tensor:
 
 
 @triton.jit
-def capped(x, cap, FORM: tl.constexpr):
-    """z of x, fp32.  tanh by exp(-2|x|/cap), which cannot overflow."""
-    z = x
+def _read(row, columns, vocab, width, multiplier, cap, FORM: tl.constexpr):
+    """z [BLOCK] in fp32, -inf beyond the vocabulary.  tanh by exp(-2|x|/cap), which cannot overflow."""
+    z = multiplier * tl.load(row + columns, mask=columns < width, other=0.0).to(tl.float32)
     if FORM == "tanh":
-        decay = tl.exp(-2.0 / cap * tl.abs(x))
+        decay = tl.exp(-2.0 / cap * tl.abs(z))
         size = cap * (1.0 - decay) / (1.0 + decay)
-        z = tl.where(x < 0.0, -size, size)
+        z = tl.where(z < 0.0, -size, size)
     elif FORM == "rational":
-        z = cap * x * tl.rsqrt(x * x + cap * cap)
-    return z
+        z = cap * z * tl.rsqrt(z * z + cap * cap)
+    return tl.where(columns < vocab, z, float("-inf"))
 
 
 @triton.jit
-def through_cap(gradient, z, cap, FORM: tl.constexpr):
-    """gradient dz/dx, which comes from z alone, so that no more than z is kept: with u = 1 - (z / cap)^2, it is u for
-    tanh and u^1.5 for the rational form."""
+def _pull(z, hit, lse, cap, z_weight, factor, FORM: tl.constexpr):
+    """factor * dloss/dx.  dz/dx comes from z alone, so that no more than z is kept: with u = 1 - (z / cap)^2, it is u
+    for tanh and u^1.5 for the rational form."""
+    odds = tl.exp(z - lse) * (1.0 + 2.0 * z_weight * lse)
+    gradient = tl.where(hit, odds - 1.0, odds) * factor
     if FORM == "tanh":
         share = z * (1.0 / cap)
         gradient *= 1.0 - share * share
@@ -61,24 +63,6 @@ def through_cap(gradient, z, cap, FORM: tl.constexpr):
         rest = tl.maximum(1.0 - share * share, 0.0)
         gradient *= rest * tl.sqrt(rest)
     return gradient
-
-
-@triton.jit
-def _read(row, columns, vocab, width, multiplier, cap, FORM: tl.constexpr):
-    """z [BLOCK] in fp32, -inf beyond the vocabulary."""
-    x = multiplier * tl.load(row + columns, mask=columns < width, other=0.0).to(tl.float32)
-    return tl.where(columns < vocab, capped(x, cap, FORM), float("-inf"))
-
-
-@triton.jit
-def _write_gradient(
-    row, columns, width, z, target, lse, multiplier, cap, z_weight, scale, FORM: tl.constexpr
-):
-    """scale * dloss/draw over the logits."""
-    odds = tl.exp(z - lse) * (1.0 + 2.0 * z_weight * lse)
-    gradient = tl.where(columns == target, odds - 1.0, odds) * (multiplier * scale)
-    gradient = through_cap(gradient, z, cap, FORM)
-    tl.store(row + columns, gradient.to(row.dtype.element_ty), mask=columns < width)
 
 
 @triton.jit
@@ -94,8 +78,12 @@ def _row(
     cap,
     z_weight,
     scale,
+    eight,
+    eight_stride,
+    eight_factor,
     FORM: tl.constexpr,
     GRADIENT: tl.constexpr,
+    EIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
@@ -114,13 +102,19 @@ def _row(
     lse = top + tl.log(total)
     tl.store(nats + index, lse - picked)
     tl.store(lses + index, lse)
-    if GRADIENT:
+    if GRADIENT or EIGHT:
         for start in range(0, vocab, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             z = _read(row, columns, vocab, width, multiplier, cap, FORM)
-            _write_gradient(
-                row, columns, width, z, target, lse, multiplier, cap, z_weight, scale, FORM
-            )
+            hit = columns == target
+            gradient = _pull(z, hit, lse, cap, z_weight, multiplier * scale, FORM)
+            if GRADIENT:
+                wide = gradient.to(row.dtype.element_ty)
+                tl.store(row + columns, wide, mask=columns < width)
+            if EIGHT:
+                place = eight + index * eight_stride + columns
+                value = (eight_factor * gradient).to(eight.dtype.element_ty)
+                tl.store(place, value, mask=columns < vocab)
 
 
 # ---- launch ----
@@ -137,13 +131,16 @@ def cross_entropy_(
     gradient: bool = True,
     padded: bool = False,
     block: int = BLOCK,
+    eight: Tensor | None = None,
+    eight_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Per-row cross-entropy and logsumexp of squash(multiplier * logits), fp32 [N] each, in nats.
 
     logits: [N, V] with adjacent columns; if `gradient`, overwritten by scale * d(nats + z_weight lse^2)/d(logits)
     in their dtype, else left alone.  targets: int64 [N] in [0, V), unchecked.  padded: the columns from V to the
     row stride are there and may be overwritten; with a mask at an odd V, every logit is read and written on its
-    own, 2 bytes at a time.  block: as BLOCK, for tuning; a power of two.
+    own, 2 bytes at a time.  block: as BLOCK, for tuning; a power of two.  eight: [N, V] of 8-bit floats, which get
+    eight_factor times the gradient.
     """
     rows, vocab = logits.shape
     nats = torch.empty(rows, dtype=torch.float32, device=logits.device)
@@ -162,8 +159,12 @@ def cross_entropy_(
             cap,
             z_weight,
             scale,
+            eight,
+            eight.stride(0) if eight is not None else 0,
+            eight_factor,
             FORM=cap_form,
             GRADIENT=gradient,
+            EIGHT=eight is not None,
             BLOCK=block,
             num_warps=min(max(block // 1024, 4), 16),
         )
