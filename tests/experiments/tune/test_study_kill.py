@@ -16,7 +16,6 @@ from ablab.experiments.tune.confirmation import winners
 sys.path.append(str(Path(__file__).parent))
 import valley  # noqa: E402
 
-
 SAID = ("before", "after")
 FORK = multiprocessing.get_context(
     "fork"
