@@ -2,9 +2,9 @@
 
 import json
 import math
+import multiprocessing
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,34 +16,36 @@ from ablab.experiments.tune.confirmation import winners
 sys.path.append(str(Path(__file__).parent))
 import valley  # noqa: E402
 
+SAID = ("before", "after")
+FORK = multiprocessing.get_context(
+    "fork"
+)  # an interpreter that imports Optuna anew takes a second a kill
+
 
 def killed(root: Path, url: str, block: dict, kills: int) -> tuple[list[dict], list[int]]:
     """The content of a study that was killed `kills` times, and how many runs had ended at each kill."""
     draw = random.Random(7)
     ended: list[int] = []
-    words = (str(root), url, json.dumps(block), "0.01")
-    command = [sys.executable, valley.__file__, *words]
     while True:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        ours, theirs = FORK.Pipe()
+        words = (theirs, root, url, block, 0.01)
+        process = FORK.Process(target=valley.coordinate, args=words)
+        process.start()
+        theirs.close()
         if len(ended) == kills:
-            out, err = process.communicate(timeout=120)
-            assert process.returncode == 0, err
-            return json.loads(out.splitlines()[-1]), ended
-        # It speaks before and after each run and each stored trial: 4 lines a trial.
+            while (said := ours.recv()) in SAID:
+                ours.send("go on")
+            process.join(timeout=120)
+            assert process.exitcode == 0
+            return said, ended
+        # It speaks before and after each run and each stored trial: 4 words a trial.
         for _ in range(draw.randint(1, 14)):
-            assert process.stdout.readline(), process.stderr.read()
-            process.stdin.write("\n")  # it goes as far as its next line, and no farther
-            process.stdin.flush()
+            assert ours.recv() in SAID
+            ours.send("go on")  # it goes as far as its next word, and no farther
         time.sleep(draw.uniform(0, 0.01))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it was done too soon"
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it was done too soon"
         ended.append(len(list((root / "store" / "runs").glob("*/result.json"))))
 
 

@@ -1,17 +1,13 @@
-"""A coordinator without training: a study whose pool answers with a formula, for tests that need hundreds of trials.
-
-python valley.py STORE URL '{"sampler": "tpe", ...}' SECONDS     tune, SECONDS of sleep a run
-"""
+"""A coordinator without training: a study whose pool answers with a formula, for tests that need hundreds of trials."""
 
 import json
 import math
 import random
-import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
-from ablab.ablations.registry import discover
 from ablab.core.errors import UserError  # noqa: F401  (for the tests)
 from ablab.core.store.result import DIVERGED, FAILED, FINISHED, OUT_OF_MEMORY, PRUNED, Result
 from ablab.core.store.store import Store
@@ -186,28 +182,22 @@ def shown(search, trial) -> dict:
     }
 
 
-def heard(method):
-    """Say so on stdout, before and after, and go on when a line comes, or when none can come any more."""
+def heard(method, pipe: Connection):
+    """Say so, before and after, and go on when a word comes."""
 
     def call(*arguments):
-        print("before", flush=True)
-        sys.stdin.readline()
+        pipe.send("before")
+        pipe.recv()
         method(*arguments)
-        print("after", flush=True)
-        sys.stdin.readline()
+        pipe.send("after")
+        pipe.recv()
 
     return call
 
 
-if __name__ == "__main__":
-    discover()
-    Formula._train = heard(Formula._train)
-    study.CellSearch.tell = heard(study.CellSearch.tell)
-    held, record, _ = tune(
-        Path(sys.argv[1]),
-        json.loads(sys.argv[3]),
-        sys.argv[2] or None,
-        seconds=float(sys.argv[4]),
-        **TWO_CELLS,
-    )
-    print(json.dumps(content(held)))
+def coordinate(pipe: Connection, root: Path, url: str, block: dict, seconds: float) -> None:
+    """A coordinator in a process of its own, which goes from word to word; its last one is what its study holds."""
+    Formula._train = heard(Formula._train, pipe)
+    study.CellSearch.tell = heard(study.CellSearch.tell, pipe)
+    held, _, _ = tune(root, block, url, seconds=seconds, **TWO_CELLS)
+    pipe.send(json.loads(json.dumps(content(held))))
