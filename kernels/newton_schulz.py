@@ -5,8 +5,8 @@
         poly = a I + b gram + c gram gram^T        half the tiles; gram is symmetric, so gram gram^T is its square
         x = poly x    (x poly)                     one batched product
 
-A matrix that is longer than wide takes two or three steps on [r, r] alone, where all is symmetric, before x is met
-again: the Gram form, after Zhang, Amsel, Chen and Dao (dao-lab.ai/blog/2026/gram-newton-schulz).
+On request a long matrix takes two or three steps on [r, r] alone, where all is symmetric, before x is met again: the
+Gram form, after Zhang, Amsel, Chen and Dao (dao-lab.ai/blog/2026/gram-newton-schulz).
 
     gram = x x^T                                   for a, b, c in two or three of the triples:
         poly = a I + b gram + c gram^2
@@ -22,6 +22,7 @@ Tolerance: both this and plain products round gram, poly and x to `dtype`, and p
 errors against fp64 must be no more than 1.1 times those of the plain path.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -92,17 +93,17 @@ def _rows_times_rows(
     EVEN: tl.constexpr,
 ):
     """x[rows] z[columns]^T, [BLOCK, BLOCK] fp32."""
-    steps = tl.arange(0, DEPTH)[None, :]
-    left = x + rows[:, None] * x_row + steps * x_depth
-    right = z + columns[:, None] * z_row + steps * z_depth
+    steps = tl.arange(0, DEPTH)
+    left = x + rows[:, None] * x_row + steps[None, :] * x_depth
+    right = z + columns[:, None] * z_row + steps[None, :] * z_depth
     total = tl.zeros((rows.shape[0], rows.shape[0]), dtype=tl.float32)
     for start in range(0, depth, DEPTH):
         if EVEN:
             a, b = tl.load(left), tl.load(right)
         else:
-            within = steps < depth - start
-            a = tl.load(left, mask=within & (rows[:, None] < height), other=0.0)
-            b = tl.load(right, mask=within & (columns[:, None] < height), other=0.0)
+            within = steps[None, :] < depth - start
+            a = tl.load(left, mask=(rows[:, None] < height) & within, other=0.0)
+            b = tl.load(right, mask=(columns[:, None] < height) & within, other=0.0)
         total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
         left += DEPTH * x_depth
         right += DEPTH * z_depth
@@ -140,6 +141,7 @@ def _symmetric_kernel(
     alpha,
     beta,
     diagonal,
+    SQUARE: tl.constexpr,
     ADD: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -150,20 +152,17 @@ def _symmetric_kernel(
     tile_row, tile_column = _tile_of(tl.program_id(0) % tiles, side)
     rows = tile_row * BLOCK + tl.arange(0, BLOCK)
     columns = tile_column * BLOCK + tl.arange(0, BLOCK)
-    total = alpha * _rows_times_rows(
-        x + batch * x_batch,
-        z + batch * z_batch,
-        rows,
-        columns,
-        height,
-        depth,
-        x_row,
-        x_depth,
-        z_row,
-        z_depth,
-        DEPTH,
-        EVEN,
-    )
+    x += batch * x_batch
+    if SQUARE:
+        total = _rows_times_rows(
+            x, x, rows, columns, height, depth, x_row, x_depth, x_row, x_depth, DEPTH, EVEN
+        )
+    else:
+        z += batch * z_batch
+        total = _rows_times_rows(
+            x, z, rows, columns, height, depth, x_row, x_depth, z_row, z_depth, DEPTH, EVEN
+        )
+    total *= alpha
     if ADD:
         address = y + batch * y_batch + rows[:, None] * y_row + columns[None, :] * y_column
         if EVEN:
@@ -210,12 +209,11 @@ def _symmetric(
     out = x.new_empty(count, height, height, dtype=dtype)
     side = triton.cdiv(height, block)
     z = x if other is None else other
-    added = out if y is None else y  # unread without y
     if out.numel():
         _symmetric_kernel[(count * (side * (side + 1) // 2),)](
             x,
             z,
-            added,
+            x if y is None else y,
             scale,
             out,
             height,
@@ -223,10 +221,11 @@ def _symmetric(
             side,
             *x.stride(),
             *z.stride(),
-            *added.stride(),
+            *(0, 0, 0) if y is None else y.stride(),
             alpha,
             beta,
             diagonal,
+            SQUARE=other is None,
             ADD=y is not None,
             EVEN=height % block == 0 and length % depth == 0,
             BLOCK=block,
@@ -283,8 +282,19 @@ Triple = tuple[float, float, float]
 Triples = tuple[Triple, ...]
 
 
+# Times as long as it is wide, from where on a matrix is met less often: never, until a GPU has timed it (`ablab bench
+# kernels --only newton_schulz`).  By count it pays from 1.5 on: in products of r^3, symmetric ones halved, two steps of
+# an [r, c] take 6 c/r + 2 one at a time and 3 c/r + 5 together.
+LONG = math.inf
+
+
 def orthogonalise(
-    matrices: Tensor, divisor: float, triples: Triples, dtype: torch.dtype, tiles: Tiles = TILES
+    matrices: Tensor,
+    divisor: float,
+    triples: Triples,
+    dtype: torch.dtype,
+    tiles: Tiles = TILES,
+    long: float = LONG,
 ) -> Tensor:
     """An approximate polar factor U V^T of each matrix [N, r, c], in the dtype of `matrices`.
 
@@ -293,50 +303,53 @@ def orthogonalise(
     """
     norms = matrices.norm(dim=(-2, -1), keepdim=True)
     x = (matrices / (norms * divisor + 1e-7)).to(dtype)
-    return iterate(x, triples, tiles=tiles).to(matrices.dtype)
+    return iterate(x, triples, tiles=tiles, long=long).to(matrices.dtype)
 
 
 def iterate(
-    x: Tensor, triples: Triples, scale: Tensor | None = None, tiles: Tiles = TILES
+    x: Tensor,
+    triples: Triples,
+    scale: Tensor | None = None,
+    tiles: Tiles = TILES,
+    long: float = LONG,
 ) -> Tensor:
     """Each step takes singular values s of the matrices x [N, r, c] to a s + b s^3 + c s^5; in the dtype of x.
 
     scale: [N] in fp32, what x must be multiplied by before the first step; it enters the first products instead.
+    long: as LONG.
     """
+    short_side, long_side = sorted(x.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     one = x.new_ones(len(x), dtype=torch.float32)
     scale = one if scale is None else scale
-    for steps in runs(triples, *sorted(x.shape[-2:])):
+    for steps in runs(triples) if long_side >= long * short_side else singly(triples):
         whole = _composed(x.mT if tall else x, steps, scale, tiles)
         x = x @ whole if tall else whole @ x
         scale = one
     return x
 
 
-# Times as long as it is wide: from there on a matrix is met less often.  In products of r^3, symmetric ones halved, two
-# steps of an [r, c] take 6 c/r + 2 one at a time and 3 c/r + 5 together; symmetric ones are slower by the operation.
-LONG = 1.5
+def singly(triples: Triples) -> list[Triples]:
+    return [(triple,) for triple in triples]
 
 
-def runs(triples: Triples, short: int, long: int) -> list[Triples]:
-    """The steps that are taken between two meetings with a matrix [short, long].
+def runs(triples: Triples) -> list[Triples]:
+    """The steps that a long matrix takes between two meetings.
 
     Two, but three at first of an odd number.  What was rounded in a gram matrix grows by a^2 at each step, and a
     negative eigenvalue runs away.  Of 256 singular values of five hard spectra, which polar7 takes to 1.085 at most,
     the largest was 1.087 by 3, 2, 2 steps (1.33 with gram matrices in bf16), 1.12 by 2, 2, 3, 1.74 by 2, 3, 2, 2,600
     by 2, 5, NaN by 7.
     """
-    if long < LONG * short:
-        return [(triple,) for triple in triples]
     first = 3 if len(triples) % 2 else 2
     later = range(first, len(triples), 2)
     return [triples[:first], *(triples[i : i + 2] for i in later)]
 
 
-# Between meetings: three more bits, and numbers are near 1 by then.
+# Of the gram matrices of a run: three more bits, and numbers are near 1 by then.
 BETWEEN = {torch.bfloat16: torch.float16}
-# Gram matrices are kept so many times as large: rows of a matrix of norm 1 have products near 1e-5, where fp16 has
-# lost half of its bits.
+# They are kept so many times as large: rows of a matrix of norm 1 have products near 1e-5, where fp16 has lost half of
+# its bits.
 ENLARGED = 1024.0
 
 
@@ -346,17 +359,14 @@ def _composed(x: Tensor, steps: Triples, scale: Tensor, tiles: Tiles) -> Tensor:
     Polynomials of longer runs go without their diagonal a I, whose rounding in fp16 would be that of all.
     """
     product = partial(symmetric, tiles=tiles)
+    if len(steps) == 1:
+        a, b, c = steps[0]
+        gram = product(x, scale=scale.square())
+        return product(gram, c, b, gram, a, scale)
     dtype = BETWEEN.get(x.dtype, x.dtype)
     gram = product(x, ENLARGED, scale=scale.square(), dtype=dtype)
-    firsts = [first for first, _, _ in steps]
-    if len(steps) == 1:
-        return product(
-            *_odd_powers(gram, steps[0]),
-            diagonal=firsts[0],
-            scale=scale,
-            dtype=x.dtype,
-        )
     rests = [product(*_odd_powers(gram, steps[0]))]
+    firsts = [first for first, _, _ in steps]
     for first, following in zip(firsts, steps[1:], strict=False):
         half = product(gram, 1.0, first, gram, other=rests[-1])
         gram = product(half, 1.0, first, half, other=rests[-1])

@@ -47,9 +47,9 @@ def _case(shape: tuple[int, ...], device: torch.device) -> Case:
     dtype = activations(device)
     plain = partial(formula, coefficients=POLYNOMIALS)
 
-    def own() -> Form:
+    def own(**how: float) -> Form:
         fused = ours(device, "newton_schulz", "orthogonalise")
-        return Form(lambda matrices: fused(matrices, *COEFFICIENTS[POLYNOMIALS], dtype))
+        return Form(lambda matrices: fused(matrices, *COEFFICIENTS[POLYNOMIALS], dtype, **how))
 
     return Case(
         kernel="newton_schulz",
@@ -58,6 +58,7 @@ def _case(shape: tuple[int, ...], device: torch.device) -> Case:
         forms={
             "torch": lambda: Form(compiled(partial(plain, dtype=dtype), device)),
             OURS: own,
+            f"{OURS}, met seldom": partial(own, long=1.5),
         },
         reference=partial(plain, dtype=torch.float32),
         flops=flops(shape, POLYNOMIALS),
