@@ -46,7 +46,7 @@ class Runtime:
     # the same bits every time on the same GPU; null: on CUDA, and a CPU repeats its bits anyway
     deterministic: bool | None = None
     # jobs that share a GPU train one at a time, each at its full pace; false: at once;
-    # null: at once where a run trains for less than the rest of it takes, unless its pace is what is judged
+    # null: at once where small, eager arms train for less than the rest of a run takes, and no pace is judged
     turns: bool | None = None
     threads: Whole = (
         1  # of the CPU; fixed, because the number changes the order of sums and so the bits

@@ -2,10 +2,10 @@
 
 Processes share a GPU in slices of time: no two of them compute at one moment, so models too small to fill it train no
 faster together (MEASURED).  What jobs at once hide is the rest of a run, in which it does not train.  So they are
-chosen where that is the larger part, and nowhere else: a run whose pace was shared has none to compare.
+chosen where that is the larger part, and for arms such as were measured: eager, of steps no larger.  Nowhere else: a
+run whose pace was shared has none to compare, and several models must fit into one memory.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ablab.core.model.cost import cost_of
@@ -39,14 +39,20 @@ MEASURED = (
 )
 
 
+LARGEST = 1.6e9  # FLOPs of a step: of larger ones nothing was measured
+
+
 def seconds_of(flops: float, steps: int) -> float:
     """Training alone on a GPU, at a guess."""
     return max(flops * steps / GPU_RATE, steps * GPU_STEP)
 
 
-def are_short(seconds: float) -> bool:
-    """Whether a run trains for less than its rest takes."""
-    return seconds < GPU_REST
+def pays(flops: float, steps: int) -> bool:
+    """Whether a run of so many steps trains for less than its rest takes, by steps such as were measured.
+
+    flops: of a step.
+    """
+    return flops <= LARGEST and seconds_of(flops, steps) < GPU_REST
 
 
 def with_turns(experiment: Experiment) -> Runtime:
@@ -64,19 +70,19 @@ def why_at_once(experiment: Experiment) -> str:
     """
     runtime = experiment.sheet.runtime
     asked = runtime.turns is not None or runtime.ranks > 1
-    if asked or not gpus_for(runtime) or experiment.sheet.metric.name in OF_THE_MACHINE:
+    eager = runtime.compile is False
+    if asked or not eager or not gpus_for(runtime):
+        return ""
+    if experiment.sheet.metric.name in OF_THE_MACHINE:
         return ""
     recipes = [one for chain in experiment.stage_recipes.values() for one in chain]
-    longest = _longest(recipes)
-    if not are_short(longest):
+    sizes = [(_flops_a_step(recipe), recipe.steps) for recipe in recipes]
+    if not all(pays(flops, steps) for flops, steps in sizes):
         return ""
+    longest = max(seconds_of(flops, steps) for flops, steps in sizes)
     return f"a run trains for {longest:.1f} s on a GPU, and its rest takes {GPU_REST:g}"
 
 
-def _longest(recipes: Iterable[Recipe]) -> float:
-    return max(map(_seconds, recipes), default=0.0)
-
-
-def _seconds(recipe: Recipe) -> float:
+def _flops_a_step(recipe: Recipe) -> float:
     flops = cost_of(recipe).flops_per_token * recipe.tokens_after(recipe.steps)
-    return seconds_of(flops / recipe.steps, recipe.steps)
+    return flops / recipe.steps

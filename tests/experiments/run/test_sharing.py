@@ -9,11 +9,12 @@ from ablab.experiments.plan.experiment import load
 from ablab.experiments.run.capacity import default_jobs
 from ablab.experiments.run.sharing import (
     MEASURED,
-    are_short,
-    seconds_of,
+    pays,
     why_at_once,
     with_turns,
 )
+
+BRIEF = {"budget__tokens": 10**6, "schedule__warmup_steps": 5}
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def experiment(monkeypatch):
 
 @pytest.mark.parametrize("point", MEASURED, ids=lambda point: f"{point.what}, {point.jobs}")
 def test_the_rule_says_of_each_measured_point_what_was_measured(point):
-    assert are_short(seconds_of(point.flops, point.steps)) == (point.faster > 1)
+    assert pays(point.flops, point.steps) == (point.faster > 1)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,10 @@ def test_the_rule_says_of_each_measured_point_what_was_measured(point):
         ("quickstart", {"budget__tokens": 10**6}, 1),  # 1,953 steps of 2.5 ms
         ("quickstart", {"metric": {"name": "tokens_per_second", "better": "higher"}}, 1),
         ("quickstart", {"metric": {"name": "peak_bytes", "better": "lower"}}, 1),
+        ("quickstart", {"runtime__compile": None}, 1),  # of compiled arms nothing was measured
+        ("quickstart", {"model__width": 128}, 1),  # nor of larger ones
         ("loo_70m", {}, 1),
+        ("loo_70m", {"runtime__compile": False, **BRIEF}, 1),  # 1.9 s of training, and large
     ],
 )
 def test_runs_train_at_once_where_they_are_short_and_their_pace_is_not_judged(
