@@ -45,8 +45,9 @@ class Runtime:
     recompute: Natural = 0  # first blocks that keep no activations
     # the same bits every time on the same GPU; null: on CUDA, and a CPU repeats its bits anyway
     deterministic: bool | None = None
-    # jobs that share a GPU train one at a time; false: at once, for models too small to fill it
-    turns: bool = True
+    # jobs that share a GPU train one at a time, each at its full pace; false: at once;
+    # null: at once where small, eager arms train for less than the rest of a run takes, and no pace is judged
+    turns: bool | None = None
     threads: Whole = (
         1  # of the CPU; fixed, because the number changes the order of sums and so the bits
     )
@@ -76,6 +77,7 @@ class Settled(Runtime):
     replay: bool
     micro_batch: int
     deterministic: bool
+    turns: bool
 
 
 NO_GPU = (
@@ -114,6 +116,8 @@ def settle(runtime: Runtime, rows: int) -> Settled:
         chosen["compile"] = "blocks" if on_gpu and runtime.shard == "state" else False
     if runtime.replay is None:
         chosen["replay"] = on_gpu and runtime.shard == "state"
+    if runtime.turns is None:
+        chosen["turns"] = True  # of one run alone
     if runtime.deterministic is None:
         chosen["deterministic"] = on_gpu
     return Settled(**asdict(runtime) | chosen)

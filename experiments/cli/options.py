@@ -35,7 +35,7 @@ Jobs = Annotated[
     typer.Option(
         min=1,
         help="runs at a time (one a GPU, 4 with runtime.turns=false, else cores/threads); "
-        "on one GPU they train in turn",
+        "on one GPU they train in turn, short ones at once",
     ),
 ]
 GpusPerRun = Annotated[

@@ -39,7 +39,7 @@ def default_jobs(runtime: Runtime) -> int:
     seats = len(seats_for(runtime))
     if not seats:
         return carried
-    if runtime.turns:
+    if in_turn(runtime):
         return seats
     return max(min(seats * AT_ONCE, carried), seats)
 
@@ -47,7 +47,12 @@ def default_jobs(runtime: Runtime) -> int:
 def training_at_once(runtime: Runtime, jobs: int) -> int:
     """Of so many jobs, those that train at one time: jobs that share a GPU may take turns on it."""
     seats = len(seats_for(runtime))
-    return min(jobs, seats) if seats and runtime.turns else jobs
+    return min(jobs, seats) if seats and in_turn(runtime) else jobs
+
+
+def in_turn(runtime: Runtime) -> bool:
+    """Whether jobs that share a GPU take turns; they do where nobody has settled it (experiments/run/sharing.py)."""
+    return runtime.turns is not False
 
 
 def runs_a_device(runtime: Runtime, jobs: int) -> int:

@@ -15,12 +15,12 @@ from ablab.experiments.plan.experiment import Experiment, PlannedRun
 from ablab.experiments.run.capacity import default_jobs, gpus_for, training_at_once
 from ablab.experiments.run.executor import Launcher
 from ablab.experiments.run.progress import duration
+from ablab.experiments.run.sharing import GPU_RATE, GPU_REST, why_at_once, with_turns
 from ablab.experiments.run.succession import needed, once
 from ablab.experiments.text import count
 
-# FLOP/s of one worker while nothing of the experiment has been measured
+# FLOP/s of one worker while nothing of the experiment has been measured; of a GPU: GPU_RATE
 GUESS_CPU = 1.5e10
-GUESS_GPU = 2.5e14
 
 DAY = 86400.0  # seconds: a grid of more on a CPU is told what a GPU would take
 
@@ -34,7 +34,7 @@ class Beginning:
     run: float  # building a model, compiling or recording its step, writing its record
 
 
-BEGINNINGS = {"cpu": Beginning(8.0, 0.5, 0.5), "cuda": Beginning(20.0, 3.0, 2.0)}
+BEGINNINGS = {"cpu": Beginning(8.0, 0.5, 0.5), "cuda": Beginning(20.0, 3.0, GPU_REST)}
 TRACED_ROWS = 8  # four steps of two rows of the full context: ablations/checks/liveness.py
 FORWARD = 1 / 3  # of the FLOPs of a training step: an evaluation goes no way back
 
@@ -76,6 +76,7 @@ class Forecast:
     )
     factors: Factors | None = None  # of a crossed design
     infeasible: dict[str, str] = field(default_factory=dict)  # cell -> why it cannot be built
+    at_once: str = ""  # why several train at once on a GPU though nobody asked, in words
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,14 @@ def forecast(
 
     there: None: on this machine.
     """
-    runtime = there.runtime if there else experiment.sheet.runtime
+    runtime = there.runtime if there else with_turns(experiment)
     stages = once(one for run in runs for one in run.chain)
     unique = {run.id: run for run in stages}
     results = {id: _peek(store, id) for id in unique}
     flops = {id: _flops(run.recipe) for id, run in unique.items()}
     work = {id: flops[id] + _evaluating(run.recipe, runtime) for id, run in unique.items()}
     measured = _measured_rate(results, flops)
-    rate = measured or (GUESS_GPU if _on_gpus(runtime, there) else GUESS_CPU)
+    rate = measured or (GPU_RATE if _on_gpus(runtime, there) else GUESS_CPU)
     shown = _with_stages(runs)
     claims, _ = needed(runs, lambda id: None if _is_missing(results[id]) else results[id])
     missing = once(claims)
@@ -141,9 +142,10 @@ def forecast(
         overhead=overhead,
         device_seconds=to_do / rate,
         no_data=_no_data(missing),
-        on_a_gpu=to_do / GUESS_GPU if is_slow else None,
+        on_a_gpu=to_do / GPU_RATE if is_slow else None,
         factors=experiment.factors,
         infeasible=experiment.infeasible,
+        at_once="" if there or jobs <= len(gpus_for(runtime)) else why_at_once(experiment),
     )
 
 
@@ -287,6 +289,8 @@ def show_forecast(found: Forecast) -> None:
     typer.echo(
         f"\n{found.experiment}: {found.runs:,} runs, {found.missing:,} missing: {work}, {time} ({parts})"
     )
+    if found.at_once:
+        typer.echo(f"They train at once, not in turn (runtime.turns): {found.at_once}")
     if found.on_a_gpu:
         typer.echo(
             f"No GPU is seen here, and this grid wants one: about {duration(found.on_a_gpu)} on one H100"

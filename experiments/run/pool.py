@@ -41,6 +41,7 @@ from ablab.experiments.run.messages import (
     Warned,
 )
 from ablab.experiments.run.progress import Watcher, duration
+from ablab.experiments.run.sharing import with_turns
 from ablab.experiments.run.succession import Succession, once
 from ablab.experiments.run.this_machine import ThisMachine
 from ablab.experiments.track.trackers import Trackers
@@ -88,7 +89,7 @@ class Pool:
         self.before: dict[str, int] = {}  # run id -> the stamp of the result that it had
         self.parents: set[str] = set()  # ids of the runs from which others go on
         recipes = [one for chain in experiment.stage_recipes.values() for one in chain]
-        self.runtime = launcher.settled(experiment.sheet.runtime, recipes, plugins)
+        self.runtime = launcher.settled(with_turns(experiment), recipes, plugins)
         self.jobs = jobs or launcher.carried(self.runtime)
         self.on_gpus = on_gpus(self.runtime)
         # Name of the data -> their folder.

@@ -16,7 +16,7 @@ from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.claim import Watch, take
 from ablab.core.store.record import Record
 from ablab.core.store.result import FAILED, Result
-from ablab.experiments.run.capacity import gpus_for, seats_for
+from ablab.experiments.run.capacity import gpus_for, in_turn, seats_for
 from ablab.experiments.run.halting import SIGNALS
 from ablab.experiments.run.messages import (
     Busy,
@@ -54,7 +54,7 @@ def local_processes(runtime: Runtime, jobs: int, plugins: Iterable[str]) -> "Loc
         jobs,
         plugins,
         gpus=seats if len(gpus) > 1 else (),
-        share=seats if runtime.turns and jobs > len(seats) else (),
+        share=seats if in_turn(runtime) and jobs > len(seats) else (),
         serving=serving_of(runtime),
     )
 

@@ -25,6 +25,7 @@ from ablab.experiments.run.executor import Launcher
 from ablab.experiments.run.pool import Pool
 from ablab.experiments.run.progress import Watcher
 from ablab.experiments.run.runner import result_of, unheeded
+from ablab.experiments.run.sharing import with_turns
 from ablab.experiments.run.this_machine import ThisMachine
 from ablab.experiments.track.chosen import Tracked
 from ablab.experiments.track.trackers import trackers_for
@@ -180,7 +181,7 @@ class Study:
             else:
                 missing.append(run)
         self._say_unheeded(known)
-        carried = jobs or self.launcher.carried(self.experiment.sheet.runtime)
+        carried = jobs or self.launcher.carried(with_turns(self.experiment))
         at_once = min(carried, len(missing))
         steps = sum(run.recipe.steps for run in missing)
         self.watcher.planned(len(generation.runs), len(known), at_once, steps)

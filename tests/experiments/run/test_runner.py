@@ -673,7 +673,7 @@ def test_as_many_jobs_as_gpus_unless_they_do_not_take_turns(
 @pytest.mark.parametrize(
     ("runtime", "limit"),
     [
-        ({"device": "auto"}, lambda jobs, gpus: min(jobs, gpus)),
+        ({"device": "auto", "turns": True}, lambda jobs, gpus: min(jobs, gpus)),
         ({"device": "auto", "turns": False}, lambda jobs, gpus: jobs),
         ({"device": "cpu"}, lambda jobs, gpus: jobs),
     ],
