@@ -34,7 +34,7 @@ class Cast(NamedTuple):
 
 
 def cast(x: Tensor, form: str) -> Cast:
-    """Activations x [n,k] by their own largest magnitude; fp32 is rounded to bf16 first.
+    """Activations x [n,k] by their own largest magnitude.
 
     By rows first: so the compiler joins that to the kernel that makes x a row at a time, as a norm does.
     """
@@ -94,7 +94,8 @@ def sixteen(values, numbers):
     """values as they are turned round on their way into 8-bit numbers: in bf16, and back in fp32.
 
     Triton turns a tile in shared memory where it is narrowest.  In 16 bits by `ldmatrix`, right; in 8 bits a byte at a
-    time, and on an H100 (Triton 3.6) a quarter of the bytes were not those that had been stored.
+    time, and on an H100 (Triton 3.6) a quarter of the bytes were not those that had been stored.  Of fp32 nothing is
+    narrower than the result, so plain torch casts and turns fp32 on a GPU.
     """
     if numbers.dtype.element_ty.primitive_bitwidth == 8:
         values = values.to(tl.bfloat16).to(tl.float32)
@@ -119,8 +120,8 @@ def store_columns(turned, values, row, column, there, rows):
 @triton.jit
 def _both(x, scale, numbers, turned, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row, column, there = tile_of(rows, columns, ROWS, COLUMNS)
-    wide = tl.load(x + row * columns + column, mask=there, other=0.0).to(tl.float32)
-    value = sixteen(wide, numbers) * (1.0 / tl.load(scale))
+    wide = tl.load(x + row * columns + column, mask=there, other=0.0)
+    value = wide.to(tl.float32) * (1.0 / tl.load(scale))
     store_rows(numbers, value, row, column, there, columns)
     store_columns(turned, value, row, column, there, rows)
 
@@ -145,6 +146,9 @@ TILE = Tile(rows=64, columns=64, warps=4)
 
 @torch.library.custom_op("ablab::fp8_both_layouts", mutates_args=())
 def _both_layouts(x: Tensor, scale: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    if x.is_cuda and x.dtype == torch.float32:
+        plain = (x / scale).to(DTYPES[form])
+        return plain, plain.t().contiguous()
     rows, columns = x.shape
     numbers = unset(x, (rows, columns), form)
     turned = unset(x, (columns, rows), form)

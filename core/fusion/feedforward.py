@@ -1,56 +1,80 @@
-"""The feed-forward's claim: silu(gate) * up between the two projections (kernels/swiglu.py).
+"""The feed-forward's claims.
 
-Where both projections multiply in 8-bit floats, the whole feed-forward in training (kernels/fp8_swiglu.py).
+silu(gate) * up between the two projections (kernels/swiglu.py); and where both projections multiply in 8-bit floats,
+the whole of it in training (kernels/fp8_swiglu.py).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from ablab.core.fusion.rewrite import Region, StepsAside
-from ablab.core.language.declare import Stage
+from ablab.core.language.declare import Linear, Stage
 from ablab.core.language.offers import EightBits, GatedSilu, offer_of_product
-from ablab.core.model.plan import BlockPlan, FeedForwardPlan, Plan
+from ablab.core.model.plan import FeedForwardPlan, Plan
 from ablab.core.recipe.recipe import Recipe
 
 OUTSIDE = ("norm", "on_norm", "on_branch")
 MULTIPLE = 16  # of the sides that matrix units for 8-bit floats take
+# What stands there, what it offers -> what stands there instead.
+Fuse = Callable[[Stage, GatedSilu], Stage]
 
 
 def claim(plan: Plan, recipe: Recipe) -> Plan:
     """The same plan with one kernel between the projections of every block.  Raises StepsAside."""
-    blocks = tuple(_block(block, recipe.model.ffn.kind) for block in plan.blocks)
-    return replace(plan, blocks=blocks)
+    return _each_block(plan, recipe, _silu)
 
 
-def _block(block: BlockPlan, kind: str) -> BlockPlan:
-    return replace(block, ffn=_claimed(block.ffn, kind))
+def claim_in_8_bits(plan: Plan, recipe: Recipe) -> Plan:
+    """The same plan with kernels that cast what they make, where gradients are wanted.  Raises StepsAside.
+
+    After `claim`, whose kernel then serves where none are.
+    """
+    return _each_block(plan, recipe, _whole)
 
 
-def _claimed(ffn: FeedForwardPlan, kind: str) -> FeedForwardPlan:
+def in_8_bits(plan: Plan) -> bool:
+    """Whether a map of some feed-forward multiplies in 8-bit floats."""
+    maps = [one for block in plan.blocks for one in block.ffn.inner.bound.values()]
+    return any(isinstance(one, Linear) and _bits(one) for one in maps)
+
+
+def _each_block(plan: Plan, recipe: Recipe, fuse: Fuse) -> Plan:
+    kind = recipe.model.ffn.kind
+    blocks = [replace(block, ffn=_claimed(block.ffn, kind, fuse)) for block in plan.blocks]
+    return replace(plan, blocks=tuple(blocks))
+
+
+def _claimed(ffn: FeedForwardPlan, kind: str, fuse: Fuse) -> FeedForwardPlan:
     region = Region(ffn, OUTSIDE)
     gated = region.take("inner", GatedSilu)
     if gated is None:
         raise StepsAside(f"the feed-forward is {kind}, which the kernel does not know")
     region.close()
-    bits = _eight_bits(gated.offer, ffn.inner)
-    fused = EightBitFeedForward(gated.offer, bits) if bits else FusedSilu(gated.offer)
-    return replace(ffn, inner=Stage(fused, **ffn.inner.bound))
+    return replace(ffn, inner=fuse(ffn.inner, gated.offer))
 
 
-def _eight_bits(gated: GatedSilu, inner: Stage) -> EightBits | None:
-    """What both projections offer, if it is the same: else each multiplies for itself."""
+def _silu(inner: Stage, gated: GatedSilu) -> Stage:
+    return Stage(FusedSilu(gated), offer=gated, **inner.bound)
+
+
+def _whole(inner: Stage, gated: GatedSilu) -> Stage:
     maps: Any = gated.maps(**inner.bound)  # as declared
-    offers = {offer_of_product(one.product) for one in maps}
-    (offer, *others) = offers
-    if others or not isinstance(offer, EightBits):
-        return None
+    (bits, *others) = {_bits(one) for one in maps}
+    if others or bits is None:
+        raise StepsAside("the feed-forward's maps do not both multiply in 8 bits")
     sides = {side for one in maps for side in one.weight.shape}
     if odd := sorted(side for side in sides if side % MULTIPLE):
         raise StepsAside(
             f"8-bit products take sides in multiples of {MULTIPLE},"
             f" and the feed-forward has {odd[0]}"
         )
-    return offer
+    return Stage(EightBitFeedForward(gated, bits, inner.function), **inner.bound)
+
+
+def _bits(linear: Linear) -> EightBits | None:
+    offer = offer_of_product(linear.product)
+    return offer if isinstance(offer, EightBits) else None
 
 
 class FusedSilu:
@@ -67,11 +91,11 @@ class FusedSilu:
 
 
 class EightBitFeedForward:
-    """The same where gradients are wanted in 8-bit floats; elsewhere the maps multiply plainly, by themselves."""
+    """The same in 8-bit floats where gradients are wanted.  plain: the function that serves where none are."""
 
-    def __init__(self, offer: GatedSilu, bits: EightBits):
+    def __init__(self, offer: GatedSilu, bits: EightBits, plain: Callable[..., Any]):
         self.maps = offer.maps
-        self.plain = FusedSilu(offer)
+        self.plain = plain
         self.gradient = bits.gradient
         self.weight_gradient = bits.weight_gradient
 

@@ -1,7 +1,8 @@
 """Which kernel serves which place of a recipe, and why; the plan with those kernels in it.
 
     attention      rope, with or without qk_norm, a value residual and a gate per head    core/fusion/attention.py
-    ffn            silu(gate) * up; in 8 bits (fp8) the whole feed-forward, in training   core/fusion/feedforward.py
+    ffn            silu(gate) * up                                                        core/fusion/feedforward.py
+    ffn_fp8        the whole of it in 8 bits, in training                                 core/fusion/feedforward.py
     loss           readout, also in 8 bits, multiplier, soft cap, cross-entropy, z-loss   core/fusion/head.py
     newton_schulz  symmetric products of Muon                                             kernels/newton_schulz.py
     optimizer      every chain                                                            core/fusion/optimizer.py
@@ -25,6 +26,7 @@ from ablab.core.runtime.runtime import KernelPlace, Settled
 KERNELS: dict[KernelPlace, str] = {  # place -> module of kernels/
     "attention": "attention",
     "ffn": "swiglu",
+    "ffn_fp8": "fp8_swiglu",
     "loss": "linear_cross_entropy",
     "newton_schulz": "newton_schulz",
     "optimizer": "optimizer_step",
@@ -32,6 +34,7 @@ KERNELS: dict[KernelPlace, str] = {  # place -> module of kernels/
 REWRITES: dict[KernelPlace, Callable[[Plan, Recipe], Plan]] = {  # those of the model's plan
     "attention": attention.claim,
     "ffn": feedforward.claim,
+    "ffn_fp8": feedforward.claim_in_8_bits,
     "loss": head.claim,
 }
 Asked = str | tuple[KernelPlace, ...]  # Runtime.kernels
@@ -39,6 +42,7 @@ CHOSEN = ("auto", "same")  # ours where they measured faster, and no refusal els
 Shapes = Callable[[Recipe], bool]
 Capability = tuple[int, int]
 # Compute capability -> place -> the shapes at which `ablab bench kernels` found the kernel faster.
+# `ffn_fp8` has no row: as it turns its tiles now, no GPU has timed it or compared its results.
 FASTER: dict[Capability, dict[KernelPlace, Shapes]] = {
     (9, 0): {  # measured on an H100; an H200 is the same chip beside more memory
         "attention": lambda recipe: (
@@ -71,7 +75,7 @@ class Card(NamedTuple):
 def places(recipe: Recipe, settled: Settled) -> dict[KernelPlace, Place]:
     """Place -> what serves it.  Raises UserError where a kernel is asked for by name and cannot be had."""
     asked = settled.kernels
-    names = [place for place in KERNELS if place != "newton_schulz" or _orthogonalizes(recipe)]
+    names = [place for place in KERNELS if _has(place, recipe)]
     if asked == "torch":
         return dict.fromkeys(names, Place(False, "torch: runtime.kernels=torch"))
     if settled.shard == "weights":
@@ -163,6 +167,15 @@ def plan_with(kernels: Collection[KernelPlace], recipe: Recipe) -> Plan:
         if place in kernels:
             plan = rewrite(plan, recipe)
     return plan
+
+
+def _has(place: KernelPlace, recipe: Recipe) -> bool:
+    """Whether there is anything to serve."""
+    if place == "newton_schulz":
+        return _orthogonalizes(recipe)
+    if place == "ffn_fp8":
+        return feedforward.in_8_bits(plan_of(recipe))
+    return True
 
 
 def _orthogonalizes(recipe: Recipe) -> bool:

@@ -15,7 +15,7 @@ from ablab.core.language.parse import parse
 from ablab.core.recipe.intervention import REGISTRY
 from ablab.core.recipe.recipe import run_id
 
-OF_THE_MODEL = frozenset({"attention", "ffn", "loss"})
+OF_THE_MODEL = frozenset({"attention", "ffn", "ffn_fp8", "loss"})
 
 
 @pytest.fixture(scope="session")

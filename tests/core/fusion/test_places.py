@@ -176,8 +176,8 @@ def test_a_feed_forward_whose_maps_multiply_in_8_bits_is_one_kernel_where_gradie
 
     monkeypatch.setattr(fp8_swiglu, "fp8_swiglu", noted)
     recipe = tiny([{"fp8": dose}], **SHAPE)
-    assert fuse.places(recipe, replace(ASKED, kernels=("ffn",)))["ffn"].kernel
-    ours = evaluated(recipe, {"ffn"})
+    kernels = fuse.served(recipe, ASKED) & {"ffn", "ffn_fp8"}
+    ours = evaluated(recipe, kernels)
     theirs = evaluated(recipe, set())
     how = (dose.get("gradient", "e5m2"), dose.get("weight_gradient", "fp8"))
     assert called == [how] * recipe.model.layers * whole
@@ -189,7 +189,7 @@ def test_a_feed_forward_whose_maps_multiply_in_8_bits_is_one_kernel_where_gradie
     assert ours.keys() == theirs.keys() == exact.keys()
     assert 0 < error(ours) < 1.2 * error(theirs)
     with torch.no_grad():
-        model = Transformer(recipe, plan=fuse.plan_with({"ffn"}, recipe))
+        model = Transformer(recipe, plan=fuse.plan_with(kernels, recipe))
         initialise(model, recipe)
         model(torch.zeros(1, 8, dtype=torch.long))
     assert len(called) == recipe.model.layers * whole
@@ -227,7 +227,7 @@ def test_a_model_with_kernels_compiles_as_one_graph_to_the_same_bits(tiny):
 def test_what_a_kernel_cannot_serve_is_named_and_torch_serves_it(tiny, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(fuse, "_card", lambda: fuse.Card("this GPU", (1, 0)))
-    faster = {place: lambda recipe: True for place in ("attention", "ffn", "loss")}
+    faster = {place: lambda recipe: True for place in ("attention", "ffn", "ffn_fp8", "loss")}
     monkeypatch.setattr(fuse, "FASTER", {(1, 0): faster})
     cases = [
         (tiny(), "attention", "head_dim=8: the attention kernel serves 32, 64, 128"),
@@ -243,7 +243,7 @@ def test_what_a_kernel_cannot_serve_is_named_and_torch_serves_it(tiny, monkeypat
         ),
         (
             tiny(["fp8"], **SHAPE, model__ffn={"kind": "swiglu", "multiple": 100}),
-            "ffn",
+            "ffn_fp8",
             "8-bit products take sides in multiples of 16, and the feed-forward has 200",
         ),
         (
