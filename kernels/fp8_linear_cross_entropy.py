@@ -4,8 +4,11 @@
     g      = dloss/dlogits              in 8 bits by a scale that is known beforehand (kernels/fp8_cross_entropy.py)
     dx     = (q_g q_w) s_g s_w          dW = (q_g^T q_x) s_g s_x, or g^T x of the wide numbers
 
-Otherwise as kernels/linear_cross_entropy.py: some rows at a time, both gradients ready after the forward pass.  W is
-cast once, in both layouts; x and g a piece at a time.
+Otherwise as kernels/linear_cross_entropy.py: some rows at a time, both gradients ready after the forward pass.  x and W
+are cast once; W is turned round once, x and g a piece at a time.
+
+On an H100, 73,728 rows of 768 channels and 32,000 logits took 18.4 ms, with a wide dW 19.5, and 21.2 in bf16, when a
+kernel cast x and W into both layouts; now torch casts them, and `turned` turns their bytes.
 
 Tolerance: that of kernels/fp8.py, of the numbers as they were cast; logits, dx and a wide g are rounded to the dtype of
 x besides.
@@ -19,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ablab.kernels import fp8
-from ablab.kernels.fp8_cast import Cast, Scaled, _both_layouts, both
+from ablab.kernels.fp8_cast import Scaled
 from ablab.kernels.fp8_cross_entropy import (
     Objective,
     cast_gradient,
@@ -77,15 +80,15 @@ def reference(
     g = gradient_of(logits, targets, objective)
     unit = objective.unit(gradient, len(weight))
     g8 = Scaled(cast_gradient(g, unit, gradient), torch.full_like(x8.scale, unit))
-    dx = times(fp8.emulated, g8, _turned(w8), x.dtype)
+    dx = times(fp8.emulated, g8, _transposed(w8), x.dtype)
     if weight_gradient == "wide":
         dw = g.to(x.dtype).float().t() @ x.float()
     else:
-        dw = times(fp8.emulated, _turned(g8), _turned(x8), torch.float32)
+        dw = times(fp8.emulated, _transposed(g8), _transposed(x8), torch.float32)
     return Result(nats, lses, dx, dw)
 
 
-def _turned(matrix: Scaled) -> Scaled:
+def _transposed(matrix: Scaled) -> Scaled:
     return Scaled(matrix.numbers.t(), matrix.scale)
 
 
@@ -101,45 +104,51 @@ def times(
 
 @dataclass(frozen=True)
 class Readout:
-    """W, cast, and how pieces of x meet it.  gradient: the format of the logits' gradient, g_scale what its 1 is."""
+    """W in both layouts, and how pieces of x meet it.
 
-    weight: Cast
-    x_scale: Tensor
-    g_scale: Tensor
+    gradient: the format of the logits' gradient; unit: what a 1 of it stands for.
+    """
+
+    weight: Scaled
+    turned_weight: Scaled
+    unit: Tensor
     objective: Objective
     gradient: str
     product: fp8.Product
 
-    def cast(self, x: Tensor) -> Cast:
-        return both(_both_layouts(x, self.x_scale, "e4m3"), self.x_scale)
-
-    def logits(self, x: Cast, dtype: torch.dtype) -> Tensor:
-        return times(self.product, x.rows, self.weight.rows, dtype, fast=True)
+    def logits(self, x8: Scaled, dtype: torch.dtype) -> Tensor:
+        return times(self.product, x8, self.weight, dtype, fast=True)
 
     def dx(self, g8: Tensor, dtype: torch.dtype) -> Tensor:
-        g = Scaled(g8, self.g_scale)
-        return times(self.product, g, self.weight.columns, dtype)
+        return times(self.product, Scaled(g8, self.unit), self.turned_weight, dtype)
 
-    def dw(self, g8_turned: Tensor, x: Cast) -> Tensor:
-        g = Scaled(g8_turned, self.g_scale)
-        return times(self.product, g, x.columns, torch.float32)
+    def dw(self, g8: Tensor, x8: Scaled) -> Tensor:
+        g = Scaled(turned(g8), self.unit)
+        return times(self.product, g, _turned(x8), torch.float32)
 
 
-def _narrow(readout: Readout, x: Tensor, targets: Tensor, dw: Tensor | None) -> Result:
+def _turned(matrix: Scaled) -> Scaled:
+    return Scaled(turned(matrix.numbers), matrix.scale)
+
+
+def _narrow(
+    readout: Readout, x: Tensor, x8: Scaled, targets: Tensor, dw: Tensor | None
+) -> Result:
     """A piece of rows.  dw: the sum over earlier ones, to which its own is added; None before the first."""
-    x8 = readout.cast(x)
     logits = readout.logits(x8, x.dtype)
     g = fp8_gradient(logits, targets, readout.objective, readout.gradient)
     del logits  # whose memory the turned numbers take
     dx = readout.dx(g.numbers, x.dtype)
-    more = readout.dw(turned(g.numbers), x8)
+    more = readout.dw(g.numbers, x8)
     total = more if dw is None else dw.add_(more)
     return Result(g.nats, g.lses, dx, total)
 
 
-def _wide(readout: Readout, x: Tensor, targets: Tensor, dw: Tensor | None) -> Result:
+def _wide(
+    readout: Readout, x: Tensor, x8: Scaled, targets: Tensor, dw: Tensor | None
+) -> Result:
     """The same with dW of the wide numbers."""
-    logits = readout.logits(readout.cast(x), x.dtype)
+    logits = readout.logits(x8, x.dtype)
     g = fp8_gradient(logits, targets, readout.objective, readout.gradient, wide=True)
     dx = readout.dx(g.numbers, x.dtype)
     more = dw is not None
@@ -160,7 +169,9 @@ def _with_gradients(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
+    x8: Tensor,
     x_scale: Tensor,
+    w8: Tensor,
     w_scale: Tensor,
     multiplier: float,
     cap: float,
@@ -176,12 +187,13 @@ def _with_gradients(
     # Rows of zeros, which add nothing to dW.
     rows = F.pad(x, (0, 0, 0, short))
     targets = F.pad(targets, (0, short))
+    x8 = F.pad(x8.view(torch.uint8), (0, 0, 0, short)).view(x8.dtype)
     objective = Objective(multiplier, cap, cap_form, z_weight)
     unit = objective.unit(gradient, len(weight))
     readout = Readout(
-        weight=both(_both_layouts(weight, w_scale, "e4m3"), w_scale),
-        x_scale=x_scale,
-        g_scale=torch.full_like(x_scale, unit),
+        weight=Scaled(w8, w_scale),
+        turned_weight=_turned(Scaled(w8, w_scale)),
+        unit=torch.full_like(x_scale, unit),
         objective=objective,
         gradient=gradient,
         product=fp8.product_of(rows, weight),
@@ -191,7 +203,8 @@ def _with_gradients(
     dx = torch.empty_like(rows)
     dw = None
     for piece in _chunks(len(rows), chunk):
-        taken = TAKE[weight_gradient](readout, rows[piece], targets[piece], dw)
+        cast = Scaled(x8[piece], x_scale)
+        taken = TAKE[weight_gradient](readout, rows[piece], cast, targets[piece], dw)
         nats[piece] = taken.nats
         lses[piece] = taken.lses
         dx[piece] = taken.dx
@@ -203,7 +216,7 @@ def _with_gradients(
 
 
 @_with_gradients.register_fake
-def _(x, weight, targets, x_scale, w_scale, multiplier, cap, cap_form, z_weight, *how):
+def _(x, weight, *rest):
     loss = x.new_empty((), dtype=torch.float32)
     dw = x.new_empty(weight.shape, dtype=torch.float32)
     return loss, torch.empty_like(loss), torch.empty_like(x), dw
@@ -220,7 +233,7 @@ def _backward(ctx, upstream, *_):
     gradients = [
         (gradient * upstream).to(dtype) if needed else None for gradient, dtype, needed in given
     ]
-    return *gradients, *[None] * 10
+    return *gradients, *[None] * 12
 
 
 _with_gradients.register_autograd(_backward, setup_context=_keep)
@@ -257,8 +270,8 @@ def fp8_linear_cross_entropy(
         x,
         weight,
         targets,
-        _scale(x.detach()),
-        _scale(weight.detach()),
+        *_cast(x.detach()),
+        *_cast(weight.detach()),
         *objective,
         gradient,
         weight_gradient,
@@ -267,11 +280,11 @@ def fp8_linear_cross_entropy(
     return loss, nats
 
 
-def _scale(matrix: Tensor) -> Tensor:
-    """By rows first: so the compiler joins it to the norm that makes x."""
+def _cast(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """In e4m3, in plain torch, which a compiler makes two passes; no numbers by a scale of 1."""
     if not matrix.numel():
-        return matrix.new_ones((), dtype=torch.float32)
-    return fp8.scale_for(matrix.abs().amax(-1).amax(), "e4m3")
+        return matrix.to(fp8.DTYPES["e4m3"]), matrix.new_ones((), dtype=torch.float32)
+    return fp8.quantise(matrix, "e4m3")
 
 
 def _up(rows: int) -> int:
@@ -280,9 +293,12 @@ def _up(rows: int) -> int:
 
 
 def _rows_within(x: Tensor, weight: Tensor) -> int:
-    """Rows in as few equal chunks as fit: logits and 8 bits of each, in the place of LOGITS and of a dx in fp32."""
+    """Rows in as few equal chunks as fit.
+
+    Logits, 8 bits of each, and x in 8 bits, in the place of LOGITS and of a dx in fp32.
+    """
     rows = len(x)
     row_bytes = len(weight) * (x.element_size() + 1)
-    saved = x.numel() * (4 - x.element_size())
+    saved = x.numel() * (4 - x.element_size() - 1)
     chunks = max(-(-rows * row_bytes // (LOGITS + saved)), 1)
     return max(_up(-(-rows // chunks)), SIDE)

