@@ -19,6 +19,7 @@ from typing import NamedTuple
 from ablab.core.errors import UserError
 from ablab.core.fusion import attention, feedforward, head, optimizer
 from ablab.core.fusion.rewrite import StepsAside
+from ablab.core.language.offers import EightBits, offer_of_product
 from ablab.core.model.plan import Plan, plan_of
 from ablab.core.recipe.recipe import Recipe
 from ablab.core.runtime.runtime import KernelPlace, Settled
@@ -37,23 +38,31 @@ REWRITES: dict[KernelPlace, Callable[[Plan, Recipe], Plan]] = {  # those of the 
     "ffn_fp8": feedforward.claim_in_8_bits,
     "loss": head.claim,
 }
+
 Asked = str | tuple[KernelPlace, ...]  # Runtime.kernels
 CHOSEN = ("auto", "same")  # ours where they measured faster, and no refusal elsewhere
 Shapes = Callable[[Recipe], bool]
 Capability = tuple[int, int]
 # Compute capability -> place -> the shapes at which `ablab bench kernels` found the kernel faster.
-# `ffn_fp8` has no row: as it turns its tiles now, no GPU has timed it or compared its results.
+# `ffn_fp8` has no row, and an 8-bit readout no `loss`: as they cast their operands now, no GPU has timed them whole or
+# compared their results.
 FASTER: dict[Capability, dict[KernelPlace, Shapes]] = {
     (9, 0): {  # measured on an H100; an H200 is the same chip beside more memory
         "attention": lambda recipe: (
             recipe.model.attention.head_dim == 64 and recipe.data.context <= 2048
         ),
         "ffn": lambda recipe: recipe.model.width >= 768,
-        "loss": lambda recipe: recipe.data.vocab >= 32_000,
+        "loss": lambda recipe: recipe.data.vocab >= 32_000 and not _reads_out_in_8_bits(recipe),
         "newton_schulz": lambda recipe: recipe.model.width >= 768,
         "optimizer": lambda recipe: recipe.model.width >= 768,
     }
 }
+
+
+def _reads_out_in_8_bits(recipe: Recipe) -> bool:
+    readout = plan_of(recipe).readout
+    product = readout.product if readout else None
+    return product is not None and isinstance(offer_of_product(product), EightBits)
 
 
 @dataclass(frozen=True)

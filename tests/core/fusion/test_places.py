@@ -309,6 +309,18 @@ def test_auto_takes_a_kernel_at_the_shapes_where_it_was_measured_alone(
     ) is served and "at this shape on NVIDIA H100" in held["attention"].why + held["loss"].why
 
 
+def test_auto_leaves_8_bit_products_to_torch_where_no_card_has_compared_them(tiny, monkeypatch):
+    monkeypatch.setattr(fuse, "_card", lambda: fuse.Card("NVIDIA H100 80GB HBM3", (9, 0)))
+    large = {"model__width": 768, "data__vocab": 32_000, "budget__tokens": 10**6}
+    auto = replace(ASKED, kernels="auto", dtype="bf16", device="cuda")
+    plain, both = (
+        fuse.places(tiny(stack, **SHAPE | large), auto)
+        for stack in ([], [{"fp8": {"where": "both"}}])
+    )
+    assert plain["loss"].kernel and not both["loss"].kernel
+    assert both["ffn_fp8"].why.startswith("torch: the kernel is not known to be faster")
+
+
 @cpu
 def test_triton_without_a_gpu_and_without_the_interpreter_is_refused(tiny, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
