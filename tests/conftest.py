@@ -32,6 +32,16 @@ settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
+def warmed():
+    """What commands are forked from, in tests that start many."""
+    from tests.experiments.warmed import Warmed
+
+    held = Warmed()
+    yield held
+    held.stop()
+
+
+@pytest.fixture(scope="session")
 def tiny():
     return tiny_recipe
 

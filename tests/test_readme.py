@@ -113,14 +113,12 @@ def test_every_command_of_the_readme_is_listed_here():
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_do_what_they_say(tmp_path):
+def test_the_commands_of_the_readme_do_what_they_say(tmp_path, warmed):
     write_text(tmp_path / "text")
     said = {}
-    warmed = Warmed()
     for command, suffix in COMMANDS.items():
         if suffix is not None:
             said[command] = output(command, suffix, tmp_path, warmed)
-    warmed.stop()
     assert "my_idea" in said["ablab list --plugins plugins"]
     assert "my_idea" not in said["ablab list"]
     collected = said["pytest tests/contracts --plugins plugins -k my_idea"]

@@ -146,6 +146,9 @@ FAIR = {
     "fair_requirement": (SLOTS, SLOTS + ', requires=("normuon",)'),  # which requires muon
 }
 
+# The other two are the template's stage, of which is asked beside all what it does there.
+BESIDE_ALL = "fair_template or fair_choice or fair_requirement"
+
 
 def written(folder: Path, name: str, edits: tuple[str, ...]) -> None:
     text = TEXT.format(name=name, title=name, cls="Mine")
@@ -162,7 +165,9 @@ def test_flawed_interventions_fail_where_they_should_and_fair_ones_pass(tmp_path
         written(tmp_path, name, tuple(edits))
     for name, edits in FAIR.items():
         written(tmp_path, name, edits)
-    chosen = ["(fair_ and not flaw_ and not compiles)", "(fair_template and compiles)"]
+    chosen = ["(fair_ and not flaw_ and not compiles and not a_pair)"]
+    chosen += ["(fair_template and compiles)", f"(a_pair and not flaw_ and ({BESIDE_ALL}))"]
+    chosen += ["(a_pair and gating and (fair_word or fair_exclusion))"]
     chosen += [f"({name} and {test} and not fair_)" for name, (test, *_) in FLAWED.items()]
     outcomes = contracts(tmp_path, " or ".join(chosen))
     failed = [test for test, well in outcomes.items() if not well]

@@ -230,14 +230,6 @@ def workers_are_forked():
         yield
 
 
-@pytest.fixture(scope="session")
-def warmed():
-    """What commands are forked from."""
-    held = Warmed()
-    yield held
-    held.stop()
-
-
 @pytest.fixture(scope="module")
 def new_lab(tmp_path_factory, write_token_folder, warmed):
     """A function that makes a lab of its own."""
