@@ -87,6 +87,8 @@ COMMANDS = {
     "ablab bench claims": HELP,
     "ablab run loo_70m --gpus-per-run 2": "--dry-run runtime.device=cpu",
     "ablab bench scale": HELP,
+    "ablab bench scale --gpus 2": HELP,
+    "ablab bench step 430m data.batch=48 runtime.micro_batch=48": HELP,
     "make demo": None,  # the set-up of `make test` and `ablab run quickstart`
     "make test": None,  # CI runs it
     "make lint": None,  # likewise

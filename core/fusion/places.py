@@ -84,7 +84,7 @@ class Card(NamedTuple):
 def places(recipe: Recipe, settled: Settled) -> dict[KernelPlace, Place]:
     """Place -> what serves it.  Raises UserError where a kernel is asked for by name and cannot be had."""
     asked = settled.kernels
-    names = [place for place in KERNELS if _has(place, recipe)]
+    names = [place for place in KERNELS if concerns(place, recipe)]
     if asked == "torch":
         return dict.fromkeys(names, Place(False, "torch: runtime.kernels=torch"))
     if settled.shard == "weights":
@@ -178,7 +178,7 @@ def plan_with(kernels: Collection[KernelPlace], recipe: Recipe) -> Plan:
     return plan
 
 
-def _has(place: KernelPlace, recipe: Recipe) -> bool:
+def concerns(place: KernelPlace, recipe: Recipe) -> bool:
     """Whether there is anything to serve."""
     if place == "newton_schulz":
         return _orthogonalizes(recipe)
