@@ -65,10 +65,13 @@ class Store:
         return self.root / "experiments" / f"{experiment}.json"
 
     def write_plan(self, plan: GridPlan) -> None:
-        """Raises UserError where the plan of that name is of another file."""
+        """Raises UserError where the plan of that name is of another file; a folder in its place goes aside."""
         self.check_owner(plan.name, plan.sheet, plan.asked)
+        path = self.plan_path(plan.name)
+        if path.is_dir():
+            set_aside(path)
         encoded = msgspec.json.encode(plan)
-        write_atomically(self.plan_path(plan.name), msgspec.json.format(encoded, indent=1))
+        write_atomically(path, msgspec.json.format(encoded, indent=1))
 
     def check_owner(
         self, experiment: str, sheet: str | None, asked: Sequence[str] = ()

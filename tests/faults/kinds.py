@@ -116,7 +116,8 @@ def check(ended, *codes: int) -> None:
 
 
 kind(28, name="runner killed")(signalled(signal.SIGKILL, (-signal.SIGKILL,)))
-kind(16, name="runner terminated")(signalled(signal.SIGTERM, (75, -signal.SIGTERM)))
+# 130: before the command has begun to listen, where there is nothing to save.
+kind(16, name="runner terminated")(signalled(signal.SIGTERM, (75, 130, -signal.SIGTERM)))
 kind(16, name="Ctrl-C")(signalled(signal.SIGINT, (75, 130)))
 kind(8, name="a SLURM warning")(signalled(signal.SIGUSR1, (75, -signal.SIGUSR1)))
 kind(6, name="runner of two jobs killed", scene="two")(

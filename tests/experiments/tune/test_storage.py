@@ -260,6 +260,16 @@ def test_a_folder_in_the_place_of_a_lock_goes_aside(tmp_path):
     assert len(valley.tune(tmp_path, BLOCK)[1].trials) == 8
 
 
+def test_a_folder_in_the_place_of_a_studys_plan_goes_aside(tmp_path):
+    valley.tune(tmp_path, BLOCK)
+    plan = tmp_path / "store" / "experiments" / "valley@study.json"
+    written = plan.read_bytes()
+    plan.unlink()
+    (plan / "inner").mkdir(parents=True)
+    valley.tune(tmp_path, BLOCK)
+    assert plan.read_bytes() == written
+
+
 def lost_in_training(monkeypatch, at: int, how) -> None:
     """`how` is called before run number `at` trains; once."""
     train = valley.Formula._train
