@@ -19,7 +19,7 @@ import torch
 import typer
 
 from ablab.experiments.bench.step import Counts, NoRoom, Timed, benches_in_turn, rate_it
-from ablab.experiments.bench.step_table import percent, show_machine
+from ablab.experiments.bench.step_table import rates_of, show_machine
 from ablab.experiments.bench.subjects import Subject, ablab_and_peers
 from ablab.experiments.run.worker import keep_freed_memory
 from ablab.experiments.text import Row, table
@@ -145,12 +145,4 @@ def show_peers(found: dict[str, Any]) -> None:
 
 def _row(one: dict[str, Any], ratios: dict[str, dict[str, float]]) -> Row:
     of_others = {f"x {name}": f"{ratio:.3f}" for name, ratio in ratios[one["name"]].items()}
-    return {
-        "what": one["name"],
-        "tokens/s": f"{one['tokens_per_second']:,.0f}",
-        "ms/step": f"{one['ms_per_step']:.2f}",
-        "MFU": percent(one["mfu"]),
-        "of matmul": percent(one["mfu_measured"]),
-        "peak GiB": f"{one['peak_gib']:.2f}",
-        **of_others,
-    }
+    return rates_of(one) | of_others

@@ -4,7 +4,7 @@ from typing import Any
 
 import typer
 
-from ablab.experiments.text import table
+from ablab.experiments.text import Row, table
 
 
 def show_step(found: dict[str, Any]) -> None:
@@ -38,7 +38,17 @@ def show_machine(found: dict[str, Any]) -> None:
         typer.echo(f"clocks under load: {', '.join(clocks)}")
 
 
-def _row(one: dict[str, Any]) -> dict[str, str]:
+def _row(one: dict[str, Any]) -> Row:
+    return rates_of(one) | {
+        "kernels/step": _number(one["kernels_per_step"]),
+        "launches/step": _number(one["launches_per_step"]),
+        "build s": f"{one['build_seconds']:.1f}",
+        "first step s": f"{one['compile_seconds']:.1f}",
+    }
+
+
+def rates_of(one: dict[str, Any]) -> Row:
+    """How fast a subject was, and in how much memory."""
     return {
         "what": one["name"],
         "tokens/s": f"{one['tokens_per_second']:,.0f}",
@@ -46,10 +56,6 @@ def _row(one: dict[str, Any]) -> dict[str, str]:
         "MFU": percent(one["mfu"]),
         "of matmul": percent(one["mfu_measured"]),
         "peak GiB": f"{one['peak_gib']:.2f}",
-        "kernels/step": _number(one["kernels_per_step"]),
-        "launches/step": _number(one["launches_per_step"]),
-        "build s": f"{one['build_seconds']:.1f}",
-        "first step s": f"{one['compile_seconds']:.1f}",
     }
 
 

@@ -25,6 +25,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="path=value: a recipe path, with.NAME.DOSE, runtime.X"),
 ]
+Steps = Annotated[int | None, typer.Option(min=1, help="of a window (100; on a CPU 10)")]
+WarmUp = Annotated[
+    int | None, typer.Option(min=0, help="steps before the first window (50; on a CPU 3)")
+]
 Out = Annotated[Path | None, typer.Option(help="also write JSON here")]
 
 
@@ -106,15 +110,11 @@ def step(
     cell: Annotated[
         str | None, typer.Option(help="one arm of the experiment (full, else the first)")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="of a window (100; on a CPU 10)")
-    ] = None,
+    steps: Steps = None,
     windows: Annotated[
         int | None, typer.Option(min=1, help="of each subject; their median counts [3]")
     ] = None,
-    warm_up: Annotated[
-        int | None, typer.Option(min=0, help="steps before the first window (50; on a CPU 3)")
-    ] = None,
+    warm_up: WarmUp = None,
     plugins: Plugins = None,
     out: Out = None,
 ) -> None:
@@ -142,15 +142,11 @@ def peers(
         bool,
         typer.Option("--apart", help="a process each, as where memory is too small for all"),
     ] = False,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="of a window (100; on a CPU 10)")
-    ] = None,
+    steps: Steps = None,
     windows: Annotated[
         int | None, typer.Option(min=1, help="of each; their median counts [3]")
     ] = None,
-    warm_up: Annotated[
-        int | None, typer.Option(min=0, help="steps before the first window (50; on a CPU 3)")
-    ] = None,
+    warm_up: WarmUp = None,
     plugins: Plugins = None,
     out: Out = None,
 ) -> None:

@@ -125,8 +125,7 @@ def _journal(path: Path) -> "BaseStorage":
         if path.is_file():
             lock.acquire()
             try:
-                _drop_torn_line(path)
-                _refuse_repetition(path)
+                _refuse_repetition(path, _without_torn_line(path))
             finally:
                 lock.release()
         return JournalStorage(JournalFileBackend(str(path), lock))
@@ -136,21 +135,21 @@ def _journal(path: Path) -> "BaseStorage":
         ) from None
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut a journal after its last whole line.  Raises ValueError for any other file, which stays as it is."""
-    with open(path, "rb") as file:
-        content = file.read()
+def _without_torn_line(path: Path) -> bytes:
+    """A journal, cut after its last whole line.  Raises ValueError for any other file, which stays as it is."""
+    content = path.read_bytes()
     if content and not content.startswith(OP_CODE):
         raise ValueError("it does not begin as a journal does")
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         os.truncate(path, whole)
+    return content[:whole]
 
 
-def _refuse_repetition(path: Path) -> None:
+def _refuse_repetition(path: Path, content: bytes) -> None:
     """Raises UserError where a trial is written twice, as in a journal appended to itself: Optuna would count both."""
     first: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(content.splitlines(), 1):
         if not line.startswith(NEW_TRIAL):
             continue
         earlier = first.setdefault(line, number)
