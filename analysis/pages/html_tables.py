@@ -305,7 +305,10 @@ def costs(report: Report, logged: pd.DataFrame) -> Table:
         finished=(runs.status == FINISHED).to_numpy(),
     )
     places = runs.groupby("cell", sort=False).indices
-    rows = [_cost(str(cell), spent.at(np.asarray(places[cell]))) for cell in runs.cell.unique()]
+    rows = []
+    for cell in runs.cell.unique():
+        own = np.asarray(places[cell])
+        rows.append(_cost(str(cell), spent.at(own)))
     # A run that several cells share was trained once.
     once = np.flatnonzero(~runs.run.duplicated())
     rows.append(_cost("all", spent.at(once), kind="total"))

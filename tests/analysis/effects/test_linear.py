@@ -35,7 +35,9 @@ def test_a_model_that_leaves_no_run_for_the_noise_tells_nothing():
 
 
 def two_way(arms, seeds, y):
-    design = np.hstack([np.eye(arms.max() + 1)[arms], np.eye(seeds.max() + 1)[seeds]])
+    of_arms = np.eye(arms.max() + 1)[arms]
+    of_seeds = np.eye(seeds.max() + 1)[seeds]
+    design = np.hstack([of_arms, of_seeds])
     return TwoWay(arms, seeds, y, "ols"), Linear(design, y, "ols")
 
 
@@ -61,7 +63,8 @@ def test_arms_and_blocks_are_told_as_by_a_column_for_each(normal, lost):
 
 def test_arms_that_no_chain_of_seeds_joins_are_not_told_apart():
     arms = np.repeat(np.arange(4), 3)
-    seeds = np.concatenate([np.tile(np.arange(3), 2), np.tile(np.arange(3, 6), 2)])
+    of_two_arms = np.tile(np.arange(3), 2)
+    seeds = np.concatenate([of_two_arms, of_two_arms + 3])
     model, _ = two_way(arms, seeds, np.arange(12.0) ** 2)
     assert model.tells(0, 1) and model.tells(2, 3)
     assert not model.tells(0, 2)

@@ -98,7 +98,12 @@ def test_a_run_needs_a_gpu_where_it_would_use_one(device, there, settled):
 
 
 @pytest.mark.parametrize(
-    ("device", "settled"), [("auto", Needs(4, 8)), ("cuda", Needs(4, 8)), ("cpu", Needs(0, 8))]
+    ("device", "settled"),
+    [
+        ("auto", Needs(4, 8)),
+        ("cuda", Needs(4, 8)),
+        ("cpu", Needs(0, 8)),
+    ],
 )
 def test_a_run_of_ranks_needs_a_gpu_for_each(device, settled):
     assert Needs().settled(Runtime(device=device, threads=2, ranks=4), []) == settled
@@ -191,7 +196,12 @@ def test_runs_use_gpus_of_slurm_where_some_are_asked_for():
 
 @pytest.mark.parametrize(
     ("ranks", "options", "gpus"),
-    [(1, {}, 1), (2, {}, 2), (2, {"gres": "gpu:a100:4"}, None), (2, {"gpus_per_node": 2}, 2)],
+    [
+        (1, {}, 1),
+        (2, {}, 2),
+        (2, {"gres": "gpu:a100:4"}, None),
+        (2, {"gpus_per_node": 2}, 2),
+    ],
 )
 def test_a_job_asks_for_a_gpu_a_rank_and_the_cores_of_all(tmp_path, ranks, options, gpus):
     launcher = SlurmLauncher({"cluster": "local"} | options)
