@@ -1,5 +1,6 @@
 """Symmetric products and Newton-Schulz against fp64, and against plain products in the same dtype."""
 
+import math
 from itertools import chain
 
 import pytest
@@ -215,8 +216,8 @@ def test_a_long_matrix_is_met_once_in_two_or_three_steps_and_none_is_left_out(
 @pytest.mark.parametrize(("shape", "longer"), [((2, 20, 29), False), ((2, 30, 20), True)])
 def test_a_matrix_that_is_long_enough_takes_another_way_to_the_same_place(shape, longer):
     matrices = randn(*shape)
-    often = by_kernel(matrices, "you5", torch.float32, tiles=SMALL)
-    seldom = by_kernel(matrices, "you5", torch.float32, tiles=SMALL, long=1.5)
+    often = by_kernel(matrices, "you5", torch.float32, tiles=SMALL, long=math.inf)
+    seldom = by_kernel(matrices, "you5", torch.float32, tiles=SMALL)
     assert torch.equal(often, seldom) != longer
     assert error(seldom, often.double()) < 1e-5
 
@@ -247,7 +248,7 @@ def test_a_long_matrix_met_seldom_ends_where_plain_products_take_it(
     """In bf16, which the interpreter cannot multiply."""
     monkeypatch.setattr(kernel, "symmetric", rounded)
     matrices = matrices_with(SPECTRA[spectrum].to(DEVICE), 128, 320)
-    ours = by_kernel(matrices, coefficients, torch.bfloat16, long=1.5)
+    ours = by_kernel(matrices, coefficients, torch.bfloat16)
     plain = newton_schulz(matrices, coefficients, torch.bfloat16)
     expected = newton_schulz(matrices.double(), coefficients, torch.float64)
     assert error(ours, expected) <= 1.1 * error(plain, expected)
@@ -369,7 +370,7 @@ class TestOnTheGpu:
         )
         assert torch.equal(square, symmetric(gram, 0.5, -1.5, gram, 2.0))
 
-    @pytest.mark.parametrize("long", [LONG, 1.5])
+    @pytest.mark.parametrize("long", [math.inf, LONG])
     @pytest.mark.parametrize("coefficients", COEFFICIENTS)
     @pytest.mark.parametrize(
         "shape",
