@@ -5,6 +5,7 @@
 
 import json
 import os
+from importlib.util import find_spec
 
 from ablab.core.runtime.runtime import visible_gpus
 
@@ -29,6 +30,16 @@ settings.register_profile("fresh", deadline=None)
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("thorough", deadline=None, max_examples=500)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lean_interpreter():
+    with pytest.MonkeyPatch.context() as patch:
+        if "TRITON_INTERPRET" in os.environ and find_spec("triton"):
+            from tests.interpreted import do_nothing_in_vain
+
+            do_nothing_in_vain(patch)
+        yield
 
 
 @pytest.fixture(scope="session")
