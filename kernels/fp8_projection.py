@@ -29,13 +29,16 @@ class Way:
     weight_dtype: torch.dtype
 
     def forth(self, a: Scaled, b: Scaled) -> Tensor:
-        return self.product(a.numbers, b.numbers, a.scale, b.scale, self.dtype, True)
+        return self._times(a, b, self.dtype, fast=True)
 
     def back(self, a: Scaled, b: Scaled) -> Tensor:
-        return self.product(a.numbers, b.numbers, a.scale, b.scale, self.dtype, False)
+        return self._times(a, b, self.dtype)
 
     def weights(self, a: Scaled, b: Scaled) -> Tensor:
-        return self.product(a.numbers, b.numbers, a.scale, b.scale, self.weight_dtype, False)
+        return self._times(a, b, self.weight_dtype)
+
+    def _times(self, a: Scaled, b: Scaled, dtype: torch.dtype, fast: bool = False) -> Tensor:
+        return self.product(a.numbers, b.numbers, a.scale, b.scale, dtype, fast)
 
 
 class _Narrow(torch.autograd.Function):

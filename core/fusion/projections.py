@@ -54,8 +54,9 @@ def _turned(declared: Linear) -> EightBits | None:
     With a wide dW there is nothing to gain.
     """
     offer = offer_of_product(declared.product)
-    turned = isinstance(offer, EightBits) and offer.weight_gradient == "fp8"
-    return offer if turned else None
+    if isinstance(offer, EightBits) and offer.weight_gradient == "fp8":
+        return offer
+    return None
 
 
 class CastOnce:
