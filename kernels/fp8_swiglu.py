@@ -21,7 +21,6 @@ bound can be exceeded, so nothing saturates, and no state of earlier steps is ke
 Tolerance: as kernels/fp8.py, of the numbers as they were cast.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -43,6 +42,7 @@ from ablab.kernels.fp8_cast import (
     tile_of,
     unset,
 )
+from ablab.kernels.fp8_projection import Way
 
 STEEPEST = 1.1  # silu'(2.4) = 1.0998
 # What rounding may add to a number: half a step of its format.
@@ -282,31 +282,6 @@ def _unset(like: Tensor, rows: int, columns: int, form: str) -> Tensor:
 # ---- the feed-forward ----
 
 
-@dataclass(frozen=True)
-class Way:
-    """How it multiplies.  gradient: the format of dy and dp.  dtype: of activations; weight_dtype: of dA and dB."""
-
-    product: fp8.Product
-    gradient: str
-    dtype: torch.dtype
-    weight_dtype: torch.dtype
-
-    def forth(self, a: Scaled, b: Scaled) -> Tensor:
-        return self.product(a.numbers, b.numbers, a.scale, b.scale, self.dtype, True)
-
-    def back(self, a: Scaled, b: Scaled) -> Tensor:
-        return self.product(a.numbers, b.numbers, a.scale, b.scale, self.dtype, False)
-
-    def weights(self, a: Scaled, b: Scaled) -> Tensor:
-        return self.product(a.numbers, b.numbers, a.scale, b.scale, self.weight_dtype, False)
-
-    def gradient_scale(self, packed: Tensor, dh: Tensor, dy: Scaled, bound: Tensor) -> Tensor:
-        """Of dp; bound: on |dp| where the largest magnitude of dy is 1."""
-        largest_dy = dy.scale * torch.finfo(dy.numbers.dtype).max
-        largest = LARGEST[self.gradient](packed, dh, bound * largest_dy)
-        return fp8.scale_for(largest, self.gradient)
-
-
 def _way(x: Tensor, gate_up: Tensor, down: Tensor, gradient: str) -> Way:
     return Way(fp8.product_of(x, gate_up, down), gradient, x.dtype, gate_up.dtype)
 
@@ -320,6 +295,13 @@ def _measured(packed: Tensor, dh: Tensor, bound: Tensor) -> Tensor:
 
 
 LARGEST = {"e5m2": _bounded, "e4m3": _measured}
+
+
+def _gradient_scale(way: Way, packed: Tensor, dh: Tensor, dy: Scaled, bound: Tensor) -> Tensor:
+    """Of dp; bound: on |dp| where the largest magnitude of dy is 1."""
+    largest_dy = dy.scale * torch.finfo(dy.numbers.dtype).max
+    largest = LARGEST[way.gradient](packed, dh, bound * largest_dy)
+    return fp8.scale_for(largest, way.gradient)
 
 
 class _Narrow(torch.autograd.Function):
@@ -347,7 +329,7 @@ class _Narrow(torch.autograd.Function):
         way = ctx.way
         dy8 = cast(dy, way.gradient)
         dh = way.back(dy8.rows, b8)
-        scale = way.gradient_scale(packed, dh, dy8.rows, bound)
+        scale = _gradient_scale(way, packed, dh, dy8.rows, bound)
         dp8 = both(_swiglu_backward(packed, dh, scale, way.gradient), scale)
         dx = way.back(dp8.rows, a8)
         da = way.weights(dp8.columns, x8)
@@ -379,7 +361,7 @@ class _Wide(torch.autograd.Function):
         way = ctx.way
         dy8 = Scaled(*fp8.quantise(dy, way.gradient))
         dh = way.back(dy8, b8)
-        scale = way.gradient_scale(packed, dh, dy8, bound)
+        scale = _gradient_scale(way, packed, dh, dy8, bound)
         dp8, dp, h = _swiglu_backward_wide(packed, dh, scale, way.gradient)
         dx = way.back(Scaled(dp8, scale), a8)
         da = dp.t() @ x

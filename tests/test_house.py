@@ -109,6 +109,7 @@ TORCH = {  # the files that work on tensors; everything else can be imported, li
     "kernels/fp8_cast.py",
     "kernels/fp8_cross_entropy.py",
     "kernels/fp8_linear_cross_entropy.py",
+    "kernels/fp8_projection.py",
     "kernels/fp8_swiglu.py",
     "kernels/linear_cross_entropy.py",
     "kernels/newton_schulz.py",

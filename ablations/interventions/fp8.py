@@ -1,4 +1,6 @@
-"""Feed-forward and readout in 8-bit floats: e4m3 forward, e5m2 or e4m3 for gradients, a dynamic scale a tensor.
+"""Feed-forward, readout and attention's projections in 8-bit floats, a dynamic scale a tensor.
+
+e4m3 forward, e5m2 or e4m3 for gradients.
 
     s_t = max |t| / largest,    q_t = cast(t / s_t)        largest = 448 in e4m3, 57344 in e5m2
     y  = (q_x q_w^T) s_x s_w                               x and w in e4m3
@@ -23,6 +25,17 @@ from ablab.core.language.part import Part, silent
 from ablab.core.recipe.edit import append, edit
 from ablab.core.recipe.intervention import register
 
+PLACES = {  # `where` -> the maps that multiply so
+    "ffn": ("ffn",),
+    "readout": ("readout",),
+    "both": ("ffn", "readout"),
+    "qkv": ("qkv",),
+    "attention": ("qkv", "out"),
+    "ffn+qkv": ("ffn", "qkv"),
+    "ffn+qkv+readout": ("ffn", "qkv", "readout"),
+    "all": ("ffn", "qkv", "out", "readout"),
+}
+
 
 @register(
     "fp8",
@@ -33,9 +46,12 @@ from ablab.core.recipe.intervention import register
     "a dynamic scale a tensor, as nanochat and torchao's tensorwise recipe",
 )
 class FP8(Part):
-    """Multiply the feed-forward's and the readout's matrices in 8-bit floats."""
+    """Multiply matrices of the feed-forward, the readout and the attention in 8-bit floats."""
 
-    where: Literal["ffn", "readout", "both"] = "ffn"  # a tied head has no readout of its own
+    # a tied head has no readout of its own; qkv: the projections to queries, keys and values
+    where: Literal[
+        "ffn", "readout", "both", "qkv", "attention", "ffn+qkv", "ffn+qkv+readout", "all"
+    ] = "ffn"
     gradient: Literal["e5m2", "e4m3"] = "e5m2"
     weight_gradient: Literal["fp8", "wide"] = silent(
         "fp8"
@@ -44,7 +60,7 @@ class FP8(Part):
     training_alone = True  # so an exported model multiplies plainly
 
     def apply(self, recipe):
-        if recipe.model.tied and self.where != "ffn":
+        if recipe.model.tied and "readout" in PLACES[self.where]:
             raise UserError(
                 f"fp8.where={self.where} has no readout to act on: the head is tied; "
                 "use fp8.where=ffn, or set model.tied=false"
@@ -53,12 +69,17 @@ class FP8(Part):
 
     def product(self, path: str, linear: Linear):
         """Gates and whatever else is not a plain matrix keep their products."""
-        role = linear.weight.role
-        place = "ffn" if role == "hidden" and ".ffn." in path else role
-        chosen = {"ffn": ("ffn",), "readout": ("readout",), "both": ("ffn", "readout")}
-        if place not in chosen[self.where]:
+        if _place(path, linear.weight.role) not in PLACES[self.where]:
             return None
         return Multiply(EightBits(self.gradient, self.weight_gradient))
+
+
+def _place(path: str, role: str) -> str:
+    """What PLACES calls a map; a name that is not there, of any other."""
+    if role != "hidden":
+        return role
+    name = path.rpartition(".")[2]
+    return "ffn" if ".ffn." in path else name
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from typing import Any, Literal
 from ablab.core.errors import UserError
 from ablab.core.language.numbers import Natural, NonNegative, Whole
 
-KernelPlace = Literal["attention", "ffn", "ffn_fp8", "loss", "newton_schulz", "optimizer"]
+KernelPlace = Literal[
+    "attention", "attention_fp8", "ffn", "ffn_fp8", "loss", "newton_schulz", "optimizer"
+]
 
 
 PEAKS = {  # FLOP/s, dense bf16, by NVIDIA's data sheets of the SXM boards

@@ -311,8 +311,21 @@ def test_only_the_chosen_maps_multiply_so(tiny, build, ffn):
     places = {
         "ffn": {f"blocks.{layer}.ffn.inner.{name}" for layer in range(3) for name in inner},
         "readout": {"readout"},
+        "qkv": {f"blocks.{layer}.attention.qkv" for layer in range(3)},
+        "out": {f"blocks.{layer}.attention.out" for layer in range(3)},
     }
-    for where, expected in {**places, "both": places["ffn"] | places["readout"]}.items():
+    chosen = {
+        "ffn": "ffn",
+        "readout": "readout",
+        "both": "ffn readout",
+        "qkv": "qkv",
+        "attention": "qkv out",
+        "ffn+qkv": "ffn qkv",
+        "ffn+qkv+readout": "ffn qkv readout",
+        "all": "ffn qkv out readout",
+    }
+    for where, named in chosen.items():
+        expected = set().union(*(places[place] for place in named.split()))
         assert multiplying(tiny([*ffn, "gating", {"fp8": {"where": where}}]), build) == expected
 
 

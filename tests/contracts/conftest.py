@@ -15,7 +15,7 @@ from ablab.core.language.parse import parse
 from ablab.core.recipe.intervention import REGISTRY
 from ablab.core.recipe.recipe import run_id
 
-OF_THE_MODEL = frozenset({"attention", "ffn", "ffn_fp8", "loss"})
+OF_THE_MODEL = frozenset({"attention", "attention_fp8", "ffn", "ffn_fp8", "loss"})
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +79,13 @@ def shows_by_kernels(servable):
 def formulas():
     import torch
 
-    from ablab.kernels import attention, fp8_swiglu, linear_cross_entropy, swiglu
+    from ablab.kernels import (
+        attention,
+        fp8_projection,
+        fp8_swiglu,
+        linear_cross_entropy,
+        swiglu,
+    )
 
     def token_losses(x, weight, targets, multiplier=1.0, cap=0.0, cap_form="none"):
         logits = multiplier * torch.nn.functional.linear(x, weight).float()
@@ -89,6 +95,7 @@ def formulas():
     with (
         patch.object(attention, "attention", attention.reference),
         patch.object(swiglu, "swiglu", swiglu.reference),
+        patch.object(fp8_projection, "fp8_projection", fp8_projection.reference),
         patch.object(fp8_swiglu, "fp8_swiglu", fp8_swiglu.reference),
         patch.object(
             linear_cross_entropy, "linear_cross_entropy", linear_cross_entropy.reference

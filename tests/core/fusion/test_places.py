@@ -196,6 +196,40 @@ def test_a_feed_forward_whose_maps_multiply_in_8_bits_is_one_kernel_where_gradie
 
 
 @cpu
+def test_projections_that_multiply_in_8_bits_cast_each_operand_once(tiny, monkeypatch):
+    """The same numbers, in other layouts; no kernel for wide gradients of weights, whose operands stay as they are."""
+    from ablab.kernels import fp8_projection
+
+    called = []
+    kernel = fp8_projection.fp8_projection
+
+    def noted(x, weight, gradient):
+        called.append((*weight.shape, gradient))
+        return kernel(x, weight, gradient)
+
+    monkeypatch.setattr(fp8_projection, "fp8_projection", noted)
+    shape = SHAPE | {"model__layers": 1}
+    recipe = tiny([{"fp8": {"where": "attention", "gradient": "e4m3"}}], **shape)
+    assert fuse.places(recipe, ASKED)["attention_fp8"].kernel
+    theirs = evaluated(recipe, set())
+    assert not called
+    ours = evaluated(recipe, {"attention_fp8"})
+    assert called == [(192, 64, "e4m3"), (64, 64, "e4m3")]
+    exact = evaluated(tiny([], **shape), set())
+
+    def error(found):
+        return torch.cat([(found[name] - exact[name]).flatten() for name in exact]).norm()
+
+    assert 0 < error(ours) < 1.2 * error(theirs)
+    wide = tiny([{"fp8": {"where": "attention", "weight_gradient": "wide"}}], **SHAPE)
+    assert "attention_fp8" not in fuse.places(wide, ASKED)
+    odd = tiny([{"fp8": {"where": "qkv"}}], model__width=24, model__attention__head_dim=12)
+    assert fuse.flaw("attention_fp8", odd, "fp32") == (
+        "8-bit products take sides in multiples of 16, and a projection of the attention has 24"
+    )
+
+
+@cpu
 def test_grouped_heads_and_everything_at_once_too(tiny):
     recipe = tiny(
         [*STACK, {"soft_cap": {"cap": 2.0}}],
@@ -227,7 +261,7 @@ def test_a_model_with_kernels_compiles_as_one_graph_to_the_same_bits(tiny):
 def test_what_a_kernel_cannot_serve_is_named_and_torch_serves_it(tiny, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(fuse, "_card", lambda: fuse.Card("this GPU", (1, 0)))
-    faster = {place: lambda recipe: True for place in ("attention", "ffn", "ffn_fp8", "loss")}
+    faster = {place: lambda recipe: True for place in fuse.REWRITES}
     monkeypatch.setattr(fuse, "FASTER", {(1, 0): faster})
     cases = [
         (tiny(), "attention", "head_dim=8: the attention kernel serves 32, 64, 128"),
@@ -309,16 +343,13 @@ def test_auto_takes_a_kernel_at_the_shapes_where_it_was_measured_alone(
     ) is served and "at this shape on NVIDIA H100" in held["attention"].why + held["loss"].why
 
 
-def test_auto_leaves_8_bit_products_to_torch_where_no_card_has_compared_them(tiny, monkeypatch):
+def test_auto_takes_the_8_bit_kernels_that_a_card_has_compared(tiny, monkeypatch):
     monkeypatch.setattr(fuse, "_card", lambda: fuse.Card("NVIDIA H100 80GB HBM3", (9, 0)))
     large = {"model__width": 768, "data__vocab": 32_000, "budget__tokens": 10**6}
     auto = replace(ASKED, kernels="auto", dtype="bf16", device="cuda")
-    plain, both = (
-        fuse.places(tiny(stack, **SHAPE | large), auto)
-        for stack in ([], [{"fp8": {"where": "both"}}])
-    )
-    assert plain["loss"].kernel and not both["loss"].kernel
-    assert both["ffn_fp8"].why.startswith("torch: the kernel is not known to be faster")
+    held = fuse.places(tiny([{"fp8": {"where": "all"}}], **SHAPE | large), auto)
+    assert held["loss"].kernel and held["ffn_fp8"].kernel
+    assert held["attention_fp8"].why.startswith("torch: the kernel is not known to be faster")
 
 
 @cpu
