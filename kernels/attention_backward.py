@@ -88,8 +88,7 @@ def store_raw_gradient(
         tl.store(sums + HALF, tl.sum(db * b, 0))
         da = da * tl.load(gain + channel)[None, :]
         db = db * tl.load(gain + HALF + channel)[None, :]
-        products = tl.sum(da * a, 1) + tl.sum(db * b, 1)
-        mean = products / (2 * HALF)
+        mean = tl.sum(da * a + db * b, 1) / (2 * HALF)
         da = r[:, None] * (da - a * mean[:, None])
         db = r[:, None] * (db - b * mean[:, None])
     store_tile(dx, da, start, dx_t, T, ROWS, HALF)
@@ -564,10 +563,8 @@ def _keys(
         dfirst = head_of(dfirst, b, h, T * KV * D, D)
         own = load_tile(v_raw, first_key, raw_t, T, N, D, RAGGED)
         old = load_tile(first, first_key, first_t, T, N, D, RAGGED)
-        own_sums = tl.sum(v_grad * own.to(tl.float32), 1)
-        old_sums = tl.sum(v_grad * old.to(tl.float32), 1)
-        tl.store(weight_sums + program * 2, tl.sum(own_sums, 0))
-        tl.store(weight_sums + program * 2 + 1, tl.sum(old_sums, 0))
+        tl.store(weight_sums + program * 2, tl.sum(v_grad * own.to(tl.float32)))
+        tl.store(weight_sums + program * 2 + 1, tl.sum(v_grad * old.to(tl.float32)))
         old_grad = v_grad * tl.load(weights + 1)
         store_tile(dfirst, old_grad, first_key, KV * D, T, N, D)
         v_grad = v_grad * tl.load(weights)

@@ -172,7 +172,7 @@ def load_halves(
 @triton.jit
 def inverse_rms(a, b, start, T, eps, ROWS: tl.constexpr, HALF: tl.constexpr):
     """1 / rms of each row, [ROWS]; 0 from token T on, where eps = 0 would give inf * 0."""
-    squares = tl.sum(a * a, 1) + tl.sum(b * b, 1)
+    squares = tl.sum(a * a + b * b, 1)
     r = tl.rsqrt(squares / (2 * HALF) + eps)
     return tl.where(start + tl.arange(0, ROWS) < T, r, 0.0)
 
