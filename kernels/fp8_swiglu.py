@@ -15,8 +15,9 @@ by Cauchy and Schwarz, |x| and |A| the largest norms of a row, |B| that of a col
 to 8 bits may add.  An 8-bit float is as precise a hundred times below its largest number: h lies 80 to 150 times
 below its bound and loses nothing (2.65 % of its norm in e4m3 either way, 2.9 % where channels differ by factors of
 e); dp lies up to 5,000 times below, of e5m2's range of 2^32.  E4m3 has less room, and tokens differ: there dp's
-largest magnitude is measured, in a pass more.  x, dy and the weights have scales of their own largest magnitude.  No
-bound can be exceeded, so nothing saturates, and no state of earlier steps is kept.
+largest magnitude is measured, in a pass more.  dy and the weights have scales of their own largest magnitude, and x
+has where nobody bounds |x|; a norm's output is at most sqrt(W) times its largest gain, five times what it reaches, and
+leaves the norm in 8 bits.  No bound can be exceeded, so nothing saturates, and no state of earlier steps is kept.
 
 Tolerance: as kernels/fp8.py, of the numbers as they were cast.
 """
@@ -30,6 +31,7 @@ from triton import language as tl
 
 from ablab.kernels import fp8, swiglu
 from ablab.kernels.fp8_cast import (
+    Cast,
     Scaled,
     Tile,
     both,
@@ -42,6 +44,7 @@ from ablab.kernels.fp8_cast import (
     tile_of,
     unset,
 )
+from ablab.kernels.fp8_cross_entropy import turned
 from ablab.kernels.fp8_projection import Way
 
 STEEPEST = 1.1  # silu'(2.4) = 1.0998
@@ -59,6 +62,7 @@ def reference(
     down: Tensor,
     gradient: str = "e5m2",
     weight_gradient: str = "fp8",
+    longest: Tensor | None = None,
 ) -> Tensor:
     """The same in plain torch: each map casts for itself, by scales of largest magnitudes."""
     packed = fp8.fp8_linear(x, gate_up, gradient, weight_gradient)
@@ -75,9 +79,9 @@ class Bounds(NamedTuple):
     gradient: Tensor
 
 
-def bounds_of(x: Tensor, gate_up: Tensor, down: Tensor) -> Bounds:
-    """x [N,W], gate_up [2F,W], down [W,F]."""
-    rows = PRODUCT * _longest(x, -1).amax()
+def bounds_of(longest: Tensor, gate_up: Tensor, down: Tensor) -> Bounds:
+    """longest: a bound on the norms of the rows of x [N,W], 0-D.  gate_up [2F,W], down [W,F]."""
+    rows = PRODUCT * longest
     gate, up = _longest(gate_up, -1).chunk(2)
     columns = _longest(down, 0).amax()
     packed = rows * torch.maximum(gate, up).amax()
@@ -279,6 +283,46 @@ def _unset(like: Tensor, rows: int, columns: int, form: str) -> Tensor:
     return like.new_empty((rows, columns), dtype=fp8.DTYPES[form])
 
 
+@torch.library.custom_op("ablab::fp8_turned", mutates_args=())
+def _turned(numbers: Tensor) -> Tensor:
+    """8-bit numbers [n,k] -> [k,n]."""
+    return turned(numbers.contiguous())
+
+
+@_turned.register_fake
+def _(numbers):
+    return numbers.new_empty(numbers.shape[::-1])
+
+
+# ---- the input ----
+
+
+def measured(x: Tensor) -> Tensor:
+    """The largest norm of a row of x [N,W], fp32 0-D."""
+    return _longest(x, -1).amax()
+
+
+def _both_layouts(x: Tensor, longest: Tensor | None) -> Cast:
+    """x in e4m3; longest: a bound on the norms of its rows, where one is known before x is made."""
+    if longest is None:
+        return cast(x, "e4m3")
+    rows = _as_it_is_made(x, longest)
+    return Cast(rows, Scaled(_turned(rows.numbers), rows.scale))
+
+
+def _rows(x: Tensor, longest: Tensor | None) -> Scaled:
+    """The same in one layout."""
+    if longest is None:
+        return Scaled(*fp8.quantise(x, "e4m3"))
+    return _as_it_is_made(x, longest)
+
+
+def _as_it_is_made(x: Tensor, longest: Tensor) -> Scaled:
+    """No number exceeds the norm of its row, so the compiler can join the cast to what makes x."""
+    scale = fp8.scale_for(longest, "e4m3")
+    return Scaled((x.float() / scale).to(fp8.DTYPES["e4m3"]), scale)
+
+
 # ---- the feed-forward ----
 
 
@@ -308,10 +352,10 @@ class _Narrow(torch.autograd.Function):
     """dA and dB of 8-bit numbers: x and h are kept turned round, and not as they were."""
 
     @staticmethod
-    def forward(ctx, x, gate_up, down, gradient):
+    def forward(ctx, x, gate_up, down, gradient, longest):
         way = _way(x, gate_up, down, gradient)
-        bounds = bounds_of(x, gate_up, down)
-        x8 = cast(x, "e4m3")
+        bounds = bounds_of(measured(x) if longest is None else longest, gate_up, down)
+        x8 = _both_layouts(x, longest)
         a8 = cast_weight(gate_up)
         b8 = cast_weight(down)
         packed = way.forth(x8.rows, a8.rows)
@@ -334,17 +378,17 @@ class _Narrow(torch.autograd.Function):
         dx = way.back(dp8.rows, a8)
         da = way.weights(dp8.columns, x8)
         db = way.weights(dy8.columns, h8)
-        return dx, da, db, None
+        return dx, da, db, None, None
 
 
 class _Wide(torch.autograd.Function):
     """dA and dB of x, dp, h and dy in their own dtype; h is made again."""
 
     @staticmethod
-    def forward(ctx, x, gate_up, down, gradient):
+    def forward(ctx, x, gate_up, down, gradient, longest):
         way = _way(x, gate_up, down, gradient)
-        bounds = bounds_of(x, gate_up, down)
-        x8 = Scaled(*fp8.quantise(x, "e4m3"))
+        bounds = bounds_of(measured(x) if longest is None else longest, gate_up, down)
+        x8 = _rows(x, longest)
         a8 = cast_weight(gate_up)
         b8 = cast_weight(down)
         packed = way.forth(x8, a8.rows)
@@ -366,7 +410,7 @@ class _Wide(torch.autograd.Function):
         dx = way.back(Scaled(dp8, scale), a8)
         da = dp.t() @ x
         db = dy.t() @ h
-        return dx, da.to(way.weight_dtype), db.to(way.weight_dtype), None
+        return dx, da.to(way.weight_dtype), db.to(way.weight_dtype), None, None
 
 
 WEIGHT_GRADIENTS = {"fp8": _Narrow, "wide": _Wide}
@@ -378,16 +422,18 @@ def fp8_swiglu(
     down: Tensor,
     gradient: str = "e5m2",
     weight_gradient: str = "fp8",
+    longest: Tensor | None = None,
 ) -> Tensor:
     """x: [..., W], gate_up: [2F,W], down: [W,F] -> down(silu(gate x) * (up x)) [..., W].
 
     gradient: the format of y's and p's gradients, e5m2 (range) or e4m3 (precision).
     weight_gradient: `fp8`, or `wide`: of the numbers before they were cast, in the dtype of x.
+    longest: a bound on the norms of the rows of x, 0-D; None: they are measured.
     Raises ValueError for another dtype.
     """
     if x.dtype not in swiglu.DTYPES:
         known = ", ".join(map(str, swiglu.DTYPES))
         raise ValueError(f"x is {x.dtype}; the SwiGLU kernel takes {known}")
     rows = x.reshape(-1, x.shape[-1])
-    y = WEIGHT_GRADIENTS[weight_gradient].apply(rows, gate_up, down, gradient)
+    y = WEIGHT_GRADIENTS[weight_gradient].apply(rows, gate_up, down, gradient, longest)
     return y.view(x.shape)

@@ -5,6 +5,7 @@ The authors advise against adding depth-scaled init.  Under QK-norm the scale su
 """
 
 from ablab.core.language.declare import Stage, Table, Where
+from ablab.core.language.offers import Factor, only
 from ablab.core.language.part import Part
 from ablab.core.recipe.edit import append, edit
 from ablab.core.recipe.intervention import register
@@ -28,7 +29,8 @@ class LayerNormScaling(Part):
     def build(self, where: Where) -> Stage | None:
         if where.layer == 0:
             return None
-        return Stage(scale, factor=Table(lambda: _factor(where.layer, self.power)))
+        table = Table(lambda: _factor(where.layer, self.power))
+        return Stage(scale, offer=Factor(only("factor")), factor=table)
 
 
 def scale(x, *, factor):

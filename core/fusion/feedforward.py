@@ -5,19 +5,28 @@ the whole of it in training (kernels/fp8_swiglu.py).
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from ablab.core.fusion.rewrite import Region, StepsAside
+from ablab.core.fusion.rewrite import Built, Claimed, Region, StepsAside
 from ablab.core.language.declare import Linear, Stage
-from ablab.core.language.offers import EightBits, GatedSilu, offer_of_product
+from ablab.core.language.offers import (
+    EightBits,
+    Factor,
+    GatedSilu,
+    UnitRows,
+    offer_of_product,
+)
 from ablab.core.model.plan import FeedForwardPlan, Plan
 from ablab.core.recipe.recipe import Recipe
 
-OUTSIDE = ("norm", "on_norm", "on_branch")
+BEFORE = ("norm", "on_norm")
+OUTSIDE = (*BEFORE, "on_branch", "kernel")
+# What rounding to bf16 may add to a normed number: of the gain, of the norm, of a factor or two.
+ROUNDED = (1 + 2.0**-8) ** 4
 MULTIPLE = 16  # of the sides that matrix units for 8-bit floats take
-# What stands there, what it offers -> what stands there instead.
-Fuse = Callable[[Stage, GatedSilu], Stage]
+Fuse = Callable[[FeedForwardPlan, Claimed[GatedSilu]], FeedForwardPlan]
 
 
 def claim(plan: Plan, recipe: Recipe) -> Plan:
@@ -28,7 +37,7 @@ def claim(plan: Plan, recipe: Recipe) -> Plan:
 def claim_in_8_bits(plan: Plan, recipe: Recipe) -> Plan:
     """The same plan with kernels that cast what they make, where gradients are wanted.  Raises StepsAside.
 
-    After `claim`, whose kernel then serves where none are.
+    The stage, also with the kernel of `claim` in it, serves where none are.
     """
     return _each_block(plan, recipe, _whole)
 
@@ -51,15 +60,16 @@ def _claimed(ffn: FeedForwardPlan, kind: str, fuse: Fuse) -> FeedForwardPlan:
     if gated is None:
         raise StepsAside(f"the feed-forward is {kind}, which the kernel does not know")
     region.close()
-    return replace(ffn, inner=fuse(ffn.inner, gated.offer))
+    return fuse(ffn, gated)
 
 
-def _silu(inner: Stage, gated: GatedSilu) -> Stage:
-    return Stage(FusedSilu(gated), offer=gated, **inner.bound)
+def _silu(ffn: FeedForwardPlan, gated: Claimed[GatedSilu]) -> FeedForwardPlan:
+    inner = Stage(FusedSilu(gated.offer), offer=gated.offer, **ffn.inner.bound)
+    return replace(ffn, inner=inner)
 
 
-def _whole(inner: Stage, gated: GatedSilu) -> Stage:
-    maps: Any = gated.maps(**inner.bound)  # as declared
+def _whole(ffn: FeedForwardPlan, gated: Claimed[GatedSilu]) -> FeedForwardPlan:
+    maps: Any = gated.offer.maps(**ffn.inner.bound)  # as declared
     (bits, *others) = {_bits(one) for one in maps}
     if others or bits is None:
         raise StepsAside("the feed-forward's maps do not both multiply in 8 bits")
@@ -69,7 +79,8 @@ def _whole(inner: Stage, gated: GatedSilu) -> Stage:
             f"8-bit products take sides in multiples of {MULTIPLE},"
             f" and the feed-forward has {odd[0]}"
         )
-    return Stage(EightBitFeedForward(gated, bits, inner.function), **inner.bound)
+    claims = Claims(gated, bits, _normed(ffn))
+    return replace(ffn, kernel=partial(EightBitFeedForward, claims))
 
 
 def _bits(linear: Linear) -> EightBits | None:
@@ -90,22 +101,79 @@ class FusedSilu:
         return down(swiglu(gate_up(x)))
 
 
+# -- in 8 bits ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Normed:
+    """What makes the feed-forward's input, where that bounds the length of its rows."""
+
+    norm: Claimed[UnitRows]
+    factors: list[Claimed[Factor]]
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What the kernel computes, and how.  normed: None: rows are as long as they are."""
+
+    gated: Claimed[GatedSilu]
+    bits: EightBits
+    normed: Normed | None
+
+
+def _normed(ffn: FeedForwardPlan) -> Normed | None:
+    """It is read, not claimed: the norm and what follows it run as they are written."""
+    region = Region(ffn, [name for name in ("inner", *OUTSIDE) if name not in BEFORE])
+    norm = region.take("norm", UnitRows)
+    factors = region.take_all("on_norm", Factor)
+    unknown = any(region.left.values())
+    return None if norm is None or unknown else Normed(norm, factors)
+
+
 class EightBitFeedForward:
-    """The same in 8-bit floats where gradients are wanted.  plain: the function that serves where none are."""
+    """normed x [B,T,W] -> [B,T,W], in 8-bit floats where gradients are wanted.
 
-    def __init__(self, offer: GatedSilu, bits: EightBits, plain: Callable[..., Any]):
-        self.maps = offer.maps
-        self.plain = plain
-        self.gradient = bits.gradient
-        self.weight_gradient = bits.weight_gradient
+    ffn: the module that was built from a claimed plan.
+    """
 
-    def __call__(self, x: Any, **bound: Any) -> Any:
+    def __init__(self, claims: Claims, ffn: Any):
+        self.plain = ffn.inner
+        maps: Any = claims.gated.of(ffn)
+        self.gate_up, self.down = maps.offer.maps(**maps.bound())
+        self.bits = claims.bits
+        self.longest = Longest(claims.normed, ffn) if claims.normed else unknown
+
+    def __call__(self, x: Any) -> Any:
         import torch
 
         from ablab.kernels.fp8_swiglu import fp8_swiglu
 
         if not torch.is_grad_enabled():
-            return self.plain(x, **bound)
-        maps: Any = self.maps(**bound)
-        gate_up, down = maps
-        return fp8_swiglu(x, gate_up.weight, down.weight, self.gradient, self.weight_gradient)
+            return self.plain(x)
+        return fp8_swiglu(
+            x,
+            self.gate_up.weight,
+            self.down.weight,
+            self.bits.gradient,
+            self.bits.weight_gradient,
+            self.longest(x.shape[-1]),
+        )
+
+
+def unknown(width: int) -> None:
+    """How long a row of x may be."""
+
+
+class Longest:
+    """Channels W -> a bound on the norm of a row of x, fp32 0-D."""
+
+    def __init__(self, normed: Normed, ffn: Any):
+        self.norm: Built[UnitRows] = normed.norm.of(ffn)
+        self.factors = [factor.of(ffn) for factor in normed.factors]
+
+    def __call__(self, width: int) -> Any:
+        gain = self.norm.offer.gain(**self.norm.bound())
+        longest = ROUNDED * width**0.5 * gain.detach().abs().amax()
+        for one in self.factors:
+            longest = longest * abs(one.offer.factor(**one.bound()))
+        return longest.reshape(())

@@ -39,6 +39,21 @@ def only(*names: str) -> Callable[..., Any]:
     return values
 
 
+# -- where a branch begins ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class UnitRows(Offer):
+    """x <- gain x / rms(x) over the last axis: no row is longer than sqrt(W) max|gain|.  gain: **bound -> [W]."""
+
+    gain: Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Factor(Offer):
+    """x <- factor x.  factor: **bound -> [1] or a number."""
+
+    factor: Callable[..., Tensor | float]
+
+
 # -- in the attention --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class QKGains(Offer):

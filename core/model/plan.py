@@ -7,8 +7,8 @@ from typing import Any
 
 from ablab.core.errors import UserError
 from ablab.core.language.declare import Linear, Param, Stage, Where, linear, multiplied
-from ablab.core.language.offers import LogitFactor, only
-from ablab.core.parts.norm import multiply, rms_norm
+from ablab.core.language.offers import LogitFactor, UnitRows, only
+from ablab.core.parts.norm import gain_of, multiply, rms_norm
 from ablab.core.recipe.asks import MayBuild, Multiplies, Parametrizes, Product
 from ablab.core.recipe.edit import at
 from ablab.core.recipe.recipe import Model, Recipe
@@ -40,6 +40,7 @@ class FeedForwardPlan:
     on_norm: Stages
     inner: Stage
     on_branch: Stages
+    kernel: Kernel | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def wheres(model: Model, vocab: int, context: int) -> list[Where]:
 
 def _norm(model: Model) -> Stage:
     gain = Param((model.width,), "vector", fill=1.0)
-    return Stage(rms_norm, gain=gain, eps=model.norm_eps)
+    return Stage(rms_norm, offer=UnitRows(gain_of), gain=gain, eps=model.norm_eps)
 
 
 def _factor(value: float) -> Stages:

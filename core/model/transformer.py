@@ -123,13 +123,15 @@ class FeedForward(nn.Module):
         self.on_norm = StageModules(plan.on_norm)
         self.inner = StageModule(plan.inner)
         self.on_branch = StageModules(plan.on_branch)
+        # partial: not registered twice
+        self.transform = plan.kernel(self) if plan.kernel else partial(self.inner)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,T,W] -> the branch's output [B,T,W]."""
         x = self.norm(x)
         for stage in self.on_norm.values():
             x = stage(x)
-        x = self.inner(x)
+        x = self.transform(x)
         for stage in self.on_branch.values():
             x = stage(x)
         return x

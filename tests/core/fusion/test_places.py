@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from ablab.core.errors import UserError
+from ablab.core.fusion import feedforward
 from ablab.core.fusion import places as fuse
 from ablab.core.fusion.optimizer import FusedMove
+from ablab.core.language.offers import LogitFactor
 from ablab.core.model.init import initialise
 from ablab.core.model.objective import heads_of, of_rows
 from ablab.core.model.transformer import Transformer
@@ -171,7 +173,7 @@ def test_a_feed_forward_whose_maps_multiply_in_8_bits_is_one_kernel_where_gradie
     kernel = fp8_swiglu.fp8_swiglu
 
     def noted(x, gate_up, down, *how):
-        called.append(how)
+        called.append(how[:2])
         return kernel(x, gate_up, down, *how)
 
     monkeypatch.setattr(fp8_swiglu, "fp8_swiglu", noted)
@@ -193,6 +195,33 @@ def test_a_feed_forward_whose_maps_multiply_in_8_bits_is_one_kernel_where_gradie
         initialise(model, recipe)
         model(torch.zeros(1, 8, dtype=torch.long))
     assert len(called) == recipe.model.layers * whole
+
+
+@cpu
+@pytest.mark.parametrize("offered", [True, False])
+def test_a_norm_that_bounds_its_rows_lets_the_feed_forward_cast_them_as_they_are_made(
+    tiny, monkeypatch, offered
+):
+    """Not where a stage follows it that says nothing of its factor: then they are measured."""
+    from ablab.kernels import fp8_swiglu
+
+    seen = []
+    kernel = fp8_swiglu.fp8_swiglu
+
+    def noted(x, gate_up, down, gradient, weights, longest):
+        seen.append((x.detach(), longest))
+        return kernel(x, gate_up, down, gradient, weights, longest)
+
+    monkeypatch.setattr(fp8_swiglu, "fp8_swiglu", noted)
+    if not offered:
+        monkeypatch.setattr(feedforward, "Factor", LogitFactor)
+    recipe = tiny(["ln_scaling", "fp8"], **SHAPE | {"model__layers": 2})
+    evaluated(recipe, {"ffn_fp8"})
+    known = [longest is not None for _, longest in seen]
+    assert known == [True, offered]  # the first norm has no factor
+    for x, longest in seen[: 1 + offered]:
+        length = x.norm(dim=-1).amax()
+        assert length <= longest < 2 * length
 
 
 @cpu
