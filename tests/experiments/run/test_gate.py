@@ -16,12 +16,13 @@ from ablab.experiments.run.gate import Gate
 def gate(tmp_path):
     """Make a gate of quickstart, or of some of its cells; `said` is what it told.  runtime__kernels: an override."""
 
-    def of(*cells: str, **overrides: Any) -> Gate:
+    def of(*cells: str, together: bool = False, **overrides: Any) -> Gate:
         paths = {path.replace("__", "."): value for path, value in overrides.items()}
         experiment = load("quickstart", paths)
         runs = [run for run in experiment.runs() if not cells or run.cell in cells]
         said: list[dict[str, str]] = []
-        made = Gate(experiment, Store(tmp_path), runs, said.append, experiment.sheet.runtime)
+        runtime = experiment.sheet.runtime
+        made = Gate(experiment, Store(tmp_path), runs, said.append, runtime, together)
         made.said = said
         return made
 
@@ -49,6 +50,16 @@ def test_references_begin_at_once_and_the_others_when_every_trace_is_there(gate)
     assert not any(before)
     assert asked.said == [{}]
     assert len(first) + len(last) == len({run.id for run in first + last}) == 36
+
+
+def test_where_a_change_of_graph_is_dear_references_wait_for_the_last_trace_too(gate):
+    asked = gate(together=True)
+    assert asked.passing() == []
+    *before, last = answered(asked, {"full": "same", "- mup": "same"})
+    assert not any(before)
+    assert len(last) == len({run.id for run in last}) == 33
+    assert last[0].cell == "full"
+    assert "- mup" not in cells_of(last)
 
 
 def test_an_arm_with_the_trace_of_its_reference_is_named_and_left_out(gate):
