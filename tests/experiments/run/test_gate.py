@@ -1,5 +1,6 @@
 """The gate: references need not wait at it, every other arm does, and what is known is not asked again."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,10 @@ from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import load
 from ablab.experiments.run import gate as gates
 from ablab.experiments.run.gate import Gate
+from ablab.experiments.run.progress import Quiet
+from ablab.experiments.run.runner import execute
+from ablab.experiments.run.this_machine import ThisMachine
+from ablab.experiments.track.chosen import tracked
 
 
 @pytest.fixture
@@ -126,3 +131,41 @@ def test_an_arm_that_acts_late_by_its_own_word_is_not_held_back(gate, monkeypatc
     asked = gate("- mup", "- wsd")
     assert cells_of(asked.passing()) == {"- wsd"}
     assert cells_of(asked.missing.values()) == {"full", "- mup"}
+
+
+# -- what begins first -------------------------------------------------------------------------------------------------
+class Noting(ThisMachine):
+    """A Launcher of a machine with GPUs, and its Executor: it notes the first tasks, and does none of them."""
+
+    def settled(self, runtime, recipes, plugins):
+        return replace(runtime, device="cuda")
+
+    def start(self, store, runtime, jobs, plugins):
+        return self
+
+    def execute(self, tasks, heard):
+        self.first = [task.affinity for task in tasks]
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(("jobs", "begins"), [(1, True), (4, False)])
+def test_on_several_gpus_no_seed_of_the_reference_begins_beside_the_traces(lab, jobs, begins):
+    """Four workers would compile the reference, each for one seed; one worker alone trains it meanwhile."""
+    sheet = lab.root / lab.sheet("grid")
+    digest = json.loads((lab.store / "data" / "tiny" / "meta.json").read_text())["digest"]
+    experiment = load(str(sheet), {}, lambda data: digest)
+    machine = Noting()
+    store = Store(lab.store)
+    execute(
+        experiment,
+        store,
+        experiment.runs(),
+        Quiet(),
+        jobs,
+        tracked=tracked("none"),
+        launcher=machine,
+    )
+    assert machine.first.count("trace") == 4
+    assert (len(machine.first) > 4) == begins
