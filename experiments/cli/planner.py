@@ -11,6 +11,7 @@ from ablab.experiments.cli.asked import prepare, store_of
 from ablab.experiments.cli.options import Jobs, Json, Name, Overrides, Plugins, Where
 
 if TYPE_CHECKING:
+    from ablab.experiments.run.noise import FamilyNoise
     from ablab.experiments.run.planner import SeedPlan
 
 
@@ -26,24 +27,44 @@ def plan(
     power: Annotated[
         float, typer.Option(help="the chance of a verdict where the difference is that large")
     ] = 0.8,
+    spread: Annotated[
+        float | None,
+        typer.Option(
+            help="the sd over seeds of an arm's difference to expect, in the metric's unit (as measured here)"
+        ),
+    ] = None,
     jobs: Jobs = None,
     plugins: Plugins = None,
     store: Where = None,
     as_json: Json = False,
 ) -> None:
-    """Seeds, runs and hours that an effect of that size needs, by the noise that the store has measured."""
+    """Seeds, runs and hours that an effect of that size needs, by the noise measured here, or by --spread."""
     from ablab.experiments.run.planner import seed_plan
 
     if effect is not None and not 0 < effect < float("inf"):
         raise UserError(f"--effect {effect:g} must be a number above 0, such as 0.003")
+    if spread is not None and not 0 < spread < float("inf"):
+        raise UserError(f"--spread {spread:g} must be a number above 0, such as 0.002")
     if not 0 < power < 1:
         raise UserError(f"--power {power:g} must lie between 0 and 1, such as 0.8")
     where = store_of(store)
     experiment, _ = prepare(name, overrides, plugins, where)
-    found = seed_plan(experiment, where, effect, power, jobs)
+    found = seed_plan(experiment, where, effect, power, jobs, spread)
     if as_json:
         return typer.echo(json.dumps(asdict(found), indent=1))
     show(found)
+
+
+def _row(noise: "FamilyNoise") -> dict[str, str]:
+    return {
+        "optimizer": noise.family,
+        "arms": str(noise.arms),
+        "seeds": str(noise.seeds),
+        "seed sd": f"{noise.sd:.4f}",
+        "rho": "-" if noise.correlation is None else f"{noise.correlation:.2f}",
+        "sd of a difference": f"{noise.spread:.4f}",
+        "quietest to noisiest arm": f"{noise.quietest:.4f} to {noise.noisiest:.4f}",
+    }
 
 
 def show(found: "SeedPlan") -> None:
@@ -52,23 +73,12 @@ def show(found: "SeedPlan") -> None:
     from ablab.experiments.run.progress import duration
     from ablab.experiments.text import table
 
-    typer.echo(f"Noise of {found.metric}, measured at this setting")
-    table(
-        [
-            {
-                "optimizer": noise.family,
-                "arms": str(noise.arms),
-                "seeds": str(noise.seeds),
-                "seed sd": f"{noise.sd:.4f}",
-                "rho": "-" if noise.correlation is None else f"{noise.correlation:.2f}",
-                "sd of a difference": f"{noise.spread:.4f}",
-                "quietest to noisiest arm": f"{noise.quietest:.4f} to {noise.noisiest:.4f}",
-            }
-            for noise in found.noise
-        ]
-    )
+    if found.noise:
+        typer.echo(f"Noise of {found.metric}, measured at this setting")
+        table([_row(noise) for noise in found.noise])
+        typer.echo()
     typer.echo(
-        f"\nTo tell {found.effect:g} with power {found.power:.0%} in a family of {len(found.arms)} arms"
+        f"To tell {found.effect:g} with power {found.power:.0%} in a family of {len(found.arms)} arms"
     )
     table(
         [

@@ -4,6 +4,10 @@ The liveness check (ablations/checks/liveness.py) turns a recipe into a trace.  
 compares them, and lets the runs through: references at once, the other arms when the last trace is there, and an inert
 arm never.  An arm that no trace can judge is let through: one that acts late by its own word, one that reads other
 tokens, and one whose trace, or whose reference's, could not be taken.
+
+Where several workers compile what they train, references wait too.  A trace takes seconds and a change of graph 38 s on
+an H100: a worker whose trace ended first would begin a seed of the reference and compile what another one compiles,
+when an arm of its own is a moment away.
 """
 
 from collections.abc import Callable
@@ -30,6 +34,7 @@ class Gate:
 
     told: called once, when all traces are there, with cell -> reference for every cell that shows no difference from
     its reference.  runtime: how the runs will be executed; traces are taken on the same path.
+    together: nothing begins before the last trace is there.
     """
 
     def __init__(
@@ -39,9 +44,11 @@ class Gate:
         runs: list[PlannedRun],
         told: Callable[[dict[str, str]], None],
         runtime: Runtime,
+        together: bool = False,
     ):
         self.runs = runs
         self.told = told
+        self.together = together
         self.traces = Traces(store, code_fingerprint(), path_of(runtime))
         # of the cells that are judged
         self.reference_of = {
@@ -59,7 +66,7 @@ class Gate:
     def passing(self) -> list[PlannedRun]:
         """The runs that wait for no trace: all that are alive, or those of references while a trace is missing."""
         if self.missing:
-            return [run for run in self.runs if run.cell not in self.reference_of]
+            return [run for run in self.runs if not self._waits(run)]
         inert = self._judge()
         return [run for run in self.runs if run.cell not in inert]
 
@@ -72,8 +79,12 @@ class Gate:
             return []
         self.traces.save()
         inert = self._judge()
-        arms = (run for run in self.runs if run.cell in self.reference_of)
-        return [run for run in arms if run.cell not in inert]
+        waiting = (run for run in self.runs if self._waits(run))
+        return [run for run in waiting if run.cell not in inert]
+
+    def _waits(self, run: PlannedRun) -> bool:
+        """Whether it is held back while a trace is missing."""
+        return self.together or run.cell in self.reference_of
 
     def _runs_to_trace(self, experiment: Experiment) -> dict[str, tuple[PlannedRun, ...]]:
         """Cell -> its stages of the first seed, for every arm that waits here and for its reference."""

@@ -1,7 +1,10 @@
-"""How many seeds a question needs, and what they cost, from the noise that the store has measured."""
+"""How many seeds a question needs, and what they cost, from the noise that a store has measured or a person expects."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
 
 from ablab.analysis.effects.power import POWER, seeds_needed, smallest_effect
 from ablab.core.errors import UserError
@@ -61,10 +64,12 @@ def seed_plan(
     effect: float | None,
     power: float = POWER,
     jobs: int | None = None,
+    spread: float | None = None,
 ) -> SeedPlan:
     """effect: None for the smallest effect of interest that the sheet names.
 
-    Raises UserError where neither is given, and where the store has measured no noise of this setting.
+    spread: the sd over seeds of every arm's difference; None: as the store has measured it.
+    Raises UserError where no effect is given, and where no spread is and the store has measured none of this setting.
     """
     effect = effect or experiment.sheet.equivalence
     if not effect:
@@ -78,21 +83,20 @@ def seed_plan(
             f"{experiment.name} has no arm to compare: design {experiment.sheet.design!r}; "
             "choose a design with arms"
         )
-    known = _known(experiment, store)
-    families = by_family(known)
+    spreads: Spreads = Assumed(spread) if spread else _known(experiment, store)
     present = len(dict.fromkeys(experiment.sheet.seeds))
     arms = []
     for cell in compared:
         family = family_of(tree_of(experiment.recipes[cell.name]))
-        spread, source = _spread(experiment.name, cell.name, family, known, families)
+        expected, source = spreads.of(cell.name, family)
         arms.append(
             ArmPlan(
                 cell=cell.name,
                 family=family,
-                spread=spread,
+                spread=expected,
                 source=source,
-                seeds=seeds_needed(effect, spread, len(compared), power),
-                smallest=_finite(smallest_effect(spread, present, len(compared), power)),
+                seeds=seeds_needed(effect, expected, len(compared), power),
+                smallest=_finite(smallest_effect(expected, present, len(compared), power)),
             )
         )
     seeds = _most(arms)
@@ -102,7 +106,7 @@ def seed_plan(
         metric=experiment.sheet.metric.name,
         effect=effect,
         power=power,
-        noise=list(families.values()),
+        noise=list(spreads.families.values()),
         arms=arms,
         present=present,
         seeds=seeds,
@@ -117,39 +121,67 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _known(experiment: Experiment, store: Store) -> list[ArmNoise]:
+class Spreads(Protocol):
+    """What is known of the spreads of an experiment's arms, before they are trained."""
+
+    @property
+    def families(self) -> Mapping[str, FamilyNoise]: ...
+
+    def of(self, cell: str, family: str) -> tuple[float, str]:
+        """The spread to expect of an arm, and where that comes from."""
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """One spread for all arms, that a person gave."""
+
+    spread: float
+    families: Mapping[str, FamilyNoise] = field(default_factory=dict)
+
+    def of(self, cell: str, family: str) -> tuple[float, str]:
+        return self.spread, "as asked"
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the store has measured at the setting of an experiment."""
+
+    experiment: str
+    arms: list[ArmNoise]
+
+    @cached_property
+    def families(self) -> dict[str, FamilyNoise]:
+        return by_family(self.arms)
+
+    def of(self, cell: str, family: str) -> tuple[float, str]:
+        """Of the arm itself where six seeds have measured it, else of its family, else of all arms.
+
+        Three seeds know a spread to within a factor of three: the family's, pooled, is the better guess.
+        """
+        own = [
+            arm for arm in self.arms if (arm.experiment, arm.cell) == (self.experiment, cell)
+        ]
+        if own and own[0].seeds >= OWN_FROM:
+            return own[0].spread, f"itself, {own[0].seeds} seeds"
+        if pooled := self.families.get(family):
+            return pooled.spread, f"{family}, {pooled.arms} arms"
+        noisiest = max(self.families.values(), key=_spread_of)
+        return noisiest.spread, f"{noisiest.family}: no {family} arm is measured"
+
+
+def _known(experiment: Experiment, store: Store) -> Known:
     metric = experiment.sheet.metric.name
     tree = tree_of(experiment.base)
-    known = measured(store, metric, setting_of(tree))
-    if not known:
+    arms = measured(store, metric, setting_of(tree))
+    if not arms:
         first = f"{command(experiment.name, sheet=experiment.origin, asked=experiment.asked)} --seeds 0-2"
         model, data = tree["model"], tree["data"]
         raise UserError(
             f"no noise is measured: {store.root} holds no arm with three finished seeds of {metric} at width "
             f"{model['width']}, {model['layers']} layers, {experiment.base.budget.tokens:,} tokens of {data['name']}; "
-            f"run first: {first}"
+            f"run first: {first}; or say what to expect: --spread 0.002"
         )
-    return known
-
-
-def _spread(
-    experiment: str,
-    cell: str,
-    family: str,
-    known: list[ArmNoise],
-    families: dict[str, FamilyNoise],
-) -> tuple[float, str]:
-    """Of the arm itself where six seeds have measured it, else of its family, else of all arms.
-
-    Three seeds know a spread to within a factor of three: the family's, pooled, is the better guess.
-    """
-    own = [arm for arm in known if (arm.experiment, arm.cell) == (experiment, cell)]
-    if own and own[0].seeds >= OWN_FROM:
-        return own[0].spread, f"itself, {own[0].seeds} seeds"
-    if pooled := families.get(family):
-        return pooled.spread, f"{family}, {pooled.arms} arms"
-    noisiest = max(families.values(), key=_spread_of)
-    return noisiest.spread, f"{noisiest.family}: no {family} arm is measured"
+    return Known(experiment.name, arms)
 
 
 def _spread_of(noise: FamilyNoise) -> float:

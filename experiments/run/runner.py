@@ -70,7 +70,8 @@ def execute(
         pool.trackers = trackers_for(store, plan, watcher.say, tracked)
         gate = None
         if missing and not run_inert:
-            gate = Gate(experiment, store, claims, desired.judged, pool.runtime)
+            dear = pool.on_gpus and pool.jobs > 1
+            gate = Gate(experiment, store, claims, desired.judged, pool.runtime, together=dear)
         outcome = pool.train(missing, gate=gate)
     if pool.trackers:
         pool.trackers.finish(watcher.note)

@@ -1,5 +1,6 @@
 """The gate: references need not wait at it, every other arm does, and what is known is not asked again."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -10,18 +11,23 @@ from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import load
 from ablab.experiments.run import gate as gates
 from ablab.experiments.run.gate import Gate
+from ablab.experiments.run.progress import Quiet
+from ablab.experiments.run.runner import execute
+from ablab.experiments.run.this_machine import ThisMachine
+from ablab.experiments.track.chosen import tracked
 
 
 @pytest.fixture
 def gate(tmp_path):
     """Make a gate of quickstart, or of some of its cells; `said` is what it told.  runtime__kernels: an override."""
 
-    def of(*cells: str, **overrides: Any) -> Gate:
+    def of(*cells: str, together: bool = False, **overrides: Any) -> Gate:
         paths = {path.replace("__", "."): value for path, value in overrides.items()}
         experiment = load("quickstart", paths)
         runs = [run for run in experiment.runs() if not cells or run.cell in cells]
         said: list[dict[str, str]] = []
-        made = Gate(experiment, Store(tmp_path), runs, said.append, experiment.sheet.runtime)
+        runtime = experiment.sheet.runtime
+        made = Gate(experiment, Store(tmp_path), runs, said.append, runtime, together)
         made.said = said
         return made
 
@@ -49,6 +55,16 @@ def test_references_begin_at_once_and_the_others_when_every_trace_is_there(gate)
     assert not any(before)
     assert asked.said == [{}]
     assert len(first) + len(last) == len({run.id for run in first + last}) == 36
+
+
+def test_where_a_change_of_graph_is_dear_references_wait_for_the_last_trace_too(gate):
+    asked = gate(together=True)
+    assert asked.passing() == []
+    *before, last = answered(asked, {"full": "same", "- mup": "same"})
+    assert not any(before)
+    assert len(last) == len({run.id for run in last}) == 33
+    assert last[0].cell == "full"
+    assert "- mup" not in cells_of(last)
 
 
 def test_an_arm_with_the_trace_of_its_reference_is_named_and_left_out(gate):
@@ -115,3 +131,41 @@ def test_an_arm_that_acts_late_by_its_own_word_is_not_held_back(gate, monkeypatc
     asked = gate("- mup", "- wsd")
     assert cells_of(asked.passing()) == {"- wsd"}
     assert cells_of(asked.missing.values()) == {"full", "- mup"}
+
+
+# -- what begins first -------------------------------------------------------------------------------------------------
+class Noting(ThisMachine):
+    """A Launcher of a machine with GPUs, and its Executor: it notes the first tasks, and does none of them."""
+
+    def settled(self, runtime, recipes, plugins):
+        return replace(runtime, device="cuda")
+
+    def start(self, store, runtime, jobs, plugins):
+        return self
+
+    def execute(self, tasks, heard):
+        self.first = [task.affinity for task in tasks]
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(("jobs", "begins"), [(1, True), (4, False)])
+def test_on_several_gpus_no_seed_of_the_reference_begins_beside_the_traces(lab, jobs, begins):
+    """Four workers would compile the reference, each for one seed; one worker alone trains it meanwhile."""
+    sheet = lab.root / lab.sheet("grid")
+    digest = json.loads((lab.store / "data" / "tiny" / "meta.json").read_text())["digest"]
+    experiment = load(str(sheet), {}, lambda data: digest)
+    machine = Noting()
+    store = Store(lab.store)
+    execute(
+        experiment,
+        store,
+        experiment.runs(),
+        Quiet(),
+        jobs,
+        tracked=tracked("none"),
+        launcher=machine,
+    )
+    assert machine.first.count("trace") == 4
+    assert (len(machine.first) > 4) == begins

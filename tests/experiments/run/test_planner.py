@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from ablab.analysis.effects.power import seeds_needed
+from ablab.analysis.effects.power import seeds_needed, smallest_effect
 from ablab.core.errors import UserError
 from ablab.core.store.store import Store
 from ablab.experiments.plan.experiment import load
@@ -140,6 +140,14 @@ def test_an_effect_beyond_reach_says_so_instead_of_a_number(read, store):
     assert found.arms[0].seeds is None
 
 
+def test_a_spread_that_a_person_expects_needs_no_store_and_stands_for_every_arm(read, store):
+    found = seed_plan(read(seeds=list(range(5))), store, 0.002, spread=0.001)
+    assert found.noise == []
+    assert {arm.spread for arm in found.arms} == {0.001}
+    assert found.seeds == seeds_needed(0.002, 0.001, 4, 0.8)
+    assert found.arms[0].smallest == pytest.approx(smallest_effect(0.001, 5, 4))
+
+
 def test_the_smallest_effect_of_the_sheet_is_what_is_asked_for(read, store):
     experiment = read(seeds=[0, 1, 2], equivalence=0.02)
     Drawn(store)(experiment, experiment.runs())
@@ -154,11 +162,15 @@ def test_the_command_prints_a_table_or_json_and_refuses_what_is_no_question(lab,
     said = ablab("plan", "asked.yaml", "--effect", "0.003").out
     assert "To tell 0.003 with power 80% in a family of 4 arms" in said
     assert "smallest effect at 3 seeds" in said
+    expected = ablab("plan", "asked.yaml", "--effect", "0.003", "--spread", "0.001").out
+    assert expected.startswith("To tell 0.003")
+    assert "as asked" in expected
     found = ablab("plan", "asked.yaml", "--effect", "0.003", "--json").json
     assert found["power"] == 0.8
     assert len(found["arms"]) == 4
     refused = {
         "--effect 0": "--effect 0 must be a number above 0",
+        "--effect 1 --spread 0": "--spread 0 must be a number above 0",
         "--effect 1 --power 1": "--power 1 must lie between 0 and 1",
         "": "which difference in val/loss must be told? give --effect 0.003, or",
         "--effect 1 design=single": "has no arm to compare: design 'single'",
