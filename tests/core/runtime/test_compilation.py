@@ -3,12 +3,14 @@
 Compiled by a backend that only counts.
 """
 
+from importlib import import_module
+
 import pytest
 import torch
 
 from ablab.core.model.objective import heads_of
 from ablab.core.runtime.compilation import compiled
-from ablab.core.runtime.runtime import Runtime
+from ablab.core.runtime.runtime import Runtime, repeat_bits
 from ablab.core.train.trainer import Trainer
 
 FULL = [
@@ -92,3 +94,18 @@ def test_what_hooks_do_around_a_block_stays_outside_its_graph(tiny, build, monke
     model.blocks[0].register_forward_hook(lambda *given: within.append("behind"))
     model.blocks[0](torch.zeros(1, 4, 32), {})
     assert within == ["before", "graph", "end", "behind"]
+
+
+@pytest.fixture
+def algorithms():
+    """As they were, afterwards."""
+    asked = torch.are_deterministic_algorithms_enabled()
+    yield
+    repeat_bits(asked)
+
+
+def test_where_bits_shall_repeat_the_compiler_decides_by_rule_and_not_by_the_clock(algorithms):
+    for asked in (True, False, True):
+        repeat_bits(asked)
+        assert torch.are_deterministic_algorithms_enabled() == asked
+        assert import_module("torch._inductor.config").deterministic == asked
