@@ -33,7 +33,9 @@ from ablab.kernels.fp8_cross_entropy import (
 )
 from ablab.kernels.linear_cross_entropy import (
     LOGITS,
+    _backward,
     _chunks,
+    _keep,
     _product,
     _sums,
     linear_cross_entropy,
@@ -220,20 +222,6 @@ def _(x, weight, *rest):
     loss = x.new_empty((), dtype=torch.float32)
     dw = x.new_empty(weight.shape, dtype=torch.float32)
     return loss, torch.empty_like(loss), torch.empty_like(x), dw
-
-
-def _keep(ctx, inputs, output):
-    ctx.dtypes = [one.dtype for one in inputs[:2]]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[2:])
-
-
-def _backward(ctx, upstream, *_):
-    given = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
-    gradients = [
-        (gradient * upstream).to(dtype) if needed else None for gradient, dtype, needed in given
-    ]
-    return *gradients, *[None] * 12
 
 
 _with_gradients.register_autograd(_backward, setup_context=_keep)
