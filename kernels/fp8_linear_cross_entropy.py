@@ -7,8 +7,7 @@
 Otherwise as kernels/linear_cross_entropy.py: some rows at a time, both gradients ready after the forward pass.  x and W
 are cast once; W is turned round once, x and g a piece at a time.
 
-On an H100, 73,728 rows of 768 channels and 32,000 logits took 18.4 ms, with a wide dW 19.5, and 21.2 in bf16, when a
-kernel cast x and W into both layouts; now torch casts them, and `turned` turns their bytes.
+On an H100, 73,728 rows of 768 channels and 32,000 logits take 15.8 ms, with a wide dW 17.1, and 20.1 in bf16.
 
 Tolerance: that of kernels/fp8.py, of the numbers as they were cast; logits, dx and a wide g are rounded to the dtype of
 x besides.
