@@ -157,17 +157,19 @@ def _(x, weight, targets, multiplier, cap, cap_form, z_weight, chunk):
 
 
 def _keep(ctx, inputs, output):
-    ctx.dtype = inputs[0].dtype
+    """Of (x, weight, ...) and (loss, nats, dx, dW)."""
+    ctx.dtypes = [one.dtype for one in inputs[:2]]
+    ctx.others = [None] * (len(inputs) - 2)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[2:])
 
 
 def _backward(ctx, upstream, *_):
+    given = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
     scaled = [
-        (gradient * upstream).to(ctx.dtype) if needed else None
-        for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        (gradient * upstream).to(dtype) if needed else None for gradient, dtype, needed in given
     ]
-    return *scaled, None, None, None, None, None, None
+    return *scaled, *ctx.others
 
 
 _with_gradients.register_autograd(_backward, setup_context=_keep)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ablab.kernels import linear_cross_entropy as fused
-from ablab.kernels.cross_entropy import CAPS, cross_entropy_
+from ablab.kernels.cross_entropy import CAPS, Reading, cross_entropy_
 from ablab.kernels.linear_cross_entropy import linear_cross_entropy, reference, serves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,17 +125,19 @@ def furthest(measured, expected):
 @given(
     rows=st.integers(1, 5),
     vocab=st.integers(2, 300),
-    block=st.sampled_from([128, 512]),
+    block=st.sampled_from([64, 128, 512]),
+    held=st.booleans(),
     objective=objectives,
     seed=st.integers(0, 99),
 )
-def test_rows_of_one_block_and_of_many_both_equal_the_sums_by_hand(
-    rows, vocab, block, objective, seed
+def test_rows_of_one_block_and_of_many_held_or_read_twice_equal_the_sums_by_hand(
+    rows, vocab, block, held, objective, seed
 ):
+    reading = Reading(held and objective["cap_form"] == "none", block, 4)
     inputs = draw(rows, 8, vocab, seed, spread=4.0)
     logits = inputs.logits
     wanted_nats, wanted_lse, gradient = by_hand(logits, inputs.targets, **objective)
-    nats, lse = cross_entropy_(logits, inputs.targets, **objective, scale=0.5, block=block)
+    nats, lse = cross_entropy_(logits, inputs.targets, **objective, scale=0.5, reading=reading)
     assert nats.dtype == lse.dtype == torch.float32
     assert furthest(nats, wanted_nats) < 2e-5
     assert furthest(lse, wanted_lse) < 2e-5
@@ -168,13 +170,15 @@ def test_only_the_vocabulary_of_a_padded_row_is_written():
     assert buffer[:, :50].sum(-1).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("held", [True, False], ids=["held", "read twice"])
 @pytest.mark.parametrize("block", [16, 64])
-def test_what_stands_in_the_padding_changes_nothing(block):
+def test_what_stands_in_the_padding_changes_nothing(block, held):
     inputs = draw(4, 8, 50, 0)
     buffer = padded(inputs.logits, float("nan"))
     there = buffer[:, :50]
     alone = there.clone()
-    nats, lse = cross_entropy_(there, inputs.targets, padded=True, block=block)
+    reading = Reading(held, block, 4)
+    nats, lse = cross_entropy_(there, inputs.targets, padded=True, reading=reading)
     wanted_nats, wanted_lse = cross_entropy_(alone, inputs.targets)
     assert (nats - wanted_nats).abs().max() < 1e-5
     assert (lse - wanted_lse).abs().max() < 1e-5
@@ -191,21 +195,29 @@ def test_targets_may_be_a_column_of_something():
 
 @pytest.mark.parametrize("block", [2, 128])
 @pytest.mark.parametrize(
-    ("form", "cap", "worst"),
-    [("none", 0.0, 2e4), ("tanh", 15.0, 30.0), ("rational", 15.0, 30.0)],
+    ("form", "cap", "worst", "held"),
+    [
+        ("none", 0.0, 2e4, True),
+        ("none", 0.0, 2e4, False),
+        ("tanh", 15.0, 30.0, False),
+        ("rational", 15.0, 30.0, False),
+    ],
 )
-def test_huge_logits_lose_nothing(form, cap, worst, block):
+def test_huge_logits_lose_nothing(form, cap, worst, held, block):
     logits = torch.tensor([[1e4, 0.0, -1e4]] * 2, device=DEVICE)
     targets = torch.tensor([0, 2], device=DEVICE)
-    nats, _ = cross_entropy_(logits, targets, cap=cap, cap_form=form, block=block)
+    reading = Reading(held, block, 4)
+    nats, _ = cross_entropy_(logits, targets, cap=cap, cap_form=form, reading=reading)
     assert logits.isfinite().all()
     assert furthest(nats, np.array([0.0, worst])) < 1e-3
 
 
-def test_a_nan_logit_makes_its_row_nan_and_no_other():
+@pytest.mark.parametrize("held", [True, False], ids=["held", "read twice"])
+def test_a_nan_logit_makes_its_row_nan_and_no_other(held):
     logits = torch.zeros(2, 40, device=DEVICE)
     logits[1, 3] = float("nan")
-    nats, _ = cross_entropy_(logits, torch.tensor([0, 0], device=DEVICE))
+    targets = torch.tensor([0, 0], device=DEVICE)
+    nats, _ = cross_entropy_(logits, targets, reading=Reading(held, 128, 4))
     assert nats.isnan().tolist() == [False, True]
 
 
