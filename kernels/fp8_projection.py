@@ -28,7 +28,8 @@ class Way:
     dtype: torch.dtype
     weight_dtype: torch.dtype
 
-    def forth(self, a: Scaled, b: Scaled) -> Tensor:
+    def fast(self, a: Scaled, b: Scaled) -> Tensor:
+        """Activations, or a gradient of few summands: sums in short accumulators."""
         return self._times(a, b, self.dtype, fast=True)
 
     def back(self, a: Scaled, b: Scaled) -> Tensor:
@@ -51,7 +52,7 @@ class _Narrow(torch.autograd.Function):
         w8 = cast_weight(weight)
         ctx.save_for_backward(*x8.columns, *w8.columns)
         ctx.way = way
-        return way.forth(x8.rows, w8.rows)
+        return way.fast(x8.rows, w8.rows)
 
     @staticmethod
     def backward(ctx, g):

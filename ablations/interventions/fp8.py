@@ -25,15 +25,13 @@ from ablab.core.language.part import Part, silent
 from ablab.core.recipe.edit import append, edit
 from ablab.core.recipe.intervention import register
 
+PROJECTIONS = (".attention.qkv", ".attention.out")  # ends of dotted names
 PLACES = {  # `where` -> the maps that multiply so
     "ffn": ("ffn",),
     "readout": ("readout",),
     "both": ("ffn", "readout"),
-    "qkv": ("qkv",),
-    "attention": ("qkv", "out"),
-    "ffn+qkv": ("ffn", "qkv"),
-    "ffn+qkv+readout": ("ffn", "qkv", "readout"),
-    "all": ("ffn", "qkv", "out", "readout"),
+    "attention": ("attention",),
+    "all": ("ffn", "readout", "attention"),
 }
 
 
@@ -48,10 +46,8 @@ PLACES = {  # `where` -> the maps that multiply so
 class FP8(Part):
     """Multiply matrices of the feed-forward, the readout and the attention in 8-bit floats."""
 
-    # a tied head has no readout of its own; qkv: the projections to queries, keys and values
-    where: Literal[
-        "ffn", "readout", "both", "qkv", "attention", "ffn+qkv", "ffn+qkv+readout", "all"
-    ] = "ffn"
+    # a tied head has no readout of its own; attention: its projections, also the one back
+    where: Literal["ffn", "readout", "both", "attention", "all"] = "ffn"
     gradient: Literal["e5m2", "e4m3"] = "e5m2"
     weight_gradient: Literal["fp8", "wide"] = silent(
         "fp8"
@@ -78,8 +74,9 @@ def _place(path: str, role: str) -> str:
     """What PLACES calls a map; a name that is not there, of any other."""
     if role != "hidden":
         return role
-    name = path.rpartition(".")[2]
-    return "ffn" if ".ffn." in path else name
+    if path.endswith(PROJECTIONS):
+        return "attention"
+    return "ffn" if ".ffn." in path else "elsewhere"
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,9 @@ def test_projections_that_multiply_in_8_bits_cast_each_operand_once(tiny, monkey
     assert 0 < error(ours) < 1.2 * error(theirs)
     wide = tiny([{"fp8": {"where": "attention", "weight_gradient": "wide"}}], **SHAPE)
     assert "attention_fp8" not in fuse.places(wide, ASKED)
-    odd = tiny([{"fp8": {"where": "qkv"}}], model__width=24, model__attention__head_dim=12)
+    odd = tiny(
+        [{"fp8": {"where": "attention"}}], model__width=24, model__attention__head_dim=12
+    )
     assert fuse.flaw("attention_fp8", odd, "fp32") == (
         "8-bit products take sides in multiples of 16, and a projection of the attention has 24"
     )
