@@ -25,13 +25,13 @@ from ablab.core.language.part import Part, silent
 from ablab.core.recipe.edit import append, edit
 from ablab.core.recipe.intervention import register
 
-PROJECTIONS = (".attention.qkv", ".attention.out")  # ends of dotted names
 PLACES = {  # `where` -> the maps that multiply so
     "ffn": ("ffn",),
     "readout": ("readout",),
     "both": ("ffn", "readout"),
-    "attention": ("attention",),
-    "all": ("ffn", "readout", "attention"),
+    "attention": ("qkv", "out"),
+    "ffn+qkv+readout": ("ffn", "qkv", "readout"),
+    "all": ("ffn", "qkv", "out", "readout"),
 }
 
 
@@ -46,8 +46,8 @@ PLACES = {  # `where` -> the maps that multiply so
 class FP8(Part):
     """Multiply matrices of the feed-forward, the readout and the attention in 8-bit floats."""
 
-    # a tied head has no readout of its own; attention: its projections, also the one back
-    where: Literal["ffn", "readout", "both", "attention", "all"] = "ffn"
+    # a tied head has no readout of its own; qkv and out: the attention's projections
+    where: Literal["ffn", "readout", "both", "attention", "ffn+qkv+readout", "all"] = "ffn"
     gradient: Literal["e5m2", "e4m3"] = "e5m2"
     weight_gradient: Literal["fp8", "wide"] = silent(
         "fp8"
@@ -74,9 +74,7 @@ def _place(path: str, role: str) -> str:
     """What PLACES calls a map; a name that is not there, of any other."""
     if role != "hidden":
         return role
-    if path.endswith(PROJECTIONS):
-        return "attention"
-    return "ffn" if ".ffn." in path else "elsewhere"
+    return "ffn" if ".ffn." in path else path.rpartition(".")[2]
 
 
 @dataclass(frozen=True)

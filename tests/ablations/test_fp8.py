@@ -311,16 +311,16 @@ def test_only_the_chosen_maps_multiply_so(tiny, build, ffn):
     places = {
         "ffn": {f"blocks.{layer}.ffn.inner.{name}" for layer in range(3) for name in inner},
         "readout": {"readout"},
-        "attention": {
-            f"blocks.{layer}.attention.{name}" for layer in range(3) for name in ("qkv", "out")
-        },
+        "qkv": {f"blocks.{layer}.attention.qkv" for layer in range(3)},
+        "out": {f"blocks.{layer}.attention.out" for layer in range(3)},
     }
     chosen = {
         "ffn": "ffn",
         "readout": "readout",
         "both": "ffn readout",
-        "attention": "attention",
-        "all": "ffn readout attention",
+        "attention": "qkv out",
+        "ffn+qkv+readout": "ffn qkv readout",
+        "all": "ffn qkv out readout",
     }
     for where, named in chosen.items():
         expected = set().union(*(places[place] for place in named.split()))
