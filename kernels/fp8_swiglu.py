@@ -16,8 +16,9 @@ to 8 bits may add.  An 8-bit float is as precise a hundred times below its large
 below its bound and loses nothing (2.65 % of its norm in e4m3 either way, 2.9 % where channels differ by factors of
 e); dp lies up to 5,000 times below, of e5m2's range of 2^32.  E4m3 has less room, and tokens differ: there dp's
 largest magnitude is measured, in a pass more.  dy and the weights have scales of their own largest magnitude, and x
-has where nobody bounds |x|; a norm's output is at most sqrt(W) times its largest gain, five times what it reaches, and
-leaves the norm in 8 bits.  No bound can be exceeded, so nothing saturates, and no state of earlier steps is kept.
+has where nobody bounds its numbers; those of a norm are at most sqrt(W) times its largest gain, five times what they
+reach, and leave the norm in 8 bits.  |x| is measured even so: the bound on |h| has its square, and gains may differ.
+No bound can be exceeded, so nothing saturates, and no state of earlier steps is kept.
 
 dh sums over the width alone, as p does, and like it in the short accumulators of fast accumulation: on an H100, W 768,
 it is off by 0.0017 of its norm either way, the rounding to bf16.  dp out of that product's own kernel, dh never in
@@ -83,9 +84,9 @@ class Bounds(NamedTuple):
     gradient: Tensor
 
 
-def bounds_of(longest: Tensor, gate_up: Tensor, down: Tensor) -> Bounds:
-    """longest: a bound on the norms of the rows of x [N,W], 0-D.  gate_up [2F,W], down [W,F]."""
-    rows = PRODUCT * longest
+def bounds_of(x: Tensor, gate_up: Tensor, down: Tensor) -> Bounds:
+    """x [N,W], gate_up [2F,W], down [W,F]."""
+    rows = PRODUCT * _longest(x, -1).amax()
     gate, up = _longest(gate_up, -1).chunk(2)
     columns = _longest(down, 0).amax()
     packed = rows * torch.maximum(gate, up).amax()
@@ -301,11 +302,6 @@ def _(numbers):
 # ---- the input ----
 
 
-def measured(x: Tensor) -> Tensor:
-    """The largest norm of a row of x [N,W], fp32 0-D."""
-    return _longest(x, -1).amax()
-
-
 def _both_layouts(x: Tensor, longest: Tensor | None) -> Cast:
     """x in e4m3; longest: a bound on the norms of its rows, where one is known before x is made."""
     if longest is None:
@@ -358,7 +354,7 @@ class _Narrow(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate_up, down, gradient, longest):
         way = _way(x, gate_up, down, gradient)
-        bounds = bounds_of(measured(x) if longest is None else longest, gate_up, down)
+        bounds = bounds_of(x, gate_up, down)
         x8 = _both_layouts(x, longest)
         a8 = cast_weight(gate_up)
         b8 = cast_weight(down)
@@ -391,7 +387,7 @@ class _Wide(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate_up, down, gradient, longest):
         way = _way(x, gate_up, down, gradient)
-        bounds = bounds_of(measured(x) if longest is None else longest, gate_up, down)
+        bounds = bounds_of(x, gate_up, down)
         x8 = _rows(x, longest)
         a8 = cast_weight(gate_up)
         b8 = cast_weight(down)
@@ -432,7 +428,7 @@ def fp8_swiglu(
 
     gradient: the format of y's and p's gradients, e5m2 (range) or e4m3 (precision).
     weight_gradient: `fp8`, or `wide`: of the numbers before they were cast, in the dtype of x.
-    longest: a bound on the norms of the rows of x, 0-D; None: they are measured.
+    longest: a bound on the norms of the rows of x, 0-D, from which follows the scale of x; None: it is measured.
     Raises ValueError for another dtype.
     """
     if x.dtype not in swiglu.DTYPES:
