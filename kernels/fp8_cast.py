@@ -43,6 +43,16 @@ def cast(x: Tensor, form: str) -> Cast:
     return both(_both_layouts(x, scale, form), scale)
 
 
+def cast_made(x: Tensor, form: str) -> Cast:
+    """The same of what stands in memory already, with long rows.
+
+    A kernel of ours finds the largest magnitude: the compiler's takes 0.236 ms for 340 MB on an H100, rows of 2,304,
+    which is half the rate of memory.
+    """
+    scale = scale_for(_peaks(x).amax(), form)
+    return both(_both_layouts(x, scale, form), scale)
+
+
 def cast_weight(weight: Tensor) -> Cast:
     """A weight [n,k] by its own largest magnitude, in e4m3; small enough for plain torch."""
     numbers, scale = quantise(weight, "e4m3")
@@ -126,6 +136,14 @@ def _both(x, scale, numbers, turned, rows, columns, ROWS: tl.constexpr, COLUMNS:
     store_columns(turned, value, row, column, there, rows)
 
 
+@triton.jit
+def _peak(x, peaks, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The largest magnitude in each tile."""
+    row, column, there = tile_of(rows, columns, ROWS, COLUMNS)
+    wide = tl.load(x + row * columns + column, mask=there, other=0.0)
+    tl.store(peaks + tl.program_id(0), tl.max(tl.abs(wide.to(tl.float32))))
+
+
 def unset(like: Tensor, shape: tuple[int, ...], form: str) -> Tensor:
     """Where a kernel stores 8-bit numbers; `narrow` is what then stands there.
 
@@ -142,6 +160,7 @@ def narrow(stored: Tensor, form: str) -> Tensor:
 # ---- registration ----
 
 TILE = Tile(rows=64, columns=64, warps=4)
+PEAK = Tile(rows=16, columns=512, warps=8)
 
 
 @torch.library.custom_op("ablab::fp8_both_layouts", mutates_args=())
@@ -162,3 +181,18 @@ def _(x, scale, form):
     numbers = x.new_empty((rows, columns), dtype=DTYPES[form])
     turned = x.new_empty((columns, rows), dtype=DTYPES[form])
     return numbers, turned
+
+
+@torch.library.custom_op("ablab::fp8_peaks", mutates_args=())
+def _peaks(x: Tensor) -> Tensor:
+    """Largest magnitudes of x [n,k], one a tile, fp32; of no tile, 0."""
+    count = PEAK.programs(*x.shape)
+    peaks = x.new_zeros(max(count, 1), dtype=torch.float32)
+    PEAK.launch(_peak, *x.shape, x.contiguous(), peaks)
+    return peaks
+
+
+@_peaks.register_fake
+def _(x):
+    count = PEAK.programs(*x.shape)
+    return x.new_empty(max(count, 1), dtype=torch.float32)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ablab.kernels import fp8
-from ablab.kernels.fp8_cast import Scaled, cast, cast_weight
+from ablab.kernels.fp8_cast import Scaled, cast, cast_made, cast_weight
 
 reference = fp8.fp8_linear
 
@@ -59,7 +59,7 @@ class _Narrow(torch.autograd.Function):
         kept = ctx.saved_tensors
         x8, w8 = map(Scaled, kept[::2], kept[1::2])
         way = ctx.way
-        g8 = cast(g, way.gradient)
+        g8 = cast_made(g, way.gradient)
         dx = way.back(g8.rows, w8)
         dw = way.weights(g8.columns, x8)
         return dx, dw, None

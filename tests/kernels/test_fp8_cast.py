@@ -38,6 +38,15 @@ def test_rows_are_torchs_cast_and_columns_the_same_numbers_turned_round(
     assert torch.allclose(numbers, wanted.float(), rtol=0.26, atol=1e-4)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(40, 1100), (3, 5)])
+def test_the_largest_magnitude_is_found_by_tiles_too(rows, columns):
+    x = drawn(rows, columns)
+    for one, other in zip(fp8_cast.cast_made(x, "e5m2"), fp8_cast.cast(x, "e5m2"), strict=True):
+        assert one.scale == other.scale
+        assert torch.equal(one.numbers.float(), other.numbers.float())
+    assert torch.equal(fp8_cast._peaks(-x.exp()).amax(), x.exp().amax())
+
+
 def test_strides_and_zeros_are_served_and_what_is_not_finite_shows():
     x = drawn(24, 40)
     turned = fp8_cast.cast(x.t(), "e4m3")
@@ -53,3 +62,4 @@ def test_strides_and_zeros_are_served_and_what_is_not_finite_shows():
 def test_pytorch_finds_the_operator_registered_as_it_behaves():
     scale = torch.ones((), device=DEVICE)
     torch.library.opcheck(fp8_cast._both_layouts, (drawn(6, 5), scale, "e5m2"))
+    torch.library.opcheck(fp8_cast._peaks, (drawn(6, 5),))

@@ -15,7 +15,9 @@ each_format = pytest.mark.parametrize("form", ["e5m2", "e4m3"])
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """So that small tensors have several, and parts of one."""
-    monkeypatch.setattr(fp8_cast, "TILE", replace(fp8_cast.TILE, rows=32, columns=32, warps=4))
+    for name in ("TILE", "PEAK"):
+        tile = replace(getattr(fp8_cast, name), rows=32, columns=32, warps=4)
+        monkeypatch.setattr(fp8_cast, name, tile)
 
 
 def drawn(rows=40, k=48, n=80, dtype=torch.float32):

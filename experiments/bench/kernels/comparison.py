@@ -17,6 +17,7 @@ from ablab.experiments.bench.ceilings import copy_rate, machine, matmul_rate
 from ablab.experiments.bench.kernels.attention import attention
 from ablab.experiments.bench.kernels.case import Cases
 from ablab.experiments.bench.kernels.cross_entropy import cross_entropy
+from ablab.experiments.bench.kernels.fp8_projection import fp8_projection
 from ablab.experiments.bench.kernels.fp8_swiglu import fp8_swiglu
 from ablab.experiments.bench.kernels.linear_cross_entropy import linear_cross_entropy
 from ablab.experiments.bench.kernels.measure import Ceilings, Row, measure
@@ -29,6 +30,7 @@ KERNELS: dict[str, Cases] = {
     "attention": attention,
     "swiglu": swiglu,
     "fp8_swiglu": fp8_swiglu,
+    "fp8_projection": fp8_projection,
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
     "newton_schulz": newton_schulz,
