@@ -34,8 +34,8 @@ class Tile(NamedTuple):
     stages: int = 1
 
 
-FORWARD = Tile(4, 4)
-BACKWARD = Tile(2, 4, 2)
+FORWARD = Tile(2, 4)
+BACKWARD = Tile(2, 4, 3)
 
 
 def reference(
@@ -217,9 +217,9 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, of_total, of_normed, _):
-    total, inverse, gain, factor = ctx.saved_tensors
-    of_sum, of_gain = _residual_norm_backward(of_total, of_normed, total, inverse, gain, factor)
-    return of_sum, of_sum, of_gain.sum(0).to(gain.dtype), None, None
+    saved = ctx.saved_tensors
+    of_sum, of_gain = _residual_norm_backward(of_total, of_normed, *saved)
+    return of_sum, of_sum, of_gain.sum(0), None, None
 
 
 _residual_norm.register_autograd(_differentiate, setup_context=_save)
@@ -232,13 +232,18 @@ def residual_norm(
 
     gain: [W]; factor: fp32 [1], or None.  Raises ValueError naming what it does not take.
     """
-    width = gain.numel()
-    same = x.shape == y.shape and x.dtype == y.dtype
-    if not same or x.dtype not in DTYPES or x.shape[-1:] != gain.shape or width > WIDEST:
+    if not _taken(x, y, gain):
+        given = f"{x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)}"
         known = ", ".join(map(str, DTYPES))
         raise ValueError(
-            f"x and y are {x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)} beside {width} gains;"
-            f" the norm's kernel takes two of one shape, as wide as the gains and at most {WIDEST}, in {known}"
+            f"x and y are {given} beside {gain.numel()} gains; the norm's kernel takes two of one shape,"
+            f" as wide as the gains and at most {WIDEST}, in {known}"
         )
     total, normed, _ = _residual_norm(x, y, gain, eps, factor)
     return total, normed
+
+
+def _taken(x: Tensor, y: Tensor, gain: Tensor) -> bool:
+    alike = x.shape == y.shape and x.dtype == y.dtype
+    wide = x.shape[-1:] == gain.shape and gain.numel() <= WIDEST
+    return alike and wide and x.dtype in DTYPES
