@@ -19,7 +19,10 @@ print(len(looks), gc.get_threshold()[0] > 0)
 
 def looks(seldom: bool) -> int:
     ended = subprocess.run(
-        [sys.executable, "-c", f"{seldom=}\n{SCRIPT}"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", f"{seldom=}\n{SCRIPT}"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     count, goes_on = ended.stdout.split()
     assert goes_on == "True"
