@@ -95,6 +95,7 @@ TORCH = {  # the files that work on tensors; everything else can be imported, li
     "experiments/bench/kernels/measure.py",
     "experiments/bench/kernels/newton_schulz.py",
     "experiments/bench/kernels/optimizer_step.py",
+    "experiments/bench/kernels/residual_norm.py",
     "experiments/bench/kernels/swiglu.py",
     "experiments/bench/overhead.py",
     "experiments/bench/phases.py",
@@ -115,6 +116,7 @@ TORCH = {  # the files that work on tensors; everything else can be imported, li
     "kernels/linear_cross_entropy.py",
     "kernels/newton_schulz.py",
     "kernels/optimizer_step.py",
+    "kernels/residual_norm.py",
     "kernels/swiglu.py",
 }
 # Inside a folder: a room may import itself, errors.py, and what stands here.

@@ -4,6 +4,7 @@
     ffn            silu(gate) * up                                                        core/fusion/feedforward.py
     ffn_fp8        the whole of it in 8 bits, in training                                 core/fusion/feedforward.py
     attention_fp8  its projections in 8 bits, in training                                 core/fusion/projections.py
+    residual       a branch joins the stream, whose norm the next one reads               core/fusion/residual.py
     loss           readout, also in 8 bits, multiplier, soft cap, cross-entropy, z-loss   core/fusion/head.py
     newton_schulz  symmetric products of Muon                                             kernels/newton_schulz.py
     optimizer      every chain                                                            core/fusion/optimizer.py
@@ -18,7 +19,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from ablab.core.errors import UserError
-from ablab.core.fusion import attention, feedforward, head, optimizer, projections
+from ablab.core.fusion import attention, feedforward, head, optimizer, projections, residual
 from ablab.core.fusion.rewrite import StepsAside
 from ablab.core.model.plan import Plan, plan_of
 from ablab.core.recipe.recipe import Recipe
@@ -29,6 +30,7 @@ KERNELS: dict[KernelPlace, str] = {  # place -> module of kernels/
     "attention_fp8": "fp8_projection",
     "ffn": "swiglu",
     "ffn_fp8": "fp8_swiglu",
+    "residual": "residual_norm",
     "loss": "linear_cross_entropy",
     "newton_schulz": "newton_schulz",
     "optimizer": "optimizer_step",
@@ -38,6 +40,7 @@ REWRITES: dict[KernelPlace, Callable[[Plan, Recipe], Plan]] = {  # those of the 
     "attention_fp8": projections.claim,
     "ffn": feedforward.claim,
     "ffn_fp8": feedforward.claim_in_8_bits,
+    "residual": residual.claim,
     "loss": head.claim,
 }
 
@@ -151,6 +154,8 @@ def flaw(place: KernelPlace, recipe: Recipe, dtype: str) -> str:
             REWRITES[place](plan_of(recipe), recipe)
         if place == "attention":
             return attention.shape_flaw(recipe, dtype)
+        if place == "residual":
+            return residual.shape_flaw(recipe)
         if place == "loss":
             return head.shape_flaw(recipe)
         if place == "optimizer":

@@ -42,9 +42,13 @@ def only(*names: str) -> Callable[..., Any]:
 # -- where a branch begins ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class UnitRows(Offer):
-    """x <- gain x / rms(x) over the last axis: no row is longer than sqrt(W) max|gain|.  gain: **bound -> [W]."""
+    """x <- gain x / rms(x) over the last axis: no row is longer than sqrt(W) max|gain|.
+
+    gain: **bound -> [W].  eps: **bound -> what the mean square gets in addition.
+    """
 
     gain: Callable[..., Tensor]
+    eps: Callable[..., float]
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,12 @@ class HeadFactors(Offer):
 
     strengths: Callable[..., Tensor]
     count: int
+
+
+# -- around the branches of a block ------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class PlainResidual(Fixed):
+    """x <- x + attention(x);  x <- x + ffn(x)."""
 
 
 # -- in the feed-forward -----------------------------------------------------------------------------------------------

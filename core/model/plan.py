@@ -8,7 +8,7 @@ from typing import Any
 from ablab.core.errors import UserError
 from ablab.core.language.declare import Linear, Param, Stage, Where, linear, multiplied
 from ablab.core.language.offers import LogitFactor, UnitRows, only
-from ablab.core.parts.norm import gain_of, multiply, rms_norm
+from ablab.core.parts.norm import eps_of, gain_of, multiply, rms_norm
 from ablab.core.recipe.asks import MayBuild, Multiplies, Parametrizes, Product
 from ablab.core.recipe.edit import at
 from ablab.core.recipe.recipe import Model, Recipe
@@ -49,6 +49,7 @@ class BlockPlan:
     block: Stage
     attention: AttentionPlan
     ffn: FeedForwardPlan
+    kernel: Kernel | None = None
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def wheres(model: Model, vocab: int, context: int) -> list[Where]:
 
 def _norm(model: Model) -> Stage:
     gain = Param((model.width,), "vector", fill=1.0)
-    return Stage(rms_norm, offer=UnitRows(gain_of), gain=gain, eps=model.norm_eps)
+    return Stage(rms_norm, offer=UnitRows(gain_of, eps_of), gain=gain, eps=model.norm_eps)
 
 
 def _factor(value: float) -> Stages:

@@ -51,7 +51,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
         """x: [B,T,W] -> the branch's output [B,T,W]; causal over the T tokens given."""
-        y, carry = self.attend(self.normed(x), carry)
+        return self.branch(self.normed(x), carry)
+
+    def branch(self, x: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
+        """The same of a normed x."""
+        y, carry = self.attend(x, carry)
         return self.merge(y), carry
 
     def _attend(self, x: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
@@ -131,6 +135,10 @@ class FeedForward(nn.Module):
         x = self.norm(x)
         for stage in self.on_norm.values():
             x = stage(x)
+        return self.branch(x)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """The same of a normed x."""
         x = self.transform(x)
         for stage in self.on_branch.values():
             x = stage(x)
@@ -146,8 +154,12 @@ class Block(nn.Module):
         self.ffn = FeedForward(plan.ffn)
         self.on_block = StageModules(plan.on_block)
         self.block = StageModule(plan.block)
+        self.join = plan.kernel(self) if plan.kernel else self._join
 
     def forward(self, x: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
+        return self.join(x, carry)
+
+    def _join(self, x: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
         for stage in self.on_block.values():
             x, carry = stage(x, carry)
         return self.block(x, carry, self.attention, self.ffn)

@@ -1,6 +1,7 @@
 """The residual block.  Functions are pure."""
 
 from ablab.core.language.declare import Stage, Where
+from ablab.core.language.offers import PlainResidual
 from ablab.core.language.part import Part, part
 
 
@@ -9,7 +10,7 @@ class Residual(Part):
     """x <- x + attention(x);  x <- x + ffn(x).  Each branch has its own norm.  Pre-norm, as GPT-2."""
 
     def build(self, where: Where) -> Stage:
-        return Stage(residual)
+        return Stage(residual, offer=PlainResidual())
 
 
 def residual(x, carry, attention, ffn):

@@ -10,7 +10,14 @@ from ablab.core.errors import UserError
 from ablab.core.language.numbers import Natural, NonNegative, Whole
 
 KernelPlace = Literal[
-    "attention", "attention_fp8", "ffn", "ffn_fp8", "loss", "newton_schulz", "optimizer"
+    "attention",
+    "attention_fp8",
+    "ffn",
+    "ffn_fp8",
+    "residual",
+    "loss",
+    "newton_schulz",
+    "optimizer",
 ]
 
 

@@ -10,8 +10,10 @@ import sys
 def start() -> None:
     try:
         from ablab.experiments.run.bytecode import keep_bytecode
+        from ablab.experiments.run.garbage import collect_seldom
 
         keep_bytecode()
+        collect_seldom()
         from ablab.experiments.cli.main import main
 
         main()

@@ -24,6 +24,7 @@ from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.claim import Lost
 from ablab.core.store.record import Record
 from ablab.core.store.result import DIVERGED, FINISHED, PRUNED, Result
+from ablab.experiments.run.garbage import collect_seldom
 from ablab.experiments.run.messages import Dying, TrainJob
 from ablab.experiments.run.turns import Turn
 from ablab.experiments.run.worker import (
@@ -140,6 +141,7 @@ def serve_ranks(
 def serve_rank(pipe: Connection, plugins: list[str], turn: Turn | None, device: str) -> None:
     end_with_the_parent()
     end_when_told()
+    collect_seldom()
     keep_freed_memory()
     know_plugins(plugins)
     from ablab.core.runtime.world import join, leave

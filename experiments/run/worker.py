@@ -25,6 +25,7 @@ from ablab.core.store.mirror import SECONDS_TO_END, Mirror, mirror_of
 from ablab.core.store.record import Record
 from ablab.core.store.result import FAILED, OUT_OF_MEMORY, RETRY, Result
 from ablab.experiments.run.bytecode import keep_bytecode
+from ablab.experiments.run.garbage import collect_seldom
 from ablab.experiments.run.messages import (
     Answer,
     Began,
@@ -71,6 +72,7 @@ def serve(
     end_with_the_parent()
     os.environ.update(environment)
     keep_bytecode()
+    collect_seldom()
     keep_freed_memory()
     know_plugins(plugins)
     from ablab.core.train.trainer import Warm

@@ -15,7 +15,7 @@ from ablab.core.language.parse import parse
 from ablab.core.recipe.intervention import REGISTRY
 from ablab.core.recipe.recipe import run_id
 
-OF_THE_MODEL = frozenset({"attention", "attention_fp8", "ffn", "ffn_fp8", "loss"})
+OF_THE_MODEL = frozenset({"attention", "attention_fp8", "ffn", "ffn_fp8", "residual", "loss"})
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +84,7 @@ def formulas():
         fp8_projection,
         fp8_swiglu,
         linear_cross_entropy,
+        residual_norm,
         swiglu,
     )
 
@@ -97,6 +98,7 @@ def formulas():
         patch.object(swiglu, "swiglu", swiglu.reference),
         patch.object(fp8_projection, "fp8_projection", fp8_projection.reference),
         patch.object(fp8_swiglu, "fp8_swiglu", fp8_swiglu.reference),
+        patch.object(residual_norm, "residual_norm", residual_norm.reference),
         patch.object(
             linear_cross_entropy, "linear_cross_entropy", linear_cross_entropy.reference
         ),

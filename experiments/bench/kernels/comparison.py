@@ -23,6 +23,7 @@ from ablab.experiments.bench.kernels.linear_cross_entropy import linear_cross_en
 from ablab.experiments.bench.kernels.measure import Ceilings, Row, measure
 from ablab.experiments.bench.kernels.newton_schulz import newton_schulz
 from ablab.experiments.bench.kernels.optimizer_step import optimizer_step
+from ablab.experiments.bench.kernels.residual_norm import residual_norm
 from ablab.experiments.bench.kernels.swiglu import swiglu
 from ablab.experiments.text import table
 
@@ -31,6 +32,7 @@ KERNELS: dict[str, Cases] = {
     "swiglu": swiglu,
     "fp8_swiglu": fp8_swiglu,
     "fp8_projection": fp8_projection,
+    "residual_norm": residual_norm,
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
     "newton_schulz": newton_schulz,

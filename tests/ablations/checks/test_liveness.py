@@ -5,7 +5,7 @@ import torch
 
 from ablab.ablations.checks.liveness import trace
 
-KERNELS = ("attention", "ffn", "loss", "newton_schulz", "optimizer")
+KERNELS = ("attention", "ffn", "residual", "loss", "newton_schulz", "optimizer")
 SHAPE = {
     "model__width": 128,
     "model__attention__head_dim": 64,
@@ -29,7 +29,7 @@ TOGGLES = (
 @pytest.mark.parametrize("toggle", TOGGLES)
 def test_on_a_gpu_a_toggle_is_alive_beside_kernels_and_a_trace_repeats(tiny, toggle):
     base = trace(tiny(**SHAPE), "cuda", KERNELS)
-    kernels = {"sliding_window": KERNELS[1:], "soap": KERNELS[:4]}.get(toggle, KERNELS)
+    kernels = {"sliding_window": KERNELS[1:], "soap": KERNELS[:5]}.get(toggle, KERNELS)
     recipe = tiny([toggle], **SHAPE)
     found = trace(recipe, "cuda", kernels)
     assert found != base

@@ -41,6 +41,12 @@ ATTENTION = {  # treatments that differ in what the attention kernel holds
     "sparse gate": [{"gating": {"per": "first_channels"}}],
     "all": STACK,
 }
+NORMS = {  # treatments that differ in what stands around the branches
+    "nothing": [],
+    "factor": ["ln_scaling"],
+    "multiplied branches": [{"mup": {"base_layers": 1, "depth": "sqrt"}}],
+    "carry": ["value_residual", "ln_scaling"],
+}
 LOSS = {
     "nothing": [],
     "z": [{"z_loss": {"weight": 0.01}}],
@@ -270,10 +276,19 @@ def test_grouped_heads_and_everything_at_once_too(tiny):
 
 
 @cpu
+@pytest.mark.parametrize("treatment", NORMS)
+def test_the_fused_stream_is_the_same_function_of_the_same_parameters(tiny, treatment):
+    recipe = tiny(NORMS[treatment], **SHAPE)
+    assert fuse.places(recipe, ASKED)["residual"].kernel
+    ours, theirs = evaluated(recipe, {"residual"}), evaluated(recipe, set())
+    assert ours.keys() == theirs.keys() and far(ours, theirs) == {}
+
+
+@cpu
 def test_a_model_with_kernels_compiles_as_one_graph_to_the_same_bits(tiny):
     """One block keeps its activations, two are recomputed."""
     recipe = tiny([*STACK, "ln_scaling"], **SHAPE | {"data__context": 16})
-    plan = fuse.plan_with({"attention", "loss"}, recipe)
+    plan = fuse.plan_with({"attention", "residual", "loss"}, recipe)
     model = Transformer(recipe, recompute=2, plan=plan)
     initialise(model, recipe)
     descend, _ = heads_of(model)
@@ -337,7 +352,7 @@ def test_auto_takes_no_kernel_that_was_not_measured_to_be_faster_here(tiny, monk
     held = fuse.places(
         tiny(["muon"], **SHAPE), replace(ASKED, kernels="auto", dtype="bf16", device="cuda")
     )
-    assert list(held) == ["attention", "ffn", "loss", "newton_schulz", "optimizer"]
+    assert list(held) == ["attention", "ffn", "residual", "loss", "newton_schulz", "optimizer"]
     assert {(one.kernel, one.flaw, one.why) for one in held.values()} == {
         (False, False, "torch: the kernel is not known to be faster on this GPU")
     }

@@ -84,12 +84,12 @@ PLACES = {  # path -> function, who must step aside, with which words
     "model.attention.on_values": ("half", "attention", "on_values holds halving"),
     "model.attention.on_heads": ("half_alone", "attention", "on_heads holds halving"),
     "model.attention.mix": ("half_heads", "attention", "mix is half_heads"),
+    "model.on_block": ("half", "residual", "on_block holds halving"),
     "model.on_logits": ("half", "loss", "on_logits holds halving"),
     "objective": ("half_loss", "loss", "objective holds halving"),
 }
 AROUND = {  # where kernels leave room: none need step aside, and none may lose it
     "model.on_norm": "half",
-    "model.on_block": "half",
     "model.on_features": "half_alone",
 }
 
@@ -121,7 +121,7 @@ def plain_trace(tiny):
 def test_a_stage_that_offers_nothing_is_alive_on_the_path_that_serves(tiny, plain_trace, path):
     function = AROUND.get(path) or PLACES[path][0]
     recipe = with_halving(tiny([], **SHAPE, model__layers=1), path, function)
-    kernels = served(recipe) & {"attention", "loss"}
+    kernels = served(recipe) & {"attention", "residual", "loss"}
     assert trace(recipe, kernels=kernels) != plain_trace(kernels)
     torch.testing.assert_close(nats(recipe, kernels), nats(recipe, ()), rtol=1e-5, atol=1e-5)
 
@@ -171,12 +171,12 @@ def test_a_stage_in_a_slot_that_came_later_is_alive_and_computed_on_the_path_tha
     recipe = tiny([], **SHAPE, model__layers=2)
     new_slot({})
     assert flaw("attention", recipe, "fp32") == ""
-    empty = served(recipe) & {"attention", "loss"}
+    empty = served(recipe) & {"attention", "residual", "loss"}
     before = trace(recipe, kernels=empty)
     new_slot({"half": Stage(half)})
     said = "on_output holds half, which the kernel does not know"
     assert flaw("attention", recipe, "fp32") == said
-    kernels = served(recipe) & {"attention", "loss"}
+    kernels = served(recipe) & {"attention", "residual", "loss"}
     assert kernels == empty - {"attention"}
     assert trace(recipe, kernels=kernels) != before
     torch.testing.assert_close(nats(recipe, kernels), nats(recipe, ()), rtol=1e-5, atol=1e-5)

@@ -26,10 +26,11 @@ def all_faster(monkeypatch):
 def test_a_place_that_one_cell_cannot_have_served_is_served_in_none(tiny, all_faster):
     plain, muon = tiny([], **SHAPE), tiny(["muon"], **SHAPE)
     gated = tiny([{"gating": {"per": "elementwise"}}], **SHAPE)
-    everything = ("attention", "ffn", "loss", "optimizer")
+    everything = ("attention", "ffn", "loss", "optimizer", "residual")
     assert common_places(SAME, [plain]) == everything
-    assert common_places(SAME, [plain, gated]) == ("ffn", "loss", "optimizer")
-    assert common_places(SAME, [tiny(["relu2"], **SHAPE), gated]) == ("loss", "optimizer")
+    assert common_places(SAME, [plain, gated]) == ("ffn", "loss", "optimizer", "residual")
+    neither = common_places(SAME, [tiny(["relu2"], **SHAPE), gated])
+    assert neither == ("loss", "optimizer", "residual")
     # AdamW has no Newton-Schulz to be served
     assert set(common_places(SAME, [plain, muon])) == {*everything, "newton_schulz"}
 
@@ -42,8 +43,9 @@ def test_the_places_named_are_served_and_no_others(tiny, all_faster):
         "attention",
         "loss",
         "optimizer",
+        "residual",
     }
-    assert settled["ffn"].why == "torch: runtime.kernels=[attention, loss, optimizer]"
+    assert settled["ffn"].why == "torch: runtime.kernels=[attention, loss, optimizer, residual]"
 
 
 def test_a_place_that_was_named_and_cannot_be_served_is_refused_in_one_line(tiny, all_faster):
