@@ -94,6 +94,8 @@ def show(found: "SeedPlan") -> None:
         ]
     )
     hours = f"about {duration(3600 * found.hours)} of one device ({found.rate} rate)"
+    if found.on_a_gpu:
+        hours += f", or {duration(3600 * found.on_a_gpu)} of one H100"
     if found.seeds is None:
         typer.echo(
             f"\n{found.experiment}: more than {MOST_SEEDS} seeds, which would be {found.runs:,} runs, "

@@ -56,6 +56,7 @@ class SeedPlan:
     missing: int
     hours: float  # of one device, for what is missing
     rate: str  # "measured" or "guessed"
+    on_a_gpu: float | None = None  # hours on one H100, where a CPU would take days
 
 
 def seed_plan(
@@ -114,6 +115,7 @@ def seed_plan(
         missing=cost.missing,
         hours=cost.device_seconds / 3600,
         rate=cost.rate,
+        on_a_gpu=cost.on_a_gpu / 3600 if cost.on_a_gpu else None,
     )
 
 

@@ -146,6 +146,15 @@ def test_a_spread_that_a_person_expects_needs_no_store_and_stands_for_every_arm(
     assert {arm.spread for arm in found.arms} == {0.001}
     assert found.seeds == seeds_needed(0.002, 0.001, 4, 0.8)
     assert found.arms[0].smallest == pytest.approx(smallest_effect(0.001, 5, 4))
+    assert found.on_a_gpu is None
+
+
+def test_a_grid_that_a_cpu_would_take_days_for_is_told_in_hours_of_a_gpu_too(store):
+    grid = load("fp8_70m", {"runtime.device": "cpu"}, lambda data: "0" * 16)
+    found = seed_plan(grid, store, None, spread=0.001)
+    assert (found.effect, found.seeds, found.runs) == (0.002, 5, 20)
+    assert found.hours > 1000
+    assert 0.2 < found.on_a_gpu < 0.6
 
 
 def test_the_smallest_effect_of_the_sheet_is_what_is_asked_for(read, store):
