@@ -333,6 +333,7 @@ def test_a_resumed_run_ends_with_the_same_bits(arms, token_folder, tmp_path, var
     while whole.step < on.steps:
         if whole.step == on.steps // 2:
             whole.save(tmp_path)
+            whole.saver.wait()
         whole.advance()
     resumed = Trainer(on, CPU, token_folder)
     resumed.restore(tmp_path, pytest.fail)
