@@ -18,6 +18,7 @@ from ablab.experiments.run import processes
 from tests.conftest import build_model, tiny_recipe
 from tests.experiments.warmed import Warmed
 
+GPUS = visible_gpus()  # before a test says that there are others
 CONFIG = """\
 model: {width: 16, layers: 2, attention: {head_dim: 8}}
 data: {name: tiny, vocab: 64, context: 16, batch: 4, held_out: 320}
@@ -103,7 +104,7 @@ class Lab:
 
     def run(self, *words: str, **more) -> Ended:
         """`ablab WORDS`, to its end.  more: how it is started anew; else it is forked."""
-        if more or visible_gpus():  # CUDA survives no fork
+        if more or GPUS:  # CUDA survives no fork
             process = self.start(*words, **more)
             out, err = process.communicate(timeout=240)
             return Ended(process.returncode, out, err)
@@ -220,7 +221,7 @@ def workers_are_forked():
 
     That one is started with the first of them, and with the environment of that moment.
     """
-    if visible_gpus():
+    if GPUS:
         yield
         return
     context = multiprocessing.get_context("forkserver")

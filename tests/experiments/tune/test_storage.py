@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import time
 import urllib.request
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "faults
 import valley  # noqa: E402
 from postgres import Postgres, free_port, lacking  # noqa: E402
 
+FORK = multiprocessing.get_context("fork")
 BLOCK = {"sampler": "tpe", "trials_per_cell": 8}
 
 
@@ -319,28 +322,32 @@ def test_a_database_damaged_in_the_middle_is_one_line_and_the_rerun_works(
     assert valley.content(held) == valley.content(undisturbed)
 
 
+def tune_when_told(root: Path, name: str, pipe: Connection) -> None:
+    """Says how many trials it has, or the refusal."""
+    pipe.send("ready")
+    pipe.recv()
+    try:
+        _, record, _ = valley.tune(root, {"sampler": "random"}, None, name=name)
+        pipe.send(str(len(record.trials)))
+    except UserError as refusal:
+        pipe.send(str(refusal))
+
+
 @pytest.mark.parametrize("name", ["valley", None])
 def test_two_studies_may_start_on_a_fresh_store_at_once(tmp_path, name):
     """Of one name, too: the second is told so, or comes when the first is done."""
-    code = (
-        "import sys, time, valley, optuna, sqlalchemy, alembic; from pathlib import Path\n"
-        "from ablab.experiments.tune.storage import opening\n"
-        "from ablab.ablations.registry import discover\n"
-        "discover(); print('ready', flush=True); sys.stdin.readline()\n"
-        "try: print(len(valley.tune(Path(sys.argv[1]), {'sampler': 'random'}, None, name=sys.argv[2])[1].trials))\n"
-        "except valley.UserError as refusal: print(refusal)\n"
-    )
     two = []
     for i in range(2):
-        words = [sys.executable, "-c", code, str(tmp_path), name or f"valley{i}"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        two.append(subprocess.Popen(words, cwd=Path(__file__).parent, **pipes))
+        ours, theirs = FORK.Pipe()
+        given = (tmp_path, name or f"valley{i}", theirs)
+        FORK.Process(target=tune_when_told, args=given, daemon=True).start()
+        two.append(ours)
     for one in two:
-        assert one.stdout.readline() == "ready\n"
+        assert one.recv() == "ready"
     for one in two:
-        one.stdin.write("\n")
-        one.stdin.flush()
-    said = [one.communicate(timeout=100)[0].strip() for one in two]
+        one.send("go")
+    assert all(one.poll(100) for one in two)
+    said = [one.recv() for one in two]
     told = [line for line in said if line != "8"]
     assert len(told) < 2 and all("another process tunes valley" in line for line in told)
     assert name or not told
