@@ -10,18 +10,21 @@ It computes sums and products of integers again in 64 bits, for an assertion tha
 import inspect
 from dataclasses import replace
 from types import FunctionType, ModuleType, SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 
+from ablab.kernels import newton_schulz
 
-def do_nothing_in_vain(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(interpreter, "_patch_lang", Replacing(interpreter._patch_lang))
-    patch.setattr(interpreter, "_patch_builtin", replace_builtins)
+
+def do_nothing_in_vain(change: pytest.MonkeyPatch) -> None:
+    change.setattr(interpreter, "_patch_lang", Replacing(interpreter._patch_lang))
+    change.setattr(interpreter, "_patch_builtin", replace_builtins)
     builder = interpreter.interpreter_builder
     seen = replace(builder.options, sanitize_overflow=builder.options.debug)
-    patch.setattr(builder, "options", seen)
+    change.setattr(builder, "options", seen)
 
 
 class Replacing:
@@ -62,3 +65,23 @@ def replace_builtins(place: ModuleType | type, builder, scope) -> None:
         BUILTINS[place] = [one for one in members if tl.core.is_builtin(one[1])]
     for name, member in BUILTINS[place]:
         interpreter._patch_attr(place, name, member, builder, scope)
+
+
+def plain_products():
+    """Newton-Schulz with torch's products: ours take seconds here, and tests/kernels compares them."""
+    return patch.object(newton_schulz, "symmetric", plain_symmetric)
+
+
+def plain_symmetric(
+    x,
+    alpha=1.0,
+    beta=0.0,
+    y=None,
+    diagonal=0.0,
+    scale=None,
+    other=None,
+    dtype=None,
+    tiles=None,
+):
+    made = newton_schulz.plain_symmetric(x, alpha, beta, y, diagonal, other)
+    return made if scale is None else made * scale[:, None, None]

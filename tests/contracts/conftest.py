@@ -141,6 +141,8 @@ class Paths:
     def in_the_optimizer(self, recipe) -> dict[str, float]:
         """Newton-Schulz multiplies the rounding of a singular value near 1 by up to 1,700: 2e-4."""
         kernels = self.servable(recipe) & {"optimizer", "newton_schulz"}
+        from tests.interpreted import plain_products
+
         theirs = moved(recipe, self.drive, frozenset())
         with plain_products():
             ours = moved(recipe, self.drive, kernels)
@@ -154,27 +156,6 @@ def too_far(ours, theirs, limit: float) -> dict[str, float]:
         for name in theirs
     }
     return {name: error for name, error in errors.items() if not error < limit}
-
-
-def plain_products():
-    """Newton-Schulz with torch's products: in the interpreter ours take seconds, and tests/kernels compares them."""
-    from ablab.kernels import newton_schulz
-
-    def symmetric(
-        x,
-        alpha=1.0,
-        beta=0.0,
-        y=None,
-        diagonal=0.0,
-        scale=None,
-        other=None,
-        dtype=None,
-        tiles=None,
-    ):
-        made = newton_schulz.plain_symmetric(x, alpha, beta, y, diagonal, other)
-        return made if scale is None else made * scale[:, None, None]
-
-    return patch.object(newton_schulz, "symmetric", symmetric)
 
 
 def evaluated(recipe, kernels):

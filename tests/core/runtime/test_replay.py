@@ -4,6 +4,7 @@ On a CPU a tape stands in for the CUDA graph: it keeps the operations of the rec
 Python numbers that they were called with, and runs them again.  A number that was baked in stays as it was.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -240,14 +241,16 @@ class Scalar:
     kernels: bool = True  # whether the kernels know the chain
 
 
-SMALL = {"model__layers": 1, "model__width": 8}  # Newton-Schulz is slow in the interpreter
+SMALL = {"model__layers": 1, "model__width": 8}  # kernels are slow in the interpreter
 SCALARS = {
-    "learning rate": Scalar(lambda tiny: tiny(), twice_the_rate),
-    "schedule": Scalar(lambda tiny: tiny(), another_schedule),
-    "constant decay": Scalar(lambda tiny: decaying(tiny(), "constant"), other_decay_factors),
-    "linear decay": Scalar(lambda tiny: decaying(tiny(), "linear"), a_shorter_run),
+    "learning rate": Scalar(lambda tiny: tiny(**SMALL), twice_the_rate),
+    "schedule": Scalar(lambda tiny: tiny(**SMALL), another_schedule),
+    "constant decay": Scalar(
+        lambda tiny: decaying(tiny(**SMALL), "constant"), other_decay_factors
+    ),
+    "linear decay": Scalar(lambda tiny: decaying(tiny(**SMALL), "linear"), a_shorter_run),
     "decay with lr": Scalar(
-        lambda tiny: decaying(tiny(), "lr"), half_the_multiplier_at_twice_the_rate
+        lambda tiny: decaying(tiny(**SMALL), "lr"), half_the_multiplier_at_twice_the_rate
     ),
     "cautious decay": Scalar(
         lambda tiny: tiny(["cautious_wd"], schedule="constant", **SMALL),
@@ -266,12 +269,12 @@ SCALARS = {
         ),
         steps=(25, 39),
     ),
-    "bias correction": Scalar(lambda tiny: tiny(schedule="constant"), steps=(60, 61)),
+    "bias correction": Scalar(lambda tiny: tiny(schedule="constant", **SMALL), steps=(60, 61)),
     "state of a gradient factor": Scalar(
-        lambda tiny: fading(tiny(optim__clip=0.1)), another_factor
+        lambda tiny: fading(tiny(optim__clip=0.1, **SMALL)), another_factor
     ),
     "progress in a gradient factor": Scalar(
-        lambda tiny: fading(tiny(schedule="constant")), a_shorter_run
+        lambda tiny: fading(tiny(schedule="constant", **SMALL)), a_shorter_run
     ),
     "tokens of a step": Scalar(
         lambda tiny: chained(tiny(optim__clip=None), Sgd(0.5)), tokens=16, kernels=False
@@ -314,20 +317,28 @@ def followed(make, scalar: Scalar, perturbed: bool) -> torch.Tensor:
     return run.weights()
 
 
+def torchs_products():
+    from tests.interpreted import plain_products
+
+    return plain_products()
+
+
 @pytest.mark.parametrize("name", SCALARS)
 def test_a_tape_sees_each_number_that_moves(tiny, build, batch, name):
     scalar = SCALARS[name]
-    for kernels in [(), ("optimizer",)][
-        : 1 + (scalar.kernels and not torch.cuda.is_available())
-    ]:
+    interpreted = scalar.kernels and not torch.cuda.is_available()
+    for kernels in [(), ("optimizer",)][: 1 + interpreted]:
 
         def make(recorder=None, kernels=kernels):
             recipe = scalar.recipe(tiny)
             return Run(recipe, build, batch, torch.device("cpu"), recorder, kernels)
 
-        plain = followed(make, scalar, perturbed=True)
-        assert torch.equal(followed(lambda: make(Tapes()), scalar, perturbed=True), plain)
-        assert not torch.equal(followed(make, scalar, perturbed=False), plain)
+        with torchs_products() if kernels else nullcontext():
+            plain = followed(make, scalar, perturbed=True)
+            taped = followed(lambda: make(Tapes()), scalar, perturbed=True)
+            calm = followed(make, scalar, perturbed=False)
+        assert torch.equal(taped, plain)
+        assert not torch.equal(calm, plain)
 
 
 @pytest.mark.gpu
