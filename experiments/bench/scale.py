@@ -226,6 +226,9 @@ class Silenced:
     def all_gather(self, whole: Tensor, own: Tensor) -> Handle:
         return self._begun(self.world.all_gather, whole, own)
 
+    def reduce_scatter(self, whole: Tensor, own: Tensor) -> Handle:
+        return self._begun(self.world.reduce_scatter, whole, own)
+
     def told(self, word: T) -> T:
         return self.world.told(word)
 
