@@ -38,7 +38,15 @@ from ablab.core.train.banks import (
     put,
 )
 from ablab.core.train.checkpoint import Origin
-from ablab.core.train.dealing import WHOLE, Dealt, Piece, StateOf, dealt, like_of_state
+from ablab.core.train.dealing import (
+    WHOLE,
+    Dealt,
+    Piece,
+    StateOf,
+    dealt,
+    is_elementwise,
+    like_of_state,
+)
 from ablab.core.train.evaluate import Measured, Spans, scored, spans_measured
 from ablab.core.train.saving import Write
 from ablab.core.train.step import Loss, TrainingStep, at_once
@@ -318,8 +326,7 @@ class ShardedMove:
     ):
         self.world = world
         self.moved = moved
-        # Those of few members first: tables of the vocabulary travel while polar factors are computed.
-        self.turns = sorted(turns, key=lambda turn: len(turn.dealt.bank.names))
+        self.turns = sorted(turns, key=_when)
         self.scaling = scaling
         self.given = given
 
@@ -332,6 +339,8 @@ class ShardedMove:
             if turn.move:
                 turn.move(lr, fraction, now)
             handles += turn.dealt.hand_on(self.world)
+        # Behind all moves: the last of them are on their way meanwhile.
+        for turn in self.turns:
             turn.dealt.bank.grad.zero_()
         for handle in handles:
             handle.wait()
@@ -344,6 +353,12 @@ class ShardedMove:
         total = torch.stack(squares).sum()
         self.world.all_reduce(total).wait()
         return total.sqrt()
+
+
+def _when(turn: Turn) -> tuple[bool, int]:
+    """Tables of the vocabulary travel while polar factors are computed, and what travels last is small."""
+    bank = turn.dealt.bank
+    return not is_elementwise(bank.chain), -bank.weight.numel()
 
 
 # -- the trainer -------------------------------------------------------------------------------------------------------
