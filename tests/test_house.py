@@ -65,6 +65,7 @@ TORCH = {  # the files that work on tensors; everything else can be imported, li
     "core/train/banks.py",
     "core/train/checkpoint.py",
     "core/train/cutting.py",
+    "core/train/dealing.py",
     "core/train/dynamics.py",
     "core/train/evaluate.py",
     "core/train/fully_sharded.py",

@@ -64,6 +64,10 @@ class World(Protocol):
         """whole: equal parts in the order of ranks, of which `own` is a view of ours; the others' are filled in."""
         ...
 
+    def reduce_scatter(self, whole: Tensor, own: Tensor) -> Handle:
+        """whole: as `all_gather` takes it.  `own` becomes the sum over ranks; the rest means nothing afterwards."""
+        ...
+
     def told(self, word: T) -> T:
         """What rank 0 says: any plain value."""
         ...
@@ -95,6 +99,9 @@ class Joined:
 
     def all_gather(self, whole: Tensor, own: Tensor) -> Handle:
         return _begun(dist.all_gather_into_tensor(whole, own, async_op=True))
+
+    def reduce_scatter(self, whole: Tensor, own: Tensor) -> Handle:
+        return _begun(dist.reduce_scatter_tensor(own, whole, async_op=True))
 
     def all_to_all(self, received: Tensor, given: Tensor, rows: Rows) -> Handle:
         """Rows of `given` go to each rank, in the order of ranks; `received` is filled with theirs, in that order."""

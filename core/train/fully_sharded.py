@@ -21,13 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ablab.core.language.declare import Param
-from ablab.core.language.offers import AdamDirection, Decays, RunningMean, offer_of
 from ablab.core.model.init import initial
 from ablab.core.model.layers import declaration
 from ablab.core.model.objective import Head
 from ablab.core.model.transformer import Transformer
 from ablab.core.parts.transforms import Now
-from ablab.core.recipe.recipe import Chain, Recipe
+from ablab.core.recipe.recipe import Recipe
 from ablab.core.runtime.compilation import OfRows, compiled
 from ablab.core.runtime.replay import Recorder
 from ablab.core.runtime.runtime import Runtime
@@ -51,22 +50,12 @@ from ablab.core.train.cutting import (
     own_of,
     parameter_like,
 )
+from ablab.core.train.dealing import Share, is_elementwise, like_of_state, part_of, shares_of
 from ablab.core.train.evaluate import Spans
 from ablab.core.train.saving import Write
 from ablab.core.train.scattered import Scattered, evenly, gathered, likes
-from ablab.core.train.sharded import (
-    Given,
-    PartChainMove,
-    ShardedStep,
-    ShardedTrainer,
-    Share,
-    like_of_state,
-    part_of,
-    shares_of,
-)
+from ablab.core.train.sharded import Given, PartChainMove, ShardedStep, ShardedTrainer
 from ablab.core.train.step import OPTIMIZER, Loss, TrainingStep
-
-ELEMENTWISE = (AdamDirection, RunningMean, Decays)  # offers of one number at a time
 
 
 # -- whole matrices, for as long as a move takes -----------------------------------------------------------------------
@@ -223,11 +212,6 @@ class FullyShardedOptimizer(Optimizer):
 
     def put(self, saved: Mapping[str, Tensor]) -> None:
         scattered.take(self.scattered(), saved, self.world.rank)
-
-
-def is_elementwise(chain: Chain) -> bool:
-    """Whether a part of a matrix moves as it does within it."""
-    return all(isinstance(offer_of(step), ELEMENTWISE) for step in chain.steps)
 
 
 class FullyShardedMove:

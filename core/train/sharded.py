@@ -3,18 +3,17 @@
     rows        micro-batch [M, T+1]  ->  rank r of R takes rows  r M/R .. (r+1) M/R - 1
     gradients   summed over ranks at their owner, piece by piece, while the backward pass goes on
     norm        of the whole gradient, from each rank's share
-    weights     each rank moves its members of a bank, Newton-Schulz included, and hands them to the others
+    weights     each rank moves its part of a bank, Newton-Schulz included, and hands it to the others
 
-A bank's members (equal parameters, one behind another) are cut into consecutive shares, one a rank, and so is the
-optimizer's state (ZeRO stage 1: Rajbhandari et al., arXiv:1910.02054).  Weights, gradients and averages of weights are
-whole on every rank.  Losses are sums over tokens, so a sum over ranks weighs every token alike.  Each sum is taken in
+A rank's part of a bank (dealing.py) is some of its members or of their rows, and so is that of the optimizer's state
+(ZeRO stage 1: Rajbhandari et al., arXiv:1910.02054).  Weights, gradients and averages of weights are whole on every
+rank.  Losses are sums over tokens, so a sum over ranks weighs every token alike.  Each sum is taken in
 one order on R ranks: R ranks repeat their bits, and differ from those of others by the rounding of sums.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -39,73 +38,29 @@ from ablab.core.train.banks import (
     put,
 )
 from ablab.core.train.checkpoint import Origin
+from ablab.core.train.dealing import (
+    WHOLE,
+    Dealt,
+    Piece,
+    StateOf,
+    dealt,
+    is_elementwise,
+    like_of_state,
+)
 from ablab.core.train.evaluate import Measured, Spans, scored, spans_measured
 from ablab.core.train.saving import Write
 from ablab.core.train.step import Loss, TrainingStep, at_once
 from ablab.core.train.trainer import Trainer
 
-WHOLE = (
-    1 << 20
-)  # numbers of a bank below which one rank owns it: more messages would cost more than they share
-PIECE = (
-    32 << 20
-)  # bytes of gradients that go in one message, at least, where a share has as many
-
-Share = range  # of the members of a bank
-
-
-# -- who owns what -----------------------------------------------------------------------------------------------------
-def shares_of(banks: Sequence[Bank], ranks: int, whole: int = WHOLE) -> list[list[Share]]:
-    """For each bank, the members that each rank owns: consecutive, in the order of ranks, about as many numbers each.
-
-    whole: numbers below which one rank owns all of a bank.  One whose state cannot be cut has one owner too.
-    """
-    owned = [0] * ranks  # numbers so far
-    found: dict[int, list[Share]] = {}
-    largest_first = sorted(range(len(banks)), key=lambda i: -banks[i].weight.numel())
-    for i in largest_first:
-        counts = _counts(banks[i], owned, whole)
-        ends = [sum(counts[:rank]) for rank in range(ranks + 1)]
-        found[i] = [range(begin, end) for begin, end in pairwise(ends)]
-        for rank, count in enumerate(counts):
-            owned[rank] += count * banks[i].weight[0].numel()
-    return [found[i] for i in range(len(banks))]
-
-
-def _counts(bank: Bank, owned: Sequence[int], whole: int) -> list[int]:
-    """Members for each rank; those that cannot be dealt evenly go to whoever owns least."""
-    members, ranks = len(bank.names), len(owned)
-    by_load = sorted(range(ranks), key=lambda rank: owned[rank])
-    if bank.weight.numel() < whole or not _can_be_cut(bank):
-        return [members if rank == by_load[0] else 0 for rank in range(ranks)]
-    each, left = divmod(members, ranks)
-    return [each + (rank in by_load[:left]) for rank in range(ranks)]
-
-
-def part_of(bank: Bank, share: Share) -> Bank:
-    """The bank of some members: views of its tensors, without state."""
-    members = slice(share.start, share.stop)
-    return replace(
-        bank,
-        names=bank.names[members],
-        weight=bank.weight[members],
-        grad=bank.grad[members],
-        lr=bank.lr[members] if bank.lr.dim() else bank.lr,
-        decay=bank.decay[members] if bank.decay.dim() else bank.decay,
-        state={},
-    )
-
 
 # -- gradients ---------------------------------------------------------------------------------------------------------
 @dataclass(eq=False)
-class Piece:
-    """Consecutive members of a bank that one rank owns: their gradients go in one message."""
+class Waiting:
+    """A piece of gradients, and what has not come of it yet."""
 
-    owner: int
-    grad: Tensor  # [n, ...], a view into the bank
-    names: frozenset[str]
+    piece: Piece
     place: int  # of its first parameter in the model; the backward pass ends with the lowest
-    missing: set[str] = field(default_factory=set)  # whose gradients have not come yet
+    missing: set[str] = field(default_factory=set)
 
 
 class Sums(Protocol):
@@ -132,18 +87,18 @@ class Reduction:
 
     def __init__(self, model: nn.Module, optimizer: "ShardedOptimizer", world: World):
         self.world = world
-        self.pieces = _pieces(model, optimizer)
+        self.pieces = _waiting(model, optimizer.dealt)
         self.under_way: list[Handle] = []
         self.next = len(self.pieces)  # the piece to leave next; all of them: nobody listens
-        piece_of = {name: piece for piece in self.pieces for name in piece.names}
+        piece_of = {name: one for one in self.pieces for name in one.piece.names}
         for name, parameter in model.named_parameters():
             arrived = partial(self._arrived, piece_of[name], name)
             parameter.register_post_accumulate_grad_hook(arrived)
 
     def begin(self) -> None:
         """From here on, gradients that come in are whole once they have come."""
-        for piece in self.pieces:
-            piece.missing = set(piece.names)
+        for one in self.pieces:
+            one.missing = set(one.piece.names)
         self.next = 0
 
     def end(self) -> None:
@@ -159,32 +114,27 @@ class Reduction:
         self.begin()
         self.end()
 
-    def _arrived(self, piece: Piece, name: str, parameter: Tensor) -> None:
+    def _arrived(self, waiting: Waiting, name: str, parameter: Tensor) -> None:
         """A hook of autograd: `parameter` has its gradient of this backward pass."""
-        piece.missing.discard(name)
+        waiting.missing.discard(name)
         while self.next < len(self.pieces) and not self.pieces[self.next].missing:
             self._send()
 
     def _send(self) -> None:
-        piece = self.pieces[self.next]
-        self.under_way.append(self.world.reduce(piece.grad, piece.owner))
+        piece = self.pieces[self.next].piece
+        self.under_way.append(piece.sum(self.world))
         self.next += 1
 
 
-def _pieces(model: nn.Module, optimizer: "ShardedOptimizer") -> list[Piece]:
+def _waiting(model: nn.Module, dealt: Sequence[Dealt]) -> list[Waiting]:
     """Those of the last parameters first."""
     place_of = {name: place for place, (name, _) in enumerate(model.named_parameters())}
-    pieces = []
-    for bank, shares in zip(optimizer.banks, optimizer.shares, strict=True):
-        size = bank.grad[0].numel() * bank.grad.element_size()
-        count = max(-(-PIECE // size), 1)
-        for owner, share in enumerate(shares):
-            for begin in range(share.start, share.stop, count):
-                members = slice(begin, min(begin + count, share.stop))
-                names = frozenset(bank.names[members])
-                place = min(place_of[name] for name in names)
-                pieces.append(Piece(owner, bank.grad[members], names, place))
-    return sorted(pieces, key=lambda piece: -piece.place)
+    found = []
+    for one in dealt:
+        for piece in one.pieces():
+            place = min(place_of[name] for name in piece.names)
+            found.append(Waiting(piece, place))
+    return sorted(found, key=lambda one: -one.place)
 
 
 class ShardedStep(TrainingStep):
@@ -247,7 +197,7 @@ class ShardedStep(TrainingStep):
 
 # -- the optimizer -----------------------------------------------------------------------------------------------------
 class ShardedOptimizer(Optimizer):
-    """Banks of which this rank moves its share, and has the state of no more."""
+    """Banks of which this rank moves its part, and has the state of no more."""
 
     def __init__(
         self,
@@ -264,33 +214,27 @@ class ShardedOptimizer(Optimizer):
         super().__init__(model, recipe, compiled, kernels, recorder)
 
     def _moved(self) -> list[Bank]:
-        self.shares = shares_of(self.banks, self.world.size, self.whole)
-        self.parts = [
-            part_of(bank, shares[self.world.rank])
-            for bank, shares in zip(self.banks, self.shares, strict=True)
-        ]
+        self.dealt = dealt(self.banks, self.world.size, self.whole)
+        self.parts = [one.part(self.world.rank) for one in self.dealt]
         self.states = {
-            name: StateOf(like, bank, shares)
-            for bank, shares in zip(self.banks, self.shares, strict=True)
-            for name, like in like_of_state(bank).items()
+            name: StateOf(like, one)
+            for one in self.dealt
+            for name, like in like_of_state(one.bank).items()
         }
         return [part for part in self.parts if part.names]
 
     def _move(self, compiled: bool, kernels: Collection[str]) -> Move:
         given = Given(self.device)
-        moves: list[Move | None] = [
-            _move_of(part, given, compiled, kernels) if part.names else None
-            for part in self.parts
-        ]
-        self.dealt = [
-            Dealt(bank, shares, move)
-            for bank, shares, move in zip(self.banks, self.shares, moves, strict=True)
-        ]
-        return ShardedMove(self.world, self.moved, self.dealt, self.scaling, given)
+        turns = []
+        for one, part in zip(self.dealt, self.parts, strict=True):
+            move = _move_of(part, given, compiled, kernels) if part.names else None
+            turns.append(Turn(one, move))
+        return ShardedMove(self.world, self.moved, turns, self.scaling, given)
 
     def hand_on(self) -> None:
-        """Every rank's members of every bank go to all others, as behind their moves."""
-        for handle in [handle for one in self.dealt for handle in _handed_on(one, self.world)]:
+        """Every rank's part of every bank goes to all others, as behind their moves."""
+        handles = [handle for one in self.dealt for handle in one.hand_on(self.world)]
+        for handle in handles:
             handle.wait()
 
     # -- saving: whole states go in and out, whatever the number of ranks ------------------------------------------
@@ -329,44 +273,6 @@ class ShardedOptimizer(Optimizer):
         return named
 
 
-@dataclass(frozen=True)
-class StateOf:
-    """One tensor of the state of a whole bank, and whose its rows are."""
-
-    like: Tensor  # of its shape and type, without values
-    bank: Bank
-    shares: list[Share]
-
-    def dealt(self, whole: Tensor) -> list[Tensor]:
-        """Views of what each rank has of it: the rows of its members, which come one behind another."""
-        return [self._of(share, whole) for share in self.shares]
-
-    def _of(self, share: Share, whole: Tensor) -> Tensor:
-        members = len(self.bank.names)
-        if len(share) == members:
-            return whole
-        if not share:
-            return whole.new_empty(0)
-        rows = whole.shape[0] // members
-        return whole[share.start * rows : share.stop * rows]
-
-
-def like_of_state(bank: Bank) -> dict[str, Tensor]:
-    """The state of a whole bank, by name, without values."""
-    weight = torch.empty_like(bank.weight, device="meta")
-    state = {part.kind: part.state(weight, bank) for part in bank.transforms}
-    return named_state(bank.names[0], state)
-
-
-def _can_be_cut(bank: Bank) -> bool:
-    """Whether every state that it has is of its members, one behind another."""
-    members = len(bank.names)
-    of_members = (
-        like.dim() and like.shape[0] % members == 0 for like in like_of_state(bank).values()
-    )
-    return all(of_members)
-
-
 class Given:
     """The norm and the scale of all gradients, of which a share of them knows nothing; a Scaling."""
 
@@ -400,28 +306,27 @@ def _move_of(part: Bank, given: Given, compiled: bool, kernels: Collection[str])
 
 
 @dataclass(frozen=True)
-class Dealt:
-    """A bank, who owns which of its members, and the move of our own; None where we own none."""
+class Turn:
+    """A bank that is dealt out, and the move of our own part; None where we have none."""
 
-    bank: Bank
-    shares: list[Share]
+    dealt: Dealt
     move: Move | None
 
 
 class ShardedMove:
-    """One step of every bank: each rank moves its share, and hands it to the others while it moves the next."""
+    """One step of every bank: each rank moves its part, and hands it to the others while it moves the next."""
 
     def __init__(
         self,
         world: World,
         moved: Sequence[Bank],
-        dealt: Sequence[Dealt],
+        turns: Sequence[Turn],
         scaling: GradientScale,
         given: Given,
     ):
         self.world = world
         self.moved = moved
-        self.dealt = sorted(dealt, key=lambda one: len(one.bank.names))
+        self.turns = sorted(turns, key=_when)
         self.scaling = scaling
         self.given = given
 
@@ -430,12 +335,13 @@ class ShardedMove:
         self.given.norm.copy_(norm)
         self.given.scale.copy_(self.scaling(norm / fraction, now))
         handles: list[Handle] = []
-        # Those of few members first: tables of the vocabulary travel while polar factors are computed.
-        for one in self.dealt:
-            if one.move:
-                one.move(lr, fraction, now)
-            handles += _handed_on(one, self.world)
-            one.bank.grad.zero_()
+        for turn in self.turns:
+            if turn.move:
+                turn.move(lr, fraction, now)
+            handles += turn.dealt.hand_on(self.world)
+        # Behind all moves: the last of them are on their way meanwhile.
+        for turn in self.turns:
+            turn.dealt.bank.grad.zero_()
         for handle in handles:
             handle.wait()
         return norm / fraction
@@ -449,17 +355,10 @@ class ShardedMove:
         return total.sqrt()
 
 
-def _handed_on(one: Dealt, world: World) -> list[Handle]:
-    """Every rank's members of a bank go to all others."""
-    weight = one.bank.weight
-    if len({len(share) for share in one.shares}) == 1:
-        own = one.shares[world.rank]
-        return [world.all_gather(weight, weight[own.start : own.stop])]
-    return [
-        world.broadcast(weight[share.start : share.stop], owner)
-        for owner, share in enumerate(one.shares)
-        if share
-    ]
+def _when(turn: Turn) -> tuple[bool, int]:
+    """Tables of the vocabulary travel while polar factors are computed, and what travels last is small."""
+    bank = turn.dealt.bank
+    return not is_elementwise(bank.chain), -bank.weight.numel()
 
 
 # -- the trainer -------------------------------------------------------------------------------------------------------
@@ -474,7 +373,7 @@ class ShardedTrainer(Trainer):
         world: World,
         whole: int = WHOLE,
     ):
-        """whole: as `shares_of` takes it."""
+        """whole: as `dealt` takes it."""
         self.world = world
         self.whole = whole
         super().__init__(recipe, runtime, data_folder)

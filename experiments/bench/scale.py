@@ -1,9 +1,12 @@
 """One GPU and several of a host on the same run: `ablab bench scale`.
 
 Whole optimizer steps, as in `ablab bench step`; the batch is the same for one GPU and for all of them together.
+    one              each GPU by itself, all at once: cards of one host differ by a few percent, and several keep the
+                     pace of the slowest, so the ratio is that of their mean
     with, without    the same step with and without its messages between ranks, in turn, A B B A; without them the
                      weights of the ranks part, and nothing else changes
-    share            of a step that messages add to it: what is not hidden behind the backward pass and the optimizer
+    share            of a step that messages add to it, beside the slowest GPU without them: what is not hidden behind
+                     the backward pass and the optimizer
     alone            the same messages with nothing beside them
     agreement        the first steps of both: losses, and whether several ranks repeat their bits
 """
@@ -15,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any, TypeVar
 
 import torch
@@ -152,22 +155,30 @@ def _on_gpu(device: torch.device) -> bool:
 
 def _sized(asked: Asked, world: World) -> dict[str, Any]:
     recipe = parse(Recipe, asked.recipe, "")
-    alone = _alone(asked, recipe) if world.rank == 0 else None
+    losses, seconds_alone = _alone(asked, recipe)
     _clear_away()
-    world.told(None)  # the others wait for it
+    ones = _of_ranks(1e3 * seconds_alone, world, asked.device)
     found = asdict(asked.size) | {"tokens_per_step": recipe.tokens_per_step}
     found |= Together(asked, recipe, world).numbers()
     _clear_away()
-    if alone:
-        losses, own = alone
-        found |= {"one_ms": 1e3 * own, "ratio": 1e3 * own / found["many_ms"]}
-        pairs = zip(losses, found["losses"], strict=True)
-        found["loss_apart"] = max(abs(one - many) / one for one, many in pairs)
+    one = fmean(ones)
+    found |= {"ones_ms": ones, "one_ms": one, "ratio": one / found["many_ms"]}
+    pairs = zip(losses, found["losses"], strict=True)
+    found["loss_apart"] = max(abs(one - many) / one for one, many in pairs)
     return found
 
 
+def _of_ranks(value: float, world: World, device: str) -> list[float]:
+    """What each rank found, in their order."""
+    found = torch.zeros(world.size, dtype=torch.float64, device=device)
+    found[world.rank] = value
+    world.all_reduce(found).wait()
+    values: list[float] = found.tolist()
+    return values
+
+
 def _alone(asked: Asked, recipe: Recipe) -> tuple[list[float], float]:
-    """The losses of the first steps, and the seconds of a step, of one rank by itself."""
+    """The losses of the first steps, and the seconds of a step, of our GPU by itself."""
     runtime = Runtime(device=asked.device, micro_batch=asked.size.rows)  # type: ignore[arg-type]
     trainer = Trainer(recipe, runtime, asked.folder)
     losses = _first_losses(trainer)
@@ -226,6 +237,9 @@ class Silenced:
     def all_gather(self, whole: Tensor, own: Tensor) -> Handle:
         return self._begun(self.world.all_gather, whole, own)
 
+    def reduce_scatter(self, whole: Tensor, own: Tensor) -> Handle:
+        return self._begun(self.world.reduce_scatter, whole, own)
+
     def told(self, word: T) -> T:
         return self.world.told(word)
 
@@ -267,15 +281,16 @@ class Together:
         repeated = losses == again and bits == trainer.digest()
         recorded = _recorded(trainer)
         peak = trainer.peak_memory()
-        spoken, silent = self._in_turn()
+        spoken, unspoken = self._in_turn()
         step = median(spoken)
+        silent = _of_ranks(1e3 * median(unspoken), self.world.world, self.asked.device)
         return {
             "losses": losses,
             "repeats_bits": repeated,
             "recorded": recorded,
             "many_ms": 1e3 * step,
-            "silent_ms": 1e3 * median(silent),
-            "share": 1 - median(silent) / step,
+            "silent_ms": silent,
+            "share": 1 - max(silent) / (1e3 * step),
             "tokens_per_second": self.recipe.tokens_per_step / step,
             "peak_gib": peak / 2**30,
             "messages": self._messages(),
@@ -360,12 +375,17 @@ def _row(one: dict[str, Any], gpus: int) -> dict[str, str]:
         "tokens/s on 1": f"{1e3 * tokens / one['one_ms']:,.0f}",
         f"on {gpus}": f"{one['tokens_per_second']:,.0f}",
         "ratio": f"{one['ratio']:.3f}",
-        "ms/step on 1": f"{one['one_ms']:.2f}",
+        "ms/step on 1": _span(one["ones_ms"]),
         f"ms/step on {gpus}": f"{one['many_ms']:.2f}",
-        "without messages": f"{one['silent_ms']:.2f}",
+        "without messages": _span(one["silent_ms"]),
         "their share": f"{100 * one['share']:.1f} %",
         "peak GiB": f"{one['peak_gib']:.2f}",
     }
+
+
+def _span(values: list[float]) -> str:
+    """Of the fastest GPU and the slowest."""
+    return f"{min(values):.2f} .. {max(values):.2f}"
 
 
 def _messages_row(one: dict[str, Any]) -> dict[str, str]:

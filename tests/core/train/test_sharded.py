@@ -3,6 +3,8 @@
 Here ranks are threads (worlds.py); tests/experiments/run/test_ranks.py has processes.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,11 +12,15 @@ from hypothesis import strategies as st
 
 from ablab.core.errors import UserError
 from ablab.core.model.init import initialise
+from ablab.core.parts.transforms import Lion
+from ablab.core.recipe.recipe import Chain
 from ablab.core.runtime.fingerprint import code_fingerprint
 from ablab.core.runtime.runtime import Runtime, settle
 from ablab.core.train.banks import Optimizer
-from ablab.core.train.sharded import ShardedOptimizer, ShardedTrainer, shares_of
+from ablab.core.train.dealing import ByRows, dealt, shares_of
+from ablab.core.train.sharded import ShardedOptimizer, ShardedTrainer
 from ablab.core.train.trainer import Trainer
+from tests.core.train.processes import on_ranks
 from tests.core.train.worlds import Threads
 
 code_fingerprint()  # kept: Python 3.11 cannot parse in two threads at a time
@@ -179,6 +185,39 @@ def test_a_rank_has_the_state_of_its_share_alone(tiny, build):
     assert max(found) < whole / 2
 
 
+@given(ranks=st.integers(2, 6), rows=st.integers(2, 24))
+def test_ranks_own_equal_rows_of_a_table_or_one_owns_it(tiny, build, ranks, rows):
+    """What they own of it are views, which together are the table."""
+    (table,) = [
+        one for one in optimizer_of(tiny(), build).banks if "embedding.table" in one.names
+    ]
+    weight = torch.arange(2.0 * rows).view(1, rows, 2)
+    table = replace(table, weight=weight, grad=weight.clone())
+    (one,) = dealt([table], ranks, whole=0)
+    assert isinstance(one, ByRows) == (rows % ranks == 0)
+    parts = [one.part(rank) for rank in range(ranks)]
+    found = [part.weight for part in parts if part.names]
+    assert torch.equal(torch.cat(found, 1), weight)
+    assert [len(part[0]) for part in found] == [rows // len(found)] * len(found)
+    for part in found:
+        part.zero_()
+    assert not weight.any()
+
+
+def test_only_what_moves_number_by_number_is_cut_by_rows(tiny, build):
+    recipe = tiny(["muon"])
+    banks = optimizer_of(recipe, build).banks
+    cut = [one.bank.declared.role for one in dealt(banks, 4, 0) if isinstance(one, ByRows)]
+    assert "embedding" in cut
+    assert "hidden" not in cut
+    unsaid = [replace(bank, chain=Chain((Lion(),))) for bank in banks]
+    assert not any(isinstance(one, ByRows) for one in dealt(unsaid, 4, 0))
+
+
+def optimizer_of(recipe, build):
+    return Optimizer(build(recipe), recipe)
+
+
 # -- messages --------------------------------------------------------------------------------------------------------
 def test_gradients_leave_while_the_backward_pass_goes_on(tiny, token_folder):
     """Those of the last layers before those of the first have come."""
@@ -306,6 +345,22 @@ def test_ranks_that_cannot_share_a_micro_batch_are_refused(ranks, micro_batch, s
     with pytest.raises(UserError) as refusal:
         settle(on(ranks, micro_batch=micro_batch), 6)
     assert said in str(refusal.value)
+
+
+def in_place(world):
+    """Equal parts are added up, and then handed on, where they lie."""
+    whole = torch.arange(6.0) + world.rank
+    own = whole.chunk(2)[world.rank]
+    world.reduce_scatter(whole, own).wait()
+    added = own.clone()
+    world.all_gather(whole, own).wait()
+    return added.tolist(), whole.tolist()
+
+
+def test_processes_add_up_equal_parts_in_place_as_threads_do():
+    found = on_ranks(2, in_place)
+    assert found == Threads(2).run(in_place)
+    assert found[0] == ([1, 3, 5], [1, 3, 5, 7, 9, 11])
 
 
 def test_a_world_of_threads_sees_ranks_that_say_different_things():
