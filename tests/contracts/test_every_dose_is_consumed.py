@@ -123,7 +123,12 @@ def test_a_precondition_is_needed(consumed, path):
 
 # ---- by torch and by kernels ----
 
-SERVED = {"model__layers": 2, "model__width": 32, "model__attention__head_dim": 32, "optim__lr": 0.02}
+SERVED = {
+    "model__layers": 2,
+    "model__width": 32,
+    "model__attention__head_dim": 32,
+    "optim__lr": 0.02,
+}
 ON_THE_HOST = {"after_step", "data.shape", "schedule"}  # slots that no kernel computes
 BY_KERNELS = [
     path for path in FIELDS if not set(REGISTRY[path.split(".")[0]].about.slots) <= ON_THE_HOST
