@@ -13,9 +13,18 @@ They multiply seven times where five would do.  One program for a whole head, wi
 memory that it alone writes, took 1.10 ms for their 0.52 (96 rows of 384 tokens, 12 heads of 64, H100) and about twice
 their time at every other shape: eight warps a multiprocessor do not hide its chain of loads, products and stores.  ds
 left in memory by `_keys`, one product for `_queries`, was not built: 198 MB written and read again there, 0.13 ms at
-3 TB/s, against 0.04 ms for two products at 600 TFLOP/s; the ratio is the same at any length.  In `_keys` at that shape,
-ms of both kernels: keys turned and values mixed anew from the raw ones 0.565 to 0.574 for 0.509 (registers), all
-queries in one masked loop 0.502 for 0.501.
+3 TB/s, against 0.04 ms for two products at 600 TFLOP/s; the ratio is the same at any length.
+
+Their 0.49 ms there are 0.21 and 0.28; with the loops cut out 0.24 remain, near what memory allows, so that loops and
+what lies around them hardly overlap.  Tried, ms of both kernels:
+    `_keys` turns keys and mixes values anew, from the raw ones              0.565 to 0.574 for 0.509 (registers)
+    `_keys` takes all queries in one masked loop                             0.502 for 0.501
+    `_keys` reads bits, share and gate of a query side by side               0.498 to 0.516 for 0.501 to 0.508
+    `_queries` multiplies the gate into dy                                   0.506 to 0.518 for 0.501 to 0.508
+    (a) inputs of the end asked into the second-level cache at the start     0.509 to 0.512 for 0.485 to 0.487
+    (a), and all of them loaded at once after the loops                      0.530 to 0.639 for 0.509 to 0.512 (spills)
+    (a), and one program for a block's queries and keys, waiting on others   0.543 to 0.609 for 0.509 to 0.512
+    one launch, keys 4 to 128 heads behind queries, these still in the cache 0.512 to 0.530 for 0.492 to 0.494
 """
 
 from typing import NamedTuple
@@ -229,6 +238,12 @@ def _queries(
     h = tl.program_id(0) // blocks % H
     rows = first_row + tl.arange(0, M)
     q = head_of(q, b, h, q_b, D)
+    dy = head_of(dy, b, h, dy_b, D)
+    y = head_of(y, b, h, T * H * D, D)
+    # Asked for before the queries are turned: all wait at once.
+    dy_tile = load_tile(dy, first_row, dy_t, T, M, D, RAGGED)
+    y_tile = load_tile(y, first_row, H * D, T, M, D, RAGGED).to(tl.float32)
+    top = tl.load(vector_of(bits, b, h, H, T) + rows, mask=rows < T, other=0.0)
     query = turned_tile(
         q,
         q_gain,
@@ -245,12 +260,7 @@ def _queries(
         RAGGED,
     )
     store_tile(vector_of(turned, b, h, H, T * D), query, first_row, D, T, M, D)
-    dy = head_of(dy, b, h, dy_b, D)
-    y = head_of(y, b, h, T * H * D, D)
-    dy_tile = load_tile(dy, first_row, dy_t, T, M, D, RAGGED)
-    y_tile = load_tile(y, first_row, H * D, T, M, D, RAGGED).to(tl.float32)
     delta = tl.sum(dy_tile.to(tl.float32) * y_tile, 1)
-    top = tl.load(vector_of(bits, b, h, H, T) + rows, mask=rows < T, other=0.0)
     column = h // GROUP * D
     k = head_of(k, b, h // GROUP, k_b, D)
     v = head_of(v, b, h // GROUP, v_b, D)

@@ -8,7 +8,8 @@ and turned in `_forward` and never stored.
 Tried at 96 rows of 384 tokens, 12 heads of 64, on an H100, where the two kernels take 0.233 ms: one program for a whole
 head, its keys made inside, 0.24 (kept in shared memory) or 0.29 (read back); both kernels in one launch, where programs
 wait on a counter for the keys of their head, made 8 to 128 heads ahead and still in the cache, 0.225 to 0.242 (0.387
-to 0.414 for 0.392 at 16 rows of 2048 tokens).
+to 0.414 for 0.392 at 16 rows of 2048 tokens), and 0.229 to 0.240 for 0.235 where all else may leave the cache first
+(0.398 to 0.402 for 0.388 to 0.398 at 32 rows of 1152 tokens, 18 heads on 6).  That is 2 %, and not worth a wait.
 
 Offsets: a tensor's base moves by int64 (row of the batch, then token); inside a tile they are int32.  Heads lie D
 apart.
