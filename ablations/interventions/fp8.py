@@ -30,7 +30,6 @@ PLACES = {  # `where` -> the maps that multiply so
     "readout": ("readout",),
     "both": ("ffn", "readout"),
     "attention": ("qkv", "out"),
-    "ffn+qkv+readout": ("ffn", "qkv", "readout"),
     "all": ("ffn", "qkv", "out", "readout"),
 }
 
@@ -46,8 +45,8 @@ PLACES = {  # `where` -> the maps that multiply so
 class FP8(Part):
     """Multiply matrices of the feed-forward, the readout and the attention in 8-bit floats."""
 
-    # a tied head has no readout of its own; qkv and out: the attention's projections
-    where: Literal["ffn", "readout", "both", "attention", "ffn+qkv+readout", "all"] = "ffn"
+    # a tied head has no readout of its own; attention: its projections, the one back too
+    where: Literal["ffn", "readout", "both", "attention", "all"] = "ffn"
     gradient: Literal["e5m2", "e4m3"] = "e5m2"
     weight_gradient: Literal["fp8", "wide"] = silent(
         "fp8"
