@@ -5,7 +5,14 @@
 The products of kernels/fp8.py and its scales.  There dW's operands are turned round by a pass of their own; here a
 kernel reads each once and leaves it as it is and turned round (kernels/fp8_cast.py).
 
-Tolerance: as kernels/fp8.py, of the numbers as they were cast.
+All products sum in the matrix units' short accumulators.  On an H100 dW of 73,728 tokens is off by 0.0075 of its norm,
+where fp32 sums are by 0.0002, beside the 0.06 to 0.09 that rounding to 8 bits leaves; of [4096, 768] it takes 0.30 ms
+for 0.37.  A gradient over 768 channels is off by no more than its rounding to bf16.
+
+A layer's packed queries, keys and values, 73,728 tokens of 768 channels, took 1.28 ms forward and backward, and 1.29 in
+bf16: products gain 0.3 ms, and the casts of the gradient, whose kernel does not know its largest magnitude, lose it.
+
+Tolerance: as kernels/fp8.py, of the numbers as they were cast, and these accumulators.
 """
 
 from dataclasses import dataclass
@@ -28,18 +35,15 @@ class Way:
     dtype: torch.dtype
     weight_dtype: torch.dtype
 
-    def fast(self, a: Scaled, b: Scaled) -> Tensor:
-        """Activations, or a gradient of few summands: sums in short accumulators."""
-        return self._times(a, b, self.dtype, fast=True)
-
-    def back(self, a: Scaled, b: Scaled) -> Tensor:
+    def activations(self, a: Scaled, b: Scaled) -> Tensor:
+        """a b^T of activations, or of gradients of them."""
         return self._times(a, b, self.dtype)
 
     def weights(self, a: Scaled, b: Scaled) -> Tensor:
         return self._times(a, b, self.weight_dtype)
 
-    def _times(self, a: Scaled, b: Scaled, dtype: torch.dtype, fast: bool = False) -> Tensor:
-        return self.product(a.numbers, b.numbers, a.scale, b.scale, dtype, fast)
+    def _times(self, a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
+        return self.product(a.numbers, b.numbers, a.scale, b.scale, dtype, True)
 
 
 class _Narrow(torch.autograd.Function):
@@ -52,7 +56,7 @@ class _Narrow(torch.autograd.Function):
         w8 = cast_weight(weight)
         ctx.save_for_backward(*x8.columns, *w8.columns)
         ctx.way = way
-        return way.fast(x8.rows, w8.rows)
+        return way.activations(x8.rows, w8.rows)
 
     @staticmethod
     def backward(ctx, g):
@@ -60,7 +64,7 @@ class _Narrow(torch.autograd.Function):
         x8, w8 = map(Scaled, kept[::2], kept[1::2])
         way = ctx.way
         g8 = cast_made(g, way.gradient)
-        dx = way.back(g8.rows, w8)
+        dx = way.activations(g8.rows, w8)
         dw = way.weights(g8.columns, x8)
         return dx, dw, None
 

@@ -20,9 +20,8 @@ has where nobody bounds its numbers; those of a norm are at most sqrt(W) times i
 reach, and leave the norm in 8 bits.  |x| is measured even so: the bound on |h| has its square, and gains may differ.
 No bound can be exceeded, so nothing saturates, and no state of earlier steps is kept.
 
-dh sums over the width alone, as p does, and like it in the short accumulators of fast accumulation: on an H100, W 768,
-it is off by 0.0017 of its norm either way, the rounding to bf16.  dp out of that product's own kernel, dh never in
-memory, took 0.89 to 1.06 ms there for the 0.21 + 0.53 of both (73,728 tokens, F 2048).
+All products sum in short accumulators (kernels/fp8_projection.py).  dp out of the kernel that multiplies dy and B, dh
+never in memory, took 0.89 to 1.06 ms on an H100 for the 0.21 + 0.53 of both (73,728 tokens, W 768, F 2048).
 
 Tolerance: as kernels/fp8.py, of the numbers as they were cast.
 """
@@ -358,13 +357,13 @@ class _Narrow(torch.autograd.Function):
         x8 = _both_layouts(x, longest)
         a8 = cast_weight(gate_up)
         b8 = cast_weight(down)
-        packed = way.fast(x8.rows, a8.rows)
+        packed = way.activations(x8.rows, a8.rows)
         h_scale = fp8.scale_for(bounds.hidden, "e4m3")
         h8 = both(_swiglu(packed, h_scale), h_scale)
         kept = (*x8.columns, *h8.columns, *a8.columns, *b8.columns)
         ctx.save_for_backward(packed, bounds.gradient, *kept)
         ctx.way = way
-        return way.fast(h8.rows, b8.rows)
+        return way.activations(h8.rows, b8.rows)
 
     @staticmethod
     def backward(ctx, dy):
@@ -372,10 +371,10 @@ class _Narrow(torch.autograd.Function):
         x8, h8, a8, b8 = map(Scaled, kept[::2], kept[1::2])
         way = ctx.way
         dy8 = cast(dy, way.gradient)
-        dh = way.fast(dy8.rows, b8)
+        dh = way.activations(dy8.rows, b8)
         scale = _gradient_scale(way, packed, dh, dy8.rows, bound)
         dp8 = both(_swiglu_backward(packed, dh, scale, way.gradient), scale)
-        dx = way.back(dp8.rows, a8)
+        dx = way.activations(dp8.rows, a8)
         da = way.weights(dp8.columns, x8)
         db = way.weights(dy8.columns, h8)
         return dx, da, db, None, None
@@ -391,12 +390,12 @@ class _Wide(torch.autograd.Function):
         x8 = _rows(x, longest)
         a8 = cast_weight(gate_up)
         b8 = cast_weight(down)
-        packed = way.fast(x8, a8.rows)
+        packed = way.activations(x8, a8.rows)
         h_scale = fp8.scale_for(bounds.hidden, "e4m3")
         h8 = Scaled(_swiglu_rows(packed, h_scale), h_scale)
         ctx.save_for_backward(packed, bounds.gradient, x, *a8.columns, *b8.columns)
         ctx.way = way
-        return way.fast(h8, b8.rows)
+        return way.activations(h8, b8.rows)
 
     @staticmethod
     def backward(ctx, dy):
@@ -404,10 +403,10 @@ class _Wide(torch.autograd.Function):
         a8, b8 = map(Scaled, kept[::2], kept[1::2])
         way = ctx.way
         dy8 = Scaled(*fp8.quantise(dy, way.gradient))
-        dh = way.fast(dy8, b8)
+        dh = way.activations(dy8, b8)
         scale = _gradient_scale(way, packed, dh, dy8, bound)
         dp8, dp, h = _swiglu_backward_wide(packed, dh, scale, way.gradient)
-        dx = way.back(Scaled(dp8, scale), a8)
+        dx = way.activations(Scaled(dp8, scale), a8)
         da = dp.t() @ x
         db = dy.t() @ h
         return dx, da.to(way.weight_dtype), db.to(way.weight_dtype), None, None

@@ -7,8 +7,9 @@ e4m3 forward, e5m2 or e4m3 for gradients.
     dx = (q_g q_w) s_g s_w,     dW = (q_g^T q_x) s_g s_x   g, the gradient of y, in the format `gradient`
 
 A kernel that casts a tensor while it makes it knows no max |t| yet and takes a bound on it (kernels/fp8_swiglu.py).
-Sums in fp32, weights and optimizer as before (kernels/fp8.py).  Gradients of tokens differ by orders of magnitude,
-hence e5m2, with twice the range of exponents and half the precision.
+Sums in fp32 (kernels/fp8.py), or shorter where a kernel serves (kernels/fp8_projection.py); weights and optimizer as
+before.  Gradients of tokens differ by orders of magnitude, hence e5m2, with twice the range of exponents and half the
+precision.
 
 Training alone: where no gradient is asked for, in evaluation and decoding, the trained weights multiply plainly, as in
 nanochat.  A scale over all tokens would let a token's logits depend on later ones and on the other rows of its batch.
@@ -30,7 +31,6 @@ PLACES = {  # `where` -> the maps that multiply so
     "readout": ("readout",),
     "both": ("ffn", "readout"),
     "attention": ("qkv", "out"),
-    "ffn+qkv+readout": ("ffn", "qkv", "readout"),
     "all": ("ffn", "qkv", "out", "readout"),
 }
 
@@ -46,8 +46,8 @@ PLACES = {  # `where` -> the maps that multiply so
 class FP8(Part):
     """Multiply matrices of the feed-forward, the readout and the attention in 8-bit floats."""
 
-    # a tied head has no readout of its own; qkv and out: the attention's projections
-    where: Literal["ffn", "readout", "both", "attention", "ffn+qkv+readout", "all"] = "ffn"
+    # a tied head has no readout of its own; attention: its projections, the one back too
+    where: Literal["ffn", "readout", "both", "attention", "all"] = "ffn"
     gradient: Literal["e5m2", "e4m3"] = "e5m2"
     weight_gradient: Literal["fp8", "wide"] = silent(
         "fp8"

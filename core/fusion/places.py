@@ -49,14 +49,14 @@ CHOSEN = ("auto", "same")  # ours where they measured faster, and no refusal els
 Shapes = Callable[[Recipe], bool]
 Capability = tuple[int, int]
 # Compute capability -> place -> the shapes at which `ablab bench kernels` found the kernel faster.
-# `attention_fp8` has no row: no GPU has timed it yet.
+# `attention_fp8` has no row: no GPU has timed it beside torch's casts.
 FASTER: dict[Capability, dict[KernelPlace, Shapes]] = {
     (9, 0): {  # measured on an H100; an H200 is the same chip beside more memory
         "attention": lambda recipe: (
             recipe.model.attention.head_dim == 64 and recipe.data.context <= 2048
         ),
         "ffn": lambda recipe: recipe.model.width >= 768,
-        # 73,728 tokens of a layer: 3.4 ms for 4.2 in bf16; its maps, each with its own casts, 4.0 (an H200, bf16 3.8)
+        # 73,728 tokens of a layer: 3.1 ms for 4.0 in bf16; its maps, each with its own casts, 4.0 (an H200, bf16 3.8)
         "ffn_fp8": lambda recipe: recipe.model.width >= 768,
         # in 8 bits too: 17.3 ms for 21.6 in bf16, 73,728 rows
         "loss": lambda recipe: recipe.data.vocab >= 32_000,

@@ -319,7 +319,6 @@ def test_only_the_chosen_maps_multiply_so(tiny, build, ffn):
         "readout": "readout",
         "both": "ffn readout",
         "attention": "qkv out",
-        "ffn+qkv+readout": "ffn qkv readout",
         "all": "ffn qkv out readout",
     }
     for where, named in chosen.items():
