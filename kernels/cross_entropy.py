@@ -85,12 +85,19 @@ def _through_cap(gradient, z, cap, FORM: tl.constexpr):
 
 
 @triton.jit
-def _z(raw, columns, vocab, multiplier, cap, FORM: tl.constexpr, END: tl.constexpr):
+def _x(raw, columns, vocab, multiplier, END: tl.constexpr):
     """In fp32.  END: some columns may be beyond the vocabulary, and are -inf."""
-    z = _squash(multiplier * raw.to(tl.float32), cap, FORM)
+    x = multiplier * raw.to(tl.float32)
     if END:
-        z = tl.where(columns < vocab, z, float("-inf"))
-    return z
+        x = tl.where(columns < vocab, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def _z(raw, columns, vocab, multiplier, cap, FORM: tl.constexpr):
+    """In fp32; -inf beyond the vocabulary."""
+    z = _squash(multiplier * raw.to(tl.float32), cap, FORM)
+    return tl.where(columns < vocab, z, float("-inf"))
 
 
 @triton.jit
@@ -118,7 +125,7 @@ def _again(held, zero, PACKED: tl.constexpr):
                 is_pure=False,
                 pack=2,
             )
-        again = again + (raw,)
+        again += (raw,)
     return again
 
 
@@ -155,19 +162,19 @@ def _hold(
     LAST: tl.constexpr = BLOCKS - 1
     held = tl.tuple(())
     for i in tl.static_range(LAST):
-        held = held + (tl.load(row + i * BLOCK + within),)
-    there = LAST * BLOCK + within < width
-    held = held + (tl.load(row + LAST * BLOCK + within, mask=there, other=0.0),)
+        held += (tl.load(row + i * BLOCK + within),)
+    last = LAST * BLOCK + within
+    held += (tl.load(row + last, mask=last < width, other=0.0),)
     z_target = multiplier * tl.load(row + target).to(tl.float32)
     tops = tl.full((BLOCK,), LOWEST, tl.float32)
     for i in tl.static_range(BLOCKS):
-        z = _z(held[i], i * BLOCK + within, vocab, multiplier, 0.0, "none", i == LAST)
+        z = _x(held[i], i * BLOCK + within, vocab, multiplier, i == LAST)
         tops = tl.maximum(tops, z)
     top = tl.max(tops, axis=0)
     held = _again(held, zero, PACKED)
     sums = tl.zeros((BLOCK,), tl.float32)
     for i in tl.static_range(BLOCKS):
-        z = _z(held[i], i * BLOCK + within, vocab, multiplier, 0.0, "none", i == LAST)
+        z = _x(held[i], i * BLOCK + within, vocab, multiplier, i == LAST)
         sums += _exp(z - top)
     lse = top + tl.log(tl.sum(sums, axis=0))
     tl.store(nats + index, lse - z_target)
@@ -177,7 +184,7 @@ def _hold(
         held = _again(held, zero, PACKED)
         for i in tl.static_range(BLOCKS):
             columns = i * BLOCK + within
-            z = _z(held[i], columns, vocab, multiplier, 0.0, "none", i == LAST)
+            z = _x(held[i], columns, vocab, multiplier, i == LAST)
             pull = _exp(z - lse)
             if GRADIENT:
                 _store(row, columns, scale * stretch * pull, width, i == LAST)
@@ -229,7 +236,7 @@ def _read_twice(
         columns = start + within
         there = columns < width
         raw = tl.load(row + columns, mask=there, other=0.0, eviction_policy="evict_last")
-        z = _z(raw, columns, vocab, multiplier, cap, FORM, True)
+        z = _z(raw, columns, vocab, multiplier, cap, FORM)
         higher = tl.maximum(tops, tl.max(z, axis=0))
         more = tl.sum(_exp(z - higher[None, :]), axis=0)
         sums = sums * _exp(tops - higher) + more
@@ -244,7 +251,7 @@ def _read_twice(
             columns = start + within
             there = columns < width
             raw = tl.load(row + columns, mask=there, other=0.0, eviction_policy="evict_first")
-            z = _z(raw, columns, vocab, multiplier, cap, FORM, True)
+            z = _z(raw, columns, vocab, multiplier, cap, FORM)
             pull = _through_cap(_exp(z - lse), z, cap, FORM)
             if GRADIENT:
                 _store(row, columns, scale * stretch * pull, width, True)
