@@ -7,9 +7,9 @@
 
 A program owns a row, so nothing is added across programs and the bits repeat.  It reads the row once and holds it as it
 came, two 16-bit logits a register, so that two rows fit into a multiprocessor's registers; they are widened anew for
-the largest, for the sum and for the gradient.  On an H100 that takes 98 % of the time of one read and one write
-(`ablab bench kernels --only cross_entropy`): 0.357 ms for 8,192 rows of 32,000, 0.282 for 4,096 of 49,152; held in fp32,
-of which one row fits, 0.354.
+the largest, for the sum and for the gradient.  On an H100, 8,192 rows of 32,000 take 0.357 ms so, and 4,096 of 49,152
+0.282 (held in fp32, of which one row fits, 0.354); one read and one write at the rate of a copy take 98 % of that
+(`ablab bench kernels --only cross_entropy`).
 
 Rows of fp32, longer ones, and those with a cap, whose arithmetic needs the registers, are read twice, block by block;
 the second read comes from a cache as far as that holds the row: 0.37 to 0.39 and 0.29 to 0.34 ms for the above.
