@@ -133,7 +133,7 @@ def furthest(measured, expected):
 def test_rows_of_one_block_and_of_many_held_or_read_twice_equal_the_sums_by_hand(
     rows, vocab, block, held, objective, seed
 ):
-    reading = Reading(held and objective["cap_form"] == "none", block, 4)
+    reading = Reading(held and objective["cap_form"] == "none", block, warps=1)
     inputs = draw(rows, 8, vocab, seed, spread=4.0)
     logits = inputs.logits
     wanted_nats, wanted_lse, gradient = by_hand(logits, inputs.targets, **objective)
