@@ -3,7 +3,6 @@
 import glob
 import os
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from typing import Any, Literal
 
 from ablab.core.errors import UserError
@@ -223,10 +222,12 @@ def repeat_bits(asked: bool) -> None:
 
     # Asked only on a change, else the call costs 2 s: it imports the compiler.
     if torch.are_deterministic_algorithms_enabled() != asked:
+        from torch._inductor import config as compiler
+
         torch.use_deterministic_algorithms(asked)
         # The compiler would time blocks of a reduction, and whether to pad a product: two processes find differently,
         # and differ in their bits.  By rule the 70M step takes no longer (91.7 ms on an H100, 91.9 by the clock).
-        import_module("torch._inductor.config").deterministic = asked
+        compiler.deterministic = asked
     # Nothing here reads what was not written: tests/kernels look for it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
