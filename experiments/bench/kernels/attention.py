@@ -171,6 +171,8 @@ def _sdpa(
     if backend:
         needs_gpu(device)
     formula = Formula(shape, Sdpa(shape, repeated))
+    # A graph keeps the backend under which it was traced, and is found again whatever is asked for now.
+    torch.compiler.reset()
     return Form(By(backend, compiled(formula, device)))
 
 

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from ablab.core.runtime.runtime import repeat_bits
+from ablab.experiments.bench.kernels import attention as cases
 from ablab.experiments.bench.kernels.attention import attention
 from ablab.experiments.bench.kernels.measure import Ceilings, measure
 from ablab.experiments.bench.kernels.newton_schulz import flops
@@ -27,6 +29,25 @@ def test_on_a_gpu_every_form_of_attention_is_timed_with_small_errors(tmp_path):
         assert row.error < 5e-3
         assert row.gradient_error < 1e-2
         assert row.total_ms > row.floor_ms / 2
+
+
+def test_each_backend_of_torch_attends_in_a_graph_of_its_own(monkeypatch):
+    from torch._dynamo.testing import AotEagerAndRecordGraphs
+
+    recorded = AotEagerAndRecordGraphs()
+    monkeypatch.setattr(cases, "needs_gpu", lambda device: None)
+    monkeypatch.setattr(
+        cases, "compiled", lambda call, device: torch.compile(call, backend=recorded)
+    )
+    shape = cases.SHAPES["cpu"][0]
+    inputs = cases._inputs(shape, CPU)
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        cases._sdpa(shape, CPU, backend).call(*inputs)
+
+    def is_fused(graph):
+        return any("flash" in str(node.target) for node in graph.graph.nodes)
+
+    assert [is_fused(graph) for graph in recorded.fw_graphs] == [True, False]
 
 
 def test_newton_schulz_products_are_counted_in_full_along_the_shorter_side():
