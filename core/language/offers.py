@@ -112,10 +112,14 @@ class WindowMix(Offer):
 
 @dataclass(frozen=True)
 class HeadFactors(Offer):
-    """y [B,T,H,D] <- y * strengths(normed x [B,T,W], **bound) [B,T,count], whole heads where count is H."""
+    """y [B,T,H,D] <- y * strengths(normed x [B,T,W], **bound) [B,T,count], whole heads where count is H.
+
+    reads: the bound map of all of x by which alone `strengths` reads it; "": there is none.
+    """
 
     strengths: Callable[..., Tensor]
     count: int
+    reads: str = ""
 
 
 # -- around the branches of a block ------------------------------------------------------------------------------------
