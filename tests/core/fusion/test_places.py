@@ -145,6 +145,30 @@ def test_the_fused_attention_is_the_same_function_of_the_same_parameters(tiny, t
 
 
 @cpu
+@pytest.mark.parametrize(
+    ("treatment", "together"),
+    [
+        (["qk_norm"], False),
+        ([{"gating": {"per": "head"}}], True),
+        ([{"gating": {"per": "first_channels", "channels": 12}}], False),
+        ([{"gating": {"per": "head"}}, {"fp8": {"where": "attention"}}], False),
+    ],
+)
+def test_gates_that_read_all_channels_share_a_pair_of_products_with_the_heads(
+    tiny, monkeypatch, treatment, together
+):
+    from ablab.kernels import two_products
+
+    called, pair = [], two_products.two_products
+    monkeypatch.setattr(
+        two_products, "two_products", lambda *given: called.append(given) or pair(*given)
+    )
+    recipe = tiny(treatment, **SHAPE)
+    evaluated(recipe, {"attention"})
+    assert len(called) == recipe.model.layers * together
+
+
+@cpu
 def test_the_fused_feed_forward_is_the_same_function_of_the_same_parameters(tiny, monkeypatch):
     from ablab.kernels import swiglu
 
