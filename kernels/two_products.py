@@ -25,7 +25,8 @@ def _two_products(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Ten
 
 @_two_products.register_fake
 def _(x, first, second):
-    return x.new_empty(len(x), len(first)), x.new_empty(len(x), len(second))
+    rows = len(x)
+    return x.new_empty(rows, len(first)), x.new_empty(rows, len(second))
 
 
 @torch.library.custom_op("ablab::two_products_backward", mutates_args=())
@@ -40,7 +41,8 @@ def _two_products_backward(
 
 @_two_products_backward.register_fake
 def _(dy, dz, x, first, second):
-    return x.new_empty(x.shape), first.new_empty(first.shape), second.new_empty(second.shape)
+    dx, of_first, of_second = (value.new_empty(value.shape) for value in (x, first, second))
+    return dx, of_first, of_second
 
 
 def _save(ctx, inputs, output):
@@ -56,5 +58,6 @@ _two_products.register_autograd(_differentiate, setup_context=_save)
 
 def two_products(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., W], first [M,W] and second [K,W] of one dtype -> x V^T [..., M], x W^T [..., K]."""
+    rows = x.shape[:-1]
     y, z = _two_products(x.flatten(0, -2), first, second)
-    return y.unflatten(0, x.shape[:-1]), z.unflatten(0, x.shape[:-1])
+    return y.unflatten(0, rows), z.unflatten(0, rows)

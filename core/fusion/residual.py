@@ -104,9 +104,10 @@ class JoinedNorm:
     def __call__(self, x: Any, y: Any) -> tuple[Any, Any]:
         from ablab.kernels.residual_norm import residual_norm
 
-        norm = self.norm.offer
         bound = self.norm.bound()
-        x, normed = residual_norm(x, y, norm.gain(**bound), norm.eps(**bound), self.factor(x))
+        gain = self.norm.offer.gain(**bound)
+        eps = self.norm.offer.eps(**bound)
+        x, normed = residual_norm(x, y, gain, eps, self.factor(x))
         for stage in self.others:
             normed = stage(normed)
         return x, normed

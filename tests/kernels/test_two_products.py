@@ -14,22 +14,29 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def drawn(rows, width, first, second, dtype=torch.float32, seed=0):
     """x and both matrices; upstream gradients of both products."""
     draw = torch.Generator(DEVICE).manual_seed(seed)
-    shapes = ((*rows, width), (first, width), (second, width), (*rows, first), (*rows, second))
-    made = [torch.randn(*shape, generator=draw, device=DEVICE).to(dtype) for shape in shapes]
-    return made[:3], made[3:]
+
+    def random(*shape):
+        return torch.randn(shape, generator=draw, device=DEVICE).to(dtype)
+
+    inputs = [random(*rows, width), random(first, width), random(second, width)]
+    return inputs, [random(*rows, first), random(*rows, second)]
 
 
 def answers(function, inputs, upstream, dtype):
     """Both products, and the gradients of what they multiply."""
-    own = [value.to(dtype).detach().clone().requires_grad_() for value in inputs]
+    own = [value.detach().to(dtype, copy=True).requires_grad_() for value in inputs]
     results = function(*own)
     given = [gradient.to(dtype) for gradient in upstream]
-    return [*(one.detach() for one in results), *torch.autograd.grad(results, own, given)]
+    gradients = torch.autograd.grad(results, own, given)
+    return [value.detach() for value in (*results, *gradients)]
 
 
 def errors(found, wanted):
-    pairs = zip(found, wanted, strict=True)
-    return [float((one.double() - exact).norm() / exact.norm()) for one, exact in pairs]
+    return [relative(one, exact) for one, exact in zip(found, wanted, strict=True)]
+
+
+def relative(found, wanted):
+    return float((found.double() - wanted).norm() / wanted.norm())
 
 
 @settings(max_examples=10)
