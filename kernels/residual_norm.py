@@ -5,8 +5,10 @@
     with g = dz factor gain:   dx = dy = ds + r (g - s r mean(g s r)),   dgain = sum over rows of dz factor s r
 
 The compiler keeps x and y instead of s, so that each later pass reads both, and gathers the gains' gradients of both
-norms of a block in one kernel, which reads them a third time: 20 reads and writes of [N, W] a norm where 8 are enough.
-Saved for the backward pass: s, which is the stream that goes on, and one fp32 number a row.
+norms of a block in one kernel, which reads them a third time: 11 reads and writes of [N, W] a norm where 8 are enough.
+On one H100 a norm takes 0.42 ms of a step by the compiler and 0.34 by these at [73728, 768], 0.34 and 0.25 at
+[36864, 1152].  Where two products read the norm, as with gates, their gradients are added in a pass before (0.11 ms),
+which the compiler does within.  Saved for the backward pass: s, the stream that goes on, and one fp32 number a row.
 
 Tolerance: inside all is fp32 and each result is rounded once, where plain torch rounds the norm before the factor too:
 errors must be no more than those of the plain path, dgain's 1.1 times.  The gain's gradient is summed in one order,

@@ -119,7 +119,6 @@ TORCH = {  # the files that work on tensors; everything else can be imported, li
     "kernels/optimizer_step.py",
     "kernels/residual_norm.py",
     "kernels/swiglu.py",
-    "kernels/two_products.py",
 }
 # Inside a folder: a room may import itself, errors.py, and what stands here.
 ROOMS: dict[str, dict[str, set[str]]] = {

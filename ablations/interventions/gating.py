@@ -54,7 +54,7 @@ class Gating(Part):
         start = 0.0 if self.init == "zero" else None
         return Stage(
             gate,
-            offer=HeadFactors(strengths, gates, "project" if read == where.width else ""),
+            offer=HeadFactors(strengths, gates),
             project=linear(read, gates, role=self.role, fill=start),
             factor={"sigmoid": 1.0, "2sigmoid": 2.0}[self.activation],
             channels=read,

@@ -88,16 +88,17 @@ class PackedAttention:
     """
 
     def __init__(self, claims: Claims, attention: Any):
-        self.projected = _projected(claims, attention)
+        self.qkv = attention.qkv
         self.queries, self.keys, _ = attention.heads
         self.turn = claims.turn.of(attention)
         self.gains = Gains(claims.gains.of(attention)) if claims.gains else no_gains
         self.values = _values(claims, attention)
+        self.strengths = Strengths(claims.factors.of(attention)) if claims.factors else no_gate
 
     def __call__(self, x: Any, carry: Carry) -> tuple[Any, Carry]:
         from ablab.kernels.attention import attention
 
-        qkv, gate = self.projected(x)
+        qkv = self.qkv(x)
         heads = qkv.unflatten(-1, (self.queries + 2 * self.keys, -1))
         values = heads[:, :, self.queries + self.keys :]
         cos, sin = self.turn.offer.tables(**self.turn.bound())
@@ -111,7 +112,7 @@ class PackedAttention:
             **self.gains(2 * cos.shape[-1], cos.device),
             first=first,
             weights=weights,
-            gate=gate,
+            gate=self.strengths(x),
         )
         return y.unflatten(-1, (self.queries, -1)), carry
 
@@ -174,49 +175,8 @@ class MixedValues:
         return carry[offer.carried], weights, carry
 
 
-def _projected(claims: Claims, attention: Any) -> Callable[[Any], tuple[Any, Any]]:
-    """normed x [B,T,W] -> packed q, k, v, and what each head's output is multiplied by [B,T,H], or None."""
-    if claims.factors is None:
-        return Ungated(attention.qkv)
-    strengths = Strengths(claims.factors.of(attention))
-    how = Together if strengths.joins(attention.qkv) else Apart
-    return how(attention.qkv, strengths)
-
-
-class Ungated:
+def no_gate(x: Any) -> None:
     """Heads' outputs leave as they are."""
-
-    def __init__(self, qkv: Any):
-        self.qkv = qkv
-
-    def __call__(self, x: Any) -> tuple[Any, None]:
-        return self.qkv(x), None
-
-
-class Apart:
-    """Each reads x by a product of its own."""
-
-    def __init__(self, qkv: Any, strengths: "Strengths"):
-        self.qkv = qkv
-        self.strengths = strengths
-
-    def __call__(self, x: Any) -> tuple[Any, Any]:
-        return self.qkv(x), self.strengths(x)
-
-
-class Together:
-    """Both read x by one pair of products (kernels/two_products.py)."""
-
-    def __init__(self, qkv: Any, strengths: "Strengths"):
-        self.qkv = qkv
-        self.strengths = strengths
-
-    def __call__(self, x: Any) -> tuple[Any, Any]:
-        from ablab.kernels.two_products import two_products
-
-        weight = self.qkv.weight.to(x.dtype)
-        qkv, read = two_products(x, weight, self.strengths.rows().to(x.dtype))
-        return qkv, self.strengths.of(x, read)
 
 
 class Strengths:
@@ -224,61 +184,26 @@ class Strengths:
 
     def __init__(self, stage: Built[HeadFactors]):
         self.stage = stage
-        self.reads = stage.offer.reads
-
-    def joins(self, qkv: Any) -> bool:
-        """Whether x is read by a plain product of all of it, as packed q, k and v are made."""
-        if not self.reads:
-            return False
-        own = self.stage.bound()[self.reads].product
-        return own is qkv.product and own is plain_product()
 
     def __call__(self, x: Any) -> Any:
         bound = self.stage.bound()
         maps = {name: Padded(one) for name, one in bound.items() if hasattr(one, "product")}
         return self.stage.offer.strengths(x, **bound | maps)
 
-    def rows(self) -> Any:
-        """Of the map by which x is read, padded."""
-        return padded(self.stage.bound()[self.reads].weight)
-
-    def of(self, x: Any, read: Any) -> Any:
-        """The same, of x times `rows`."""
-        bound = self.stage.bound()
-        known = Known(read[..., : bound[self.reads].weight.shape[0]])
-        return self.stage.offer.strengths(x, **bound | {self.reads: known})
-
-
-class Known:
-    """A linear map's product, which was taken."""
-
-    def __init__(self, product: Any):
-        self.product = product
-
-    def __call__(self, x: Any) -> Any:
-        return self.product
-
 
 class Padded:
-    """A linear map whose rows are padded."""
+    """A linear map whose rows are padded to a multiple of 8.
+
+    cuBLAS multiplies by 12 rows at half the speed, its loads being narrow.
+    """
 
     def __init__(self, linear: Any):
         self.product = linear.product
         self.weight = linear.weight
 
     def __call__(self, x: Any) -> Any:
-        return self.product(x, padded(self.weight))[..., : self.weight.shape[0]]
+        from torch.nn.functional import pad
 
-
-def padded(weight: Any) -> Any:
-    """Its rows to a multiple of 8: cuBLAS multiplies by 12 at half the speed, its loads being narrow."""
-    from torch.nn.functional import pad
-
-    return pad(weight, (0, 0, 0, -weight.shape[0] % 8))
-
-
-def plain_product() -> Any:
-    """Of a linear map that no part multiplies in a way of its own."""
-    from ablab.core.model.layers import plain_product
-
-    return plain_product
+        rows = self.weight.shape[0]
+        padded = pad(self.weight, (0, 0, 0, -rows % 8))
+        return self.product(x, padded)[..., :rows]

@@ -49,7 +49,7 @@ CHOSEN = ("auto", "same")  # ours where they measured faster, and no refusal els
 Shapes = Callable[[Recipe], bool]
 Capability = tuple[int, int]
 # Compute capability -> place -> the shapes at which `ablab bench kernels` found the kernel faster.
-# `attention_fp8` has no row: no GPU has timed it yet.
+# `attention_fp8` has no row: no GPU has timed it yet.  Nor has `residual`, of which none has timed a whole step.
 FASTER: dict[Capability, dict[KernelPlace, Shapes]] = {
     (9, 0): {  # measured on an H100; an H200 is the same chip beside more memory
         "attention": lambda recipe: (

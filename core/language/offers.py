@@ -112,14 +112,10 @@ class WindowMix(Offer):
 
 @dataclass(frozen=True)
 class HeadFactors(Offer):
-    """y [B,T,H,D] <- y * strengths(normed x [B,T,W], **bound) [B,T,count], whole heads where count is H.
-
-    reads: the bound map of all of x by which alone `strengths` reads it; "": there is none.
-    """
+    """y [B,T,H,D] <- y * strengths(normed x [B,T,W], **bound) [B,T,count], whole heads where count is H."""
 
     strengths: Callable[..., Tensor]
     count: int
-    reads: str = ""
 
 
 # -- around the branches of a block ------------------------------------------------------------------------------------

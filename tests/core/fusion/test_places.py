@@ -46,6 +46,7 @@ NORMS = {  # treatments that differ in what stands around the branches
     "factor": ["ln_scaling"],
     "multiplied branches": [{"mup": {"base_layers": 1, "depth": "sqrt"}}],
     "carry": ["value_residual", "ln_scaling"],
+    "stages between blocks": ["unet_skips", {"x0_lambdas": {"start": "nanochat"}}],
 }
 LOSS = {
     "nothing": [],
@@ -142,30 +143,6 @@ def test_the_fused_attention_is_the_same_function_of_the_same_parameters(tiny, t
     assert fuse.places(recipe, ASKED)["attention"].kernel
     ours, theirs = evaluated(recipe, {"attention"}), evaluated(recipe, set())
     assert ours.keys() == theirs.keys() and far(ours, theirs) == {}
-
-
-@cpu
-@pytest.mark.parametrize(
-    ("treatment", "together"),
-    [
-        (["qk_norm"], False),
-        ([{"gating": {"per": "head"}}], True),
-        ([{"gating": {"per": "first_channels", "channels": 12}}], False),
-        ([{"gating": {"per": "head"}}, {"fp8": {"where": "attention"}}], False),
-    ],
-)
-def test_gates_that_read_all_channels_share_a_pair_of_products_with_the_heads(
-    tiny, monkeypatch, treatment, together
-):
-    from ablab.kernels import two_products
-
-    called, pair = [], two_products.two_products
-    monkeypatch.setattr(
-        two_products, "two_products", lambda *given: called.append(given) or pair(*given)
-    )
-    recipe = tiny(treatment, **SHAPE)
-    evaluated(recipe, {"attention"})
-    assert len(called) == recipe.model.layers * together
 
 
 @cpu
@@ -354,6 +331,11 @@ def test_what_a_kernel_cannot_serve_is_named_and_torch_serves_it(tiny, monkeypat
             tiny([{"fp8": {"where": "both"}}], **SHAPE, data__vocab=72),
             "loss",
             "8-bit products need sides of multiples of 16, and the vocabulary is 72",
+        ),
+        (
+            tiny(["parallel_block"], **SHAPE),
+            "residual",
+            "block is parallel, which the kernel does not know",
         ),
     ]
     for recipe, place, said in cases:
