@@ -33,7 +33,7 @@ class NormClaims:
 def claim(plan: Plan, recipe: Recipe) -> Plan:
     """The same plan with one kernel at each sum of a branch and the stream.  Raises StepsAside."""
     blocks = tuple(_block(block) for block in plan.blocks)
-    on_features = {LAST: Stage(join_last), **plan.on_features}
+    on_features = {LAST: Stage(joined), **plan.on_features}
     return replace(plan, blocks=blocks, on_features=on_features)
 
 
@@ -48,7 +48,7 @@ def shape_flaw(recipe: Recipe) -> str:
 
 
 def _block(block: BlockPlan) -> BlockPlan:
-    region = Region(block, outside=("attention", "ffn", "kernel"))
+    region = Region(block, outside=("on_block", "attention", "ffn", "kernel"))
     region.need("block", PlainResidual)
     region.close()
     join = partial(JoinedBranches, _claims(block.attention), _claims(block.ffn))
@@ -62,8 +62,8 @@ def _claims(branch: AttentionPlan | FeedForwardPlan) -> NormClaims:
     return NormClaims(norm, region.take("on_norm", Factor))
 
 
-def join_last(x: Any, carry: Carry) -> Any:
-    """x: [B,T,W].  Where decoding has joined every branch, there is none."""
+def joined(x: Any, carry: Carry) -> Any:
+    """x [B,T,W] with the branch that waits: in decoding, and before the first block, there is none."""
     return x + carry[BRANCH] if BRANCH in carry else x
 
 
@@ -76,20 +76,41 @@ class JoinedBranches:
     def __init__(self, attention: NormClaims, ffn: NormClaims, block: Any):
         self.attention = block.attention
         self.ffn = block.ffn
-        self.to_attention = JoinedNorm(attention, block.attention)
+        self.enter = Staged(block) if block.on_block.values() else Entered(attention, block)
         self.to_ffn = JoinedNorm(ffn, block.ffn)
 
     def __call__(self, x: Any, carry: Carry) -> tuple[Any, Carry]:
-        x, normed = self._entered(x, carry)
+        x, normed, carry = self.enter(x, carry)
         y, carry = self.attention.branch(normed, carry)
         x, normed = self.to_ffn(x, y)
         return x, {**carry, BRANCH: self.ffn.branch(normed)}
 
-    def _entered(self, x: Any, carry: Carry) -> tuple[Any, Any]:
-        """The stream, and what the attention reads of it; before the first block no branch waits."""
+
+class Entered:
+    """x, carry -> x with the branch that waits, what the attention reads of it, carry."""
+
+    def __init__(self, claims: NormClaims, block: Any):
+        self.attention = block.attention
+        self.to_attention = JoinedNorm(claims, block.attention)
+
+    def __call__(self, x: Any, carry: Carry) -> tuple[Any, Any, Carry]:
         if BRANCH in carry:
-            return self.to_attention(x, carry[BRANCH])
-        return x, self.attention.normed(x)
+            return *self.to_attention(x, carry[BRANCH]), carry
+        return x, self.attention.normed(x), carry  # before the first block none waits
+
+
+class Staged:
+    """The same where stages stand before the block: they are given the whole stream."""
+
+    def __init__(self, block: Any):
+        self.stages = list(block.on_block.values())
+        self.attention = block.attention
+
+    def __call__(self, x: Any, carry: Carry) -> tuple[Any, Any, Carry]:
+        x = joined(x, carry)
+        for stage in self.stages:
+            x, carry = stage(x, carry)
+        return x, self.attention.normed(x), carry
 
 
 class JoinedNorm:
@@ -104,9 +125,10 @@ class JoinedNorm:
     def __call__(self, x: Any, y: Any) -> tuple[Any, Any]:
         from ablab.kernels.residual_norm import residual_norm
 
-        norm = self.norm.offer
         bound = self.norm.bound()
-        x, normed = residual_norm(x, y, norm.gain(**bound), norm.eps(**bound), self.factor(x))
+        gain = self.norm.offer.gain(**bound)
+        eps = self.norm.offer.eps(**bound)
+        x, normed = residual_norm(x, y, gain, eps, self.factor(x))
         for stage in self.others:
             normed = stage(normed)
         return x, normed

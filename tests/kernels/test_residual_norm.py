@@ -15,9 +15,8 @@ EPS = 1e-5
 def drawn(rows, width, dtype=torch.float32, seed=0):
     """x, y [*rows, width], gain [width]; upstream gradients of the sum and of its norm."""
     draw = torch.Generator(DEVICE).manual_seed(seed)
-    x, y, of_total, of_normed = (
-        torch.randn(*rows, width, generator=draw, device=DEVICE).to(dtype) for _ in range(4)
-    )
+    many = torch.randn(4, *rows, width, generator=draw, device=DEVICE)
+    x, y, of_total, of_normed = many.to(dtype)
     gain = 1 + 0.3 * torch.randn(width, generator=draw, device=DEVICE)
     return (3 * x, y, gain), (of_total, of_normed)
 
@@ -28,17 +27,18 @@ def answers(function, inputs, upstream, factor, wide=False):
     own = [value.detach().clone().requires_grad_() for value in own]
     factor = factor.double() if wide and factor is not None else factor
     results = function(*own, EPS, factor)
-    given = [
-        gradient.to(result.dtype) for gradient, result in zip(upstream, results, strict=True)
-    ]
+    given = [gradient.to(results[0].dtype) for gradient in upstream]
     gradients = torch.autograd.grad(results, own, given)
     return [value.detach() for value in (*results, *gradients)]
 
 
 def errors(found, wanted):
     """Relative, one by one."""
-    pairs = zip(found, wanted, strict=True)
-    return [float((one.double() - exact).norm() / exact.norm()) for one, exact in pairs]
+    return [relative(one, exact) for one, exact in zip(found, wanted, strict=True)]
+
+
+def relative(found, wanted):
+    return float((found.double() - wanted).norm() / wanted.norm())
 
 
 def formula(x, y, gain, eps, factor):

@@ -28,8 +28,10 @@ class BothPasses:
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         x, y, gain, factor, of_total, of_normed = inputs
         results = self.function(x, y, gain, EPS, factor)
-        dx, *_ = torch.autograd.grad(results, (x, y, gain), (of_total, of_normed))
-        return results[1].detach(), dx
+        learned = (x, y, gain)
+        dx, *_ = torch.autograd.grad(results, learned, (of_total, of_normed))
+        _, normed = results
+        return normed.detach(), dx
 
 
 def residual_norm(device: torch.device, folder: Path) -> Iterable[Case]:

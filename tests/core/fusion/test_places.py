@@ -46,6 +46,7 @@ NORMS = {  # treatments that differ in what stands around the branches
     "factor": ["ln_scaling"],
     "multiplied branches": [{"mup": {"base_layers": 1, "depth": "sqrt"}}],
     "carry": ["value_residual", "ln_scaling"],
+    "stages between blocks": ["unet_skips", {"x0_lambdas": {"start": "nanochat"}}],
 }
 LOSS = {
     "nothing": [],
@@ -330,6 +331,11 @@ def test_what_a_kernel_cannot_serve_is_named_and_torch_serves_it(tiny, monkeypat
             tiny([{"fp8": {"where": "both"}}], **SHAPE, data__vocab=72),
             "loss",
             "8-bit products need sides of multiples of 16, and the vocabulary is 72",
+        ),
+        (
+            tiny(["parallel_block"], **SHAPE),
+            "residual",
+            "block is parallel, which the kernel does not know",
         ),
     ]
     for recipe, place, said in cases:

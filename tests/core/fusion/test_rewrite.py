@@ -84,12 +84,12 @@ PLACES = {  # path -> function, who must step aside, with which words
     "model.attention.on_values": ("half", "attention", "on_values holds halving"),
     "model.attention.on_heads": ("half_alone", "attention", "on_heads holds halving"),
     "model.attention.mix": ("half_heads", "attention", "mix is half_heads"),
-    "model.on_block": ("half", "residual", "on_block holds halving"),
     "model.on_logits": ("half", "loss", "on_logits holds halving"),
     "objective": ("half_loss", "loss", "objective holds halving"),
 }
 AROUND = {  # where kernels leave room: none need step aside, and none may lose it
     "model.on_norm": "half",
+    "model.on_block": "half",
     "model.on_features": "half_alone",
 }
 
