@@ -14,6 +14,7 @@ KernelPlace = Literal[
     "attention_fp8",
     "ffn",
     "ffn_fp8",
+    "ffn_epilogue",
     "residual",
     "loss",
     "newton_schulz",
