@@ -9,10 +9,12 @@ A tile of p must hold a gate beside its own up, so in here A's rows alternate, g
 in 16 bits, made where it is cast, and a gradient put back in order.
 
 The two kernels are quack-kernels' GEMM for sm_90 with epilogues of ours (kernels/swiglu_quack.py).  No sums between
-blocks, no scheduling by a counter: bits repeat.
+blocks, no scheduling by a counter: bits repeat.  On an H100 p and h of 73,728 tokens (768 channels, F 2048) take .64 ms
+where cuBLAS and kernels/swiglu.py take 1.02, dp .54 for .83; the feed-forward with all its gradients 3.4 for 4.0.  Made
+again from p in dp's kernel, h need not be kept, 300 MB a layer, and the whole takes 3.5.
 
 Tolerance: h is made of p in fp32 and dp of dy B in fp32, where kernels/swiglu.py reads both rounded: errors must be no
-more than those of the plain path.
+more than those of the plain path (h 1.7e-3 for 3.1e-3, dp 2.5e-3 for 3.0e-3).
 """
 
 from collections.abc import Iterable

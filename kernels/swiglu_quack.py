@@ -40,8 +40,10 @@ def _tiles(rows: int, columns: int, pingpong: bool, together: tuple[int, int]) -
     )
 
 
+# The fastest of 18 for 36,864 tokens of 1,152 channels, and of 768 for 73,728 within one in a hundred.
 GATED = _tiles(128, 192, True, (2, 1))
-GRADIENT = _tiles(128, 128, True, (2, 1))
+# The fastest at both.  Wider tiles have no room left to read p ahead: (128, 192) takes .63 ms where this takes .53.
+GRADIENT = _tiles(128, 128, True, (1, 2))
 
 
 def product_then_swiglu(x: Tensor, weight: Tensor, packed: Tensor, hidden: Tensor) -> None:
