@@ -410,6 +410,7 @@ def test_what_a_kernel_cannot_serve_is_named_and_torch_serves_it(tiny, monkeypat
 
 def test_auto_takes_no_kernel_that_was_not_measured_to_be_faster_here(tiny, monkeypatch):
     monkeypatch.setattr(fuse, "FASTER", {})
+    monkeypatch.setattr(fuse, "OPTIONAL", {"ffn_epilogue": "no_such_library"})
     monkeypatch.setattr(fuse, "_card", lambda: fuse.Card("this GPU", (1, 0)))
     held = fuse.places(
         tiny(["muon"], **SHAPE), replace(ASKED, kernels="auto", dtype="bf16", device="cuda")
