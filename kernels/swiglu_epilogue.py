@@ -18,16 +18,22 @@ more than those of the plain path (h 1.7e-3 for 3.1e-3, dp 2.5e-3 for 3.0e-3).
 """
 
 from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+LIBRARY = "quack"
+INSTALLED = {"site-packages", "dist-packages"}
 CAPABILITY = (9, 0)
 MULTIPLE = 8  # of sides: rows are read 16 bytes at a time
 
 
 def refusal(dtype: str, sides: Iterable[int], capability: tuple[int, int] | None) -> str:
     """Empty if the kernels serve this, else a line that says what they do not serve.  dtype: bf16 or another."""
+    if not INSTALLED & set(_folders(LIBRARY)):
+        return f"{LIBRARY} is not in site-packages, and reads its own epilogues nowhere else"
     if capability != CAPABILITY:
         return "quack's tiles are chosen for GPUs of compute capability 9.0"
     if dtype != "bf16":
@@ -35,6 +41,12 @@ def refusal(dtype: str, sides: Iterable[int], capability: tuple[int, int] | None
     if odd := sorted(side for side in sides if side % MULTIPLE):
         return f"its products take sides in multiples of {MULTIPLE}, and the feed-forward has {odd[0]}"
     return ""
+
+
+def _folders(library: str) -> tuple[str, ...]:
+    """Above its first file; none where it is not installed."""
+    found = find_spec(library)
+    return Path(found.origin).parts if found and found.origin else ()
 
 
 # ---- order of rows ----

@@ -131,8 +131,18 @@ def test_each_gate_stands_before_its_own_up_and_goes_back_to_its_place():
     ],
     ids=str,
 )
-def test_what_they_do_not_serve_is_named(dtype, sides, capability, said):
+def test_what_they_do_not_serve_is_named(monkeypatch, dtype, sides, capability, said):
+    monkeypatch.setattr(kernel, "LIBRARY", "msgspec")  # one that is installed
     assert refusal(dtype, sides, capability) == said
+
+
+def test_a_library_that_stands_elsewhere_is_refused_for_it_would_refuse_our_epilogues(
+    monkeypatch, tmp_path
+):
+    (tmp_path / "astray.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(kernel, "LIBRARY", "astray")
+    assert refusal("bf16", (64, 128), H100).startswith("astray is not in site-packages")
 
 
 # ---- on a GPU ----
@@ -140,7 +150,9 @@ def test_what_they_do_not_serve_is_named(dtype, sides, capability, said):
 
 @pytest.fixture
 def on_an_h100():
-    pytest.importorskip("quack")
+    said = refusal("bf16", (64, 128), H100)
+    if said:
+        pytest.skip(said)
     if torch.cuda.get_device_capability() != H100:
         pytest.skip("the tiles are chosen for an H100 or H200")
 

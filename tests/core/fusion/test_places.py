@@ -311,13 +311,14 @@ def test_a_library_that_is_not_installed_is_missed_only_where_its_place_is_named
 def test_a_library_that_is_installed_serves_what_it_can_and_is_named(
     tiny, monkeypatch, on_an_h100
 ):
-    monkeypatch.setattr(fuse, "OPTIONAL", {"ffn_epilogue": "json"})
+    monkeypatch.setattr(fuse, "OPTIONAL", {"ffn_epilogue": "msgspec"})
+    monkeypatch.setattr("ablab.kernels.swiglu_epilogue.LIBRARY", "msgspec")
     monkeypatch.setattr(fuse, "FASTER", {(9, 0): {"ffn_epilogue": lambda recipe: True}})
 
     def served(recipe, asked="auto"):
         return fuse.places(recipe, on_an_h100(asked)).get("ffn_epilogue")
 
-    assert served(tiny([], **SHAPE)) == fuse.Place(True, "json")
+    assert served(tiny([], **SHAPE)) == fuse.Place(True, "msgspec")
     assert served(tiny([], **SHAPE), "triton") is None
     for other in ("fp8", "relu2"):
         assert served(tiny([other], **SHAPE)) is None
