@@ -98,6 +98,7 @@ TORCH = {  # the files that work on tensors; everything else can be imported, li
     "experiments/bench/kernels/optimizer_step.py",
     "experiments/bench/kernels/residual_norm.py",
     "experiments/bench/kernels/swiglu.py",
+    "experiments/bench/kernels/swiglu_epilogue.py",
     "experiments/bench/overhead.py",
     "experiments/bench/phases.py",
     "experiments/bench/plain_loop.py",
@@ -119,6 +120,8 @@ TORCH = {  # the files that work on tensors; everything else can be imported, li
     "kernels/optimizer_step.py",
     "kernels/residual_norm.py",
     "kernels/swiglu.py",
+    "kernels/swiglu_epilogue.py",
+    "kernels/swiglu_quack.py",
 }
 # Inside a folder: a room may import itself, errors.py, and what stands here.
 ROOMS: dict[str, dict[str, set[str]]] = {

@@ -82,6 +82,7 @@ COMMANDS = {
     "ablab run loo_70m budget.tokens=3.002e7 runtime.evaluations=1 --seeds 0 --jobs 2": "--dry-run",
     "ablab run quickstart --no-mlflow": "--dry-run",
     "ablab bench kernels --only 'attention*'": HELP,
+    "ablab bench kernels --only swiglu_epilogue": HELP,
     "ablab bench grid loo_70m": HELP,
     "ablab bench checkpoint 430m": HELP,
     "ablab bench claims": HELP,

@@ -1,7 +1,8 @@
 """The feed-forward's claims.
 
-silu(gate) * up between the two projections (kernels/swiglu.py); and where both projections multiply in 8-bit floats,
-the whole of it in training (kernels/fp8_swiglu.py).
+silu(gate) * up between the two projections (kernels/swiglu.py).  In training the whole of it: where both projections
+multiply in 8-bit floats (kernels/fp8_swiglu.py), and where neither has a product of its own, in the epilogues of
+quack-kernels (kernels/swiglu_epilogue.py).
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from ablab.core.fusion.rewrite import Built, Claimed, Region, StepsAside
-from ablab.core.language.declare import Linear, Stage
+from ablab.core.language.declare import Linear, Stage, params
 from ablab.core.language.offers import (
     EightBits,
     Factor,
@@ -42,10 +43,33 @@ def claim_in_8_bits(plan: Plan, recipe: Recipe) -> Plan:
     return _each_block(plan, recipe, _whole)
 
 
+def claim_in_epilogues(plan: Plan, recipe: Recipe) -> Plan:
+    """The same plan with products that end in silu(gate) * up and its gradient, where gradients are wanted.
+
+    The stage, also with the kernel of `claim` in it, serves where none are.  Raises StepsAside.
+    """
+    return _each_block(plan, recipe, _in_epilogues)
+
+
 def in_8_bits(plan: Plan) -> bool:
     """Whether a map of some feed-forward multiplies in 8-bit floats."""
     maps = [one for block in plan.blocks for one in block.ffn.inner.bound.values()]
     return any(isinstance(one, Linear) and _bits(one) for one in maps)
+
+
+def gated_plainly(plan: Plan) -> bool:
+    """Whether every feed-forward is silu(gate) * up between two maps without products of their own."""
+    inner = [block.ffn.inner for block in plan.blocks]
+    return all(isinstance(one.offer, GatedSilu) and _plain(one) for one in inner)
+
+
+def epilogue_refusal(plan: Plan, dtype: str, capability: tuple[int, int] | None) -> str:
+    """Why the epilogues cannot serve a plan that is gated plainly; "" where they can."""
+    from ablab.kernels import swiglu_epilogue
+
+    weights = [weight for block in plan.blocks for _, weight in params(block.ffn.inner)]
+    sides = {side for weight in weights for side in weight.shape}
+    return swiglu_epilogue.refusal(dtype, sides, capability)
 
 
 def _each_block(plan: Plan, recipe: Recipe, fuse: Fuse) -> Plan:
@@ -83,6 +107,17 @@ def _whole(ffn: FeedForwardPlan, gated: Claimed[GatedSilu]) -> FeedForwardPlan:
     return replace(ffn, kernel=partial(EightBitFeedForward, claims))
 
 
+def _in_epilogues(ffn: FeedForwardPlan, gated: Claimed[GatedSilu]) -> FeedForwardPlan:
+    if not _plain(ffn.inner):
+        raise StepsAside("a map of the feed-forward has a product of its own")
+    return replace(ffn, kernel=partial(EpilogueFeedForward, gated))
+
+
+def _plain(inner: Stage) -> bool:
+    maps = [one for one in inner.bound.values() if isinstance(one, Linear)]
+    return all(one.product is None for one in maps)
+
+
 def _bits(linear: Linear) -> EightBits | None:
     offer = offer_of_product(linear.product)
     return offer if isinstance(offer, EightBits) else None
@@ -99,6 +134,27 @@ class FusedSilu:
 
         gate_up, down = self.offer.maps(**bound)
         return down(swiglu(gate_up(x)))
+
+
+class EpilogueFeedForward:
+    """normed x [B,T,W] -> [B,T,W], by products with epilogues where gradients are wanted.
+
+    ffn: the module that was built from a claimed plan.
+    """
+
+    def __init__(self, gated: Claimed[GatedSilu], ffn: Any):
+        self.plain = ffn.inner
+        maps: Any = gated.of(ffn)
+        self.gate_up, self.down = maps.offer.maps(**maps.bound())
+
+    def __call__(self, x: Any) -> Any:
+        import torch
+
+        from ablab.kernels.swiglu_epilogue import feed_forward
+
+        if not torch.is_grad_enabled():
+            return self.plain(x)
+        return feed_forward(x, self.gate_up.weight, self.down.weight)
 
 
 # -- in 8 bits ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     ffn            silu(gate) * up                                                        core/fusion/feedforward.py
     ffn_fp8        the whole of it in 8 bits, in training                                 core/fusion/feedforward.py
     attention_fp8  its projections in 8 bits, in training                                 core/fusion/projections.py
+    ffn_epilogue   the same where products end, in training, by quack-kernels             core/fusion/feedforward.py
     residual       a branch joins the stream, whose norm the next one reads               core/fusion/residual.py
     loss           readout, also in 8 bits, multiplier, soft cap, cross-entropy, z-loss   core/fusion/head.py
     newton_schulz  symmetric products of Muon                                             kernels/newton_schulz.py
@@ -16,6 +17,7 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from ablab.core.errors import UserError
@@ -30,6 +32,7 @@ KERNELS: dict[KernelPlace, str] = {  # place -> module of kernels/
     "attention_fp8": "fp8_projection",
     "ffn": "swiglu",
     "ffn_fp8": "fp8_swiglu",
+    "ffn_epilogue": "swiglu_epilogue",
     "residual": "residual_norm",
     "loss": "linear_cross_entropy",
     "newton_schulz": "newton_schulz",
@@ -40,17 +43,20 @@ REWRITES: dict[KernelPlace, Callable[[Plan, Recipe], Plan]] = {  # those of the 
     "attention_fp8": projections.claim,
     "ffn": feedforward.claim,
     "ffn_fp8": feedforward.claim_in_8_bits,
+    "ffn_epilogue": feedforward.claim_in_epilogues,
     "residual": residual.claim,
     "loss": head.claim,
 }
 
+# By a library that need not be there: its module, which is also the extra that brings it.
+OPTIONAL: dict[KernelPlace, str] = {"ffn_epilogue": "quack"}
 Asked = str | tuple[KernelPlace, ...]  # Runtime.kernels
 CHOSEN = ("auto", "same")  # ours where they measured faster, and no refusal elsewhere
 Shapes = Callable[[Recipe], bool]
 Capability = tuple[int, int]
 # Compute capability -> place -> the shapes at which `ablab bench kernels` found the kernel faster.
-# `attention_fp8` has no row: no GPU has timed it beside torch's casts.  Nor has `residual`: of the 70M step it saves less
-# than a hundredth (799.6 k tokens/s, 793.3 k without), and no GPU has timed it beside `ffn_fp8`.
+# `attention_fp8` has no row: no GPU has timed it beside torch's casts.  Nor has `residual`: of the 70M step it saves
+# less than a hundredth (799.6 k tokens/s, 793.3 k without), and no GPU has timed it beside `ffn_fp8`.
 FASTER: dict[Capability, dict[KernelPlace, Shapes]] = {
     (9, 0): {  # measured on an H100; an H200 is the same chip beside more memory
         "attention": lambda recipe: (
@@ -59,6 +65,8 @@ FASTER: dict[Capability, dict[KernelPlace, Shapes]] = {
         "ffn": lambda recipe: recipe.model.width >= 768,
         # 73,728 tokens of a layer: 3.1 ms for 4.0 in bf16; its maps, each with its own casts, 4.0 (an H200, bf16 3.8)
         "ffn_fp8": lambda recipe: recipe.model.width >= 768,
+        # the whole of a layer, 73,728 tokens of 768 channels: 3.4 ms for 4.0; 36,864 of 1,152: 3.8 for 4.3
+        "ffn_epilogue": lambda recipe: recipe.model.width >= 768,
         # in 8 bits too: 17.3 ms for 21.6 in bf16, 73,728 rows
         "loss": lambda recipe: recipe.data.vocab >= 32_000,
         "newton_schulz": lambda recipe: recipe.model.width >= 768,
@@ -86,7 +94,7 @@ class Card(NamedTuple):
 def places(recipe: Recipe, settled: Settled) -> dict[KernelPlace, Place]:
     """Place -> what serves it.  Raises UserError where a kernel is asked for by name and cannot be had."""
     asked = settled.kernels
-    names = [place for place in KERNELS if concerns(place, recipe)]
+    names = [place for place in KERNELS if _comes_up(place, asked) and concerns(place, recipe)]
     if asked == "torch":
         return dict.fromkeys(names, Place(False, "torch: runtime.kernels=torch"))
     if settled.shard == "weights":
@@ -114,6 +122,19 @@ def shown(asked: Asked) -> str:
     return asked if isinstance(asked, str) else f"[{', '.join(asked)}]"
 
 
+def _comes_up(place: KernelPlace, asked: Asked) -> bool:
+    """Whether there is a word to say of it: one of a library that is not there is not missed unless it is named."""
+    if place not in OPTIONAL or not isinstance(asked, str):
+        return place not in OPTIONAL or place in asked
+    return asked != "triton" and not _lacking(place)
+
+
+def _lacking(place: KernelPlace) -> str:
+    """What the place needs and is not installed; "" where all is there."""
+    library = OPTIONAL.get(place)
+    return library if library and find_spec(library) is None else ""
+
+
 def _place(place: KernelPlace, recipe: Recipe, dtype: str, asked: Asked) -> Place:
     if not isinstance(asked, str) and place not in asked:
         return Place(False, f"torch: runtime.kernels={shown(asked)}")
@@ -121,7 +142,7 @@ def _place(place: KernelPlace, recipe: Recipe, dtype: str, asked: Asked) -> Plac
         return Place(False, f"torch: the kernel is not known to be faster {slower}")
     said = flaw(place, recipe, dtype)
     if not said:
-        return Place(True, "triton")
+        return Place(True, OPTIONAL.get(place, "triton"))
     if asked not in CHOSEN:
         raise UserError(
             f"runtime.kernels={shown(asked)} cannot serve the {place}: {said}; "
@@ -149,6 +170,8 @@ def _card() -> Card:
 
 def flaw(place: KernelPlace, recipe: Recipe, dtype: str) -> str:
     """Why the kernel of a place cannot compute what the recipe wants there; "" where it can."""
+    if library := _lacking(place):
+        return f"{library} is not installed; pip install 'ablab[{library}]'"
     try:
         import_module(f"ablab.kernels.{KERNELS[place]}")
         if place in REWRITES:
@@ -159,6 +182,8 @@ def flaw(place: KernelPlace, recipe: Recipe, dtype: str) -> str:
             return residual.shape_flaw(recipe)
         if place == "loss":
             return head.shape_flaw(recipe)
+        if place == "ffn_epilogue":
+            return feedforward.epilogue_refusal(plan_of(recipe), dtype, _card().capability)
         if place == "optimizer":
             optimizer.claim(recipe)
     except ImportError as lacking:
@@ -190,6 +215,8 @@ def concerns(place: KernelPlace, recipe: Recipe) -> bool:
         return projections.in_8_bits(plan_of(recipe))
     if place == "ffn_fp8":
         return feedforward.in_8_bits(plan_of(recipe))
+    if place == "ffn_epilogue":
+        return feedforward.gated_plainly(plan_of(recipe))
     return True
 
 

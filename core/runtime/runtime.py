@@ -13,6 +13,7 @@ KernelPlace = Literal[
     "attention_fp8",
     "ffn",
     "ffn_fp8",
+    "ffn_epilogue",
     "residual",
     "loss",
     "newton_schulz",

@@ -15,7 +15,9 @@ from ablab.core.language.parse import parse
 from ablab.core.recipe.intervention import REGISTRY
 from ablab.core.recipe.recipe import run_id
 
-OF_THE_MODEL = frozenset({"attention", "attention_fp8", "ffn", "ffn_fp8", "residual", "loss"})
+OF_THE_MODEL = frozenset(
+    {"attention", "attention_fp8", "ffn", "ffn_fp8", "ffn_epilogue", "residual", "loss"}
+)
 
 
 @pytest.fixture(scope="session")

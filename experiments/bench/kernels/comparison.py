@@ -25,11 +25,13 @@ from ablab.experiments.bench.kernels.newton_schulz import newton_schulz
 from ablab.experiments.bench.kernels.optimizer_step import optimizer_step
 from ablab.experiments.bench.kernels.residual_norm import residual_norm
 from ablab.experiments.bench.kernels.swiglu import swiglu
+from ablab.experiments.bench.kernels.swiglu_epilogue import swiglu_epilogue
 from ablab.experiments.text import table
 
 KERNELS: dict[str, Cases] = {
     "attention": attention,
     "swiglu": swiglu,
+    "swiglu_epilogue": swiglu_epilogue,
     "fp8_swiglu": fp8_swiglu,
     "fp8_projection": fp8_projection,
     "residual_norm": residual_norm,

@@ -268,6 +268,69 @@ def test_projections_that_multiply_in_8_bits_cast_each_operand_once(tiny, monkey
 
 
 @cpu
+def test_a_feed_forward_in_epilogues_serves_where_gradients_are_wanted_alone(tiny, monkeypatch):
+    """Their formula in its place: the kernels have tests of their own, on a GPU."""
+    from ablab.kernels import swiglu, swiglu_epilogue
+
+    called = []
+
+    def formula(x, gate_up, down):
+        called.append(x.shape)
+        return swiglu.reference(x @ gate_up.T) @ down.T
+
+    monkeypatch.setattr(swiglu_epilogue, "feed_forward", formula)
+    recipe = tiny([], **SHAPE)
+    kernels = {"ffn", "ffn_epilogue"}
+    assert far(evaluated(recipe, kernels), evaluated(recipe, set())) == {}
+    assert len(called) == recipe.model.layers
+    with torch.no_grad():
+        model = Transformer(recipe, plan=fuse.plan_with(kernels, recipe))
+        initialise(model, recipe)
+        model(torch.zeros(1, 8, dtype=torch.long))
+    assert len(called) == recipe.model.layers
+
+
+@pytest.fixture
+def on_an_h100(monkeypatch):
+    """asked -> the settled runtime of a card that is not there."""
+    monkeypatch.setattr(fuse, "_card", lambda: fuse.Card("NVIDIA H100 80GB HBM3", (9, 0)))
+    return lambda asked: replace(ASKED, kernels=asked, dtype="bf16", device="cuda")
+
+
+def test_a_library_that_is_not_installed_is_missed_only_where_its_place_is_named(
+    tiny, monkeypatch, on_an_h100
+):
+    monkeypatch.setattr(fuse, "OPTIONAL", {"ffn_epilogue": "no_such_library"})
+    recipe = tiny([], **SHAPE)
+    for asked in ("auto", "same", "triton", "torch", ("ffn",)):
+        assert "ffn_epilogue" not in fuse.places(recipe, on_an_h100(asked))
+    said = "cannot serve the ffn_epilogue: no_such_library is not installed; pip install 'ablab"
+    with pytest.raises(UserError, match=said):
+        fuse.places(recipe, on_an_h100(("ffn_epilogue",)))
+
+
+def test_a_library_that_is_installed_serves_what_it_can_and_is_named(
+    tiny, monkeypatch, on_an_h100
+):
+    monkeypatch.setattr(fuse, "OPTIONAL", {"ffn_epilogue": "msgspec"})
+    monkeypatch.setattr("ablab.kernels.swiglu_epilogue.LIBRARY", "msgspec")
+    monkeypatch.setattr(fuse, "FASTER", {(9, 0): {"ffn_epilogue": lambda recipe: True}})
+
+    def served(recipe, asked="auto"):
+        return fuse.places(recipe, on_an_h100(asked)).get("ffn_epilogue")
+
+    assert served(tiny([], **SHAPE)) == fuse.Place(True, "msgspec")
+    assert served(tiny([], **SHAPE), "triton") is None
+    for other in ("fp8", "relu2"):
+        assert served(tiny([other], **SHAPE)) is None
+    odd = served(tiny([], **SHAPE, model__ffn={"kind": "swiglu", "multiple": 102}))
+    assert odd and odd.flaw and "multiples of 8, and the feed-forward has 204" in odd.why
+    with pytest.raises(UserError, match="compute capability 9.0; use runtime.kernels=auto"):
+        monkeypatch.setattr(fuse, "_card", lambda: fuse.Card("another", (8, 0)))
+        served(tiny([], **SHAPE), ("ffn_epilogue",))
+
+
+@cpu
 def test_grouped_heads_and_everything_at_once_too(tiny):
     recipe = tiny(
         [*STACK, {"soft_cap": {"cap": 2.0}}],
@@ -354,6 +417,7 @@ def test_what_a_kernel_cannot_serve_is_named_and_torch_serves_it(tiny, monkeypat
 
 def test_auto_takes_no_kernel_that_was_not_measured_to_be_faster_here(tiny, monkeypatch):
     monkeypatch.setattr(fuse, "FASTER", {})
+    monkeypatch.setattr(fuse, "OPTIONAL", {"ffn_epilogue": "no_such_library"})
     monkeypatch.setattr(fuse, "_card", lambda: fuse.Card("this GPU", (1, 0)))
     held = fuse.places(
         tiny(["muon"], **SHAPE), replace(ASKED, kernels="auto", dtype="bf16", device="cuda")
