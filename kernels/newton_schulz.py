@@ -5,24 +5,17 @@
         poly = a I + b gram + c gram gram^T        half the tiles; gram is symmetric, so gram gram^T is its square
         x = poly x    (x poly)                     one batched product
 
-On request a long matrix takes two or three steps on [r, r] alone, where all is symmetric, before x is met again: the
-Gram form, after Zhang, Amsel, Chen and Dao (dao-lab.ai/blog/2026/gram-newton-schulz).
-
-    gram = x x^T                                   for a, b, c in two or three of the triples:
-        poly = a I + b gram + c gram^2
-        whole = whole poly
-        gram = poly gram poly                      two products, and none after the last of them
-    x = whole x
-
 A program owns one square tile on or below the diagonal, adds in fp32 and stores it twice, as it is and transposed; the
 tiles above the diagonal are in no grid.  A tile on the diagonal mirrors its lower triangle first, so that the result is
 symmetric to the bit whatever the order of sums in a matrix unit.
 
+Steps are not joined on the gram matrix, though long matrices would be met less often (430M: 21.9 ms for 24.1 on an
+H100).  In fp16 such products passed 65,504 at the seventh step of a small run, and 5 of 20 runs of the 70M model ended
+in NaN, where matrices at random and five hard spectra had shown nothing.
+
 Tolerance: both this and plain products round gram, poly and x to `dtype`, and plain ones also b gram, c gram^2 and a x:
 errors against fp64 must be no more than 1.1 times those of the plain path.
 """
-
-from functools import partial
 
 import torch
 import triton
@@ -45,13 +38,9 @@ def plain_symmetric(
     beta: float = 0.0,
     y: Tensor | None = None,
     diagonal: float = 0.0,
-    other: Tensor | None = None,
 ) -> Tensor:
-    """alpha x z^T + beta y + diagonal I by batched products; z: `other`, or x.
-
-    x, z: [N, r, c], y: [N, r, r] -> [N, r, r].
-    """
-    gram = alpha * (x @ (x if other is None else other).mT)
+    """alpha x x^T + beta y + diagonal I by batched products.  x: [N, r, c], y: [N, r, r] -> [N, r, r]."""
+    gram = alpha * (x @ x.mT)
     added = gram if y is None else gram + beta * y
     return added + diagonal * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
 
@@ -79,22 +68,19 @@ def _tile_of(index, side):
 @triton.jit
 def _rows_times_rows(
     x,
-    z,
     rows,
     columns,
     height,
     depth,
-    x_row,
-    x_depth,
-    z_row,
-    z_depth,
+    row_stride,
+    depth_stride,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """x[rows] z[columns]^T, [BLOCK, BLOCK] fp32."""
+    """x[rows] x[columns]^T, [BLOCK, BLOCK] fp32."""
     steps = tl.arange(0, DEPTH)
-    left = x + rows[:, None] * x_row + steps[None, :] * x_depth
-    right = z + columns[:, None] * z_row + steps[None, :] * z_depth
+    left = x + rows[:, None] * row_stride + steps[None, :] * depth_stride
+    right = x + columns[:, None] * row_stride + steps[None, :] * depth_stride
     total = tl.zeros((rows.shape[0], rows.shape[0]), dtype=tl.float32)
     for start in range(0, depth, DEPTH):
         if EVEN:
@@ -104,8 +90,8 @@ def _rows_times_rows(
             a = tl.load(left, mask=(rows[:, None] < height) & within, other=0.0)
             b = tl.load(right, mask=(columns[:, None] < height) & within, other=0.0)
         total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
-        left += DEPTH * x_depth
-        right += DEPTH * z_depth
+        left += DEPTH * depth_stride
+        right += DEPTH * depth_stride
     return total
 
 
@@ -121,7 +107,6 @@ def _store(out, tile, rows, columns, height, EVEN: tl.constexpr):
 @triton.jit
 def _symmetric_kernel(
     x,
-    z,
     y,
     scale,
     out,
@@ -131,16 +116,12 @@ def _symmetric_kernel(
     x_batch,
     x_row,
     x_depth,
-    z_batch,
-    z_row,
-    z_depth,
     y_batch,
     y_row,
     y_column,
     alpha,
     beta,
     diagonal,
-    SQUARE: tl.constexpr,
     ADD: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -151,17 +132,9 @@ def _symmetric_kernel(
     tile_row, tile_column = _tile_of(tl.program_id(0) % tiles, side)
     rows = tile_row * BLOCK + tl.arange(0, BLOCK)
     columns = tile_column * BLOCK + tl.arange(0, BLOCK)
-    x += batch * x_batch
-    if SQUARE:
-        total = _rows_times_rows(
-            x, x, rows, columns, height, depth, x_row, x_depth, x_row, x_depth, DEPTH, EVEN
-        )
-    else:
-        z += batch * z_batch
-        total = _rows_times_rows(
-            x, z, rows, columns, height, depth, x_row, x_depth, z_row, z_depth, DEPTH, EVEN
-        )
-    total *= alpha
+    total = alpha * _rows_times_rows(
+        x + batch * x_batch, rows, columns, height, depth, x_row, x_depth, DEPTH, EVEN
+    )
     if ADD:
         address = y + batch * y_batch + rows[:, None] * y_row + columns[None, :] * y_column
         if EVEN:
@@ -191,13 +164,11 @@ def _symmetric_kernel(
 @torch.library.custom_op("ablab::symmetric_product", mutates_args=())
 def _symmetric(
     x: Tensor,
-    other: Tensor | None,
     y: Tensor | None,
     scale: Tensor,
     alpha: float,
     beta: float,
     diagonal: float,
-    dtype: torch.dtype,
     block: int,
     depth: int,
     warps: int,
@@ -205,13 +176,11 @@ def _symmetric(
 ) -> Tensor:
     """Opaque to the compiler (not a triton_op), because kernels in Triton's interpreter cannot be traced."""
     count, height, length = x.shape
-    out = x.new_empty(count, height, height, dtype=dtype)
+    out = x.new_empty(count, height, height)
     side = triton.cdiv(height, block)
-    z = x if other is None else other
     if out.numel():
         _symmetric_kernel[(count * (side * (side + 1) // 2),)](
             x,
-            z,
             x if y is None else y,
             scale,
             out,
@@ -219,12 +188,10 @@ def _symmetric(
             length,
             side,
             *x.stride(),
-            *z.stride(),
             *(0, 0, 0) if y is None else y.stride(),
             alpha,
             beta,
             diagonal,
-            SQUARE=other is None,
             ADD=y is not None,
             EVEN=height % block == 0 and length % depth == 0,
             BLOCK=block,
@@ -236,8 +203,8 @@ def _symmetric(
 
 
 @_symmetric.register_fake
-def _(x, other, y, scale, alpha, beta, diagonal, dtype, block, depth, warps, stages):
-    return x.new_empty(x.shape[0], x.shape[1], x.shape[1], dtype=dtype)
+def _(x, y, scale, alpha, beta, diagonal, block, depth, warps, stages):
+    return x.new_empty(x.shape[0], x.shape[1], x.shape[1])
 
 
 Tiles = dict[int, tuple[int, int, int, int]]
@@ -250,50 +217,31 @@ def symmetric(
     y: Tensor | None = None,
     diagonal: float = 0.0,
     scale: Tensor | None = None,
-    other: Tensor | None = None,
-    dtype: torch.dtype | None = None,
     tiles: Tiles = TILES,
 ) -> Tensor:
-    """(alpha x z^T + beta y + diagonal I) scale, summed in fp32, rounded once; z: `other`, or x itself.
+    """(alpha x x^T + beta y + diagonal I) scale in the dtype of x, summed in fp32, rounded once.
 
-    Symmetric to the bit, without a gradient.  Of x z^T the lower triangle is computed: it must be symmetric, as that of
-    polynomials of one matrix is.
-    x, z: [N, r, c] of one dtype and any strides, each matrix within 2^31 elements; y: symmetric [N, r, r]; scale: [N]
-    in fp32; dtype: of the result, else that of x.  tiles: as TILES, for tuning.
+    Symmetric to the bit, without a gradient.
+    x: [N, r, c] of any strides, each matrix within 2^31 elements; y: symmetric [N, r, r] of the same dtype; scale:
+    [N] in fp32.  tiles: as TILES, for tuning.
     """
     scale = x.new_ones(len(x), dtype=torch.float32) if scale is None else scale
     return _symmetric(
         x,
-        other,
         y,
         scale,
         float(alpha),
         float(beta),
         float(diagonal),
-        dtype or x.dtype,
         *tiles[min(most for most in tiles if most >= x.shape[1])],
     )
 
 
-# ---- Newton-Schulz ----
-
-Triple = tuple[float, float, float]
-Triples = tuple[Triple, ...]
-
-
-# Times as long as it is wide, from where on a matrix is met less often.  By count it pays from 1.5 on: in products of
-# r^3, symmetric ones halved, two steps of an [r, c] take 6 c/r + 2 one at a time and 3 c/r + 5 together.  On an H100
-# the matrices of the 430M model take 21.9 ms of polar7 instead of 24.1, and end nearer to fp64 (0.010, not 0.015).
-LONG = 1.5
+Triples = tuple[tuple[float, float, float], ...]
 
 
 def orthogonalise(
-    matrices: Tensor,
-    divisor: float,
-    triples: Triples,
-    dtype: torch.dtype,
-    tiles: Tiles = TILES,
-    long: float = LONG,
+    matrices: Tensor, divisor: float, triples: Triples, dtype: torch.dtype, tiles: Tiles = TILES
 ) -> Tensor:
     """An approximate polar factor U V^T of each matrix [N, r, c], in the dtype of `matrices`.
 
@@ -302,82 +250,26 @@ def orthogonalise(
     """
     norms = matrices.norm(dim=(-2, -1), keepdim=True)
     x = (matrices / (norms * divisor + 1e-7)).to(dtype)
-    return iterate(x, triples, tiles=tiles, long=long).to(matrices.dtype)
+    return iterate(x, triples, tiles=tiles).to(matrices.dtype)
 
 
 def iterate(
-    x: Tensor,
-    triples: Triples,
-    scale: Tensor | None = None,
-    tiles: Tiles = TILES,
-    long: float = LONG,
+    x: Tensor, triples: Triples, scale: Tensor | None = None, tiles: Tiles = TILES
 ) -> Tensor:
     """Each step takes singular values s of the matrices x [N, r, c] to a s + b s^3 + c s^5; in the dtype of x.
 
     scale: [N] in fp32, what x must be multiplied by before the first step; it enters the first products instead.
-    long: as LONG.
+
+    Not the Gram form, which iterates on [r, r] alone and multiplies by x at the end: on a 128 x 512 matrix with
+    singular values from 0.001 to 1, in bf16 with the seven steps of polar7, it gave NaN, and with a restart after
+    two steps values above 1e11, where this form takes them to [0.90, 1.09].
     """
-    short_side, long_side = sorted(x.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     one = x.new_ones(len(x), dtype=torch.float32)
-    scale = one if scale is None else scale
-    for steps in runs(triples) if long_side >= long * short_side else singly(triples):
-        whole = _composed(x.mT if tall else x, steps, scale, tiles)
-        x = x @ whole if tall else whole @ x
-        scale = one
+    scale, squared = (one, one) if scale is None else (scale, scale.square())
+    for a, b, c in triples:
+        gram = symmetric(x.mT if tall else x, scale=squared, tiles=tiles)
+        poly = symmetric(gram, c, b, gram, a, scale, tiles)
+        x = x @ poly if tall else poly @ x
+        scale = squared = one
     return x
-
-
-def singly(triples: Triples) -> list[Triples]:
-    return [(triple,) for triple in triples]
-
-
-def runs(triples: Triples) -> list[Triples]:
-    """The steps that a long matrix takes between two meetings.
-
-    Two, but three at first of an odd number.  What was rounded in a gram matrix grows by a^2 at each step, and a
-    negative eigenvalue runs away.  Of 256 singular values of five hard spectra, which polar7 takes to 1.085 at most,
-    the largest was 1.087 by 3, 2, 2 steps (1.33 with gram matrices in bf16), 1.12 by 2, 2, 3, 1.74 by 2, 3, 2, 2,600
-    by 2, 5, NaN by 7.
-    """
-    first = 3 if len(triples) % 2 else 2
-    later = range(first, len(triples), 2)
-    return [triples[:first], *(triples[i : i + 2] for i in later)]
-
-
-# Of the gram matrices of a run: three more bits, and numbers are near 1 by then.
-BETWEEN = {torch.bfloat16: torch.float16}
-# They are kept so many times as large: rows of a matrix of norm 1 have products near 1e-5, where fp16 has lost half of
-# its bits.
-ENLARGED = 1024.0
-
-
-def _composed(x: Tensor, steps: Triples, scale: Tensor, tiles: Tiles) -> Tensor:
-    """The symmetric [N, r, r] that takes x scale through all the steps, times scale; in the dtype of x.
-
-    Polynomials of longer runs go without their diagonal a I, whose rounding in fp16 would be that of all.
-    """
-    product = partial(symmetric, tiles=tiles)
-    if len(steps) == 1:
-        a, b, c = steps[0]
-        gram = product(x, scale=scale.square())
-        return product(gram, c, b, gram, a, scale)
-    dtype = BETWEEN.get(x.dtype, x.dtype)
-    gram = product(x, ENLARGED, scale=scale.square(), dtype=dtype)
-    rests = [product(*_odd_powers(gram, steps[0]))]
-    firsts = [first for first, _, _ in steps]
-    for first, following in zip(firsts, steps[1:], strict=False):
-        half = product(gram, 1.0, first, gram, other=rests[-1])
-        gram = product(half, 1.0, first, half, other=rests[-1])
-        rests.append(product(*_odd_powers(gram, following)))
-    whole, *between, last = rests
-    whole.diagonal(dim1=-2, dim2=-1).add_(firsts[0])
-    for first, rest in zip(firsts[1:], between, strict=False):
-        whole = product(whole, 1.0, first, whole, other=rest)
-    return product(whole, 1.0, firsts[-1], whole, other=last, scale=scale, dtype=x.dtype)
-
-
-def _odd_powers(gram: Tensor, triple: Triple) -> tuple[Tensor, float, float, Tensor]:
-    """What `symmetric` takes for b gram + c gram^2, as x^3 and x^5 are of the gram matrix of x."""
-    _, third, fifth = triple
-    return gram, fifth / ENLARGED**2, third / ENLARGED, gram

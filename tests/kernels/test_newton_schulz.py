@@ -1,8 +1,5 @@
 """Symmetric products and Newton-Schulz against fp64, and against plain products in the same dtype."""
 
-import math
-from itertools import chain
-
 import pytest
 import torch
 import triton
@@ -13,13 +10,11 @@ from triton import language as tl
 from ablab.core.parts.transforms import COEFFICIENTS, newton_schulz, polar_factor
 from ablab.kernels import newton_schulz as kernel
 from ablab.kernels.newton_schulz import (
-    LONG,
     TILES,
     _tile_of,
     iterate,
     orthogonalise,
     plain_symmetric,
-    runs,
     symmetric,
 )
 
@@ -67,8 +62,8 @@ def error(measured, expected):
     return (difference.norm() / expected.norm()).item()
 
 
-def by_kernel(matrices, coefficients, dtype, **how):
-    return orthogonalise(matrices, *COEFFICIENTS[coefficients], dtype, **how)
+def by_kernel(matrices, coefficients, dtype, **tiles):
+    return orthogonalise(matrices, *COEFFICIENTS[coefficients], dtype, **tiles)
 
 
 # ---- the symmetric product ----
@@ -92,12 +87,19 @@ def test_every_tile_on_or_below_the_diagonal_has_one_index(side):
     ]
 
 
-WHOLE_TILES = {"count": 2, "rows": 64, "columns": 96, "alpha": 1.0, "diagonal": 1.5, "seed": 0}
+nothing_to_mask = example(
+    count=2,
+    rows=64,
+    columns=32,
+    alpha=1.0,
+    beta=2.5,
+    diagonal=1.5,
+    seed=0,
+)
 
 
 @examples
 @given(
-    turned=st.booleans(),
     count=st.integers(1, 3),
     rows=st.integers(1, 70),
     columns=st.integers(1, 70),
@@ -106,14 +108,11 @@ WHOLE_TILES = {"count": 2, "rows": 64, "columns": 96, "alpha": 1.0, "diagonal": 
     diagonal=st.sampled_from([0.0, -3.0]),
     seed=st.integers(0, 99),
 )
-@example(turned=False, beta=2.5, **WHOLE_TILES)
-@example(turned=True, beta=None, **WHOLE_TILES)
+@nothing_to_mask
 def test_products_equal_fp64_and_are_symmetric_to_the_bit(
-    turned, count, rows, columns, alpha, beta, diagonal, seed
+    count, rows, columns, alpha, beta, diagonal, seed
 ):
     x = randn(count, rows, columns, seed=seed)
-    if turned:
-        x = x.mT.contiguous().mT
     wide = x.double()
     expected = alpha * torch.einsum("nik,njk->nij", wide, wide)
     expected += diagonal * torch.eye(rows, device=DEVICE)
@@ -138,20 +137,6 @@ def test_a_square_in_fp16_is_symmetric_to_the_bit_and_as_exact_as_a_plain_one():
     assert torch.equal(square, square.mT)
     assert square.dtype == torch.float16
     assert error(square, expected) <= 1.1 * error(plain, expected)
-
-
-@pytest.mark.parametrize("rows", [64, 50])
-def test_of_two_matrices_that_commute_the_product_is_symmetric_to_the_bit(rows):
-    gram = plain_symmetric(randn(2, rows, 90).double()) / 90
-    square = gram @ gram
-    expected = 2 * gram @ square - 3 * gram
-    product = symmetric(
-        gram.float(), 2.0, -3.0, gram.float(), other=square.float(), tiles=SMALL
-    )
-    assert error(product, expected) < 1e-6
-    assert torch.equal(product, product.mT)
-    narrow = symmetric(gram.float(), dtype=torch.float16, tiles=SMALL)
-    assert torch.equal(narrow, symmetric(gram.float(), tiles=SMALL).half())
 
 
 SCALE = torch.tensor([1.0, 0.25, 8.0], device=DEVICE)
@@ -195,65 +180,11 @@ def test_an_empty_batch_gives_an_empty_batch():
 def test_pytorch_finds_the_operator_registered_as_it_behaves(added):
     x = randn(2, 20, 30)
     y = symmetric(x, tiles=SMALL) if added else None
-    other = x.clone() if added else None
-    given_ = (x, other, y, randn(2), 1.0, 0.5, 2.0, torch.float16, *SMALL[16])
+    given_ = (x, y, randn(2), 1.0, 0.5, 2.0, *SMALL[16])
     torch.library.opcheck(kernel._symmetric, given_)
 
 
 # ---- Newton-Schulz ----
-
-
-@pytest.mark.parametrize(("coefficients", "steps"), [("polar7", [3, 2, 2]), ("you5", [3, 2])])
-def test_a_long_matrix_is_met_once_in_two_or_three_steps_and_none_is_left_out(
-    coefficients, steps
-):
-    _, triples = COEFFICIENTS[coefficients]
-    found = runs(triples)
-    assert [len(run) for run in found] == steps
-    assert tuple(chain.from_iterable(found)) == triples
-
-
-@pytest.mark.parametrize(("shape", "longer"), [((2, 20, 29), False), ((2, 30, 20), True)])
-def test_a_matrix_that_is_long_enough_takes_another_way_to_the_same_place(shape, longer):
-    matrices = randn(*shape)
-    often = by_kernel(matrices, "you5", torch.float32, tiles=SMALL, long=math.inf)
-    seldom = by_kernel(matrices, "you5", torch.float32, tiles=SMALL)
-    assert torch.equal(often, seldom) != longer
-    assert error(seldom, often.double()) < 1e-5
-
-
-SPECTRA = {  # singular values that make gram matrices hard to keep
-    "from 1 to 0.001": torch.logspace(0, -3, 128),
-    "from 1 to 0.00001": torch.logspace(0, -5, 128),
-    "one large": torch.cat([torch.ones(1), torch.full((127,), 3e-4)]),
-    "few": torch.cat([torch.ones(16), torch.zeros(112)]),
-    "by rank": 1 / torch.arange(1, 129),
-}
-
-
-def rounded(x, *factors, scale=None, other=None, dtype=None, tiles=None):
-    """`symmetric`, by torch's products in fp32."""
-    y = factors[2].float() if len(factors) > 2 else None
-    z = x if other is None else other
-    product = plain_symmetric(x.float(), *factors[:2], y, *factors[3:], other=z.float())
-    lower = product.tril()
-    return (lower + product.tril(-1).mT).to(dtype or x.dtype)
-
-
-@pytest.mark.parametrize("coefficients", COEFFICIENTS)
-@pytest.mark.parametrize("spectrum", SPECTRA)
-def test_a_long_matrix_met_seldom_ends_where_plain_products_take_it(
-    monkeypatch, coefficients, spectrum
-):
-    """In bf16, which the interpreter cannot multiply."""
-    monkeypatch.setattr(kernel, "symmetric", rounded)
-    matrices = matrices_with(SPECTRA[spectrum].to(DEVICE), 128, 320)
-    ours = by_kernel(matrices, coefficients, torch.bfloat16)
-    plain = newton_schulz(matrices, coefficients, torch.bfloat16)
-    expected = newton_schulz(matrices.double(), coefficients, torch.float64)
-    assert error(ours, expected) <= 1.1 * error(plain, expected)
-    reached = torch.linalg.svdvals(plain.double()).max()
-    assert torch.linalg.svdvals(ours.double()).max() < reached + 0.05
 
 
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
@@ -370,19 +301,16 @@ class TestOnTheGpu:
         )
         assert torch.equal(square, symmetric(gram, 0.5, -1.5, gram, 2.0))
 
-    @pytest.mark.parametrize("long", [math.inf, LONG])
     @pytest.mark.parametrize("coefficients", COEFFICIENTS)
     @pytest.mark.parametrize(
         "shape",
         [(2, 768, 2048), (2, 768, 256), (6, 64, 768), (1, 131, 517)],
         ids=str,
     )
-    def test_bf16_results_are_as_close_to_fp64_as_plain_products(
-        self, coefficients, shape, long
-    ):
+    def test_bf16_results_are_as_close_to_fp64_as_plain_products(self, coefficients, shape):
         matrices = randn(*shape, seed=any_seed())
         expected = newton_schulz(matrices.double(), coefficients, torch.float64)
-        ours = by_kernel(matrices, coefficients, torch.bfloat16, long=long)
+        ours = by_kernel(matrices, coefficients, torch.bfloat16)
         plain = newton_schulz(matrices, coefficients, torch.bfloat16)
         assert error(ours, expected) <= 1.1 * error(plain, expected)
         values = torch.linalg.svdvals(ours.double())

@@ -1,6 +1,5 @@
 """Newton-Schulz on batches of the 70M and the 430M model, beside the compiler's form."""
 
-import math
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -48,9 +47,9 @@ def _case(shape: tuple[int, ...], device: torch.device) -> Case:
     dtype = activations(device)
     plain = partial(formula, coefficients=POLYNOMIALS)
 
-    def own(**how: float) -> Form:
+    def own() -> Form:
         fused = ours(device, "newton_schulz", "orthogonalise")
-        return Form(lambda matrices: fused(matrices, *COEFFICIENTS[POLYNOMIALS], dtype, **how))
+        return Form(lambda matrices: fused(matrices, *COEFFICIENTS[POLYNOMIALS], dtype))
 
     return Case(
         kernel="newton_schulz",
@@ -59,7 +58,6 @@ def _case(shape: tuple[int, ...], device: torch.device) -> Case:
         forms={
             "torch": lambda: Form(compiled(partial(plain, dtype=dtype), device)),
             OURS: own,
-            f"{OURS}, met at every step": partial(own, long=math.inf),
         },
         reference=partial(plain, dtype=torch.float32),
         flops=flops(shape, POLYNOMIALS),
