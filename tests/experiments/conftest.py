@@ -1,5 +1,6 @@
 """A bench for the command line: a folder with tokens and experiment files, and two ways to run `ablab` in it."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -228,6 +229,16 @@ def workers_are_forked():
     context.set_forkserver_preload(["ablab.core.train.run", "ablab.ablations.checks.liveness"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "CONTEXT", context)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_are_built_once():
+    """Four fifths of a call of `ablab` in this process were typer's way from functions to commands, always the same."""
+    import typer.main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
         yield
 
 
