@@ -1,8 +1,8 @@
 """One GPU and several of a host on the same run: `ablab bench scale`.
 
 Whole optimizer steps, as in `ablab bench step`; the batch is the same for one GPU and for all of them together.
-    one              each GPU by itself, all at once: cards of one host differ by a few percent, and several keep the
-                     pace of the slowest, so the ratio is that of their mean
+    one              each GPU by itself, all at once, before and after: cards of one host differ by a few percent, warm
+                     ones from cool ones too; several keep the pace of the slowest, so the ratio is that of their mean
     with, without    the same step with and without its messages between ranks, in turn, A B B A; without them the
                      weights of the ranks part, and nothing else changes
     share            of a step that messages add to it, beside the slowest GPU without them: what is not hidden behind
@@ -155,12 +155,14 @@ def _on_gpu(device: torch.device) -> bool:
 
 def _sized(asked: Asked, world: World) -> dict[str, Any]:
     recipe = parse(Recipe, asked.recipe, "")
-    losses, seconds_alone = _alone(asked, recipe)
+    losses, before = _alone(asked, recipe)
     _clear_away()
-    ones = _of_ranks(1e3 * seconds_alone, world, asked.device)
     found = asdict(asked.size) | {"tokens_per_step": recipe.tokens_per_step}
     found |= Together(asked, recipe, world).numbers()
     _clear_away()
+    _, after = _alone(asked, recipe)
+    _clear_away()
+    ones = _of_ranks(1e3 * (before + after) / 2, world, asked.device)
     one = fmean(ones)
     found |= {"ones_ms": ones, "one_ms": one, "ratio": one / found["many_ms"]}
     pairs = zip(losses, found["losses"], strict=True)
