@@ -90,6 +90,9 @@ COMMANDS = {
     "ablab bench scale": HELP,
     "ablab bench scale --gpus 2": HELP,
     "ablab bench step 430m data.batch=48 runtime.micro_batch=48": HELP,
+    "ablab bench step 430m 'with=[fp8]' --cell '+ fp8' data.batch=48 runtime.micro_batch=48": HELP,
+    "ablab bench step fp8_70m --cell 'fp8 both' --against base": HELP,
+    "ablab run fp8_70m": HELP,
     "make demo": None,  # the set-up of `make test` and `ablab run quickstart`
     "make test": None,  # CI runs it
     "make lint": None,  # likewise
