@@ -87,6 +87,20 @@ def write_token_folder():
     return write_tokens
 
 
+@pytest.fixture(scope="session")
+def refusals():
+    """recipe, dtype -> what the kernels that it concerns have against it, those of a library that need not be there
+    excepted."""
+    from ablab.core.fusion.places import KERNELS, OPTIONAL, concerns, flaw
+
+    def of(recipe, dtype: str) -> set[str]:
+        own = [place for place in KERNELS if place not in OPTIONAL]
+        said = {flaw(place, recipe, dtype) for place in own if concerns(place, recipe)}
+        return said - {""}
+
+    return of
+
+
 def tiny_recipe(treatment=(), **paths):
     """Width 32, 3 layers, 4 heads of 8, vocabulary 64, 12 steps of 4 rows of 16 tokens, 3 of them warm-up.
 

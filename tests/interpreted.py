@@ -79,9 +79,7 @@ def plain_symmetric(
     y=None,
     diagonal=0.0,
     scale=None,
-    other=None,
-    dtype=None,
     tiles=None,
 ):
-    made = newton_schulz.plain_symmetric(x, alpha, beta, y, diagonal, other)
+    made = newton_schulz.plain_symmetric(x, alpha, beta, y, diagonal)
     return made if scale is None else made * scale[:, None, None]

@@ -331,7 +331,8 @@ def test_every_kernel_compiles_for_an_h100_onto_its_matrix_units(for_an_h100):
         *(f"_{name}_kernel" for name in optimizer_kernels),
         "_forward",
         "_backward",
-        *["_row"] * 3,
+        "_hold",
+        *["_read_twice"] * 2,
     ]
     assert [row[0] for row in rows] == products + passes
     on_matrix_units = {row[0]: int(row[-1]) > 0 for row in rows[: len(products)]}
