@@ -56,8 +56,8 @@ Shapes = Callable[[Recipe], bool]
 Capability = tuple[int, int]
 # Compute capability -> place -> the shapes at which `ablab bench kernels` found the kernel faster.
 # `ffn_epilogue` has no row: a layer alone was timed, 3.4 ms for 4.0 of 73,728 tokens, 768 channels, and no whole step.
-# `attention_fp8` has no row: no GPU has timed it beside torch's casts.  Nor has `residual`: of the 70M step it saves
-# less than a hundredth (799.6 k tokens/s, 793.3 k without), and no GPU has timed it beside `ffn_fp8`.
+# `attention_fp8` has no row: no GPU has timed it beside torch's casts.  Nor has `residual`, of which none has timed a
+# whole step.
 FASTER: dict[Capability, dict[KernelPlace, Shapes]] = {
     (9, 0): {  # measured on an H100; an H200 is the same chip beside more memory
         "attention": lambda recipe: (
