@@ -37,6 +37,7 @@ from ablab.analysis.effects.intervals import MODERATED_FROM, PLAIN_FROM
 from ablab.analysis.effects.service import COLUMN as KERNELS
 from ablab.analysis.effects.service import in_words, server
 from ablab.analysis.effects.speedup import FLOPS, SECONDS, TOKENS, Speedup, speedups
+from ablab.analysis.effects.strays import strays
 from ablab.analysis.effects.tokens import SIZES, TokenEffects
 from ablab.analysis.pages.answer import answer
 from ablab.analysis.pages.method import how_to_read
@@ -251,6 +252,7 @@ def _warnings(plan: GridPlan, runs: pd.DataFrame, effects: list[Effect]) -> Iter
     yield from _in_parts(finished(runs))
     yield from _damages(runs)
     yield from _losses(runs)
+    yield from _strays(plan, finished(runs))
     yield from _absences(plan, runs)
     yield from _unpaced(runs)
     yield from _unmeasured(plan, effects)
@@ -348,6 +350,18 @@ def _losses(runs: pd.DataFrame) -> Iterator[str]:
         why = f": {first.error}" if first.error else ""
         counts = said(Counter(lost.status))
         yield f"`{cell}`: {counts} of {planned} runs; {first.run} at step {first.step}{why}"
+
+
+def _strays(plan: GridPlan, done: pd.DataFrame) -> Iterator[str]:
+    """Runs far from the other seeds of their arm."""
+    if plan.metric not in done:
+        return
+    for stray in strays(done, plan.metric):
+        low, high = stray.others
+        yield (
+            f"`{stray.cell}`, seed {stray.seed}: {plan.metric} {stray.value:.4f} is far from its arm's other seeds "
+            f"({low:.4f} to {high:.4f}); look at its curve for a spike; it is in every number here"
+        )
 
 
 def _absences(plan: GridPlan, runs: pd.DataFrame) -> Iterator[str]:
