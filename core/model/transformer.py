@@ -47,7 +47,8 @@ class Attention(nn.Module):
         self.on_heads = StageModules(plan.on_heads)
         self.on_branch = StageModules(plan.on_branch)
         self.heads = [rows // head_dim for rows in plan.qkv.weight.blocks]  # H, KV, KV
-        self.attend = plan.kernel(self) if plan.kernel else self._attend
+        # partial: an object whose type the compiler's guards see, as they see a kernel's
+        self.attend = plan.kernel(self) if plan.kernel else partial(self._attend)
 
     def forward(self, x: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
         """x: [B,T,W] -> the branch's output [B,T,W]; causal over the T tokens given."""
@@ -154,7 +155,8 @@ class Block(nn.Module):
         self.ffn = FeedForward(plan.ffn)
         self.on_block = StageModules(plan.on_block)
         self.block = StageModule(plan.block)
-        self.join = plan.kernel(self) if plan.kernel else self._join
+        # partial: as `attend`
+        self.join = plan.kernel(self) if plan.kernel else partial(self._join)
 
     def forward(self, x: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
         return self.join(x, carry)
