@@ -22,12 +22,10 @@ from ablab.core.runtime.world import Handle, World
 from ablab.core.train.banks import Bank, named_state
 
 ELEMENTWISE = (AdamDirection, RunningMean, Decays)  # offers of one number at a time
-WHOLE = (
-    1 << 20
-)  # numbers of a bank below which one rank owns it: more messages would cost more than they share
-PIECE = (
-    32 << 20
-)  # bytes of gradients that go in one message, at least, where a share has as many
+# Numbers of a bank below which one rank owns it: more messages would cost more than they share.
+WHOLE = 1 << 20
+# Bytes of gradients that go in one message, at least, where a share has as many.
+PIECE = 32 << 20
 
 Share = range  # of the members of a bank
 

@@ -1,7 +1,7 @@
 """How often Python looks for garbage: what a process imports and compiles stays, and each look goes through all of it.
 
-Processor seconds until torch and its compiler are imported: 2.9 by Python's own thresholds, 2.4 by these, 2.2 with no
-look at all.
+Processor seconds until torch and its compiler are imported: 2.27 to 2.42 by Python's own thresholds, 1.90 to 1.94 by
+these.
 """
 
 import gc
