@@ -3,7 +3,9 @@
 Compiled by a backend that only counts.
 """
 
+from functools import partial
 from importlib import import_module
+from types import MethodType
 
 import pytest
 import torch
@@ -109,3 +111,11 @@ def test_where_bits_shall_repeat_the_compiler_decides_by_rule_and_not_by_the_clo
         repeat_bits(asked)
         assert torch.are_deterministic_algorithms_enabled() == asked
         assert import_module("torch._inductor.config").deterministic == asked
+
+
+def test_what_a_plan_chooses_is_never_a_bound_method(tiny, build):
+    """torch 2.11 guards none: a graph traced through one would serve a module that holds a kernel in its place."""
+    model = build(tiny(FULL))
+    held = [value for module in model.modules() for value in vars(module).values()]
+    assert [value for value in held if isinstance(value, partial)]
+    assert not [value for value in held if isinstance(value, MethodType)]
