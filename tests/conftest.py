@@ -6,6 +6,7 @@
 import gc
 import json
 import os
+import weakref
 from importlib.util import find_spec
 
 from ablab.core.runtime.runtime import visible_gpus
@@ -85,6 +86,27 @@ def token_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def write_token_folder():
     return write_tokens
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """module, name of a class there -> those of its objects that are in memory.  Nothing looks for garbage by itself."""
+    gc.disable()
+
+    def objects(module, name: str) -> weakref.WeakSet:
+        made = getattr(module, name)
+        found = weakref.WeakSet()
+
+        def noting(*given, **named):
+            one = made(*given, **named)
+            found.add(one)
+            return one
+
+        monkeypatch.setattr(module, name, noting)
+        return found
+
+    yield objects
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The tensors of a weights folder, checked against the plan of its recipe; and a model that takes them over."""
 
+import gc
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -131,6 +132,7 @@ def built(
     device: torch.device | str = "cpu",
 ) -> Transformer:
     """The model of a folder; dtype: of its activations."""
+    gc.collect()  # a model is in cycles: one that was asked before goes before this one comes
     model = Transformer(weights.recipe, dtype)
     take_over(model, weights)
     return model.to(device).eval()

@@ -12,5 +12,9 @@ MIDDLE_AGED = 100  # looks at these before one at all; Python's own: 10
 
 
 def collect_seldom() -> None:
-    """From here on, in this process.  What has to be free at once is collected by name (core/train/trainer.py:Warm)."""
+    """From here on, in this process.  What has to be free at once is collected by name.
+
+    So are models, which are in cycles, before the next one's memory comes: core/train/trainer.py:Warm,
+    core/interop/weights.py:built, ablations/checks/liveness.py:trace.
+    """
     gc.set_threshold(NEW, YOUNG, MIDDLE_AGED)

@@ -1,8 +1,9 @@
-"""Liveness on the path that a GPU serves; the contracts ask it of every intervention on a CPU."""
+"""Liveness on the path that a GPU serves, and what it leaves; the contracts ask it of every intervention on a CPU."""
 
 import pytest
 import torch
 
+from ablab.ablations.checks import liveness
 from ablab.ablations.checks.liveness import trace
 
 KERNELS = ("attention", "ffn", "residual", "loss", "newton_schulz", "optimizer")
@@ -34,3 +35,10 @@ def test_on_a_gpu_a_toggle_is_alive_beside_kernels_and_a_trace_repeats(tiny, tog
     found = trace(recipe, "cuda", kernels)
     assert found != base
     assert found == trace(recipe, "cuda", kernels)
+
+
+def test_before_a_trace_comes_the_one_before_it_goes(tiny, held):
+    models = held(liveness, "Transformer")
+    for toggle in TOGGLES[:3]:
+        trace(tiny([toggle]))
+    assert len(models) == 1

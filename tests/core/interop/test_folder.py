@@ -8,6 +8,7 @@ import torch
 from ablab.core.errors import UserError
 from ablab.core.interop.folder import Source, found, recipe_of, source_of, tokenizer_of
 from ablab.core.interop.weights import built, load, take_over, write
+from ablab.core.model import transformer
 from ablab.core.recipe.recipe import run_id
 from ablab.core.runtime.runtime import Runtime
 from ablab.core.store.store import Store
@@ -21,6 +22,14 @@ def test_what_is_written_is_read_again_bit_for_bit(tiny, kept, batch):
     rows = batch(recipe)[:, :-1]
     assert torch.equal(again(rows), model(rows))
     assert load(folder).recipe == recipe
+
+
+def test_before_a_model_is_built_the_one_before_it_goes(tiny, kept, held):
+    _, folder = kept(tiny())
+    blocks = held(transformer, "Block")
+    for _ in range(3):
+        built(load(folder))
+    assert len(blocks) == tiny().model.layers
 
 
 def test_the_folder_of_a_run_that_kept_its_weights_is_one(tiny, token_folder, tmp_path):
