@@ -90,7 +90,7 @@ def write_token_folder():
 
 @pytest.fixture
 def held(monkeypatch):
-    """module, name of a class there -> those of its objects that are in memory.  Nothing looks for garbage by itself."""
+    """module, name of a class there -> its objects that are in memory.  Nothing looks for garbage by itself."""
     gc.disable()
 
     def objects(module, name: str) -> weakref.WeakSet:

@@ -43,8 +43,8 @@ def trace(recipe: Recipe, device: str = "cpu", kernels: Collection[KernelPlace] 
     kernels: the places that kernels serve in the run, as `served` of core/fusion/places.py says.
     In fp32 and, on a GPU too, in a fixed order of sums: else noise would pass for life.
     """
-    # The model, gradients and states of the trace before, which are in cycles, go before ours come: 1.9 GB at 70M.  They
-    # are young where garbage is looked for seldom; a look at all takes 0.1 s, a third of an arm of quickstart.
+    # What the trace before left is in cycles, and goes before ours comes: 23 bytes a parameter of quickstart.
+    # It is young where garbage is looked for seldom; a look at all takes 0.1 s, a third of an arm of quickstart.
     gc.collect(1)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

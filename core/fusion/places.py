@@ -4,7 +4,7 @@
     ffn            silu(gate) * up                                                        core/fusion/feedforward.py
     ffn_fp8        the whole of it in 8 bits, in training                                 core/fusion/feedforward.py
     attention_fp8  its projections in 8 bits, in training                                 core/fusion/projections.py
-    ffn_epilogue   the same where products end, in training, by quack-kernels             core/fusion/feedforward.py
+    ffn_epilogue   silu(gate) * up where products end, in training, by quack-kernels      core/fusion/feedforward.py
     residual       a branch joins the stream, whose norm the next one reads               core/fusion/residual.py
     loss           readout, also in 8 bits, multiplier, soft cap, cross-entropy, z-loss   core/fusion/head.py
     newton_schulz  symmetric products of Muon                                             kernels/newton_schulz.py
