@@ -126,6 +126,15 @@ def test_a_diverged_arm_is_shown_with_its_step_and_reason(lab, tmp_path):
     assert row(text, "- x", "Numbers")[-1] == "2 finished, 1 diverged"
 
 
+def test_a_finished_run_far_from_its_arms_other_seeds_is_named_and_counts(lab, tmp_path):
+    lab.cell("full", FULL, None)
+    lab.cell("- x", [3.02, 3.022, 3.5])
+    text = page(lab, tmp_path)
+    said = "val/loss 3.5000 is far from its arm's other seeds (3.0200 to 3.0220)"
+    assert f"`- x`, seed 2: {said}" in text
+    assert row(text, "- x", "Numbers")[-1] == "3 finished"
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
