@@ -345,9 +345,7 @@ def test_grouped_heads_and_everything_at_once_too(tiny):
 
 @cpu
 @pytest.mark.parametrize("treatment", NORMS)
-def test_the_fused_stream_is_the_same_function_of_the_same_parameters(
-    tiny, joined, treatment
-):
+def test_the_fused_stream_is_the_same_function_of_the_same_parameters(tiny, joined, treatment):
     recipe = tiny(NORMS[treatment], **SHAPE)
     assert fuse.places(recipe, ASKED)["residual"].kernel
     theirs = evaluated(recipe, set())
@@ -382,7 +380,9 @@ class LearnedFactor(Part):
     kind: str = "learned_factor"
 
     def build(self, where) -> Stage:
-        return Stage(multiply, offer=Factor(only("factor")), factor=Param((1,), "vector", fill=1.0))
+        return Stage(
+            multiply, offer=Factor(only("factor")), factor=Param((1,), "vector", fill=1.0)
+        )
 
 
 @cpu
