@@ -30,8 +30,8 @@ PLACES = {  # `where` -> the maps that multiply so
     "ffn": ("ffn",),
     "readout": ("readout",),
     "both": ("ffn", "readout"),
-    "attention": ("qkv", "out"),
-    "all": ("ffn", "qkv", "out", "readout"),
+    "attention": ("attention.qkv", "attention.out"),
+    "all": ("ffn", "attention.qkv", "attention.out", "readout"),
 }
 
 
@@ -71,10 +71,10 @@ class FP8(Part):
 
 
 def _place(path: str, role: str) -> str:
-    """What PLACES calls a map; a name that is not there, of any other."""
+    """What PLACES calls a map; a name that is not there, of any other, as of a stage's own map called `out`."""
     if role != "hidden":
         return role
-    return "ffn" if ".ffn." in path else path.rpartition(".")[2]
+    return "ffn" if ".ffn." in path else ".".join(path.split(".")[-2:])
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from ablab.core.fusion.rewrite import Built, Claimed, Region
-from ablab.core.language.declare import Stage
+from ablab.core.language.declare import Stage, params
 from ablab.core.language.offers import Factor, PlainResidual, UnitRows
 from ablab.core.model.plan import AttentionPlan, BlockPlan, FeedForwardPlan, Plan
 from ablab.core.recipe.recipe import Recipe
@@ -56,10 +56,15 @@ def _block(block: BlockPlan) -> BlockPlan:
 
 
 def _claims(branch: AttentionPlan | FeedForwardPlan) -> NormClaims:
-    """Raises StepsAside.  Stages of `on_norm` behind the factor stay as they are."""
+    """Raises StepsAside.  The other stages of `on_norm` stay as they are.
+
+    So does a factor that is learned: the kernel has no gradient for it.
+    """
     region = Region(branch, outside=())
     norm = region.need("norm", UnitRows)
-    return NormClaims(norm, region.take("on_norm", Factor))
+    factor = region.take("on_norm", Factor)
+    learned = factor and any(params(branch.on_norm[factor.name]))
+    return NormClaims(norm, None if learned else factor)
 
 
 def joined(x: Any, carry: Carry) -> Any:

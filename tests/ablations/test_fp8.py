@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ablab.ablations.interventions.fp8 import FP8
 from ablab.core.errors import UserError
+from ablab.core.language.declare import linear
 from ablab.core.model.layers import LinearMap, plain_product
 from ablab.core.model.objective import heads_of, of_rows
 from ablab.core.model.plan import plan_of
@@ -324,6 +326,11 @@ def test_only_the_chosen_maps_multiply_so(tiny, build, ffn):
     for where, named in chosen.items():
         expected = set().union(*(places[place] for place in named.split()))
         assert multiplying(tiny([*ffn, "gating", {"fp8": {"where": where}}]), build) == expected
+
+
+@pytest.mark.parametrize("path", ["blocks.0.attention.on_heads.mine.out", "objective.mine.qkv"])
+def test_a_map_of_a_stage_is_no_projection_of_the_attention_whatever_its_name(path):
+    assert FP8(where="all").product(path, linear(16, 16)) is None
 
 
 def test_the_rest_of_the_model_computes_the_same_bits(tiny, build, batch):

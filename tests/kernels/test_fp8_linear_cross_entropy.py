@@ -124,6 +124,14 @@ def test_the_gradient_is_the_one_by_hand_rounded_to_the_format(
     assert torch.equal(turned(found.numbers).double(), numbers.T)
 
 
+@pytest.mark.parametrize("shape", [(256, 384), (130, 40)], ids=str)
+def test_every_byte_of_whole_tiles_and_of_parts_is_turned_round(shape):
+    draw = torch.Generator(DEVICE).manual_seed(0)
+    raw = torch.randint(256, shape, generator=draw, device=DEVICE).to(torch.uint8)
+    found = turned(raw.view(torch.float8_e4m3fn)).view(torch.uint8)
+    assert found.is_contiguous() and torch.equal(found, raw.T)
+
+
 @settings(deadline=None)
 @given(
     objective=objectives,

@@ -1,7 +1,7 @@
 """Kernels in their places: the same function of the same parameters as the stages that they replace."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,10 +10,14 @@ from ablab.core.errors import UserError
 from ablab.core.fusion import feedforward
 from ablab.core.fusion import places as fuse
 from ablab.core.fusion.optimizer import FusedMove
-from ablab.core.language.offers import LogitFactor
+from ablab.core.language.declare import Param, Stage
+from ablab.core.language.offers import Factor, LogitFactor, only
+from ablab.core.language.part import Part
 from ablab.core.model.init import initialise
 from ablab.core.model.objective import heads_of, of_rows
 from ablab.core.model.transformer import Transformer
+from ablab.core.parts.norm import multiply
+from ablab.core.recipe.edit import append, edit
 from ablab.core.runtime.runtime import Runtime, settle
 from ablab.core.store.record import Record
 from ablab.core.train.run import run
@@ -341,11 +345,55 @@ def test_grouped_heads_and_everything_at_once_too(tiny):
 
 @cpu
 @pytest.mark.parametrize("treatment", NORMS)
-def test_the_fused_stream_is_the_same_function_of_the_same_parameters(tiny, treatment):
+def test_the_fused_stream_is_the_same_function_of_the_same_parameters(tiny, joined, treatment):
     recipe = tiny(NORMS[treatment], **SHAPE)
     assert fuse.places(recipe, ASKED)["residual"].kernel
-    ours, theirs = evaluated(recipe, {"residual"}), evaluated(recipe, set())
+    theirs = evaluated(recipe, set())
+    assert not joined
+    ours = evaluated(recipe, {"residual"})
+    # the first block's attention, and whatever a stage stands before, read a stream that has joined
+    apart = recipe.model.layers if recipe.model.on_block else 1
+    assert len(joined) == 2 * recipe.model.layers - apart
     assert ours.keys() == theirs.keys() and far(ours, theirs) == {}
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """A factor for each sum that the kernel has made."""
+    from ablab.kernels import residual_norm
+
+    factors = []
+    kernel = residual_norm.residual_norm
+
+    def noted(x, y, gain, eps, factor):
+        factors.append(factor)
+        return kernel(x, y, gain, eps, factor)
+
+    monkeypatch.setattr(residual_norm, "residual_norm", noted)
+    return factors
+
+
+@dataclass(frozen=True)
+class LearnedFactor(Part):
+    """A part of somebody's own; not registered."""
+
+    kind: str = "learned_factor"
+
+    def build(self, where) -> Stage:
+        return Stage(
+            multiply, offer=Factor(only("factor")), factor=Param((1,), "vector", fill=1.0)
+        )
+
+
+@cpu
+def test_a_factor_that_is_learned_is_left_to_the_stage_and_keeps_its_gradient(tiny, joined):
+    recipe = edit(tiny([], **SHAPE), "model.on_norm", append(LearnedFactor()))
+    theirs = evaluated(recipe, set())
+    ours = evaluated(recipe, {"residual"})
+    assert len(joined) == 2 * recipe.model.layers - 1 and set(joined) == {None}
+    learned = [name for name in theirs if "learned_factor" in name]
+    assert learned and all(theirs[name].any() for name in learned)
+    assert far(ours, theirs) == {}
 
 
 @cpu
