@@ -90,6 +90,7 @@ TORCH = {  # the files that work on tensors; everything else can be imported, li
     "experiments/bench/kernels/case.py",
     "experiments/bench/kernels/comparison.py",
     "experiments/bench/kernels/cross_entropy.py",
+    "experiments/bench/kernels/feed_forward.py",
     "experiments/bench/kernels/fp8_projection.py",
     "experiments/bench/kernels/fp8_swiglu.py",
     "experiments/bench/kernels/linear_cross_entropy.py",

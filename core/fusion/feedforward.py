@@ -10,15 +10,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from ablab.core.fusion.eight_bits import bits_of, need_sides
 from ablab.core.fusion.rewrite import Built, Claimed, Region, StepsAside
 from ablab.core.language.declare import Linear, Stage, params
-from ablab.core.language.offers import (
-    EightBits,
-    Factor,
-    GatedSilu,
-    UnitRows,
-    offer_of_product,
-)
+from ablab.core.language.offers import EightBits, Factor, GatedSilu, UnitRows
 from ablab.core.model.plan import FeedForwardPlan, Plan
 from ablab.core.recipe.recipe import Recipe
 
@@ -26,7 +21,6 @@ BEFORE = ("norm", "on_norm")
 OUTSIDE = (*BEFORE, "on_branch", "kernel")
 # What rounding to bf16 may add to a normed number: of the gain, of the norm, of a factor or two.
 ROUNDED = (1 + 2.0**-8) ** 4
-MULTIPLE = 16  # of the sides that matrix units for 8-bit floats take
 Fuse = Callable[[FeedForwardPlan, Claimed[GatedSilu]], FeedForwardPlan]
 
 
@@ -54,7 +48,7 @@ def claim_in_epilogues(plan: Plan, recipe: Recipe) -> Plan:
 def in_8_bits(plan: Plan) -> bool:
     """Whether a map of some feed-forward multiplies in 8-bit floats."""
     maps = [one for block in plan.blocks for one in block.ffn.inner.bound.values()]
-    return any(isinstance(one, Linear) and _bits(one) for one in maps)
+    return any(isinstance(one, Linear) and bits_of(one) for one in maps)
 
 
 def gated_plainly(plan: Plan) -> bool:
@@ -94,15 +88,10 @@ def _silu(ffn: FeedForwardPlan, gated: Claimed[GatedSilu]) -> FeedForwardPlan:
 
 def _whole(ffn: FeedForwardPlan, gated: Claimed[GatedSilu]) -> FeedForwardPlan:
     maps: Any = gated.offer.maps(**ffn.inner.bound)  # as declared
-    (bits, *others) = {_bits(one) for one in maps}
+    (bits, *others) = {bits_of(one) for one in maps}
     if others or bits is None:
         raise StepsAside("the feed-forward's maps do not both multiply in 8 bits")
-    sides = {side for one in maps for side in one.weight.shape}
-    if odd := sorted(side for side in sides if side % MULTIPLE):
-        raise StepsAside(
-            f"8-bit products take sides in multiples of {MULTIPLE},"
-            f" and the feed-forward has {odd[0]}"
-        )
+    need_sides((side for one in maps for side in one.weight.shape), "the feed-forward")
     claims = Claims(gated, bits, _normed(ffn))
     return replace(ffn, kernel=partial(EightBitFeedForward, claims))
 
@@ -118,11 +107,6 @@ def _plain(inner: Stage) -> bool:
     return all(one.product is None for one in maps)
 
 
-def _bits(linear: Linear) -> EightBits | None:
-    offer = offer_of_product(linear.product)
-    return offer if isinstance(offer, EightBits) else None
-
-
 class FusedSilu:
     """x [B,T,W] -> [B,T,W]: a stage's function, with the bound values of the one that it replaces."""
 
@@ -136,8 +120,8 @@ class FusedSilu:
         return down(swiglu(gate_up(x)))
 
 
-class EpilogueFeedForward:
-    """normed x [B,T,W] -> [B,T,W], by products with epilogues where gradients are wanted.
+class InTraining:
+    """normed x [B,T,W] -> [B,T,W]: by `trained` where gradients are wanted, elsewhere as the stage has it.
 
     ffn: the module that was built from a claimed plan.
     """
@@ -150,10 +134,18 @@ class EpilogueFeedForward:
     def __call__(self, x: Any) -> Any:
         import torch
 
+        return self.trained(x) if torch.is_grad_enabled() else self.plain(x)
+
+    def trained(self, x: Any) -> Any:
+        raise NotImplementedError
+
+
+class EpilogueFeedForward(InTraining):
+    """By products with epilogues."""
+
+    def trained(self, x: Any) -> Any:
         from ablab.kernels.swiglu_epilogue import feed_forward
 
-        if not torch.is_grad_enabled():
-            return self.plain(x)
         return feed_forward(x, self.gate_up.weight, self.down.weight)
 
 
@@ -186,26 +178,17 @@ def _normed(ffn: FeedForwardPlan) -> Normed | None:
     return None if norm is None or unknown else Normed(norm, factors)
 
 
-class EightBitFeedForward:
-    """normed x [B,T,W] -> [B,T,W], in 8-bit floats where gradients are wanted.
-
-    ffn: the module that was built from a claimed plan.
-    """
+class EightBitFeedForward(InTraining):
+    """In 8-bit floats."""
 
     def __init__(self, claims: Claims, ffn: Any):
-        self.plain = ffn.inner
-        maps: Any = claims.gated.of(ffn)
-        self.gate_up, self.down = maps.offer.maps(**maps.bound())
+        super().__init__(claims.gated, ffn)
         self.bits = claims.bits
         self.longest = Longest(claims.normed, ffn) if claims.normed else unknown
 
-    def __call__(self, x: Any) -> Any:
-        import torch
-
+    def trained(self, x: Any) -> Any:
         from ablab.kernels.fp8_swiglu import fp8_swiglu
 
-        if not torch.is_grad_enabled():
-            return self.plain(x)
         return fp8_swiglu(
             x,
             self.gate_up.weight,

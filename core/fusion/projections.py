@@ -4,13 +4,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from ablab.core.fusion.rewrite import StepsAside
+from ablab.core.fusion.eight_bits import bits_of, need_sides
 from ablab.core.language.declare import Linear
-from ablab.core.language.offers import EightBits, offer_of_product
+from ablab.core.language.offers import EightBits
 from ablab.core.model.plan import AttentionPlan, Plan
 from ablab.core.recipe.recipe import Recipe
-
-MULTIPLE = 16  # of the sides that matrix units for 8-bit floats take
 
 
 def claim(plan: Plan, recipe: Recipe) -> Plan:
@@ -40,11 +38,7 @@ def _cast(declared: Linear) -> Linear:
     bits = _turned(declared)
     if bits is None:
         return declared
-    if odd := sorted(side for side in declared.weight.shape if side % MULTIPLE):
-        raise StepsAside(
-            f"8-bit products take sides in multiples of {MULTIPLE},"
-            f" and a projection of the attention has {odd[0]}"
-        )
+    need_sides(declared.weight.shape, "a projection of the attention")
     return replace(declared, product=CastOnce(bits))
 
 
@@ -53,10 +47,8 @@ def _turned(declared: Linear) -> EightBits | None:
 
     With a wide dW there is nothing to gain.
     """
-    offer = offer_of_product(declared.product)
-    if isinstance(offer, EightBits) and offer.weight_gradient == "fp8":
-        return offer
-    return None
+    bits = bits_of(declared)
+    return bits if bits and bits.weight_gradient == "fp8" else None
 
 
 class CastOnce:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ablab.experiments.bench.kernels.case import OURS, Case, Form, activations, compiled, ours
+from ablab.experiments.bench.kernels.case import OURS, Case, Form, compiled, ours
+from ablab.experiments.bench.kernels.feed_forward import flops, inputs, plain
 from ablab.kernels import fp8, swiglu
 
 SHAPES = {  # N, W, F
@@ -25,24 +25,20 @@ def fp8_swiglu(device: torch.device, folder: Path) -> Iterable[Case]:
     Floor: six products at twice the rate of bf16, and what lies between them: gate and up read twice, their gradients
     and what they make written in both layouts, the gradient of that read.
     """
-    dtype = activations(device)
     forms: dict[str, Callable[[], Form]] = {
         "torch": lambda: Form(compiled(_apart, device)),
-        "bf16": lambda: Form(compiled(_plain, device), same=False),
+        "bf16": lambda: Form(compiled(plain, device), same=False),
         OURS: lambda: Form(compiled(ours(device, "fp8_swiglu", "fp8_swiglu"), device)),
         f"{OURS}, weights' gradients wide": lambda: _wide(device),
     }
     for n, w, f in SHAPES[device.type]:
-        x = torch.randn(n, w, device=device, dtype=dtype, requires_grad=True)
-        gate_up = w**-0.5 * torch.randn(2 * f, w, device=device)
-        down = f**-0.5 * torch.randn(w, f, device=device)
         yield Case(
             kernel="fp8_swiglu",
             name=f"N {n}, W {w}, F {f}",
-            inputs=(x, gate_up.requires_grad_(), down.requires_grad_()),
+            inputs=inputs(n, w, f, device),
             forms=forms,
-            reference=_plain,
-            flops=6 * n * w * 3 * f,
+            reference=plain,
+            flops=flops(n, w, f),
             bytes=16 * n * f,
             floor=at_twice_the_rate,
         )
@@ -50,11 +46,6 @@ def fp8_swiglu(device: torch.device, folder: Path) -> Iterable[Case]:
 
 def at_twice_the_rate(flops: float, bytes: float) -> float:
     return flops / 2 + bytes
-
-
-def _plain(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    packed = F.linear(x, gate_up.to(x.dtype))
-    return F.linear(swiglu.reference(packed), down.to(x.dtype))
 
 
 def _apart(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -16,11 +16,10 @@ from ablab.experiments.bench.kernels.case import (
     Case,
     Form,
     Unavailable,
-    activations,
     compiled,
     ours,
 )
-from ablab.kernels import swiglu
+from ablab.experiments.bench.kernels.feed_forward import flops, inputs, plain
 
 SHAPES = {  # N, W, F
     "cuda": [(36_864, 768, 2048), (73_728, 768, 2048), (36_864, 1152, 3072)],
@@ -33,29 +32,20 @@ def swiglu_epilogue(device: torch.device, folder: Path) -> Iterable[Case]:
 
     Floor: six products.
     """
-    dtype = activations(device)
     forms: dict[str, Callable[[], Form]] = {
-        "torch": lambda: Form(compiled(_plain, device)),
+        "torch": lambda: Form(compiled(plain, device)),
         f"{OURS}, between": lambda: _between(device),
         OURS: lambda: _in_epilogues(device),
     }
     for n, w, f in SHAPES[device.type]:
-        x = torch.randn(n, w, device=device, dtype=dtype, requires_grad=True)
-        gate_up = w**-0.5 * torch.randn(2 * f, w, device=device)
-        down = f**-0.5 * torch.randn(w, f, device=device)
         yield Case(
             kernel="swiglu_epilogue",
             name=f"N {n}, W {w}, F {f}",
-            inputs=(x, gate_up.requires_grad_(), down.requires_grad_()),
+            inputs=inputs(n, w, f, device),
             forms=forms,
-            reference=_plain,
-            flops=6 * n * w * 3 * f,
+            reference=plain,
+            flops=flops(n, w, f),
         )
-
-
-def _plain(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    packed = F.linear(x, gate_up.to(x.dtype))
-    return F.linear(swiglu.reference(packed), down.to(x.dtype))
 
 
 def _between(device: torch.device) -> Form:
